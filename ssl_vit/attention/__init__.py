@@ -1,0 +1,1 @@
+"""What the [CLS] token looks at: maps, masks, scores, pictures."""

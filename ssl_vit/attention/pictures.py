@@ -1,0 +1,174 @@
+"""Attention drawn over the picture it belongs to, at the picture's size, and sheets of many."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from torch import Tensor
+
+from ssl_vit.attention.masks import mass_mask, to_pixels
+from ssl_vit.attention.metrics import count_truth, iou
+
+TILE = 240  # pixels of a tile's longer side
+GAP = 10
+COLOURS = "inferno"
+INK, PAPER = (32, 32, 32), (255, 255, 255)
+MASK, TRUTH = (70, 225, 255), (80, 230, 80)  # outlines: cyan stands out from all colours of the heat
+LEAST_TOP = 3.0  # times uniform: a colour scale that ends lower would make noise look like attention
+
+
+class Example(NamedTuple):
+    """One picture with all that can be drawn of it. The heads come first, their mean last."""
+
+    picture: Tensor  # (C, H, W) uint8
+    maps: Tensor  # (heads + 1, rows, columns) float, each sums to 1
+    masks: Tensor  # (heads + 1, rows, columns) bool
+    truth: Tensor | None  # (H, W) bool: the given object mask
+    ious: list[float] | None  # heads + 1, of the masks with the truth
+
+
+def make_example(picture: Tensor, maps: Tensor, mass: float, truth: Tensor | None) -> Example:
+    """What can be drawn of a picture (C, H, W) uint8 with maps (heads, rows, columns) and, if given, a mask (H, W)."""
+    maps = torch.cat([maps, maps.mean(0, keepdim=True)])
+    masks = mass_mask(maps, mass)
+    if truth is None:
+        return Example(picture, maps, masks, None, None)
+    counted = count_truth(truth, (maps.shape[-2], maps.shape[-1]))
+    return Example(picture, maps, masks, truth, iou(masks, counted).tolist())
+
+
+def overlay(example: Example) -> Image.Image:
+    """The heads' mean over the picture at its own size, with the outline of its mask."""
+    size = (example.picture.shape[-2], example.picture.shape[-1])
+    return _tile(example, len(example.maps) - 1, size, _scale_top(example.maps))
+
+
+def head_figure(example: Example) -> Image.Image:
+    """The picture, the heads' mean and every head as tiles that share one colour scale."""
+    size = _fitted(example.picture, TILE)
+    tiles = _tiles(example, size)
+    columns = math.ceil(len(tiles) / math.ceil(len(tiles) / 6))
+    cell = (max(size[1], 130) + GAP, size[0] + 22 + GAP)
+    rows = math.ceil(len(tiles) / columns)
+    figure = Image.new("RGB", (columns * cell[0] + GAP, rows * cell[1] + 50), PAPER)
+    draw = ImageDraw.Draw(figure)
+    for place, (caption, tile) in enumerate(tiles):
+        left, top = GAP + place % columns * cell[0], place // columns * cell[1] + 4
+        draw.text((left, top), caption, INK, font=_font(14))
+        figure.paste(tile, (left, top + 20))
+    _colour_bar(figure, _scale_top(example.maps), (GAP, figure.height - 36))
+    return figure
+
+
+def contact_sheet(rows: list[tuple[str, Example]]) -> Image.Image:
+    """One row of tiles per captioned example; within a row the heads share one colour scale.
+
+    Args:
+        rows: Caption and example; all have the same number of heads.
+    """
+    side, left, header = 130, 150, 28
+    columns = [_tiles(example, _fitted(example.picture, side)) for _, example in rows]
+    heights = [max(tiles[0][1].height, 60) + 6 for tiles in columns]
+    sheet = Image.new("RGB", (left + len(columns[0]) * (side + 6) + GAP, header + sum(heights) + GAP), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for place, (name, _) in enumerate(columns[0]):
+        draw.text((left + place * (side + 6), 8), name.partition("  ")[0], INK, font=_font(13))
+    top = header
+    for (caption, _), tiles, height in zip(rows, columns, heights, strict=True):
+        lines = [_shortened(line, left - 2 * GAP) for line in caption.splitlines()]
+        draw.multiline_text((GAP, top), "\n".join(lines), INK, font=_font(13))
+        for place, (_, tile) in enumerate(tiles):
+            sheet.paste(tile, (left + place * (side + 6) + (side - tile.width) // 2, top))
+        top += height
+    return sheet
+
+
+def _fitted(picture: Tensor, longer: int) -> tuple[int, int]:
+    """Height and width of a picture whose longer side is brought to `longer` pixels."""
+    height, width = picture.shape[-2:]
+    factor = longer / max(height, width)
+    return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+def at_size(map_: Tensor, size: tuple[int, int]) -> npt.NDArray[np.float32]:
+    """A soft map (rows, columns) at another height and width, bilinear between patch centres."""
+    image = Image.fromarray(map_.float().numpy())
+    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR))
+
+
+def _tiles(example: Example, size: tuple[int, int]) -> list[tuple[str, Image.Image]]:
+    """Captioned tiles of (height, width): the picture, the mean, then the heads."""
+    top = _scale_top(example.maps)
+    heads = len(example.maps) - 1
+    picture = _picture(example.picture, size)
+    if example.truth is not None:
+        _draw_outline(picture, to_pixels(example.truth, size), TRUTH)
+    tiles = [("picture", picture)]
+    for index in [heads, *range(heads)]:
+        name = "mean" if index == heads else f"head {index}"
+        score = f"  IoU {example.ious[index]:.2f}" if example.ious else ""
+        tiles.append((name + score, _tile(example, index, size, top)))
+    return tiles
+
+
+def _tile(example: Example, index: int, size: tuple[int, int], top: float) -> Image.Image:
+    """The picture in dim grey under one map's colours, with the outline of its mask."""
+    times_uniform = at_size(example.maps[index], size) * example.maps[index].numel()
+    heat = np.sqrt(np.clip(times_uniform / top, 0, 1))  # (height, width)
+    colours = matplotlib.colormaps[COLOURS](heat, bytes=True)[..., :3]
+    grey = np.asarray(_picture(example.picture, size).convert("L"))[..., None]
+    strength = 0.2 + 0.6 * heat[..., None]
+    tile = Image.fromarray(np.rint(grey * (1 - strength) + colours * strength).astype(np.uint8))
+    _draw_outline(tile, to_pixels(example.masks[index], size), MASK)
+    return tile
+
+
+def _scale_top(maps: Tensor) -> float:
+    """Upper end of a picture's colour scale, in multiples of uniform attention: shared by all its heads."""
+    values = maps.flatten()
+    return max(LEAST_TOP, values.kthvalue(math.ceil(0.995 * len(values))).values.item() * maps[0].numel())
+
+
+def _picture(picture: Tensor, size: tuple[int, int]) -> Image.Image:
+    rgb = picture.expand(3, -1, -1) if len(picture) == 1 else picture
+    image = Image.fromarray(rgb.permute(1, 2, 0).contiguous().numpy())
+    return image if (image.height, image.width) == size else image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+
+
+def _draw_outline(image: Image.Image, mask: Tensor, colour: tuple[int, int, int]) -> None:
+    """Paint the mask's border pixels, on its inner side; thicker on large pictures."""
+    whole = Image.fromarray(mask.numpy()).convert("L")
+    thickness = max(1, round(max(image.size) / 300))
+    inner = whole.filter(ImageFilter.MinFilter(2 * thickness + 1))
+    image.paste(colour, (0, 0), ImageChops.subtract(whole, inner))
+
+
+def _colour_bar(figure: Image.Image, top: float, corner: tuple[int, int]) -> None:
+    """The scale that all tiles share, with its two ends and its middle; the scale is one of square roots."""
+    left, upper = corner
+    width = 180
+    ramp = matplotlib.colormaps[COLOURS](torch.linspace(0, 1, width).numpy(), bytes=True)[None, :, :3]
+    figure.paste(Image.fromarray(ramp.repeat(12, axis=0)), (left, upper))
+    draw = ImageDraw.Draw(figure)
+    for place, text in ((0, "0"), (width // 2, f"{top / 4:.3g}"), (width, f"{top:.3g} times uniform attention")):
+        draw.text((left + place, upper + 14), text, INK, font=_font(13))
+
+
+def _shortened(line: str, width: int) -> str:
+    """The end of a line that is wider than so many pixels."""
+    short = line
+    while _font(13).getlength(short) > width:
+        short = f"…{short.lstrip('…')[1:]}"
+    return short
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)

@@ -1,0 +1,87 @@
+"""`ssl-vit <command> [key=value ...]`: the table of commands. Nothing heavy is imported before one is chosen."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import warnings
+from typing import NamedTuple
+
+from ssl_vit import __version__
+from ssl_vit.errors import UserError
+
+
+class Command(NamedTuple):
+    """What the overview says of a command; its code is `ssl_vit/commands/<name>.py`."""
+
+    summary: str
+    example: str
+
+
+COMMANDS = {
+    "demo": Command("the whole product in a few minutes, on pictures it makes itself", "ssl-vit demo"),
+    "pretrain": Command(
+        "pretrain a ViT on a folder of pictures, without labels",
+        "ssl-vit pretrain data.root=photos method=dino backbone=vit_small run.name=photos",
+    ),
+    "knn": Command("kNN accuracy of the frozen features", "ssl-vit knn checkpoint=runs/photos data.root=labelled"),
+    "linear": Command(
+        "linear probe on the frozen features", "ssl-vit linear checkpoint=runs/photos data.root=labelled"
+    ),
+    "attention": Command(
+        "what the [CLS] token looks at: maps, masks, overlays",
+        "ssl-vit attention checkpoint=runs/photos images=photos out=maps",
+    ),
+    "export": Command("weights that bare timm loads", "ssl-vit export checkpoint=runs/photos out=backbone.safetensors"),
+    "scan": Command("what is in a picture folder, broken files included", "ssl-vit scan data.root=photos"),
+}
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
+    words = sys.argv[1:] if words is None else words
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(overview())
+        return 0
+    if words[0] == "--version":
+        print(__version__)
+        return 0
+    name, *rest = words
+    try:
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; choose one of {', '.join(COMMANDS)}"
+            raise UserError(f"there is no such command{hint}")
+        if {"--help", "-h"} & set(rest):
+            from ssl_vit.commands.help import help_text
+
+            print(help_text(name, COMMANDS[name].summary, COMMANDS[name].example, rest))
+            return 0
+        if "--cfg" in rest:
+            from ssl_vit.commands.compose import compose_values, to_yaml
+
+            print(to_yaml(compose_values(name, [word for word in rest if word != "--cfg"])))
+            return 0
+        # What Pillow warns of is read all the same, or ends as a skipped picture.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        importlib.import_module(f"ssl_vit.commands.{name}").main(rest)
+    except UserError as error:
+        print(f"ssl-vit {name}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print(f"\nssl-vit {name}: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def overview() -> str:
+    """The commands with an example each."""
+    lines = [f"ssl-vit {__version__}: self-supervised vision transformers from your own pictures", ""]
+    for name, command in COMMANDS.items():
+        lines += [f"  {name:<10} {command.summary}", f"  {'':<10} $ {command.example}", ""]
+    lines.append("ssl-vit <command> --help explains every key of a command.")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""One file per command, each read top to bottom: config, parts, run."""

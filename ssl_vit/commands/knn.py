@@ -1,0 +1,77 @@
+"""`ssl-vit knn`: what the frozen features are worth, by exact kNN classification.
+
+ssl-vit knn checkpoint=runs/photos data.root=labelled
+ssl-vit knn checkpoint=timm:vit_small_patch16_224.dino data.train=labelled/train data.test=labelled/val
+ssl-vit knn checkpoint=runs/photos labelled=cifar10 data.root=data 'k=[20]'
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ssl_vit.commands.compose import load_config
+from ssl_vit.config import KNNConfig
+from ssl_vit.evaluation.features import Features
+from ssl_vit.evaluation.knn import NEAR_DUPLICATE, KNNResult, Labelled, knn
+from ssl_vit.evaluation.records import Record, Score, accuracies
+from ssl_vit.evaluation.study import Study
+from ssl_vit.training.hardware import best_device
+
+
+def main(words: list[str]) -> None:
+    """Run the command."""
+    record, path = measure(load_config("knn", words, KNNConfig))
+    print(f"{record.table()}\n\n{path}")
+
+
+def measure(config: KNNConfig) -> tuple[Record, Path]:
+    """The record of the evaluation, and the file that it was written to.
+
+    Raises:
+        UserError: Network and labelled pictures are not there, do not fit, or allow no evaluation.
+    """
+    study = Study.begin("knn", config)
+    device = best_device()
+    results, scores = [], []
+    for source in study.sources(blocks=1):
+        bank = _labelled(source.train, device)
+        queries = None if source.test is None else _labelled(source.test, device)
+        result = knn(bank, queries, ks=config.k, temperature=config.temperature, engine=config.engine)
+        results.append(result)
+        scores.append(_score(source.name, result, bank, queries))
+    near_duplicates = results[0].near_duplicates
+    record = study.finish(
+        scores,
+        protocol={
+            "features": "[CLS] of the last block after the final norm",
+            "similarity": "cosine",
+            "k": sorted(set(config.k)),
+            "temperature": config.temperature,
+            "split": "leave-one-out" if queries is None else "train and test",
+        },
+        train_labels=bank.labels,
+        test_labels=bank.labels if queries is None else queries.labels,
+        findings={"near_duplicates": near_duplicates},
+        warnings=[*results[0].warnings, *_leak(near_duplicates, one_set=queries is None)],
+    )
+    return record, study.out
+
+
+def _labelled(features: Features, device: torch.device) -> Labelled:
+    return Labelled(features.cls[:, -1].to(device), features.labels.to(device))
+
+
+def _score(name: str, result: KNNResult, bank: Labelled, queries: Labelled | None) -> Score:
+    labels = bank.labels if queries is None else torch.cat([bank.labels, queries.labels])
+    classes = len(torch.unique(labels))
+    by_k = [accuracies(ranks, classes, f", k={k}") for k, ranks in result.ranks.items()]
+    metrics = [metric for same_depth in zip(*by_k, strict=True) for metric in same_depth]  # top-1 of all k first
+    return Score(name, metrics, details={"k_effective": result.k_effective})
+
+
+def _leak(near_duplicates: int, *, one_set: bool) -> list[str]:
+    where = "another picture" if one_set else "a training picture"
+    text = f"{near_duplicates:,} test pictures are nearly the same as {where} (cosine > {NEAR_DUPLICATE})"
+    return [text] if near_duplicates else []

@@ -1,0 +1,23 @@
+"""`ssl-vit scan`: what is in a picture folder, broken files included."""
+
+from __future__ import annotations
+
+import json
+
+from ssl_vit.commands.compose import load_config
+from ssl_vit.config import ScanConfig
+from ssl_vit.data.files import folder_pictures, listed_pictures
+from ssl_vit.data.scan import scan_files
+
+
+def main(words: list[str]) -> None:
+    """Run the command."""
+    config = load_config("scan", words, ScanConfig)
+    find = {"folder": folder_pictures, "list": listed_pictures}[config.data.source]
+    report = scan_files(find(config.data.root))
+    print(report.as_text())
+    if config.out:
+        config.out.mkdir(parents=True, exist_ok=True)
+        file = config.out / "scan.json"
+        file.write_text(json.dumps(report.as_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"\nAll names: {file}")

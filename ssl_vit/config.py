@@ -1,0 +1,398 @@
+"""Every configuration key: its type, its range and its unit. Defaults stand once, in `conf/`."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+
+from ssl_vit.training.schedules import Duration
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def _seconds(value: object) -> object:
+    """`90s`, `20m`, `1.5h` and `2d` as a timedelta."""
+    units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+    if isinstance(value, str) and (match := re.fullmatch(r"([\d.]+) ?([smhd])", value.strip())):
+        return timedelta(**{units[match[2]]: float(match[1])})
+    if value is None or isinstance(value, timedelta):
+        return value
+    raise ValueError("write a time as 90s, 20m, 1.5h or 2d")
+
+
+def _duration(value: object) -> object:
+    return value if isinstance(value, Duration) else Duration.parse(str(value))
+
+
+def _ascending(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError(f"write the smaller end first, as [{value[1]}, {value[0]}]")
+    return value
+
+
+WallTime = Annotated[timedelta, BeforeValidator(_seconds), PlainSerializer(lambda t: f"{t.total_seconds():g}s")]
+Span = Annotated[Duration, BeforeValidator(_duration), PlainSerializer(str)]
+Interval = Annotated[tuple[NonNegative, NonNegative], AfterValidator(_ascending)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# --- a run -----------------------------------------------------------------------------------------------------
+
+
+class RunConfig(Section):
+    name: Annotated[str, Field(pattern=r"^[^/\\]+$")]
+    folder: Path
+    resume: bool
+    overwrite: bool
+
+    @property
+    def path(self) -> Path:
+        """The run's own folder."""
+        return self.folder / self.name
+
+    @model_validator(mode="after")
+    def _one_way_on(self) -> Self:
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other: choose one")
+        return self
+
+
+class TrainerConfig(Section):
+    max_epochs: Count
+    max_steps: Count | None
+    max_time: WallTime | None
+    accelerator: Literal["auto", "cpu", "gpu"]
+    devices: Count
+    nodes: Count
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
+    accumulate: Count
+    fused_attention: Literal["auto"] | bool
+    log_every: Count
+    checkpoint_every: WallTime
+    keep_every_epochs: Count | None
+
+
+class LoggerConfig(Section):
+    name: Literal["csv", "wandb"]
+    project: str
+    offline: bool
+
+
+class OnlineKNNConfig(Section):
+    every_epochs: Count | None
+    bank: Count
+    queries: Count
+    k: Count
+
+
+# --- data ------------------------------------------------------------------------------------------------------
+
+Source = Literal["folder", "list", "cifar10", "cifar100", "stl10"]
+Workers = Literal["auto"] | Annotated[int, Field(ge=0)]
+
+
+class PretrainDataConfig(Section):
+    source: Source
+    root: Path
+    batch_size: Count
+    workers: Workers
+    memory_gb: NonNegative
+
+
+class EvalDataConfig(Section):
+    source: Source
+    root: Path | None
+    train: Path | None
+    test: Path | None
+    batch_size: Count
+    workers: Workers
+    crop_ratio: Annotated[float, Field(gt=0, le=1)]
+    image_size: Count | None
+
+    @model_validator(mode="after")
+    def _some_pictures(self) -> Self:
+        if self.root is None and self.train is None:
+            raise ValueError("name the labelled pictures: data.root=FOLDER, or data.train=FOLDER data.test=FOLDER")
+        if self.root is not None and self.train is not None:
+            raise ValueError("data.root and data.train exclude each other: data.root holds train/ and val/ or test/")
+        if self.test is not None and self.train is None:
+            raise ValueError("data.test needs data.train beside it")
+        return self
+
+
+# --- views -----------------------------------------------------------------------------------------------------
+
+
+class CropsConfig(Section):
+    count: Annotated[int, Field(ge=0)]
+    size: Count
+    scale: Interval
+    ratio: Interval
+
+
+class JitterConfig(Section):
+    p: Probability
+    brightness: NonNegative
+    contrast: NonNegative
+    saturation: NonNegative
+    hue: Annotated[float, Field(ge=0, le=0.5)]
+
+
+class BlurConfig(Section):
+    p: tuple[Probability, Probability, Probability]
+    sigma: Interval
+
+
+class ViewsConfig(Section):
+    global_crops: CropsConfig
+    local_crops: CropsConfig
+    flip: Probability
+    jitter: JitterConfig
+    grayscale: Probability
+    blur: BlurConfig
+    solarize: tuple[Probability, Probability, Probability]
+    mean: list[float]
+    std: list[Positive]
+
+
+# --- backbone --------------------------------------------------------------------------------------------------
+
+
+class BackboneConfig(Section):
+    name: str
+    img_size: Count
+    patch_size: Count
+    in_chans: Count
+    reg_tokens: Annotated[int, Field(ge=0)]
+    drop_path: Annotated[float, Field(ge=0, lt=1)]
+    embed_dim: Count | None
+    depth: Count | None
+    num_heads: Count | None
+    init: Literal["timm", "jax"]
+
+    @model_validator(mode="after")
+    def _whole_patches(self) -> Self:
+        if self.img_size % self.patch_size:
+            raise ValueError(f"img_size {self.img_size} is not a multiple of patch_size {self.patch_size}")
+        if self.embed_dim and self.num_heads and self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+        return self
+
+
+# --- methods ---------------------------------------------------------------------------------------------------
+
+
+class OptimizerConfig(Section):
+    lr: Positive
+    lr_batch_size: Count
+    min_lr: NonNegative
+    warmup: Span
+    weight_decay: tuple[NonNegative, NonNegative]
+    betas: tuple[Probability, Probability]
+    clip: NonNegative
+
+
+class DINOHeadConfig(Section):
+    prototypes: Annotated[int, Field(ge=2)]
+    hidden_dim: Count
+    bottleneck_dim: Count
+    layers: Count
+    norm_last_layer: bool
+
+
+class TeacherConfig(Section):
+    momentum: tuple[Probability, Probability]
+    temperature: Positive
+    warmup_temperature: Positive
+    warmup: Span
+    center_momentum: Probability
+
+
+class DINOConfig(Section):
+    name: Literal["dino"]
+    views: ViewsConfig
+    head: DINOHeadConfig
+    teacher: TeacherConfig
+    student_temperature: Positive
+    freeze_last_layer: Span
+    optimizer: OptimizerConfig
+
+    @model_validator(mode="after")
+    def _two_global_views(self) -> Self:
+        if self.views.global_crops.count != 2:
+            raise ValueError("views.global_crops.count must be 2: DINO compares two global views")
+        return self
+
+
+class RotationConfig(Section):
+    enabled: bool
+    weight: NonNegative
+
+
+class ContrastiveConfig(Section):
+    enabled: bool
+    weight: NonNegative
+    dim: Count
+    head: Literal["linear", "mlp"]
+    hidden_dim: Count
+    temperature: Positive
+    gather: bool
+
+
+class ReconstructionConfig(Section):
+    enabled: bool
+    weight: NonNegative
+    loss_on: Literal["all", "corrupted"]
+
+
+class BlocksConfig(Section):
+    p: Probability
+    max_area: Probability
+    side: Interval
+
+
+class CorruptionConfig(Section):
+    grey: Probability
+    blur: Probability
+    noise: BlocksConfig
+    replace: BlocksConfig
+
+
+class SiTConfig(Section):
+    name: Literal["sit"]
+    views: ViewsConfig
+    tokens: Literal["dedicated", "shared"]
+    rotation: RotationConfig
+    contrastive: ContrastiveConfig
+    reconstruction: ReconstructionConfig
+    weighting: Literal["uncertainty", "fixed"]
+    corruption: CorruptionConfig
+    optimizer: OptimizerConfig
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> Self:
+        if not (self.rotation.enabled or self.contrastive.enabled or self.reconstruction.enabled):
+            raise ValueError("enable at least one of rotation, contrastive, reconstruction")
+        if self.views.global_crops.count != 2 or self.views.local_crops.count != 0:
+            raise ValueError("SiT works on two global views: views.global_crops.count=2 views.local_crops.count=0")
+        return self
+
+
+MethodConfig = Annotated[DINOConfig | SiTConfig, Field(discriminator="name")]
+
+
+# --- commands --------------------------------------------------------------------------------------------------
+
+
+class PretrainConfig(Section):
+    seed: int
+    run: RunConfig
+    data: PretrainDataConfig
+    backbone: BackboneConfig
+    method: MethodConfig
+    trainer: TrainerConfig
+    logger: LoggerConfig
+    online_knn: OnlineKNNConfig
+
+    @model_validator(mode="after")
+    def _channels_agree(self) -> Self:
+        channels = self.backbone.in_chans
+        if channels not in (1, 3):
+            raise ValueError(f"backbone.in_chans={channels}: pictures are read with 1 (grey) or 3 (RGB) channels")
+        if not len(self.method.views.mean) == len(self.method.views.std) == channels:
+            raise ValueError(f"backbone.in_chans={channels} needs {channels} numbers in method.views.mean and .std")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_patches_in_views(self) -> Self:
+        for name in ("global_crops", "local_crops"):
+            crops: CropsConfig = getattr(self.method.views, name)
+            if crops.count and crops.size % self.backbone.patch_size:
+                raise ValueError(
+                    f"method.views.{name}.size={crops.size} is not a multiple of backbone.patch_size="
+                    f"{self.backbone.patch_size}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> Self:
+        parts = self.trainer.devices * self.trainer.nodes * self.trainer.accumulate
+        if self.data.batch_size % parts:
+            raise ValueError(
+                f"data.batch_size={self.data.batch_size} (over all processes) does not divide into "
+                f"devices x nodes x accumulate = {parts} parts"
+            )
+        return self
+
+
+Which = Literal["teacher", "student"]
+
+
+class EvaluationConfig(Section):
+    checkpoint: str
+    weights: Which
+    data: EvalDataConfig
+    baselines: bool
+    seed: int
+    out: Path | None
+
+
+class KNNConfig(EvaluationConfig):
+    k: Annotated[list[Count], Field(min_length=1)]
+    temperature: Positive
+    engine: Literal["torch", "faiss"]
+
+
+class LinearConfig(EvaluationConfig):
+    blocks: Annotated[list[Count], Field(min_length=1)]
+    l2: Annotated[list[Positive], Field(min_length=1)]
+    held_out: Annotated[float, Field(gt=0, lt=1)]
+
+
+class AttentionConfig(Section):
+    checkpoint: str
+    weights: Which
+    images: Path
+    masks: Path | None
+    out: Path
+    mass: Annotated[float, Field(gt=0, lt=1)]
+    max_side: Count | None
+    baselines: bool
+    seed: int
+    limit: Count | None
+
+
+class ExportConfig(Section):
+    checkpoint: str
+    weights: Which
+    out: Path
+
+
+class ScanDataConfig(Section):
+    source: Literal["folder", "list"]
+    root: Path
+
+
+class ScanConfig(Section):
+    data: ScanDataConfig
+    out: Path | None
+
+
+class DemoConfig(Section):
+    seed: int
+    run: RunConfig
+    method: Literal["dino", "sit"]
+    pictures: Annotated[int, Field(ge=200)]
+    max_steps: Count

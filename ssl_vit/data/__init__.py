@@ -1,0 +1,1 @@
+"""Finding, decoding, indexing and loading pictures."""

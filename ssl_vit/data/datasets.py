@@ -1,0 +1,100 @@
+"""What a loading process does: batches of views for training, batches of whole pictures for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ssl_vit.data.pictures import BrokenPicture, Pictures, SkippedPictures
+from ssl_vit.data.sampler import Pick
+from ssl_vit.errors import UserError
+from ssl_vit.transforms.batch import Batch
+from ssl_vit.transforms.crops import MultiCrop
+from ssl_vit.transforms.evaluation import EvalTransform
+
+
+class CroppedPictures(Dataset[Batch]):
+    """Views, cropped picture by picture.
+
+    Args:
+        read: Gives the picture of an index as (C, H, W) uint8, or raises BrokenPicture.
+        labels: Of all pictures (N,).
+        multicrop: Makes the views.
+        skipped: Takes the broken pictures.
+    """
+
+    def __init__(
+        self, read: Callable[[int], Tensor], labels: Tensor, *, multicrop: MultiCrop, skipped: SkippedPictures
+    ) -> None:
+        self.read = read
+        self.labels = labels
+        self.multicrop = multicrop
+        self.skipped = skipped
+        self._broken: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, picks: list[Pick]) -> Batch:
+        """The batch of these pictures; in place of a broken one, the next good one."""
+        wanted, key = torch.tensor(picks).unbind(1)  # (B,) each
+        found = [self.first_readable(index) for index in wanted.tolist()]
+        views = [self.multicrop.one(picture, own_key) for (_, picture), own_key in zip(found, key, strict=True)]
+        global_views, local_views = map(torch.stack, zip(*views, strict=True))
+        index = torch.tensor([index for index, _ in found])
+        return Batch(global_views, local_views, self.labels[index], index, key)
+
+    def first_readable(self, wanted: int) -> tuple[int, Tensor]:
+        """The first picture from `wanted` on that can be read, and its index; behind the last comes the first.
+
+        Raises:
+            UserError: There is none.
+        """
+        for step in range(len(self)):
+            index = (wanted + step) % len(self)
+            if index in self._broken:
+                continue
+            try:
+                return index, self.read(index)
+            except BrokenPicture as broken:
+                self._broken.add(index)
+                self.skipped.record(broken)
+        raise UserError(f"none of the {len(self):,} pictures can be read; {self.skipped.path} says why")
+
+
+class WholeBatch(NamedTuple):
+    """Whole pictures, transformed for evaluation."""
+
+    pictures: Tensor  # (B, C, S, S) uint8, without the broken ones
+    indices: Tensor  # (B,) int64
+    broken: list[BrokenPicture]
+
+
+class WholePictures(Dataset[WholeBatch]):
+    """Pictures in their order, transformed but not normalised."""
+
+    def __init__(self, pictures: Pictures, transform: EvalTransform, *, channels: int) -> None:
+        self.pictures = pictures
+        self.transform = transform
+        self.channels = channels
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitems__(self, indices: list[int]) -> WholeBatch:
+        """The batch of these pictures."""
+        size = self.transform.image_size
+        pictures = torch.empty(len(indices), self.channels, size, size, dtype=torch.uint8)
+        good: list[int] = []
+        broken: list[BrokenPicture] = []
+        for index in indices:
+            try:
+                pictures[len(good)] = self.transform(self.pictures.read(index, self.channels))
+                good.append(index)
+            except BrokenPicture as error:
+                broken.append(error)
+        return WholeBatch(pictures[: len(good)], torch.tensor(good, dtype=torch.int64), broken)

@@ -1,0 +1,97 @@
+"""From the data section of a configuration to sets of pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from ssl_vit.config import EvalDataConfig, Source
+from ssl_vit.data.arrays import array_pictures
+from ssl_vit.data.files import FilePictures, folder_pictures, listed_pictures
+from ssl_vit.data.pictures import Pictures, printable
+from ssl_vit.errors import UserError
+
+
+class LabelledSplit(NamedTuple):
+    """Labelled pictures to learn from and to test on; `test` is None where there is but one set."""
+
+    train: Pictures
+    test: Pictures | None
+
+
+def find_pictures(source: Source, root: Path) -> Pictures:
+    """The pictures to pretrain on, or to look at.
+
+    Args:
+        source: What kind of thing `root` is.
+        root: A folder (flat, nested, or with class folders), a list file, or the folder of a torchvision data set.
+
+    Raises:
+        UserError: There is nothing of that kind, or no picture in it.
+    """
+    if source == "folder":
+        return folder_pictures(root)
+    if source == "list":
+        return listed_pictures(root)
+    return array_pictures(source, root, split="pretrain")
+
+
+def find_labelled(data: EvalDataConfig) -> LabelledSplit:
+    """The labelled pictures of an evaluation.
+
+    `data.root` is the folder of a torchvision data set; or holds `train/` and `val/` or `test/`, each with class
+    folders; or holds class folders only. Or `data.train` and `data.test` name two folders of class folders.
+
+    Raises:
+        UserError: There is no picture, there are no class folders, or the two sets have different classes.
+    """
+    if data.source == "list":
+        raise UserError("data.source=list: a list has no labels; for an evaluation use class folders")
+    if data.source != "folder":
+        if data.root is None:
+            raise UserError(f"data.source={data.source}: name the folder above its files with data.root")
+        train = array_pictures(data.source, data.root, split="train")
+        return LabelledSplit(train, array_pictures(data.source, data.root, split="test"))
+    train_folder, test_folder = _split_folders(data)
+    labelled = _labelled(train_folder)
+    if test_folder is None:
+        return LabelledSplit(labelled, None)
+    test = _labelled(test_folder)
+    if labelled.classes != test.classes:
+        raise UserError(_different(labelled, test))
+    return LabelledSplit(labelled, test)
+
+
+def _split_folders(data: EvalDataConfig) -> tuple[Path, Path | None]:
+    """The folder to learn from, and the one to test on if there is one."""
+    if data.root is None:
+        assert data.train is not None  # the configuration demands one of them
+        return data.train, data.test
+    tests = [data.root / name for name in ("val", "test") if (data.root / name).is_dir()]
+    if not (data.root / "train").is_dir() or not tests:
+        return data.root, None
+    if len(tests) == 2:
+        train, val = (printable(data.root / name) for name in ("train", "val"))
+        raise UserError(
+            f"{printable(data.root)} holds val/ and test/: choose one, as with data.train={train} data.test={val}"
+        )
+    return data.root / "train", tests[0]
+
+
+def _labelled(folder: Path) -> FilePictures:
+    pictures = folder_pictures(folder)
+    if len(pictures.classes) < 2:
+        names = map(pictures.name, range(len(pictures)))
+        stray = next((name for name in names if "/" not in name), None)
+        found = f"{stray} lies in none" if stray else f"all pictures lie in {pictures.name(0).partition('/')[0]}/"
+        raise UserError(f"{printable(folder)}: labels are the names of two or more class folders, and {found}")
+    return pictures
+
+
+def _different(train: FilePictures, test: FilePictures) -> str:
+    parts = [
+        f"only in {printable(one.root)}: {', '.join(sorted(set(one.classes) - set(other.classes)))}"
+        for one, other in ((train, test), (test, train))
+        if set(one.classes) - set(other.classes)
+    ]
+    return f"the class folders to learn from and to test on differ; {'; '.join(parts)}"

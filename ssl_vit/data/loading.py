@@ -1,0 +1,173 @@
+"""From pictures to batches: views for training, whole pictures for evaluation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ssl_vit.config import PretrainDataConfig, Workers
+from ssl_vit.data.arrays import ArrayPictures
+from ssl_vit.data.datasets import CroppedPictures, WholeBatch, WholePictures
+from ssl_vit.data.memory import decode_all
+from ssl_vit.data.parallel import loading_workers
+from ssl_vit.data.pictures import Pictures, SkippedPictures
+from ssl_vit.data.sampler import EpochBatches
+from ssl_vit.errors import UserError
+from ssl_vit.transforms.batch import Batch
+from ssl_vit.transforms.crops import MultiCrop
+from ssl_vit.transforms.evaluation import EvalTransform
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+class ResidentLoader:
+    """Batches from pictures of one size in memory, cropped together in the training process.
+
+    Args:
+        images: The readable pictures (M, C, H, W) uint8.
+        good: Their indices (M,), ascending; a picture that is missing here is replaced by the next one.
+        labels: Of all pictures (N,).
+        multicrop: Makes the views.
+        batch_sampler: Chooses the pictures.
+    """
+
+    def __init__(
+        self, images: Tensor, good: Tensor, labels: Tensor, *, multicrop: MultiCrop, batch_sampler: EpochBatches
+    ) -> None:
+        self.images = images
+        self.good = good
+        self.labels = labels
+        self.multicrop = multicrop
+        self.batch_sampler = batch_sampler
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for picks in self.batch_sampler:
+            wanted, key = torch.tensor(picks).T.contiguous().unbind(0)  # (B,) each
+            row = torch.searchsorted(self.good, wanted) % len(self.good)
+            global_views, local_views = self.multicrop.batch(self.images[row].contiguous(), key)
+            index = self.good[row]
+            yield Batch(global_views, local_views, self.labels[index], index, key)
+
+
+def training_loader(
+    pictures: Pictures,
+    multicrop: MultiCrop,
+    config: PretrainDataConfig,
+    *,
+    seed: int,
+    channels: int,
+    rank: int,
+    world: int,
+    accumulate: int,
+    first_step: int,
+    skipped: SkippedPictures,
+    local_world: int | None = None,
+) -> ResidentLoader | DataLoader[Batch]:
+    """The batches of training process `rank` of `world`; each iteration is one epoch.
+
+    Pictures of one size that fit into memory are cropped there, a batch at once. Of different sizes, they are kept
+    decoded, and loading processes crop them. All others are read from disk by loading processes. Either way the same
+    boxes are cut from the same pictures, and a broken picture is replaced by the next good one.
+
+    Args:
+        pictures: To be learned from.
+        multicrop: Makes the views.
+        config: Batch size over all processes, workers, memory.
+        seed: Of the run.
+        channels: 1 or 3.
+        rank: This process.
+        world: Training processes.
+        accumulate: Micro-batches per optimizer step.
+        first_step: Optimizer steps already done; the batches go on behind them, within an epoch if need be.
+        skipped: Takes the broken pictures.
+        local_world: Training processes on this machine, which share its cores; None: all are.
+
+    Raises:
+        UserError: No picture can be read.
+    """
+    micro_batch = config.batch_size // (world * accumulate)
+    course = {"seed": seed, "rank": rank, "world": world, "accumulate": accumulate, "first_step": first_step}
+    batches = EpochBatches(len(pictures), micro_batch, **course)
+    if batches.repeats > 1 and rank == 0:
+        log.warning(
+            f"{len(pictures)} pictures are fewer than one step holds (data.batch_size={config.batch_size}): each is "
+            f"seen up to {batches.repeats} times per epoch"
+        )
+    read: Callable[[int], Tensor] = partial(pictures.read, channels=channels)
+    resident = partial(ResidentLoader, labels=pictures.labels, multicrop=multicrop, batch_sampler=batches)
+    if isinstance(pictures, ArrayPictures):
+        return resident(pictures.all(channels), torch.arange(len(pictures)))
+    if budget := int(config.memory_gb * 1e9):
+        kept = decode_all(pictures, channels, budget=budget, skipped=skipped, show=rank == 0)
+        if kept and (images := kept.as_one()) is not None:
+            return resident(images, kept.good)
+        read = kept.read if kept else read
+    crops = CroppedPictures(read, pictures.labels, multicrop=multicrop, skipped=skipped)
+    crops.first_readable(0)  # so that unreadable data sets fail here, not in a loading process
+    workers = loading_workers(config.workers, processes=local_world or world)
+    return _loader(crops, workers, batch_sampler=batches, persistent_workers=workers > 0)
+
+
+class EvalLoader:
+    """All readable pictures in their order, as pairs of a batch (B, C, S, S) uint8 and its indices (B,) int64."""
+
+    def __init__(self, batches: DataLoader[WholeBatch], skipped: SkippedPictures) -> None:
+        self.batches = batches
+        self.skipped = skipped
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        any_readable = False
+        for pictures, indices, broken in self.batches:
+            for picture in broken:
+                self.skipped.record(picture)
+            if len(indices):
+                any_readable = True
+                yield pictures, indices
+        if not any_readable:
+            raise UserError(f"none of the pictures can be read; {self.skipped.path} says why")
+
+
+def eval_loader(
+    pictures: Pictures,
+    transform: EvalTransform,
+    *,
+    batch_size: int,
+    workers: Workers,
+    channels: int,
+    skipped: SkippedPictures,
+) -> EvalLoader:
+    """Whole pictures for evaluation.
+
+    Args:
+        pictures: To be evaluated on.
+        transform: Makes them one size; normalising is left to the device.
+        batch_size: Pictures per batch; broken ones are missing from theirs.
+        workers: Loading processes.
+        channels: 1 or 3.
+        skipped: Takes the broken pictures.
+    """
+    whole = WholePictures(pictures, transform, channels=channels)
+    return EvalLoader(_loader(whole, loading_workers(workers, processes=1), batch_size=batch_size), skipped)
+
+
+def _loader(dataset: Dataset[T], workers: int, **how: Any) -> DataLoader[T]:
+    """A DataLoader whose batches come from the dataset as they are."""
+    return DataLoader(dataset, num_workers=workers, collate_fn=_as_it_is, pin_memory=torch.cuda.is_available(), **how)
+
+
+def _as_it_is(batch: T) -> T:
+    return batch

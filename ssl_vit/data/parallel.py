@@ -1,0 +1,66 @@
+"""How many cores this process may use, and work spread over them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from ssl_vit.config import Workers
+
+MOST_WORKERS = 16  # beyond it, disks and the collecting process are the limit
+_AHEAD = 4  # tasks under way per thread; bounds the memory that finished ones take while an earlier one lasts
+_PATIENCE = 2.0  # seconds without a progress bar
+
+T = TypeVar("T")
+
+
+def usable_cores() -> int:
+    """The cores that the scheduler and the container leave to this process, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, min(cores, _container_cores(Path("/sys/fs/cgroup"), cores)))
+
+
+def loading_workers(workers: Workers, *, processes: int) -> int:
+    """Loading processes beside each of `processes` training processes on this machine, which keep a core each."""
+    if workers != "auto":
+        return workers
+    return max(0, min(MOST_WORKERS, usable_cores() // processes - 1))
+
+
+def in_threads(task: Callable[[int], T], count: int, *, label: str, show: bool) -> Iterator[T]:
+    """task(0), ..., task(count - 1) in order, computed by as many threads as there are cores.
+
+    Args:
+        task: Decoding a picture lets other threads run meanwhile.
+        count: How many.
+        label: Beside the progress bar, which appears when it takes longer than two seconds.
+        show: Whether there is one at all.
+    """
+    # disable=None: no bar where the output is no terminal
+    bar = tqdm(total=count, desc=label, unit="", delay=_PATIENCE, leave=False, disable=None if show else True)
+    cores = usable_cores()
+    under_way: deque[Future[T]] = deque()
+    with bar, ThreadPoolExecutor(cores) as threads:
+        for index in range(count + _AHEAD * cores):
+            if index < count:
+                under_way.append(threads.submit(task, index))
+            if index >= _AHEAD * cores and under_way:
+                yield under_way.popleft().result()
+                bar.update()
+
+
+def _container_cores(group: Path, cores: int) -> int:
+    """The CPU quota of the control group (version 2, else 1) in whole cores, rounded up; `cores` without a quota."""
+    files = [group / "cpu.max"], [group / "cpu/cpu.cfs_quota_us", group / "cpu/cpu.cfs_period_us"]
+    for parts in files:
+        if all(part.is_file() for part in parts):
+            quota, period = " ".join(part.read_text() for part in parts).split()
+            return cores if quota in ("max", "-1") else -(-int(quota) // int(period))
+    return cores

@@ -1,0 +1,118 @@
+"""What a set of pictures is to the rest of the code, and the list of those that could not be read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Protocol
+
+from filelock import FileLock
+from torch import Tensor
+
+
+class BrokenPicture(Exception):  # noqa: N818 - no error of the program: the picture is skipped and counted
+    """A picture that cannot be read."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+class Pictures(Protocol):
+    """N pictures in a fixed order."""
+
+    labels: Tensor  # (N,) int64, -1 where unknown
+    classes: list[str]  # the labels' names; empty where there are none
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """How reports call the picture: its relative path, as one line of printable text."""
+        ...
+
+    def read(self, index: int, channels: int) -> Tensor:
+        """The picture as (C, H, W) uint8, grey for 1 channel and RGB for 3.
+
+        Raises:
+            BrokenPicture: It cannot be read.
+        """
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash that changes when pictures are added, removed, renamed or replaced by ones of another size."""
+        ...
+
+    def describe(self) -> str:
+        """One line: how many pictures of which kind, and what was ignored beside them."""
+        ...
+
+
+class SkippedPictures:
+    """The pictures that could not be read, one line each, whichever process came upon them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._listed: set[str] = set()  # names known to stand in the file
+        self._known_bytes = 0  # of the file, that `_listed` covers
+
+    def record(self, broken: BrokenPicture) -> None:
+        """Add the picture, unless this or another process has listed it already."""
+        if broken.name in self._listed:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path.with_name(f".{self.path.name}.lock")), self.path.open("a+b") as file:
+            file.seek(self._known_bytes)
+            self._listed |= {line.partition("\t")[0] for line in file.read().decode().splitlines()}
+            if broken.name not in self._listed:
+                file.write(f"{broken.name}\t{broken.reason}\n".encode())
+                self._listed.add(broken.name)
+            self._known_bytes = file.tell()
+
+    def count(self) -> int:
+        """How many pictures are listed."""
+        return len(self.path.read_text(encoding="utf-8").splitlines()) if self.path.exists() else 0
+
+
+def printable(name: str | bytes | Path) -> str:
+    r"""Any file name as one line of valid text; what cannot be shown stands as an escape.
+
+    Example:
+        >>> printable(b"caf\xe9\n1.jpg")
+        'caf\\xe9\\n1.jpg'
+    """
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+class Subset:
+    """Some pictures of a larger set, by their places (M,) in it."""
+
+    def __init__(self, pictures: Pictures, places: Tensor) -> None:
+        self.pictures = pictures
+        self.places = places
+        self.labels = pictures.labels[places]
+        self.classes = pictures.classes
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def name(self, index: int) -> str:
+        """As in the larger set."""
+        return self.pictures.name(int(self.places[index]))
+
+    def read(self, index: int, channels: int) -> Tensor:
+        """As in the larger set."""
+        return self.pictures.read(int(self.places[index]), channels)
+
+    def fingerprint(self) -> str:
+        """Of the larger set and the places."""
+        return hashlib.sha256(f"{self.pictures.fingerprint()} {self.places.tolist()}".encode()).hexdigest()
+
+    def describe(self) -> str:
+        """How many of the larger set."""
+        return f"{len(self):,} of {self.pictures.describe()}"

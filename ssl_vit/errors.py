@@ -1,0 +1,5 @@
+"""The error that a user can act on: the command prints it without a traceback and exits with 2."""
+
+
+class UserError(ValueError):
+    """A mistake of the user's: the text says what went wrong, where, and what to do."""

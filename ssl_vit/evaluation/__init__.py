@@ -1,0 +1,1 @@
+"""Frozen features, kNN, linear probe and their records."""

@@ -1,0 +1,175 @@
+"""A network, the labelled pictures that it is measured on, and the baselines beside it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssl_vit.config import EvalDataConfig, EvaluationConfig
+from ssl_vit.data.files import SPLITS
+from ssl_vit.data.find import LabelledSplit, find_labelled
+from ssl_vit.data.pictures import SkippedPictures
+from ssl_vit.errors import UserError
+from ssl_vit.evaluation.baselines import centred, raw_pixels
+from ssl_vit.evaluation.features import Features, check_health, check_size, extract, on_best_device
+from ssl_vit.evaluation.records import Record, Score, environment
+from ssl_vit.models.weights import LoadedBackbone, load_backbone, random_twin
+from ssl_vit.training.hardware import best_device
+from ssl_vit.transforms.evaluation import EvalTransform
+
+NETWORK, RANDOM, PIXELS = "network", "random init", "raw pixels"
+
+
+class Source(NamedTuple):
+    """Features of one origin, of all pictures that could be read."""
+
+    name: str
+    train: Features
+    test: Features | None  # None: there is but one set of pictures
+
+
+@dataclass(frozen=True)
+class Study:
+    """One evaluation from its start to its record."""
+
+    task: str
+    config: EvaluationConfig
+    loaded: LoadedBackbone
+    pictures: LabelledSplit
+    transform: EvalTransform
+    out: Path
+    started: float  # seconds of the process's clock
+
+    @classmethod
+    def begin(cls, task: str, config: EvaluationConfig) -> Study:
+        """Load the network and find the pictures.
+
+        Raises:
+            UserError: Either is not there, or they do not fit each other.
+        """
+        started = time.perf_counter()
+        loaded = load_backbone(config.checkpoint, config.weights)
+        image_size = config.data.image_size or loaded.backbone.config.img_size
+        check_size(image_size, loaded.backbone.patch_size)
+        transform = EvalTransform(image_size, config.data.crop_ratio, loaded.mean, loaded.std)
+        folder = loaded.run / "eval" if loaded.run else Path()
+        out = config.out or folder / f"{task}-{data_name(config.data)}.json"
+        return cls(task, config, loaded, find_labelled(config.data), transform, out, started)
+
+    def sources(self, *, blocks: int) -> Iterator[Source]:
+        """The network's features with [CLS] of some last blocks; with baselines then its random twin's, and raw pixels.
+
+        Raises:
+            UserError: The network's features have diverged or collapsed, or fewer than two classes can be read.
+        """
+        for part in self._skipped():
+            part.path.unlink(missing_ok=True)
+        train, test = self._both(partial(extract, on_best_device(self.loaded), blocks=blocks))
+        check_health(train, self.loaded.source)
+        if test is not None:
+            check_health(test, self.loaded.source)
+        if len(torch.unique(train.labels)) < 2:
+            raise UserError(
+                f"{data_name(self.config.data)}: all pictures that can be read are of one class; two are needed"
+            )
+        yield Source(NETWORK, train, test)
+        if not self.config.baselines:
+            return
+        twin = on_best_device(random_twin(self.loaded, self.config.seed))
+        yield Source(RANDOM, *self._both(partial(extract, twin, blocks=blocks)))
+        train, test = self._both(partial(raw_pixels, channels=self.loaded.backbone.config.in_chans))
+        mean = train.cls.mean(dim=0)
+        yield Source(PIXELS, centred(train, mean), None if test is None else centred(test, mean))
+
+    def finish(
+        self,
+        scores: Sequence[Score],
+        *,
+        protocol: dict[str, Any],
+        train_labels: Tensor,
+        test_labels: Tensor,
+        findings: dict[str, Any],
+        warnings: Sequence[str],
+    ) -> Record:
+        """Write the record to `out`.
+
+        Args:
+            scores: The network's, then those of the baselines.
+            protocol: All that decides over the numbers, but network, pictures and transform.
+            train_labels: Of the pictures that were learned from.
+            test_labels: Of those that were tested on.
+            findings: What else was found out about the pictures.
+            warnings: What a reader of the numbers must know.
+        """
+        transform = self.transform.describe()
+        normalisation = {name: transform.pop(name) for name in ("mean", "std")}
+        skipped = [part.count() for part in self._skipped()]
+        record = Record(
+            task=self.task,
+            protocol={**protocol, "transform": transform},
+            model={
+                "source": self.loaded.source,
+                "sha256": self.loaded.sha256,
+                "backbone": self.loaded.backbone.config.model_dump(mode="json"),
+                "normalisation": normalisation,
+            },
+            data={
+                "name": data_name(self.config.data),
+                "n_train": len(train_labels),
+                "n_test": len(test_labels),
+                "n_classes": len(torch.unique(torch.cat([train_labels, test_labels]))),
+                "fingerprints": [part.fingerprint() for part in self.pictures if part is not None],
+                "skipped": sum(skipped),
+                **findings,
+            },
+            seed=self.config.seed,
+            score=scores[0],
+            baselines=list(scores[1:]),
+            seconds=round(time.perf_counter() - self.started, 1),
+            environment=environment(best_device()),
+            warnings=[*self._skip_warnings(skipped), *_unknown_classes(train_labels, test_labels), *warnings],
+        )
+        record.write(self.out)
+        return record
+
+    def _both(self, describe: Callable[..., Features]) -> tuple[Features, Features | None]:
+        """Features of the pictures to learn from, and of those to test on if there are such."""
+        train, test = self.pictures
+        skipped_train, skipped_test = self._skipped()
+        how = {"batch_size": self.config.data.batch_size, "workers": self.config.data.workers}
+        return (
+            describe(train, self.transform, skipped=skipped_train, **how),
+            None if test is None else describe(test, self.transform, skipped=skipped_test, **how),
+        )
+
+    def _skipped(self) -> tuple[SkippedPictures, SkippedPictures]:
+        """The lists of the pictures that could not be read, beside the record."""
+        train, test = (self.out.with_name(f"{self.out.stem}-skipped-{part}.txt") for part in ("train", "test"))
+        return SkippedPictures(train), SkippedPictures(test)
+
+    def _skip_warnings(self, counts: Sequence[int]) -> list[str]:
+        return [
+            f"{count:,} pictures could not be read: {part.path}"
+            for count, part in zip(counts, self._skipped(), strict=True)
+            if count
+        ]
+
+
+def data_name(data: EvalDataConfig) -> str:
+    """What reports call the pictures: the torchvision data set, or the folder above train/, val/ and test/."""
+    if data.source != "folder":
+        return data.source
+    folder = (data.root or data.train or Path()).resolve()
+    return folder.parent.name if folder.name in SPLITS else folder.name
+
+
+def _unknown_classes(train_labels: Tensor, test_labels: Tensor) -> list[str]:
+    count = int((~torch.isin(test_labels, train_labels)).sum())
+    return [f"{count:,} test pictures are of classes without training pictures: they count as wrong"] if count else []

@@ -1,0 +1,30 @@
+"""How different the features of different pictures are: the first sign that a network stops telling them apart."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.no_grad()
+def spread(features: Tensor) -> Tensor:
+    """√D · mean over dimensions of the standard deviation of the L2-normalised features (B, D).
+
+    1 for features spread evenly over the sphere, 0 when all are the same (SimSiam, arXiv 2011.10566, section 4.1).
+    """
+    unit = F.normalize(features.float(), dim=-1)
+    return unit.std(dim=0).mean() * math.sqrt(features.shape[1])
+
+
+@torch.no_grad()
+def effective_rank(features: Tensor) -> Tensor:
+    """The exponential of the entropy of the normalised singular values of (B, D): between 1 and min(B, D).
+
+    RankMe (Garrido et al. 2023, arXiv 2210.02885, equation 2), uncentred; compare it only within one run.
+    """
+    singular = torch.linalg.svdvals(features.float())
+    share = singular / singular.sum() + 1e-7
+    return torch.exp(-(share * share.log()).sum())

@@ -1,0 +1,95 @@
+"""DINO: self-distillation with no labels (Caron et al. 2021, arXiv 2104.14294)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ssl_vit.config import BackboneConfig, DINOConfig
+from ssl_vit.losses.dino import Center, assignment, dino_loss, sharpen
+from ssl_vit.methods.base import Plan, SSLMethod, StepResult, by_view, make_backbone
+from ssl_vit.models.backbone import Backbone
+from ssl_vit.models.heads import DINOHead
+from ssl_vit.models.teacher import follow, start_teacher
+from ssl_vit.training.schedules import cosine, teacher_temperature
+from ssl_vit.transforms.batch import Batch
+
+
+class DINONetwork(nn.Module):
+    """Backbone and head; the head sees the [CLS] tokens of all resolutions in one pass."""
+
+    def __init__(self, backbone: Backbone, config: DINOConfig) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = DINOHead(backbone.embed_dim, **config.head.model_dump())
+
+    def forward(self, *resolutions: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (Σ V·B, K) and [CLS] tokens (Σ V·B, D) of images (V·B, C, H, W), one argument per resolution."""
+        cls = torch.cat([self.backbone(images).cls for images in resolutions])
+        return self.head(cls), cls
+
+
+class DINO(SSLMethod):
+    """The student sees all views, the teacher the global ones; the teacher is the student's moving average."""
+
+    config: DINOConfig
+
+    def __init__(self, config: DINOConfig, backbone: BackboneConfig, plan: Plan) -> None:
+        super().__init__(config, plan)
+        self.student = DINONetwork(make_backbone(backbone, drop_path=True), config)
+        self.teacher = start_teacher(DINONetwork(make_backbone(backbone, drop_path=False), config), self.student)
+        self.center = Center(config.head.prototypes, config.teacher.center_momentum)
+        teacher, steps, per_epoch = config.teacher, plan.total_steps, plan.steps_per_epoch
+        warmup_epochs = -(-teacher.warmup.steps(per_epoch, steps) // per_epoch)
+        self.schedules |= {
+            "teacher_momentum": cosine(*teacher.momentum, steps),
+            "teacher_temperature": teacher_temperature(
+                teacher.warmup_temperature, teacher.temperature, warmup_epochs, per_epoch
+            ),
+        }
+        self.frozen_steps = config.freeze_last_layer.steps(per_epoch, steps)
+
+    @property
+    def target(self) -> Backbone:
+        return self.teacher.backbone
+
+    @property
+    def prototypes(self) -> int:
+        return self.config.head.prototypes
+
+    def step(self, global_views: Tensor, local_views: Tensor, batch: Batch) -> StepResult:
+        views = global_views.shape[1] + local_views.shape[1]
+        images = [by_view(global_views)] + ([by_view(local_views)] if local_views.shape[1] else [])
+
+        with torch.no_grad():
+            teacher_logits, teacher_cls = self.teacher(images[0])
+            teacher_logits = teacher_logits.unflatten(0, (2, -1))  # (2, B, K)
+            targets = sharpen(teacher_logits, self.center.value, self.scheduled("teacher_temperature"))  # (2, B, K)
+            self.center.observe(teacher_logits)
+
+        student_logits, _ = self.student(*images)
+        loss = dino_loss(student_logits.unflatten(0, (views, -1)), targets, temperature=self.config.student_temperature)
+        logs: dict[str, Tensor | float] = {}
+        if self.at_log_step:
+            entropy, kl, information = assignment(targets)
+            logs = {
+                "teacher_entropy": entropy,
+                "teacher_kl_to_uniform": kl,
+                "information": information,
+                "center_norm": self.center.value.norm(),
+            }
+        return StepResult(loss, teacher_cls[: len(batch.key)], logs)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if self.global_step < self.frozen_steps:
+            for parameter in self.student.head.last_layer.parameters():
+                parameter.grad = None  # not requires_grad: that would change the graph under DDP
+
+    def after_optimizer_step(self, step: int) -> None:
+        follow(self.teacher, self.student, self.schedules["teacher_momentum"](step))
+        self.center.update()
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """All but biases and one-dimensional parameters; positions and tokens do decay, as in the official code."""
+        return not name.endswith(".bias") and parameter.ndim > 1

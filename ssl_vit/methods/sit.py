@@ -1,0 +1,129 @@
+"""SiT: self-supervised vision transformer (Atito et al. 2021, arXiv 2104.03602), as its code's version 1.1."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssl_vit.config import BackboneConfig, SiTConfig
+from ssl_vit.losses.contrastive import nt_xent
+from ssl_vit.losses.reconstruction import l1
+from ssl_vit.losses.weighting import FixedWeights, UncertaintyWeights
+from ssl_vit.methods.base import Plan, SSLMethod, StepResult, by_view, make_backbone
+from ssl_vit.models.backbone import Backbone, Tokens
+from ssl_vit.models.heads import ReconstructionHead, mlp
+from ssl_vit.transforms.batch import Batch
+from ssl_vit.transforms.corruption import Corruption, rotate
+from ssl_vit.transforms.randomness import fold, step_seed, uniform
+
+_ROTATION, _CORRUPTION = 101, 102  # streams of the sample's randomness, beside those of the views
+
+
+class SiTNetwork(nn.Module):
+    """Backbone and one head per loss that is on.
+
+    [CLS] is the contrastive token, so that the exported backbone's pooled feature is the semantic one. The rotation is
+    read from a register token of its own, or from [CLS] with tokens=shared.
+    """
+
+    def __init__(self, config: SiTConfig, backbone: BackboneConfig) -> None:
+        super().__init__()
+        self.rotation_token = config.rotation.enabled and config.tokens == "dedicated"
+        registers = backbone.reg_tokens + int(self.rotation_token)
+        self.backbone = make_backbone(backbone.model_copy(update={"reg_tokens": registers}), drop_path=True)
+        for token in (self.backbone.vit.cls_token, self.backbone.vit.reg_token):
+            if token is not None:
+                nn.init.trunc_normal_(token, std=0.02)
+        dim, contrastive = self.backbone.embed_dim, config.contrastive
+        self.heads = nn.ModuleDict()
+        if config.rotation.enabled:
+            self.heads["rotation"] = mlp([dim, 4])
+        if contrastive.enabled:
+            hidden = [contrastive.hidden_dim] if contrastive.head == "mlp" else []
+            self.heads["contrastive"] = mlp([dim, *hidden, contrastive.dim])
+        if config.reconstruction.enabled:
+            self.heads["reconstruction"] = ReconstructionHead(
+                dim, patch_size=backbone.patch_size, in_chans=backbone.in_chans
+            )
+
+    def forward(self, images: Tensor) -> tuple[Tokens, dict[str, Tensor]]:
+        """Tokens of (B, C, H, W), and by loss: rotation (B, 4), contrastive (B, dim), reconstruction (B, C, H, W)."""
+        tokens = self.backbone(images)
+        outputs = {}
+        if "rotation" in self.heads:
+            outputs["rotation"] = self.heads["rotation"](tokens.registers[:, 0] if self.rotation_token else tokens.cls)
+        if "contrastive" in self.heads:
+            outputs["contrastive"] = self.heads["contrastive"](tokens.cls)
+        if "reconstruction" in self.heads:
+            outputs["reconstruction"] = self.heads["reconstruction"](tokens.patches, tokens.grid)
+        return tokens, outputs
+
+
+class SiT(SSLMethod):
+    """Two views, each rotated and corrupted; undo the corruption, name the rotation, find the other view."""
+
+    config: SiTConfig
+
+    def __init__(self, config: SiTConfig, backbone: BackboneConfig, plan: Plan) -> None:
+        super().__init__(config, plan)
+        self.student = SiTNetwork(config, backbone)
+        self.corrupt = Corruption(config.corruption)
+        names = list(self.student.heads)
+        self.weights = (
+            UncertaintyWeights(names)
+            if config.weighting == "uncertainty"
+            else FixedWeights({name: getattr(config, name).weight for name in names})
+        )
+
+    @property
+    def target(self) -> Backbone:
+        return self.student.backbone
+
+    def step(self, global_views: Tensor, local_views: Tensor, batch: Batch) -> StepResult:
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            clean, quarter = self.rotated(global_views, batch.key)  # (2B, C, H, W), (2B,)
+            corrupted, mask = self.corrupted(clean, batch.key)  # (2B, C, H, W), (2B, 1, H, W) bool
+
+        tokens, outputs = self.student(corrupted)
+
+        losses, logs = {}, dict[str, Tensor | float]()
+        if "rotation" in outputs:
+            losses["rotation"] = F.cross_entropy(outputs["rotation"].float(), quarter)
+            logs["rotation_accuracy"] = (outputs["rotation"].argmax(-1) == quarter).float().mean()
+        if "contrastive" in outputs:
+            losses["contrastive"], logs["contrastive_accuracy"] = nt_xent(
+                *outputs["contrastive"].chunk(2),
+                temperature=self.config.contrastive.temperature,
+                gather=self.config.contrastive.gather,
+            )
+        if "reconstruction" in outputs:
+            on = mask if self.config.reconstruction.loss_on == "corrupted" else None
+            losses["reconstruction"] = l1(outputs["reconstruction"], clean, on)
+        logs |= {name: loss.detach() for name, loss in losses.items()}
+        if isinstance(self.weights, UncertaintyWeights):
+            logs |= {f"weight_{name}": self.weights.weight(name).detach() for name in losses}
+        return StepResult(self.weights(losses), tokens.cls[: len(batch.key)].detach(), logs)
+
+    def rotated(self, views: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Views (B, 2, C, H, W), each turned by its own quarter turns: (2B, C, H, W) and the turns (2B,) of 0 to 3."""
+        images = by_view(views)
+        if not self.config.rotation.enabled:
+            return images, torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        quarter = (uniform(fold(key, _ROTATION), 2) * 4).long().T.flatten()  # (2B,)
+        return rotate(images, quarter), quarter
+
+    def corrupted(self, clean: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Corrupt each view within itself: donors are other pictures of the same view."""
+        generator = torch.Generator(clean.device)
+        generator.manual_seed(step_seed(self.plan.seed, self.global_step, self.global_rank))
+        views = [
+            self.corrupt(view, fold(fold(key, _CORRUPTION), number), generator=generator)
+            for number, view in enumerate(clean.chunk(2))
+        ]
+        images, masks = zip(*views, strict=True)
+        return torch.cat(images), torch.cat(masks)
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """All but biases, one-dimensional parameters, positions and tokens."""
+        return parameter.ndim > 1 and not name.endswith((".bias", "pos_embed", "cls_token", "reg_token"))

@@ -1,0 +1,1 @@
+"""The timm ViT backbone, the heads, the EMA teacher and their weights."""

@@ -1,0 +1,118 @@
+"""A timm vision transformer that hands its tokens on by name."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ssl_vit.config import BackboneConfig
+from ssl_vit.errors import UserError
+
+
+class Tokens(NamedTuple):
+    """What the backbone says of B pictures, after its final norm."""
+
+    cls: Tensor  # (B, D)
+    registers: Tensor  # (B, R, D)
+    patches: Tensor  # (B, N, D), row by row over the grid
+    grid: tuple[int, int]  # rows and columns of patches, N = rows x columns
+
+
+class Backbone(nn.Module):
+    """A plain timm ViT with a class token; pictures may have any size that is a multiple of the patch.
+
+    Args:
+        config: Name, sizes and initialisation; `drop_path` included.
+
+    Raises:
+        UserError: timm does not know the name, or it is not a plain ViT with a class token.
+    """
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vit = _create(config)
+
+    @property
+    def embed_dim(self) -> int:
+        """Width D of a token."""
+        return int(self.vit.embed_dim)
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self.config.patch_size
+
+    def forward(self, images: Tensor) -> Tokens:
+        """Tokens of the last block, after the final norm, for images (B, C, H, W) float."""
+        return self._split(self.vit.forward_features(images), images)
+
+    def last_blocks(self, images: Tensor, count: int) -> list[Tokens]:
+        """Tokens of the last `count` blocks, each after the final norm; the last block comes last."""
+        features = self.vit.forward_intermediates(
+            images, indices=count, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
+        )
+        return [self._split(torch.cat([prefix, patches], dim=1), images) for patches, prefix in features]
+
+    def _split(self, tokens: Tensor, images: Tensor) -> Tokens:
+        prefix = self.vit.num_prefix_tokens  # [CLS], then the registers
+        grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
+        return Tokens(tokens[:, 0], tokens[:, 1:prefix], tokens[:, prefix:], grid)
+
+    def set_fused_attention(self, fused: bool) -> None:
+        """Choose between torch's fused attention and the plain matrix form; both compute the same."""
+        for block in self.vit.blocks:
+            block.attn.fused_attn = fused
+
+    def train(self, mode: bool = True) -> Backbone:
+        """As `nn.Module.train`; a frozen backbone stays in evaluation mode."""
+        return super().train(mode and any(p.requires_grad for p in self.parameters()))
+
+
+def timm_arguments(config: BackboneConfig) -> dict[str, Any]:
+    """The keywords of `timm.create_model` that rebuild the architecture, without training-only ones."""
+    sizes = {"embed_dim": config.embed_dim, "depth": config.depth, "num_heads": config.num_heads}
+    return {
+        "num_classes": 0,
+        "img_size": config.img_size,
+        "patch_size": config.patch_size,
+        "in_chans": config.in_chans,
+        "reg_tokens": config.reg_tokens,
+        "dynamic_img_size": True,
+        **{name: value for name, value in sizes.items() if value is not None},
+    }
+
+
+def _create(config: BackboneConfig) -> VisionTransformer:
+    if not timm.is_model(config.name):
+        near = timm.list_models(f"*{config.name.split('.')[0]}*")[:5] or timm.list_models("vit_*_patch16_224")[:5]
+        raise UserError(f"backbone.name={config.name}: timm has no such model; there are {', '.join(near)}")
+    weight_init = {"timm": "", "jax": "jax"}[config.init]
+    arguments = {**timm_arguments(config), "drop_path_rate": config.drop_path, "weight_init": weight_init}
+    try:
+        with _quiet_timm():
+            vit = timm.create_model(config.name, pretrained=False, **arguments)
+    except TypeError as error:
+        raise UserError(f"backbone.name={config.name} is not a plain ViT: {error}") from None
+    if type(vit) is not VisionTransformer or not vit.has_class_token or vit.global_pool != "token":
+        raise UserError(f"backbone.name={config.name}: a plain ViT that pools its class token is needed")
+    return vit
+
+
+@contextmanager
+def _quiet_timm() -> Iterator[None]:
+    """Without timm's warnings of settings that differ from its own of that name: here they are meant to."""
+    logger = logging.getLogger("timm")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

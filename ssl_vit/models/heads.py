@@ -1,0 +1,74 @@
+"""The heads that pretraining puts on the backbone and throws away afterwards."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Prototypes(nn.Module):
+    """Weight-normalised linear layer without bias: logits (B, K) = z (B, D) · (g v/‖v‖)ᵀ.
+
+    The parameters keep the official names and shapes, weight_g (K, 1) and weight_v (K, D), and torch's default
+    initialisation of a linear layer for v. With `norm_last_layer` g stays at 1 and the logits of unit vectors are
+    cosines.
+    """
+
+    def __init__(self, dim: int, prototypes: int, *, norm_last_layer: bool) -> None:
+        super().__init__()
+        self.weight_v = nn.Parameter(nn.Linear(dim, prototypes, bias=False).weight.detach())  # (K, D)
+        self.weight_g = nn.Parameter(torch.ones(prototypes, 1), requires_grad=not norm_last_layer)  # (K, 1)
+
+    def forward(self, z: Tensor) -> Tensor:  # (B, D) -> (B, K)
+        return F.linear(z, self.weight_g * F.normalize(self.weight_v, dim=1))
+
+
+class DINOHead(nn.Module):
+    """MLP, L2 normalisation, prototypes (DINO, `vision_transformer.DINOHead`, without batch norm).
+
+    Names and shapes are the official ones: mlp.{0,2,4}.{weight,bias}, last_layer.weight_g, last_layer.weight_v.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        *,
+        prototypes: int,
+        hidden_dim: int,
+        bottleneck_dim: int,
+        layers: int,
+        norm_last_layer: bool,
+    ) -> None:
+        super().__init__()
+        self.mlp = mlp([embed_dim, *[hidden_dim] * (layers - 1), bottleneck_dim])
+        self.last_layer = Prototypes(bottleneck_dim, prototypes, norm_last_layer=norm_last_layer)
+
+    def forward(self, cls: Tensor) -> Tensor:  # (B, D) -> (B, K)
+        logits: Tensor = self.last_layer(F.normalize(self.mlp(cls), dim=-1))
+        return logits
+
+
+def mlp(dims: list[int]) -> nn.Sequential:
+    """Linear layers through `dims` with GELU between them, weights truncated normal .02, biases 0."""
+    layers: list[nn.Module] = []
+    for inner, outer in itertools.pairwise(dims):
+        linear = nn.Linear(inner, outer)
+        nn.init.trunc_normal_(linear.weight, std=0.02)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.GELU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class ReconstructionHead(nn.Module):
+    """Patch tokens back to pixels: one transposed convolution with kernel and stride of a patch (SiT v1)."""
+
+    def __init__(self, embed_dim: int, *, patch_size: int, in_chans: int) -> None:
+        super().__init__()
+        self.deconvolution = nn.ConvTranspose2d(embed_dim, in_chans, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:  # (B, N, D) -> (B, C, H, W)
+        images: Tensor = self.deconvolution(patches.transpose(1, 2).reshape(len(patches), -1, *grid))
+        return images

@@ -1,0 +1,218 @@
+"""Weights in and out: our checkpoints, exported files, timm names, the official DINO and SiT files; always strict."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ssl_vit.config import BackboneConfig
+from ssl_vit.errors import UserError
+from ssl_vit.models.backbone import Backbone, timm_arguments
+from ssl_vit.models.official import IMAGENET_MEAN, IMAGENET_STD, read_official
+
+Weights = Literal["teacher", "student"]
+StateDict = Mapping[str, Tensor]
+
+CHECKPOINT_KEY = "ssl_vit"  # our entry in a Lightning checkpoint
+
+
+class LoadedBackbone(NamedTuple):
+    """A frozen backbone in evaluation mode and where it came from."""
+
+    backbone: Backbone
+    mean: list[float]  # the normalisation that it was trained with, per channel
+    std: list[float]
+    source: str
+    sha256: str | None  # of the file; None for weights that came from none
+    run: Path | None  # the run folder, where the weights belong to one
+
+
+def load_backbone(checkpoint: str, weights: Weights = "teacher") -> LoadedBackbone:
+    """Load a run folder, a `.ckpt`, an exported `.safetensors`, `timm:<model>`, `random:<model>`, or an official file.
+
+    `weights` chooses between teacher and student where the file holds both. `random:` takes a timm name or anything
+    else that can be loaded, and gives that architecture random weights.
+
+    Raises:
+        UserError: There is no such file or model, the file is none of these, or its keys do not fit exactly.
+    """
+    kind, _, name = checkpoint.partition(":")
+    if kind == "timm":
+        return _from_timm(name, pretrained=True)
+    if kind == "random":
+        return _from_timm(name, pretrained=False) if timm.is_model(name) else random_twin(load_backbone(name), seed=0)
+    path = _file_of(Path(checkpoint))
+    if path.suffix == ".safetensors":
+        return _from_export(path)
+    content = _read(path)
+    if CHECKPOINT_KEY in content:
+        return _from_ours(content, path, weights)
+    return _from_official(content, path, weights)
+
+
+def random_twin(loaded: LoadedBackbone, seed: int) -> LoadedBackbone:
+    """The same architecture with random weights, the baseline beside every score."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        twin = Backbone(loaded.backbone.config)
+    return loaded._replace(backbone=_frozen(twin), source=f"random weights, seed {seed}", sha256=None)
+
+
+def export_backbone(backbone: Backbone, path: Path, *, mean: list[float], std: list[float], source: str) -> None:
+    """Write the weights under timm's names, and beside them a JSON that says how to load them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {name: value.detach().cpu().contiguous() for name, value in backbone.vit.state_dict().items()}
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(state, temporary)
+    temporary.replace(path)
+    config = backbone.config
+    arguments = ", ".join(f"{name}={value!r}" for name, value in timm_arguments(config).items())
+    sidecar = {
+        "load": [
+            f'model = timm.create_model("{config.name}", {arguments})',
+            f'model.load_state_dict(safetensors.torch.load_file("{path.name}"))',
+        ],
+        "normalisation": {"mean": mean, "std": std},
+        "features": "model.forward_features(images)[:, 0] is the [CLS] token after the final norm",
+        "source": source,
+        "backbone": config.model_dump(mode="json"),
+        "sha256": _sha256(path),
+    }
+    path.with_suffix(".json").write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
+
+
+def fill_strictly(backbone: Backbone, state: StateDict, origin: str) -> None:
+    """Load timm-named weights of which every key and shape must fit.
+
+    Raises:
+        UserError: Naming the keys that are missing, left over, or of another shape.
+    """
+    wanted = backbone.vit.state_dict()
+    missing = sorted(wanted.keys() - state.keys())
+    left_over = sorted(state.keys() - wanted.keys())
+    misshaped = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(wanted[name].shape)}"
+        for name in wanted.keys() & state.keys()
+        if state[name].shape != wanted[name].shape
+    ]
+    problems = {"missing": missing, "left over": left_over, "of another shape": sorted(misshaped)}
+    if any(problems.values()):
+        lines = [f"  {what}: {_shortened(keys)}" for what, keys in problems.items() if keys]
+        raise UserError("\n".join([f"{origin} does not fit {backbone.config.name}", *lines]))
+    backbone.vit.load_state_dict(dict(state))
+
+
+def _shortened(names: list[str], most: int = 8) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _frozen(backbone: Backbone) -> Backbone:
+    return backbone.requires_grad_(False).eval()
+
+
+def _file_of(path: Path) -> Path:
+    """The file to read: in a run folder the last checkpoint, else the exported backbone."""
+    candidates = [path / "checkpoints" / "last.ckpt", path / "backbone.safetensors"] if path.is_dir() else [path]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    if path.is_dir():
+        raise UserError(f"checkpoint={path}: no checkpoints/last.ckpt and no backbone.safetensors in this folder")
+    raise UserError(
+        f"checkpoint={path}: there is no such file or folder; timm models are named as timm:{path}"
+        if timm.is_model(str(path))
+        else f"checkpoint={path}: there is no such file or folder"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A torch file as plain containers and tensors; anything that could run code is refused."""
+    refused = f"checkpoint={path}: not a checkpoint of plain tensors (nothing else is read, it could run code)"
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # official DINO files carry their arguments
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever the damage in a file happens to provoke
+        raise UserError(f"{refused}: {str(error).splitlines()[0][:200] if str(error) else 'empty file'}") from None
+    if not isinstance(content, dict):
+        raise UserError(refused)
+    return content
+
+
+def _from_timm(name: str, *, pretrained: bool) -> LoadedBackbone:
+    if not timm.is_model(name):
+        raise UserError(f"timm has no model {name}; `timm.list_models()` names them")
+    settings = timm.get_pretrained_cfg(name)
+    try:
+        plain = timm.create_model(name, pretrained=pretrained, num_classes=0)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"timm:{name}: its weights cannot be loaded here: {error}") from None
+    config = BackboneConfig(
+        name=name,
+        img_size=settings.input_size[-1],
+        patch_size=plain.patch_embed.patch_size[0],
+        in_chans=settings.input_size[0],
+        reg_tokens=plain.num_reg_tokens,
+        drop_path=0.0,
+        embed_dim=None,
+        depth=None,
+        num_heads=None,
+        init="timm",
+    )
+    backbone = Backbone(config)
+    fill_strictly(backbone, plain.state_dict(), f"timm:{name}")
+    source = f"timm:{name}" if pretrained else f"random:{name}"
+    return LoadedBackbone(_frozen(backbone), list(settings.mean), list(settings.std), source, None, None)
+
+
+def _from_export(path: Path) -> LoadedBackbone:
+    sidecar_path = path.with_suffix(".json")
+    if not sidecar_path.is_file():
+        raise UserError(f"checkpoint={path}: {sidecar_path.name} is missing; it says which network the weights are of")
+    sidecar = json.loads(sidecar_path.read_text(encoding="utf-8"))
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"checkpoint={path}: a damaged safetensors file: {error}") from None
+    backbone = Backbone(BackboneConfig.model_validate(sidecar["backbone"]))
+    fill_strictly(backbone, state, f"checkpoint={path}")
+    normalisation = sidecar["normalisation"]
+    run = path.parent if (path.parent / "config.yaml").is_file() else None
+    return LoadedBackbone(_frozen(backbone), normalisation["mean"], normalisation["std"], str(path), _sha256(path), run)
+
+
+def _from_ours(content: dict[str, Any], path: Path, weights: Weights) -> LoadedBackbone:
+    about = content[CHECKPOINT_KEY]
+    state = content["state_dict"]
+    which = weights if any(key.startswith(f"{weights}.") for key in state) else "student"
+    prefix = f"{which}.backbone.vit."
+    backbone = Backbone(BackboneConfig.model_validate(about["backbone"]))
+    fill_strictly(
+        backbone,
+        {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)},
+        f"checkpoint={path} ({which})",
+    )
+    run = path.parent.parent if path.parent.name == "checkpoints" else None
+    return LoadedBackbone(_frozen(backbone), about["mean"], about["std"], f"{path} ({which})", _sha256(path), run)
+
+
+def _from_official(content: dict[str, Any], path: Path, weights: Weights) -> LoadedBackbone:
+    config, state, which = read_official(content, weights, f"checkpoint={path}")
+    backbone = Backbone(config)
+    fill_strictly(backbone, state, f"checkpoint={path}")
+    return LoadedBackbone(_frozen(backbone), IMAGENET_MEAN, IMAGENET_STD, f"{path} ({which})", _sha256(path), None)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

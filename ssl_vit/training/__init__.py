@@ -1,0 +1,1 @@
+"""Schedules, checkpoints, health and progress of a run."""

@@ -1,0 +1,89 @@
+"""A run is its folder: opening it, going on in it, and what a changed configuration means for it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ssl_vit.config import PretrainConfig
+from ssl_vit.errors import UserError
+
+# Keys that may differ on resume without changing what the run computes.
+HARMLESS = (
+    "run.",
+    "data.workers",
+    "data.memory_gb",
+    "trainer.max_time",
+    "trainer.devices",
+    "trainer.nodes",
+    "trainer.log_every",
+    "trainer.checkpoint_every",
+    "trainer.keep_every_epochs",
+    "logger.",
+    "online_knn.",
+)
+
+
+def open_run(config: PretrainConfig, *, first_process: bool) -> Path | None:
+    """Make the run folder and write its config.yaml, or go on in it; returns the checkpoint to go on from.
+
+    Processes other than the first change nothing.
+
+    Raises:
+        UserError: The folder holds a run already, there is nothing to resume, or the configuration has changed.
+    """
+    folder = config.run.path
+    last = folder / "checkpoints" / "last.ckpt"
+    if config.run.resume:
+        if not last.is_file():
+            raise UserError(f"run.resume=true: {last} does not exist; start the run without it")
+        refuse_changes(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")), config)
+        return last
+    if not first_process:
+        return None
+    if (folder / "config.yaml").exists():
+        if not config.run.overwrite:
+            raise UserError(
+                f"{folder} holds a run already. Three ways on: run.resume=true continues it, run.overwrite=true "
+                "deletes it and starts anew, run.name=OTHER starts beside it"
+            )
+        shutil.rmtree(folder)
+    last.parent.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    return None
+
+
+def steps_done(checkpoint: Path | None) -> int:
+    """Optimizer steps done when the checkpoint was written; 0 without one."""
+    if checkpoint is None:
+        return 0
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    return int(content["global_step"])
+
+
+def refuse_changes(before: dict[str, Any], config: PretrainConfig) -> None:
+    """Compare the configuration of a run with the one that would continue it.
+
+    Raises:
+        UserError: Listing every key that would change the meaning of the run.
+    """
+    old, new = _flat(before), _flat(config.model_dump(mode="json"))
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    harmful = [key for key in changed if not key.startswith(HARMLESS)]
+    if harmful:
+        lines = [f"  {key}: {old.get(key)} -> {new.get(key)}" for key in harmful]
+        raise UserError(
+            "\n".join(["run.resume=true: these keys differ from the run's config.yaml; set them back", *lines])
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

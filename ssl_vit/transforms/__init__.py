@@ -1,0 +1,1 @@
+"""From a uint8 picture to what the network sees."""

@@ -1,0 +1,130 @@
+"""What SiT does to pictures for the network to undo: quarter turns, and blocks of grey, blur, noise, other pictures."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssl_vit.config import CorruptionConfig
+from ssl_vit.transforms.randomness import Stream, fold, uniform
+from ssl_vit.transforms.separable import apply, blur_weights
+
+_SMALLEST_SIDE = 0.05  # of the grey and the blurred block, share of the picture's side
+_MOST_BLOCKS = 64  # of noise and of other pictures; 29 are the most seen at 32 px with the default sides
+_BLUR_RADIUS = 7  # pixels
+_BLUR_SIGMA = 0.1, 5.1  # pixels
+
+
+class Corrupted(NamedTuple):
+    """A batch after corruption."""
+
+    pictures: Tensor  # (B, C, H, W)
+    mask: Tensor  # (B, 1, H, W) bool: where noise or another picture hides the original
+
+
+class Corruption:
+    """The corruption of SiT v1 (Atito, Awais & Kittler, 2021; code v1.1), at any picture size.
+
+    Two departures: pictures that lend blocks are always clean, and the blur reads past its block's border.
+    """
+
+    def __init__(self, config: CorruptionConfig) -> None:
+        self.config = config
+
+    def __call__(self, x: Tensor, key: Tensor, generator: torch.Generator) -> Corrupted:
+        """Corrupt pictures; `x` stays as it is, and so does every pixel outside the blocks.
+
+        Args:
+            x: (B, C, H, W) float, normalised. Blocks of other pictures come from the same batch: one call per view.
+            key: The views' keys (B,) int64; they place the blocks.
+            generator: On the device of `x`; gives the noise and who lends blocks to whom.
+        """
+        key = key.cpu()
+        grey = _blocks(fold(key, Stream.GREY_BLOCK), x, p=self.config.grey)
+        blurred = _blocks(fold(key, Stream.BLUR_BLOCK), x, p=self.config.blur)
+        noisy, replaced = (
+            _blocks(fold(key, stream), x, p=many.p, side=many.side, max_area=many.max_area)
+            for stream, many in (
+                (Stream.NOISE_BLOCKS, self.config.noise),
+                (Stream.REPLACE_BLOCKS, self.config.replace),
+            )
+        )
+        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        lender = torch.randperm(len(x), generator=generator, device=x.device)
+        replaced &= (lender != torch.arange(len(x), device=x.device))[:, None, None, None]
+
+        out = torch.where(grey, x.mean(dim=1, keepdim=True), x)
+        out = torch.where(blurred, _blur(out, fold(key, Stream.BLUR_SIGMA)), out)
+        out = torch.where(noisy, noise, out)
+        out = torch.where(replaced, x[lender], out)
+        return Corrupted(out, noisy | replaced)
+
+
+def rotate(x: Tensor, quarter: Tensor) -> Tensor:
+    """Turn square pictures clockwise.
+
+    Args:
+        x: (B, C, S, S).
+        quarter: Quarter turns (B,), each 0, 1, 2 or 3.
+
+    Example:
+        >>> x = torch.tensor([[[[1, 2], [3, 4]]]])
+        >>> rotate(x, torch.tensor([1])).tolist()
+        [[[[3, 1], [4, 2]]]]
+    """
+    quarter = quarter[:, None, None, None]
+    x = torch.where(quarter % 2 == 1, x.mT, x)
+    x = torch.where((quarter == 1) | (quarter == 2), x.flip(-1), x)
+    return torch.where(quarter >= 2, x.flip(-2), x)
+
+
+def _blocks(
+    key: Tensor,
+    x: Tensor,
+    *,
+    p: float,
+    side: tuple[float, float] = (_SMALLEST_SIDE, 1.0),
+    max_area: float | None = None,
+) -> Tensor:
+    """Mask (B, 1, H, W) of random rectangles for pictures x, each with probability p; cut off at the border.
+
+    Without `max_area` one rectangle; with it, as SiT v1 does, rectangles are added while the sum of their areas,
+    overlaps counted twice, is below a target drawn from [0, max_area] of the picture.
+    """
+    height, width = x.shape[2:]
+    count = 1 if max_area is None else _MOST_BLOCKS
+    chosen, target, place = torch.split(uniform(key, 2 + 4 * count), [1, 1, 4 * count], dim=1)
+    shown = chosen < p  # (B, 1)
+    along, across = place.view(-1, 2, 2, count).unbind(dim=1)  # (B, 2, K) each
+    top, bottom = _stretch(*along.unbind(dim=1), size=height, side=side)  # (B, K) each
+    left, right = _stretch(*across.unbind(dim=1), size=width, side=side)
+    if max_area is not None:
+        area = (bottom - top) * (right - left)
+        shown = shown & (area.cumsum(dim=1) - area < target * max_area * height * width)  # (B, K)
+    edges = torch.stack([top, bottom.where(shown, 0), left, right]).to(x.device, non_blocking=True)
+    top, bottom, left, right = edges.unsqueeze(-1)  # (B, K, 1) each
+    row, column = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
+    rows = (top <= row) & (row < bottom)  # (B, K, H)
+    columns = (left <= column) & (column < right)  # (B, K, W)
+    mask: Tensor = (rows.float().mT @ columns.float() > 0).unsqueeze(1)
+    return mask
+
+
+def _stretch(place: Tensor, length: Tensor, *, size: int, side: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """First pixel and end (B, K) of stretches of an axis, from draws in [0, 1) of place and length."""
+    shortest = max(1, int(side[0] * size))
+    longest = max(shortest + 1, int(side[1] * size))  # exclusive
+    start = (place * (size - shortest)).long()
+    return start, (start + shortest + (length * (longest - shortest)).long()).clamp(max=size)
+
+
+def _blur(x: Tensor, key: Tensor) -> Tensor:
+    """Blur each picture (B, C, H, W) with a sigma and a kernel width of its own."""
+    draws = uniform(key, 2).to(x.device, non_blocking=True)
+    low, high = _BLUR_SIGMA
+    sigma = low + (high - low) * draws[:, 0]
+    radius = (3 + draws[:, 1] * 13).long() // 2  # (B,): kernels of 3, 5, 5, 7, 7, ..., 15, 15 pixels
+    rows, cols = (blur_weights(sigma, size=size, reach=_BLUR_RADIUS, radius=radius) for size in x.shape[2:])
+    return apply(x, rows, cols)

@@ -1,0 +1,83 @@
+"""Randomness as a function of (seed, epoch, index): the same numbers on any device, worker or process.
+
+A key is one int64 per sample. `fold` derives a new key from a key and a number (a view, an operation); `uniform` draws
+from it. Nothing is stored between calls, so nothing has to be replayed when a run resumes.
+The hash is the finalizer of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014).
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+
+def _signed(value: int) -> int:
+    """The 64 bits of `value` as torch's signed int64."""
+    return (value & 0xFFFFFFFFFFFFFFFF) - ((value & 0x8000000000000000) << 1)
+
+
+_GOLDEN, _MIX1, _MIX2 = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift: torch's `>>` on int64 drags the sign along."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * _MIX1
+    x = (x ^ _shift(x, 27)) * _MIX2
+    return x ^ _shift(x, 31)
+
+
+class Stream(IntEnum):
+    """What a view's key is folded with before a transform draws from it: no two draw the same numbers."""
+
+    CROP = 0
+    JITTER = 1
+    GRAYSCALE = 2
+    BLUR = 3
+    SOLARIZE = 4
+    GREY_BLOCK = 5
+    BLUR_BLOCK = 6
+    BLUR_SIGMA = 7
+    NOISE_BLOCKS = 8
+    REPLACE_BLOCKS = 9
+
+
+def sample_keys(seed: int, epoch: int, index: Tensor) -> Tensor:
+    """One key (B,) int64 per picture index (B,) int64."""
+    run = fold(fold(torch.zeros_like(index), seed), epoch)
+    return _mix(run + index * _GOLDEN)
+
+
+def fold(key: Tensor, number: int) -> Tensor:
+    """New keys, statistically independent of `key` and of those folded with another number."""
+    return _mix(_mix(key + _signed((number + 1) * _GOLDEN)) + _GOLDEN)
+
+
+def view_keys(key: Tensor, first: int, count: int) -> Tensor:
+    """The keys (*key.shape, count) of views first, first + 1, ...: fold(key, view) for each."""
+    views = torch.arange(first + 1, first + count + 1, device=key.device)
+    return _mix(_mix(key.unsqueeze(-1) + views * _GOLDEN) + _GOLDEN)
+
+
+def uniform(key: Tensor, count: int) -> Tensor:
+    """Draw (*key.shape, count) float32 in [0, 1) with 24 random bits each."""
+    counter = torch.arange(1, count + 1, device=key.device) * _GOLDEN
+    return _shift(_mix(key.unsqueeze(-1) + counter), 40).float() * 2.0**-24
+
+
+def uniform_between(key: Tensor, low: float, high: float) -> Tensor:
+    """Draw one float32 in [low, high) per key, in the keys' shape."""
+    return low + (high - low) * uniform(key, 1).squeeze(-1)
+
+
+def step_seed(*numbers: int) -> int:
+    """One seed from the numbers that name a step, such as (seed, step, rank)."""
+    key = torch.zeros(1, dtype=torch.int64)
+    for number in numbers:
+        key = fold(key, number)
+    return int(key) & 0x7FFFFFFFFFFFFFFF

@@ -1,0 +1,117 @@
+"""What several tests share: real pictures where there are some, sample pictures, and the shipped configuration."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ssl_vit.commands.compose import load_config
+from ssl_vit.config import PretrainConfig
+from ssl_vit.data.sample import make_sample
+
+CIFAR_PER_CLASS = {"train": 60, "test": 20}
+
+# A network and a schedule that take seconds, on the sample pictures.
+SHRUNK = (
+    "backbone=vit_cpu",
+    "backbone.embed_dim=32",
+    "backbone.depth=2",
+    "backbone.num_heads=2",
+    "data.batch_size=16",
+    "data.workers=0",
+    "trainer=smoke",
+    "trainer.accelerator=cpu",
+    "trainer.max_steps=4",
+    "online_knn.every_epochs=null",
+)
+SHRUNK_DINO = (
+    "method.views.local_crops.count=2",
+    "method.views.local_crops.size=24",
+    "method.head.prototypes=64",
+    "method.head.hidden_dim=32",
+    "method.head.bottleneck_dim=16",
+)
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of real pictures, archives or unpacked."""
+    if "SSL_VIT_DATA" not in os.environ:
+        pytest.skip("needs real pictures: set SSL_VIT_DATA to their folder")
+    return Path(os.environ["SSL_VIT_DATA"])
+
+
+@pytest.fixture(scope="session")
+def ecssd(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`images/` and `masks/` of ECSSD: 300 pictures with their objects' masks."""
+    return _unpacked(data_folder, "ecssd300", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def photos(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A flat folder of 240 photographs, some of them greyscale."""
+    return _unpacked(data_folder, "photos240", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def cifar(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`train/` and `test/` of CIFAR-10 (JPEG) with class folders: a few pictures of each class."""
+    folder, taken = tmp_path_factory.mktemp("cifar"), Counter()
+    for name, read in _cifar_pictures(data_folder):
+        place = Path(name).parent  # <split>/<class>
+        taken[place] += 1
+        if taken[place] <= CIFAR_PER_CLASS[place.parent.name]:
+            (folder / place).mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(read())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`train/` (192), `test/` (48) and `test_masks/` of sample pictures in twelve class folders, 48 pixels each."""
+    folder = tmp_path_factory.mktemp("sample")
+    make_sample(folder, pictures=240, seed=0)
+    return folder
+
+
+@pytest.fixture
+def pretrain_words(sample: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """A function: the words of a `pretrain` command that takes seconds, then those given to it."""
+
+    def words(*more: str) -> list[str]:
+        method = () if "method=sit" in more else SHRUNK_DINO
+        return [*SHRUNK, *method, f"data.root={sample / 'train'}", f"run.folder={tmp_path / 'runs'}", *more]
+
+    return words
+
+
+@pytest.fixture
+def pretrain_config(pretrain_words: Callable[..., list[str]]) -> Callable[..., PretrainConfig]:
+    """A function: the shipped configuration, shrunk to seconds, with the words given to it."""
+    return lambda *more: load_config("pretrain", pretrain_words(*more), PretrainConfig)
+
+
+def _unpacked(data_folder: Path, name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if (data_folder / name).is_dir():
+        return data_folder / name
+    folder = tmp_path_factory.mktemp(name)
+    with tarfile.open(data_folder / f"{name}.tar") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / name
+
+
+def _cifar_pictures(data_folder: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """The names `<split>/<class>/<number>.jpg`, and how to read them."""
+    if (data_folder / "train").is_dir():
+        for file in sorted(data_folder.glob("t*/*/*.jpg")):
+            yield file.relative_to(data_folder).as_posix(), file.read_bytes
+        return
+    with tarfile.open(data_folder / "cifar10.tar.xz") as archive:
+        for member in archive:
+            if member.name.endswith(".jpg"):
+                yield member.name, archive.extractfile(member).read

@@ -1,0 +1,48 @@
+"""Slow textbook forms of the losses: loops, numpy, float64."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def dino(student, teacher, center, student_temperature, teacher_temperature) -> float:
+    """Pair by pair, picture by picture: student (V, B, K) and teacher (G, B, K) logits."""
+    total, terms = 0.0, 0
+    for g in range(len(teacher)):
+        q = softmax((teacher[g] - center) / teacher_temperature)
+        for v in range(len(student)):
+            if v == g:
+                continue
+            p = softmax(student[v] / student_temperature)
+            total += np.mean([-np.sum(q[b] * np.log(p[b])) for b in range(q.shape[0])])
+            terms += 1
+    return total / terms
+
+
+def nt_xent(first, second, temperature) -> float:
+    """Anchor by anchor over the 2B embeddings."""
+    z = np.concatenate([first, second])
+    z = z / np.linalg.norm(z, axis=1, keepdims=True)
+    n, b = len(z), len(first)
+    losses = []
+    for i in range(n):
+        positive = (i + b) % n
+        others = [np.exp(z[i] @ z[k] / temperature) for k in range(n) if k != i]
+        losses.append(-np.log(np.exp(z[i] @ z[positive] / temperature) / np.sum(others)))
+    return float(np.mean(losses))
+
+
+def l1(reconstruction, clean, corrupted=None) -> float:
+    """Pixel by pixel, (B, C, H, W) with the mask (B, 1, H, W)."""
+    total, count = 0.0, 0
+    for index in np.ndindex(clean.shape):
+        b, _, h, w = index
+        if corrupted is None or corrupted[b, 0, h, w]:
+            total += abs(reconstruction[index] - clean[index])
+            count += 1
+    return total / max(count, 1)

@@ -1,0 +1,162 @@
+"""`ssl-vit attention` on a folder as people have them: odd sizes, odd modes, broken files, masks that do not fit."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ssl_vit.attention.gallery import Gallery
+from ssl_vit.attention.pictures import at_size, contact_sheet, head_figure, make_example, overlay
+from ssl_vit.cli import main
+
+CHECKPOINT = "checkpoint=random:vit_tiny_patch16_224"
+
+
+@pytest.fixture(autouse=True)
+def few_threads():
+    torch.set_num_threads(1)
+
+
+def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
+    shape = (height, width, channels) if channels > 1 else (height, width)
+    return np.random.default_rng(height).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Six usable pictures of four sizes, one smaller than a patch, two broken; masks of which some do not serve."""
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    (images / "deep").mkdir(parents=True)
+    (masks / "deep").mkdir(parents=True)
+    Image.fromarray(noise(33, 50)).save(images / "odd.png")
+    Image.fromarray(noise(50, 33, 4)).save(images / "deep" / "rgba.png")
+    Image.fromarray(noise(40, 40, 1)).save(images / "grey.jpg")
+    Image.fromarray(noise(40, 40)).save(images / "grey.png")  # shares its stem with grey.jpg
+    Image.fromarray(noise(41, 39)).save(images / "unmasked.bmp")
+    Image.fromarray(noise(32, 48)).save(images / "other size.webp")
+    Image.fromarray(noise(9, 60)).save(images / "thin.png")
+    (images / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    (images / "empty.png").touch()
+    for name, (height, width) in {"odd": (33, 50), "deep/rgba": (50, 33), "grey": (40, 40)}.items():
+        mask = np.zeros((height, width), dtype=np.uint8)
+        mask[10:25, 8:30] = 255
+        Image.fromarray(mask).save(masks / f"{name}.png")
+    Image.new("L", (10, 10), 255).save(masks / "other size.png")
+    return tmp_path
+
+
+def run(folder: Path, *words: str) -> int:
+    return main(["attention", CHECKPOINT, f"images={folder / 'images'}", f"out={folder / 'out'}", *words])
+
+
+def test_every_usable_picture_gets_its_files_at_its_own_size(folder, capsys):
+    assert run(folder) == 0
+    out = folder / "out"
+    sizes = {
+        "odd": (50, 33),
+        "deep/rgba": (33, 50),
+        "grey.jpg": (40, 40),
+        "grey.png": (40, 40),
+        "unmasked": (39, 41),
+        "other size": (48, 32),
+    }
+    for name, size in sizes.items():
+        assert Image.open(out / "overlays" / f"{name}.jpg").size == size
+        for head in ("mean", "head0", "head1", "head2"):
+            mask = Image.open(out / "masks" / head / f"{name}.png")
+            assert mask.size == size
+            assert 0 < np.asarray(mask).mean() < 1
+        with np.load(out / "maps" / f"{name}.npz") as arrays:
+            assert arrays["maps"].sum((1, 2)) == pytest.approx(np.ones(4), abs=1e-5)
+            assert tuple(arrays["size"]) == size[::-1]
+        assert (out / "heads" / f"{name}.jpg").exists()
+    assert Image.open(out / "sheet.jpg").height > 300
+    assert len(list((out / "maps").rglob("*.npz"))) == len(sizes)
+    skipped = dict(line.split("\t") for line in (out / "skipped.txt").read_text().splitlines())
+    assert skipped.keys() == {"broken.jpg", "empty.png", "thin.png"}
+    assert "60 x 9 pixels: a side is smaller than one patch of 16" in skipped["thin.png"]
+    printed = capsys.readouterr().out
+    assert "6 pictures" in printed
+    assert "3 pictures could not be used" in printed
+
+
+def test_masks_add_scores_beside_the_baselines(folder, capsys):
+    assert run(folder, f"masks={folder / 'masks'}") == 0
+    unscored = dict(line.split("\t") for line in (folder / "out" / "unscored.txt").read_text().splitlines())
+    assert unscored == {
+        "other size.webp": "the mask has 10 x 10 pixels, its picture 48 x 32",
+        "unmasked.bmp": "no mask with this picture's name",
+    }
+    printed = capsys.readouterr().out
+    assert "IoU of 4 pictures" in printed
+    for row in ("best fixed head", "oracle", "mean of the heads", "centre prior", "the whole picture", "ceiling"):
+        assert row in printed
+    assert "random init" in printed
+    assert (folder / "out" / "overlays" / "unmasked.jpg").exists()
+
+
+def test_running_again_replaces_the_lists(folder):
+    assert run(folder) == run(folder, "limit=5") == 0
+    assert (folder / "out" / "skipped.txt").read_text().count("broken.jpg") == 1
+
+
+def test_one_picture_and_a_limit_on_its_size(folder):
+    picture = folder / "images" / "odd.png"
+    words = ["attention", CHECKPOINT, f"images={picture}", f"out={folder / 'one'}", "max_side=32"]
+    assert main(words) == 0
+    assert Image.open(folder / "one" / "overlays" / "odd.jpg").size == (50, 33)
+    with np.load(folder / "one" / "maps" / "odd.npz") as arrays:
+        assert arrays["maps"].shape == (4, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["images={folder}/nowhere"], "does not exist"),
+        (["masks={folder}/nowhere"], "there is no such folder"),
+        (["images={folder}/images/thin.png"], "no picture could be used"),
+        (["images={folder}/images/unmasked.bmp", "masks={folder}/masks"], "no picture has a usable mask"),
+        (["out={folder}/images/maps"], "choose a folder outside of it"),
+        (["mass=1.5"], "mass: input should be less than 1"),
+        (["checkpoint=random:vit_nothing"], "vit_nothing"),
+    ],
+)
+def test_mistakes_get_a_clear_word(folder, capsys, words, message):
+    assert run(folder, *(word.format(folder=folder) for word in words)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_drawings_of_any_shape_and_number_of_heads():
+    for channels, size, heads in ((3, (30, 200), 12), (1, (200, 17), 3), (3, (400, 300), 1)):
+        picture = torch.randint(0, 256, (channels, *size), dtype=torch.uint8)
+        maps = torch.rand(heads, max(1, size[0] // 16), max(1, size[1] // 16))
+        maps /= maps.sum((-2, -1), keepdim=True)
+        example = make_example(picture, maps, 0.6, torch.rand(size) > 0.7)
+        assert overlay(example).size == size[::-1]
+        assert head_figure(example).width > 240
+        assert contact_sheet([("first", example), ("second", example)]).height > 120
+
+
+def test_heat_is_where_the_attention_is():
+    maps = torch.full((2, 4, 4), 0.01)
+    maps[:, 1, 2] = 1
+    maps /= maps.sum((-2, -1), keepdim=True)
+    heat = np.asarray(overlay(make_example(torch.zeros(3, 64, 64, dtype=torch.uint8), maps, 0.6, None))).astype(int)
+    brightness = heat.sum(-1)
+    assert brightness[20:28, 36:44].min() > 2 * brightness[40:, :24].max()
+
+
+def test_soft_maps_are_bilinear_between_patch_centres():
+    map_ = torch.rand(3, 5)
+    large = torch.from_numpy(at_size(map_, (33, 55)).copy())  # 11 pixels a patch: the centre pixel is its centre
+    torch.testing.assert_close(large[5::11, 5::11], map_)
+    expected = torch.nn.functional.interpolate(map_[None, None], (33, 55), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(large, expected[0, 0])
+
+
+def test_names_that_differ_in_their_suffix_alone_keep_it(tmp_path):
+    assert Gallery(tmp_path, ["a.jpg", "a.png", "b/a.jpg", "c.d.jpg"]).stems == ["a.jpg", "a.png", "b/a", "c.d"]

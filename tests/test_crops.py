@@ -1,0 +1,142 @@
+"""Crops: torchvision's distribution of boxes, torchvision's pixels, and the same views however they are made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from reference.augmentations import kolmogorov_smirnov, photograph
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.v2 import functional as tv
+
+from ssl_vit.commands.compose import load_config
+from ssl_vit.config import CropsConfig, PretrainConfig, ViewsConfig
+from ssl_vit.transforms.crops import MultiCrop, draw_boxes
+from ssl_vit.transforms.randomness import sample_keys
+from ssl_vit.transforms.separable import apply, resampling_weights
+
+KS_LIMIT = 1.95  # p = .001
+
+
+def make_views(*words: str) -> ViewsConfig:
+    return load_config("pretrain", ["data.root=.", "backbone=vit_cpu", *words], PretrainConfig).method.views
+
+
+@pytest.fixture(scope="module")
+def views() -> ViewsConfig:
+    return make_views("method.views.local_crops.count=3", "method.views.local_crops.size=24")
+
+
+def crops(scale: tuple[float, float], size: int = 32) -> CropsConfig:
+    return CropsConfig(count=2, size=size, scale=scale, ratio=(3 / 4, 4 / 3))
+
+
+def keys(count: int, seed: int = 0) -> torch.Tensor:
+    return sample_keys(seed, 0, torch.arange(count))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "scale"), [(375, 500, (0.4, 1.0)), (32, 32, (0.05, 0.4)), (50, 120, (0.3, 1.0))]
+)
+def test_boxes_are_distributed_as_torchvisions(height, width, scale):
+    torch.manual_seed(0)
+    picture = torch.empty(3, height, width)
+    theirs = torch.tensor([RandomResizedCrop.get_params(picture, scale, [3 / 4, 4 / 3]) for _ in range(4000)]).T
+    ours = draw_boxes(keys(4000), height, width, crops=crops(scale), flip=0.5)
+    ratios = [box[3] / box[2] for box in (ours, theirs)]
+    areas = [box[3] * box[2] for box in (ours, theirs)]
+    centers = [box[1] + box[3] / 2 for box in (ours, theirs)]
+    for a, b in [*zip(ours[:4], theirs, strict=True), ratios, areas, centers]:
+        assert kolmogorov_smirnov(a, b) < KS_LIMIT
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 100), (100, 10), (7, 9)])
+def test_the_central_box_is_torchvisions(height, width):
+    """A share of area that no box of an allowed ratio has: all ten attempts fail."""
+    theirs = RandomResizedCrop.get_params(torch.empty(3, height, width), (1.9, 2.0), [3 / 4, 4 / 3])
+    ours = draw_boxes(keys(5), height, width, crops=crops((1.9, 2.0)), flip=0.5)
+    assert torch.stack(ours[:4], dim=1).tolist() == [list(theirs)] * 5
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 40), (3, 2), (33, 20), (500, 375)])
+def test_boxes_lie_inside_the_picture(height, width):
+    box = draw_boxes(keys(2000), height, width, crops=crops((0.05, 1.0)), flip=0.5)
+    assert (box.top >= 0).all() and (box.left >= 0).all() and (box.height >= 1).all() and (box.width >= 1).all()
+    assert (box.top + box.height <= height).all() and (box.left + box.width <= width).all()
+
+
+@pytest.mark.parametrize("flip", [0.0, 0.5, 1.0])
+def test_flips(flip):
+    share = draw_boxes(keys(4000), 32, 32, crops=crops((0.4, 1.0)), flip=flip).flip.float().mean()
+    assert share == pytest.approx(flip, abs=0.03 if flip == 0.5 else 0)
+
+
+def test_resampling_gives_torchvisions_pixels(photos: Path):
+    """Against the 8-bit antialiased resize of real photographs: never more than one level apart."""
+    torch.manual_seed(0)
+    for file in sorted(photos.iterdir())[:12]:
+        picture = photograph(file)
+        height, width = picture.shape[1:]
+        for size in (224, 48, 24):
+            top, left = int(torch.randint(height // 3, ())), int(torch.randint(width // 3, ()))
+            tall, wide = int(torch.randint(20, height - top, ())), int(torch.randint(20, width - left, ()))
+            for flip in (False, True):
+                theirs = tv.resized_crop(
+                    picture, top, left, tall, wide, [size, size], InterpolationMode.BICUBIC, antialias=True
+                )
+                start, length, flips = (
+                    torch.tensor([[top], [left]]),
+                    torch.tensor([[tall], [wide]]),
+                    torch.tensor([flip]),
+                )
+                rows = resampling_weights(start[0], length[0], torch.tensor([False]), source=height, size=size)
+                cols = resampling_weights(start[1], length[1], flips, source=width, size=size)
+                ours = apply(picture[None].float(), rows, cols, between=(0, 255)).round().clamp(0, 255)[0]
+                distance = (ours - (theirs.flip(-1) if flip else theirs)).abs()
+                assert distance.max() <= 1
+                assert distance.mean() < 0.3
+
+
+def test_one_by_one_and_as_a_batch_the_views_are_the_same(views: ViewsConfig, photos: Path):
+    pictures = torch.stack([tv.resize(photograph(file), [64, 80]) for file in sorted(photos.iterdir())[:8]])
+    crop = MultiCrop(views)
+    batch_global, batch_local = crop.batch(pictures, keys(8))
+    assert batch_global.shape == (8, 2, 3, 48, 48) and batch_local.shape == (8, 3, 3, 24, 24)
+    assert batch_global.dtype == batch_local.dtype == torch.uint8
+    for i, key in enumerate(keys(8)):
+        one_global, one_local = crop.one(pictures[i], key)
+        assert (one_global.int() - batch_global[i].int()).abs().max() <= 1
+        assert (one_local.int() - batch_local[i].int()).abs().max() <= 1
+
+
+def test_views_depend_on_the_key_alone(views: ViewsConfig):
+    pictures = torch.randint(0, 256, (6, 3, 40, 40), dtype=torch.uint8)
+    crop = MultiCrop(views)
+    together = crop.batch(pictures, keys(6))
+    again = crop.batch(pictures, keys(6))
+    alone = crop.batch(pictures[4:5], keys(6)[4:5])
+    other = crop.batch(pictures, keys(6, seed=1))
+    for kind in range(2):
+        assert torch.equal(together[kind], again[kind])
+        assert (together[kind][4:5].int() - alone[kind].int()).abs().max() <= 1
+        assert not torch.equal(together[kind], other[kind])
+
+
+def test_every_view_has_its_own_box(views: ViewsConfig):
+    global_views, local_views = MultiCrop(views).batch(
+        torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8), keys(4)
+    )
+    assert not torch.equal(global_views[:, 0], global_views[:, 1])
+    assert not torch.equal(local_views[:, 0], local_views[:, 1])
+
+
+def test_no_local_crops():
+    crop = MultiCrop(make_views("method=sit"))
+    assert crop.batch(torch.zeros(4, 3, 40, 40, dtype=torch.uint8), keys(4))[1].shape == (4, 0, 3, 48, 48)
+    assert crop.one(torch.zeros(3, 40, 50, dtype=torch.uint8), keys(1)[0])[1].shape == (0, 3, 48, 48)
+
+
+def test_grey_pictures_keep_one_channel(views: ViewsConfig):
+    assert MultiCrop(views).one(torch.zeros(1, 30, 50, dtype=torch.uint8), keys(1)[0])[0].shape == (2, 1, 48, 48)
+    assert MultiCrop(views).batch(torch.zeros(2, 1, 30, 50, dtype=torch.uint8), keys(2))[1].shape == (2, 3, 1, 24, 24)

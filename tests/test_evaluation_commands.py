@@ -1,0 +1,188 @@
+"""`ssl-vit knn` and `ssl-vit linear`, from checkpoint and pictures to record and table."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from ssl_vit.cli import main
+from ssl_vit.config import BackboneConfig
+from ssl_vit.models.backbone import Backbone
+from ssl_vit.models.weights import export_backbone
+
+COMMANDS = ["knn", "linear"]
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    sizes = {"img_size": 48, "patch_size": 16, "in_chans": 3, "reg_tokens": 0, "embed_dim": 32, "depth": 2}
+    config = BackboneConfig(name="vit_tiny_patch16_224", drop_path=0.0, num_heads=2, init="jax", **sizes)
+    return Backbone(config)
+
+
+@pytest.fixture
+def run(network, tmp_path):
+    """A run folder with an exported network."""
+    return export(network, tmp_path / "runs" / "tiny")
+
+
+def export(network, folder):
+    half = [0.5, 0.5, 0.5]
+    export_backbone(network, folder / "backbone.safetensors", mean=half, std=half, source="a test")
+    (folder / "config.yaml").write_text("seed: 0\n")
+    return folder
+
+
+def measured(command, *words):
+    assert main([command, "data.workers=0", *words]) == 0
+
+
+def failed(capsys, *words):
+    """The message of a command that the user got wrong."""
+    assert main(["knn", "data.workers=0", *map(str, words)]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_record_and_table_of_a_run(command, run, sample, capsys):
+    measured(command, f"checkpoint={run}", f"data.root={sample}")
+    path = run / "eval" / f"{command}-{sample.name}.json"
+    record = json.loads(path.read_text())
+    assert record["task"] == command
+    assert record["model"]["source"] == str(run / "backbone.safetensors")
+    assert len(record["model"]["sha256"]) == 64
+    assert record["model"]["backbone"]["embed_dim"] == 32
+    data = record["data"]
+    assert (data["n_train"], data["n_test"], data["n_classes"], data["skipped"]) == (192, 48, 12, 0)
+    assert record["protocol"]["split"] == "train and test"
+    assert record["protocol"]["transform"]["image_size"] == 48
+    assert [score["name"] for score in record["baselines"]] == ["random init", "raw pixels"]
+    for score in [record["score"], *record["baselines"]]:
+        for metric in score["metrics"]:
+            assert metric["n"] == 48
+            assert metric["low"] <= metric["value"] <= metric["high"]
+            assert 0.0 <= metric["value"] <= 0.6 or metric["name"].startswith("top-5")  # nothing was trained
+    assert set(record["environment"]) == {"torch", "timm", "device", "forward", "threads"}
+    printed = capsys.readouterr().out
+    assert "raw pixels" in printed
+    assert str(path) in printed
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_same_seed_gives_the_same_record(command, run, sample, tmp_path):
+    records = []
+    for name in ("a.json", "b.json"):
+        measured(command, f"checkpoint={run}", f"data.root={sample}", f"out={tmp_path / name}", "data.image_size=16")
+        record = json.loads((tmp_path / name).read_text())
+        records.append({key: value for key, value in record.items() if key not in ("created", "seconds")})
+    assert records[0] == records[1]
+
+
+def test_engines_give_the_same_scores(run, sample, tmp_path):
+    scores = []
+    for engine in ("torch", "faiss"):
+        out = tmp_path / f"{engine}.json"
+        measured("knn", f"checkpoint={run}", f"data.root={sample}", f"out={out}", f"engine={engine}")
+        scores.append(json.loads(out.read_text())["score"])
+    assert scores[0] == scores[1]
+
+
+def test_one_folder_is_left_one_out(run, sample):
+    measured("knn", f"checkpoint={run}", f"data.root={sample / 'train'}", "baselines=false")
+    record = json.loads((run / "eval" / f"knn-{sample.name}.json").read_text())
+    assert record["protocol"]["split"] == "leave-one-out"
+    assert (record["data"]["n_train"], record["data"]["n_test"]) == (192, 192)
+    assert record["baselines"] == []
+
+
+def test_one_folder_is_split_for_the_probe(run, sample):
+    measured("linear", f"checkpoint={run}", f"data.root={sample / 'train'}", "baselines=false", "blocks=[1,99]")
+    record = json.loads((run / "eval" / f"linear-{sample.name}.json").read_text())
+    assert record["protocol"]["split"] == "0.2 of each class held out to test"
+    assert (record["data"]["n_train"], record["data"]["n_test"]) == (156, 36)
+    features = {trial["features"] for trial in record["score"]["details"]["held_out"]}
+    assert features == {  # 99 blocks are all that there are
+        "[CLS] of the last block",
+        "[CLS] of the last block + patch mean",
+        "[CLS] of the last 2 blocks",
+        "[CLS] of the last 2 blocks + patch mean",
+    }
+    assert record["score"]["details"]["chosen"]["features"] in features
+
+
+def test_two_folders_and_a_record_in_the_current_folder(sample, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [f"data.train={sample / 'train'}", f"data.test={sample / 'test'}", "data.image_size=32", "baselines=false"]
+    measured("knn", "checkpoint=random:vit_tiny_patch16_224", *words)
+    record = json.loads((tmp_path / f"knn-{sample.name}.json").read_text())
+    assert record["model"]["sha256"] is None
+
+
+def test_broken_pictures_are_counted_and_named(run, sample, tmp_path, capsys):
+    shutil.copytree(sample, tmp_path / "mixed")
+    for part in ("train", "test"):
+        (tmp_path / "mixed" / part / "red-dots" / "0000.png").write_bytes(b"no picture")
+    for _ in range(2):  # a second evaluation counts anew
+        measured("knn", f"checkpoint={run}", f"data.root={tmp_path / 'mixed'}")
+    record = json.loads((run / "eval" / "knn-mixed.json").read_text())
+    assert record["data"]["skipped"] == 2
+    assert (record["data"]["n_train"], record["data"]["n_test"]) == (191, 47)
+    assert "red-dots/0000.png" in (run / "eval" / "knn-mixed-skipped-test.txt").read_text()
+    assert "1 pictures could not be read" in capsys.readouterr().out
+
+
+def test_copies_between_training_and_test_pictures_are_counted(run, sample, tmp_path, capsys):
+    shutil.copytree(sample / "train", tmp_path / "leak" / "train")
+    shutil.copytree(sample / "test", tmp_path / "leak" / "test")
+    for number in range(3):
+        name = f"blue-dots/{number:04d}.png"
+        shutil.copy(tmp_path / "leak" / "train" / name, tmp_path / "leak" / "test" / name)
+    measured("knn", f"checkpoint={run}", f"data.root={tmp_path / 'leak'}", "baselines=false")
+    assert json.loads((run / "eval" / "knn-leak.json").read_text())["data"]["near_duplicates"] == 3
+    assert "3 test pictures are nearly the same as a training picture" in capsys.readouterr().out
+
+
+def test_k_beyond_the_data_is_clamped_and_said(run, sample, capsys):
+    measured("knn", f"checkpoint={run}", f"data.root={sample}", "baselines=false", "k=[10,5000]")
+    assert "k = 5000: there are only 192 neighbours" in capsys.readouterr().out
+    record = json.loads((run / "eval" / f"knn-{sample.name}.json").read_text())
+    assert record["score"]["details"]["k_effective"] == {"10": 10, "5000": 192}
+
+
+def test_collapsed_and_diverged_networks_are_refused(network, sample, tmp_path, capsys):
+    state = {key: value.clone() for key, value in network.vit.state_dict().items()}
+    flat, wild = Backbone(network.config), Backbone(network.config)
+    flat.vit.load_state_dict({**state, "patch_embed.proj.weight": 0 * state["patch_embed.proj.weight"]})
+    wild.vit.load_state_dict({**state, "norm.weight": state["norm.weight"] * torch.nan})
+    runs = [export(broken, tmp_path / name) for name, broken in (("flat", flat), ("wild", wild))]
+    assert "collapsed" in failed(capsys, f"checkpoint={runs[0]}", f"data.root={sample}")
+    assert "not finite" in failed(capsys, f"checkpoint={runs[1]}", f"data.root={sample}")
+
+
+def test_mistakes_are_told_in_words(run, sample, tmp_path, capsys):
+    network, pictures = f"checkpoint={run}", f"data.root={sample}"
+    one_class = sample / "train" / "red-dots"
+    (tmp_path / "empty").mkdir()
+    assert "labels are the names" in failed(capsys, network, f"data.root={one_class}")
+    shutil.copytree(one_class, tmp_path / "one" / "red-dots")
+    assert "all pictures lie in red-dots" in failed(capsys, network, f"data.root={tmp_path / 'one'}")
+    assert "empty" in failed(capsys, network, f"data.root={tmp_path / 'empty'}")
+    assert "does not exist" in failed(capsys, network, f"data.root={tmp_path / 'nowhere'}")
+    assert "data.image_size=48" in failed(capsys, network, pictures, "data.image_size=50")
+    assert "no such file" in failed(capsys, "checkpoint=runs/nowhere", pictures)
+    assert "checkpoint" in failed(capsys, pictures)
+    assert "data.root" in failed(capsys, network)
+    assert "k.0" in failed(capsys, network, pictures, "k=[0]")
+
+
+def test_pictures_that_leave_one_class_are_refused(run, sample, tmp_path, capsys):
+    shutil.copytree(sample / "train" / "red-dots", tmp_path / "two" / "good")
+    (tmp_path / "two" / "bad").mkdir()
+    (tmp_path / "two" / "bad" / "x.png").write_bytes(b"no picture")
+    assert "all pictures that can be read are of one class" in failed(
+        capsys, f"checkpoint={run}", f"data.root={tmp_path / 'two'}"
+    )

@@ -1,0 +1,202 @@
+"""kNN equals the textbook picture by picture, on either engine, in any blocks, whatever the data look like."""
+
+import numpy as np
+import pytest
+import torch
+from reference import probes
+
+from ssl_vit.evaluation import knn as module
+from ssl_vit.evaluation.knn import Labelled, Neighbours, knn, knn_accuracy, nearest, rank_of, votes
+
+TEMPERATURE = 0.07
+
+
+def clouds(count, seed, *, dim=16, labels=(0, 1, 2, 3, 4, 5, 6)):
+    """Features around one overlapping centre per class."""
+    g = torch.Generator().manual_seed(seed)
+    chosen = torch.tensor(labels)[torch.randint(len(labels), (count,), generator=g)]
+    centres = torch.randn(max(labels) + 1, dim, generator=torch.Generator().manual_seed(99))
+    return Labelled(centres[chosen] + 1.5 * torch.randn(count, dim, generator=g), chosen)
+
+
+def signs(count, seed, *, dim=4):
+    """Corners of a cube: cosines are exact in float32, and most of them are ties."""
+    g = torch.Generator().manual_seed(seed)
+    corners = torch.randint(2, (count, dim), generator=g).float() * 2 - 1
+    return Labelled(corners, torch.randint(3, (count,), generator=g))
+
+
+def textbook_ranks(bank, queries, k, temperature=TEMPERATURE):
+    """Ranks of the true classes, classes without a vote last, in their order."""
+    one_set = queries is None
+    queries = bank if one_set else queries
+    classes = sorted(set(bank.labels.tolist()) | set(queries.labels.tolist()))
+    answers = probes.knn_classes(
+        queries.features.double().numpy(),
+        bank.features.double().numpy(),
+        bank.labels.tolist(),
+        k,
+        temperature,
+        leave_one_out=one_set,
+    )
+    order = [answer + [label for label in classes if label not in answer] for answer in answers]
+    return [answer.index(label) for answer, label in zip(order, queries.labels.tolist(), strict=True)]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Searches of a few rows are cut into many blocks."""
+    monkeypatch.setattr(module, "_QUERIES", 7)
+    monkeypatch.setattr(module, "_BANK", 11)
+    monkeypatch.setattr(module, "_VOTES", 40)
+
+
+@pytest.mark.parametrize("engine", ["torch", "faiss"])
+@pytest.mark.parametrize(
+    ("labels", "test_labels"),
+    [
+        ((0, 1, 2, 3, 4, 5, 6), (0, 1, 2, 3, 4, 5, 6)),
+        ((3, 17, 40), (3, 17, 40)),  # labels with gaps
+        ((0, 1, 2, 3), (1, 3)),  # classes missing in the test pictures
+        ((0, 1), (0, 1, 5)),  # and in the training pictures
+    ],
+)
+@pytest.mark.parametrize("n_test", [1, 60])  # fewer than 100: DINO's chunks become empty
+def test_equals_the_textbook_picture_by_picture(engine, labels, test_labels, n_test):
+    bank, queries = clouds(150, 0, labels=labels), clouds(n_test, 1, labels=test_labels)
+    result = knn(bank, queries, ks=[1, 5, 20, 100], temperature=TEMPERATURE, engine=engine)
+    for k, ranks in result.ranks.items():
+        assert ranks.tolist() == textbook_ranks(bank, queries, k)
+    assert list(result.k_effective.items()) == [(1, 1), (5, 5), (20, 20), (100, 100)]
+
+
+@pytest.mark.parametrize("engine", ["torch", "faiss"])
+def test_leave_one_out_equals_the_textbook(engine):
+    bank = clouds(80, 0)
+    result = knn(bank, None, ks=[3, 20], temperature=TEMPERATURE, engine=engine)
+    for k, ranks in result.ranks.items():
+        assert ranks.tolist() == textbook_ranks(bank, None, k)
+
+
+@pytest.mark.parametrize("engine", ["torch", "faiss"])
+@pytest.mark.parametrize("k", [1, 5, 30, 59])
+@pytest.mark.parametrize("one_set", [True, False])
+def test_equally_near_neighbours_come_in_the_banks_order(engine, k, one_set, small_blocks):
+    """60 corners of 16: each query has several neighbours of the same cosine, on both sides of the k-th place."""
+    bank, queries = signs(60, 0), signs(25, 1)
+    expected = probes.nearest(
+        (bank if one_set else queries).features.double().numpy(),
+        bank.features.double().numpy(),
+        k,
+        leave_one_out=one_set,
+    )
+    unit = bank.features / 2
+    found = nearest(
+        unit if one_set else queries.features / 2, unit, k=k, own=torch.arange(60) if one_set else None, engine=engine
+    )
+    assert found.place.tolist() == expected
+    ranks = knn(bank, None if one_set else queries, ks=[k], temperature=0.5, engine=engine).ranks[k]
+    assert ranks.tolist() == textbook_ranks(bank, None if one_set else queries, k, temperature=0.5)
+
+
+def test_leave_one_out_finds_exact_copies_but_never_the_picture_itself():
+    bank = clouds(30, 0)
+    bank = Labelled(bank.features.repeat(2, 1), bank.labels.repeat(2))
+    unit = torch.nn.functional.normalize(bank.features, dim=1)
+    found = nearest(unit, unit, k=5, own=torch.arange(60))
+    assert (found.place[:, 0] == (torch.arange(60) + 30) % 60).all()
+    assert not (found.place == torch.arange(60)[:, None]).any()
+    assert knn(bank, None, ks=[1], temperature=TEMPERATURE).near_duplicates == 60
+    assert knn_accuracy(bank, None, k=1) == 1
+
+
+def test_blocks_do_not_change_the_neighbours(monkeypatch):
+    bank, queries = clouds(500, 0, dim=64), clouds(90, 1, dim=64)
+    whole = nearest(queries.features, bank.features, k=40)
+    monkeypatch.setattr(module, "_QUERIES", 32)
+    for block in (16, 100, 499):  # narrower than k, uneven, one row left over
+        monkeypatch.setattr(module, "_BANK", block)
+        found = nearest(queries.features, bank.features, k=40)
+        torch.testing.assert_close(found.similarity, whole.similarity)
+        assert torch.equal(found.place, whole.place)
+
+
+def test_engines_agree_on_many_neighbours():
+    bank, queries = clouds(3000, 0, dim=96), clouds(200, 1, dim=96)
+    ours, theirs = (nearest(queries.features, bank.features, k=200, engine=engine) for engine in ("torch", "faiss"))
+    torch.testing.assert_close(ours.similarity, theirs.similarity, rtol=1e-6, atol=1e-4)
+    equal = (ours.place == theirs.place).float().mean()
+    assert equal > 0.999  # neighbours a rounding error apart may change places
+
+
+@pytest.mark.parametrize("engine", ["torch", "faiss"])
+def test_k_above_the_number_of_pictures_lets_all_vote_and_says_so(engine):
+    bank, queries = clouds(30, 0), clouds(10, 1)
+    result = knn(bank, queries, ks=[10, 20, 100, 200], temperature=TEMPERATURE, engine=engine)
+    assert result.k_effective == {10: 10, 20: 20, 100: 30, 200: 30}
+    assert result.ranks[200].tolist() == textbook_ranks(bank, queries, 30)
+    assert "k = 100, 200: there are only 30 neighbours" in result.warnings[0]
+    assert knn(bank, None, ks=[200], temperature=TEMPERATURE, engine=engine).k_effective == {200: 29}
+
+
+def test_k_above_the_smallest_class_is_warned_of():
+    bank = Labelled(torch.randn(50, 8), torch.tensor([0] * 45 + [1] * 5))
+    warnings = knn(bank, None, ks=[5, 6, 20], temperature=TEMPERATURE).warnings
+    assert len(warnings) == 1
+    assert "k = 6, 20 exceeds the smallest class (5 pictures)" in warnings[0]
+
+
+def test_votes_are_running_sums_and_do_not_overflow():
+    similarity = torch.tensor([[0.99, 0.9, 0.9, -0.5]])
+    place = torch.tensor([[2, 0, 1, 3]])
+    labels = torch.tensor([1, 1, 0, 2])
+    found = list(votes(Neighbours(similarity, place), labels, 3, ks=[1, 3, 4], temperature=0.01))
+    weight = torch.exp((similarity[0].double() - 0.99) / 0.01)
+    expected = [[weight[0], 0, 0], [weight[0], weight[1] + weight[2], 0], [weight[0], weight[1] + weight[2], weight[3]]]
+    torch.testing.assert_close(torch.cat(found).double(), torch.tensor(expected).double(), rtol=1e-4, atol=1e-30)
+
+
+def test_of_equally_voted_classes_the_lower_is_answered():
+    scores = torch.tensor([[1.0, 3.0, 3.0, 0.0]])
+    assert [int(rank_of(torch.tensor([label]), scores)) for label in range(4)] == [2, 0, 1, 3]
+
+
+def test_near_duplicates_between_the_sets_are_counted():
+    bank, queries = clouds(40, 0), clouds(20, 1)
+    leaked = Labelled(
+        torch.cat([queries.features, 3 * bank.features[:4]]), torch.cat([queries.labels, bank.labels[:4]])
+    )
+    assert knn(bank, queries, ks=[1], temperature=TEMPERATURE).near_duplicates == 0
+    assert knn(bank, leaked, ks=[1], temperature=TEMPERATURE).near_duplicates == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_stored_halves_are_compared_in_float32(dtype):
+    bank, queries = (Labelled(part.features.to(dtype), part.labels) for part in (clouds(200, 0), clouds(50, 1)))
+    ranks = knn(bank, queries, ks=[20], temperature=TEMPERATURE).ranks[20]
+    assert ranks.tolist() == textbook_ranks(bank, queries, 20)
+
+
+def test_reduced_precision_of_training_does_not_reach_the_search():
+    bank, queries = clouds(400, 0, dim=128), clouds(100, 1, dim=128)
+    exact = nearest(queries.features, bank.features, k=50)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        again = nearest(queries.features, bank.features, k=50)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(exact.place, again.place)
+
+
+def test_accuracy_of_features_that_are_not_finite_is_not_a_number():
+    bank, queries = clouds(40, 0), clouds(20, 1)
+    assert np.isfinite(knn_accuracy(bank, queries, k=5))
+    queries.features[3, 2] = torch.nan
+    assert np.isnan(knn_accuracy(bank, queries, k=5))
+
+
+def test_accuracy_equals_the_share_of_right_answers():
+    bank, queries = clouds(150, 0), clouds(60, 1)
+    expected = np.mean([rank == 0 for rank in textbook_ranks(bank, queries, 20)])
+    assert knn_accuracy(bank, queries, k=20) == pytest.approx(expected)

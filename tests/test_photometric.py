@@ -1,0 +1,257 @@
+"""Photometrics: each operation equals torchvision's, each probability and range is the one that was asked for."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter, ImageOps
+from reference.augmentations import dino_view, jittered, kolmogorov_smirnov, photograph, uniformity
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tv
+
+from ssl_vit.commands.compose import load_config
+from ssl_vit.config import BlurConfig, JitterConfig, PretrainConfig, ViewsConfig
+from ssl_vit.transforms.crops import MultiCrop
+from ssl_vit.transforms.photometric import JitterDraws, Photometric, draw_jitter, jitter, luma, shift_hue, solarize
+from ssl_vit.transforms.randomness import sample_keys
+from ssl_vit.transforms.separable import apply, blur_weights
+
+KS_LIMIT = 1.95  # p = .001
+NO_JITTER = JitterConfig(p=0, brightness=0, contrast=0, saturation=0, hue=0)
+NO_BLUR = BlurConfig(p=(0, 0, 0), sigma=(0.1, 2.0))
+
+
+@pytest.fixture(scope="module")
+def dino() -> ViewsConfig:
+    return load_config("pretrain", ["data.root=."], PretrainConfig).method.views
+
+
+@pytest.fixture
+def bare(dino: ViewsConfig) -> ViewsConfig:
+    """DINO's views with every photometric change off and no normalisation: pixels in [0, 1]."""
+    off = {"jitter": NO_JITTER, "grayscale": 0.0, "blur": NO_BLUR, "solarize": (0.0, 0.0, 0.0)}
+    return dino.model_copy(update={**off, "mean": [0.0] * 3, "std": [1.0] * 3})
+
+
+def keys(count: int, seed: int = 0) -> Tensor:
+    return sample_keys(seed, 0, torch.arange(count))
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def changed(views: ViewsConfig, pictures: Tensor, **changes: object) -> Tensor:
+    """Views (B, V, C, H, W) in [0, 1], with only `changes` on."""
+    return Photometric(views.model_copy(update=changes))(pictures, keys(len(pictures)))
+
+
+def jitter_by(**strength: float) -> JitterConfig:
+    return JitterConfig(**{"p": 1.0, "brightness": 0, "contrast": 0, "saturation": 0, "hue": 0, **strength})
+
+
+# --- each operation ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+def test_jitter_is_torchvisions_in_every_order(channels):
+    orders = torch.tensor(list(itertools.permutations(range(4))))
+    x = torch.rand(24, channels, 9, 11, generator=torch.Generator().manual_seed(1))
+    factor = 0.6 + 0.8 * torch.rand(24, 3, generator=torch.Generator().manual_seed(2))
+    hue = torch.linspace(-0.5, 0.5, 24)
+    expected = torch.stack(
+        [
+            jittered(picture, *(part.tolist() for part in how))
+            for picture, *how in zip(x, orders, factor, hue, strict=True)
+        ]
+    )
+    jitter(x, JitterDraws(torch.arange(24), orders, factor, hue))
+    torch.testing.assert_close(x, expected, atol=2e-5, rtol=0)
+
+
+def test_hue_of_grey_black_and_pure_colours():
+    x = torch.tensor([[0, 0, 0], [1, 1, 1], [0.5, 0.5, 0.5], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]])
+    x = x[:, :, None, None].float()
+    for shift in (-0.5, -0.1, 0.0, 1 / 3):
+        ours = shift_hue(x, torch.full((7,), shift))
+        torch.testing.assert_close(ours, tv.adjust_hue(x, shift), atol=1e-6, rtol=0)
+
+
+def test_grey_and_solarize_are_torchvisions():
+    x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(luma(x), tv.rgb_to_grayscale(x))
+    levels = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    pil = tv.pil_to_tensor(ImageOps.solarize(Image.fromarray(levels.numpy())))
+    assert torch.equal((solarize(levels / 255) * 255).round().to(torch.uint8), pil[0])
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.0])
+def test_blur_is_a_gaussian_that_repeats_the_border(sigma):
+    x = torch.rand(2, 3, 20, 30, generator=torch.Generator().manual_seed(0))
+    rows, cols = (blur_weights(torch.full((2,), sigma), size=size, reach=8) for size in (20, 30))
+    padded = F.pad(x, [8] * 4, mode="replicate")
+    expected = tv.gaussian_blur(padded, [17, 17], [sigma, sigma])[..., 8:-8, 8:-8]
+    torch.testing.assert_close(apply(x, rows, cols), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("sigma", "levels"), [(0.1, 0.1), (0.3, 2.0), (0.5, 1.0), (1.0, 1.0), (1.5, 1.0), (2.0, 1.0)])
+def test_blur_is_close_to_pillows(photos: Path, sigma: float, levels: float):
+    """Pillow puts three box blurs for the Gaussian: mean distance in levels of 255, borders included."""
+    distances = []
+    for file in sorted(photos.iterdir())[:6]:
+        picture = Image.open(file).convert("RGB").resize((96, 96))
+        weights = blur_weights(torch.tensor([sigma]), size=96, reach=8)
+        ours = apply(tv.pil_to_tensor(picture)[None].float(), weights, weights)
+        pillows = tv.pil_to_tensor(picture.filter(ImageFilter.GaussianBlur(sigma)))
+        distances.append((ours - pillows).abs().mean())
+    assert torch.stack(distances).mean() < levels
+
+
+# --- probabilities and ranges --------------------------------------------------------------------------------
+
+
+def test_probability_of_each_change_in_each_view(bare: ViewsConfig, dino: ViewsConfig):
+    """DINO's: jitter .8 and grayscale .2 everywhere, blur 1, .1, .5 and solarize 0, .2, 0 by view."""
+    pictures = noise(3000, 4, 3, 8, 8)
+    expected = {
+        "jitter": (0.8, 0.8, 0.8, 0.8),
+        "grayscale": (0.2, 0.2, 0.2, 0.2),
+        "blur": (1.0, 0.1, 0.5, 0.5),
+        "solarize": (0.0, 0.2, 0.0, 0.0),
+    }
+    for name, probabilities in expected.items():
+        setting = getattr(dino, name)
+        if name == "blur":
+            setting = setting.model_copy(update={"sigma": (1.0, 2.0)})
+        out = changed(bare, pictures, **{name: setting})
+        share = ((out - pictures / 255).abs().amax(dim=(2, 3, 4)) > 0.01).float().mean(dim=0)
+        for view, p in enumerate(probabilities):
+            assert share[view] == pytest.approx(p, abs=0.001 if p in (0, 1) else 0.03), (name, view)
+
+
+def test_local_views_are_told_by_their_number(bare: ViewsConfig):
+    pictures = noise(200, 2, 3, 8, 8)
+    views = bare.model_copy(update={"solarize": (0.0, 1.0, 0.0)})
+    assert torch.equal(Photometric(views)(pictures, keys(200), first_view=2), pictures / 255)
+
+
+def test_brightness_contrast_saturation_and_hue_have_their_ranges(bare: ViewsConfig):
+    half = torch.full((2000, 1, 3, 4, 4), 128, dtype=torch.uint8)
+    brightness = changed(bare, half, jitter=jitter_by(brightness=0.4)).mean(dim=(1, 2, 3, 4)) / (128 / 255)
+    assert uniformity(brightness, 0.6, 1.4) < KS_LIMIT
+
+    stripes = half.clone()
+    stripes[..., ::2] = 78
+    contrast = changed(bare, stripes, jitter=jitter_by(contrast=0.4)).flatten(1)
+    assert uniformity((contrast.amax(1) - contrast.amin(1)) / (50 / 255), 0.6, 1.4) < KS_LIMIT
+
+    red = half.clone()
+    red[:, :, 0] = 178
+    saturation = changed(bare, red, jitter=jitter_by(saturation=0.2)).flatten(1)
+    assert uniformity((saturation.amax(1) - saturation.amin(1)) / (50 / 255), 0.8, 1.2) < KS_LIMIT
+
+    hue = changed(bare, red, jitter=jitter_by(hue=0.1))[:, 0, :, 0, 0]  # (B, 3): green rises one way, blue the other
+    turn = (hue[:, 1] - hue[:, 2]) / (hue.amax(1) - hue.amin(1)) / 6
+    assert uniformity(turn, -0.1, 0.1) < KS_LIMIT
+
+
+def test_factors_end_at_zero(bare: ViewsConfig):
+    half = torch.full((2000, 1, 3, 2, 2), 60, dtype=torch.uint8)
+    out = changed(bare, half, jitter=jitter_by(brightness=3.0)).mean(dim=(1, 2, 3, 4)) / (60 / 255)
+    assert uniformity(out, 0.0, 4.0) < KS_LIMIT
+
+
+def test_blur_sigma_has_its_range(bare: ViewsConfig):
+    """Measured by how far a white dot spreads."""
+    dot = torch.zeros(1000, 1, 3, 25, 25, dtype=torch.uint8)
+    dot[..., 12, 12] = 255
+    out = changed(bare, dot, blur=BlurConfig(p=(1, 1, 1), sigma=(0.7, 2.0)))[:, 0, 0]  # (B, 25, 25)
+    variance = (out.sum(dim=1) * (torch.arange(25) - 12) ** 2).sum(dim=1)
+    assert uniformity(variance.sqrt(), 0.7, 2.0) < KS_LIMIT
+
+
+def test_the_order_of_the_jitter_is_uniformly_random(dino: ViewsConfig):
+    order = draw_jitter(keys(24_000), dino.jitter).order
+    codes = (order * torch.tensor([64, 16, 4, 1])).sum(dim=1)
+    counts = torch.unique(codes, return_counts=True)[1].double()
+    expected = len(order) / 24
+    assert len(counts) == 24
+    assert ((counts - expected) ** 2 / expected).sum() < 49.7  # chi-square, 23 degrees of freedom, p = .001
+
+
+@pytest.mark.parametrize("view", [0, 1, 2])
+def test_views_are_distributed_as_the_pil_pipelines(bare: ViewsConfig, dino: ViewsConfig, photos: Path, view: int):
+    """Brightness, contrast, colourfulness and sharpness of 300 views of one photograph, ours and the textbook's."""
+    torch.manual_seed(0)
+    random.seed(0)
+    picture = photograph(sorted(photos.iterdir())[2])
+    count, local = 300, view == 2
+    crop = (dino.local_crops if local else dino.global_crops).model_copy(update={"size": 48, "count": 1 + view})
+    none = crop.model_copy(update={"count": 0})
+    cropper = MultiCrop(dino.model_copy(update={"global_crops": crop, "local_crops": none}))
+    views = torch.stack([cropper.one(picture, key)[0][view:] for key in keys(count)])
+    photometric = Photometric(dino.model_copy(update={"mean": bare.mean, "std": bare.std}))
+    ours = photometric(views, keys(count), first_view=view)[:, 0]
+    settings = {"scale": crop.scale, "blur": dino.blur.p[view], "solarize": dino.solarize[view]}
+    pil = tv.to_pil_image(picture)
+    theirs = torch.stack([tv.pil_to_tensor(dino_view(pil, size=48, **settings)) for _ in range(count)]) / 255
+    for statistic in (
+        lambda x: x.mean(dim=(1, 2, 3)),
+        lambda x: x.flatten(1).std(dim=1),
+        lambda x: (x.amax(dim=1) - x.amin(dim=1)).mean(dim=(1, 2)),
+        lambda x: x.diff(dim=-1).abs().mean(dim=(1, 2, 3)),
+    ):
+        assert kolmogorov_smirnov(statistic(ours), statistic(theirs)) < KS_LIMIT
+
+
+# --- what does not matter ------------------------------------------------------------------------------------
+
+
+def test_a_view_does_not_depend_on_its_batch(dino: ViewsConfig):
+    pictures = noise(16, 3, 3, 24, 24)
+    photometric = Photometric(dino)
+    together = photometric(pictures, keys(16))
+    for i in (0, 7, 15):
+        alone = photometric(pictures[i : i + 1], keys(16)[i : i + 1])
+        torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=0)
+    last = photometric(pictures[:, 2:], keys(16), first_view=2)
+    torch.testing.assert_close(last[:, 0], together[:, 2], atol=1e-5, rtol=0)
+    assert torch.equal(photometric(pictures, keys(16)), together)
+    assert not torch.equal(photometric(pictures, keys(16, seed=1)), together)
+
+
+def test_normalisation_and_untouched_input(bare: ViewsConfig, dino: ViewsConfig):
+    pictures = noise(3, 2, 3, 8, 8)
+    before = pictures.clone()
+    out = changed(bare, pictures, mean=dino.mean, std=dino.std)
+    expected = tv.normalize(pictures / 255, dino.mean, dino.std)
+    torch.testing.assert_close(out, expected)
+    assert out.dtype == torch.float32
+    Photometric(dino)(pictures, keys(3))
+    assert torch.equal(pictures, before)
+
+
+def test_one_channel_has_no_colour(dino: ViewsConfig, bare: ViewsConfig):
+    grey = {"mean": [0.0], "std": [1.0]}
+    pictures = noise(64, 2, 1, 8, 8)
+    colour_only = changed(bare, pictures, jitter=jitter_by(saturation=0.8, hue=0.5), grayscale=1.0, **grey)
+    torch.testing.assert_close(colour_only, pictures / 255)
+    assert changed(dino, pictures, **grey).isfinite().all()
+
+
+def test_no_views_and_no_blur_are_fine(bare: ViewsConfig, dino: ViewsConfig):
+    assert Photometric(dino)(noise(4, 0, 3, 8, 8), keys(4), first_view=2).shape == (4, 0, 3, 8, 8)
+    pictures = noise(4, 2, 3, 8, 8)
+    assert torch.equal(changed(bare, pictures, blur=BlurConfig(p=(1, 1, 1), sigma=(0, 0))), pictures / 255)
+
+
+def test_pixels_stay_within_zero_and_one(dino: ViewsConfig, bare: ViewsConfig):
+    out = changed(dino, noise(200, 2, 3, 12, 12), mean=bare.mean, std=bare.std)
+    assert out.min() >= 0 and out.max() <= 1 + 1e-6
+    assert math.isfinite(out.sum())

@@ -1,0 +1,233 @@
+"""A run is what it says: it learns from any folder, stops and goes on exactly, and never loses what it has."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from ssl_vit.cli import main
+from ssl_vit.commands.pretrain import pretrain
+from ssl_vit.models.weights import load_backbone
+
+
+def state(run):
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    return content["state_dict"], content["global_step"]
+
+
+def rows(run):
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same_weights(one, other):
+    (first, steps), (second, other_steps) = state(one), state(other)
+    assert steps == other_steps
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different
+
+
+def run_command(words, **options):
+    command = [sys.executable, "-m", "ssl_vit", "pretrain", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, **options)
+
+
+@pytest.mark.parametrize("method", ["dino", "sit"])
+def test_a_run_leaves_what_its_user_needs(pretrain_config, method):
+    run = pretrain(pretrain_config(f"method={method}", "online_knn.every_epochs=1", "trainer.max_steps=13"))
+    assert {"config.yaml", "metrics.csv", "backbone.safetensors", "backbone.json"} <= {p.name for p in run.iterdir()}
+    metrics = rows(run)
+    assert [int(row["step"]) for row in metrics] == list(range(13))
+    for name in ("train/loss", "train/spread", "train/effective_rank", "schedule/lr", "speed/images_per_s"):
+        assert all(row[name] for row in metrics), name
+    assert all(0 <= float(row["speed/data_wait"]) <= 1 for row in metrics)
+    assert [row["step"] for row in metrics if row["knn/top1"]] == ["0", "11", "12"]  # start, epoch 1, end
+    from_run, exported = load_backbone(str(run)), load_backbone(str(run / "backbone.safetensors"))
+    images = torch.rand(2, 3, 48, 48)
+    torch.testing.assert_close(from_run.backbone(images).cls, exported.backbone(images).cls, rtol=0, atol=0)
+    assert from_run.run == exported.run == run
+    assert ("teacher" in from_run.source) == (method == "dino")
+
+
+@pytest.mark.parametrize("method", ["dino", "sit"])
+@pytest.mark.parametrize("stop_after", [5, 12])  # in the middle of the first epoch of 12 steps, and at its end
+def test_stopped_and_resumed_equals_uninterrupted(pretrain_config, monkeypatch, method, stop_after):
+    from ssl_vit.training.keeper import Keeper
+
+    words = (f"method={method}", "trainer.max_steps=27", "backbone.drop_path=0.2")
+    whole = pretrain(pretrain_config(*words, "run.name=whole"))
+
+    original = Keeper.on_train_batch_end
+
+    def stop(self, trainer, *rest):
+        self.asked_to_stop = trainer.global_step == stop_after
+        original(self, trainer, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Keeper, "on_train_batch_end", stop)
+        parts = pretrain(pretrain_config(*words, "run.name=parts"))
+    assert state(parts)[1] == stop_after
+    assert pretrain(pretrain_config(*words, "run.name=parts", "run.resume=true")) == parts
+    assert_same_weights(whole, parts)
+    assert [row["step"] for row in rows(parts)] == [row["step"] for row in rows(whole)]
+    assert [row["train/loss"] for row in rows(parts)] == [row["train/loss"] for row in rows(whole)]
+
+
+def test_accumulation_updates_teacher_and_center_once_per_step(pretrain_config):
+    """One batch of 16 and two micro-batches of 8 give the same network, teacher and center."""
+    words = ("trainer.max_steps=4", "trainer.precision=32-true", "backbone.drop_path=0.0")
+    whole = pretrain(pretrain_config(*words, "run.name=whole"))
+    halves = pretrain(pretrain_config(*words, "trainer.accumulate=2", "run.name=halves"))
+    (first, steps), (second, other_steps) = state(whole), state(halves)
+    assert steps == other_steps == 4
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=2e-5)
+    assert first["center.value"].abs().max() > 0
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(pretrain_config):
+    first, again, other = (
+        pretrain(pretrain_config(f"run.name={name}", f"seed={seed}")) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert_same_weights(first, again)
+    assert not torch.equal(state(first)[0]["center.value"], state(other)[0]["center.value"])
+
+
+def test_loading_processes_do_not_change_the_run(pretrain_config):
+    inside = pretrain(pretrain_config("run.name=inside", "data.memory_gb=0", "data.workers=0"))
+    outside = pretrain(pretrain_config("run.name=outside", "data.memory_gb=0", "data.workers=2"))
+    assert_same_weights(inside, outside)
+
+
+@pytest.mark.parametrize("method", ["dino", "sit"])
+def test_two_processes_train_like_one(pretrain_words, tmp_path, method):
+    """Through the command, as Lightning starts the second process; the same global batch, so the same network."""
+    words = pretrain_words(
+        f"method={method}",
+        "trainer.precision=32-true",
+        "trainer.max_steps=3",
+        "backbone.drop_path=0.0",
+        # SiT's noise and donors are drawn within a process
+        *(["method.corruption.noise.p=0", "method.corruption.replace.p=0"] if method == "sit" else []),
+    )
+    for name, devices in (("one", 1), ("two", 2)):
+        done = run_command([*words, f"run.name={name}", f"trainer.devices={devices}"])
+        assert done.returncode == 0, done.stderr
+    (first, _), (second, _) = state(tmp_path / "runs" / "one"), state(tmp_path / "runs" / "two")
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=2e-5)
+    assert [row["step"] for row in rows(tmp_path / "runs" / "two")] == ["0", "1", "2"]
+
+
+def test_ctrl_c_saves_stops_and_says_how_to_go_on(pretrain_words, tmp_path):
+    words = pretrain_words("trainer.max_steps=100000")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "ssl_vit", "pretrain", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    metrics = tmp_path / "runs" / "dino" / "metrics.csv"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "run.resume=true" in output
+    assert "Traceback" not in output
+    _, steps = state(tmp_path / "runs" / "dino")
+    assert 0 < steps < 100000
+    load_backbone(str(tmp_path / "runs" / "dino" / "backbone.safetensors"))
+
+
+def test_a_run_folder_is_never_overwritten_by_accident(pretrain_words, tmp_path, capsys):
+    words = pretrain_words("trainer.max_steps=1")
+    assert main(["pretrain", *words]) == 0
+    before = (tmp_path / "runs" / "dino" / "metrics.csv").stat().st_mtime_ns
+    assert main(["pretrain", *words]) == 2
+    message = capsys.readouterr().err
+    for way in ("run.resume=true", "run.overwrite=true", "run.name="):
+        assert way in message
+    assert (tmp_path / "runs" / "dino" / "metrics.csv").stat().st_mtime_ns == before
+    assert main(["pretrain", *words, "run.overwrite=true"]) == 0
+
+
+def test_resuming_with_a_changed_meaning_is_refused_with_the_difference(pretrain_words, capsys):
+    words = pretrain_words("trainer.max_steps=1")
+    assert main(["pretrain", *words]) == 0
+    changed = ["method.optimizer.lr=0.1", "seed=5", "run.resume=true", "data.workers=1", "trainer.log_every=7"]
+    assert main(["pretrain", *words, *changed]) == 2
+    message = capsys.readouterr().err
+    assert "method.optimizer.lr: 0.0005 -> 0.1" in message
+    assert "seed: 0 -> 5" in message
+    assert "workers" not in message
+    assert "log_every" not in message
+
+
+def test_nothing_to_resume_is_said(pretrain_words, capsys):
+    assert main(["pretrain", *pretrain_words("run.resume=true")]) == 2
+    assert "last.ckpt does not exist" in capsys.readouterr().err
+
+
+def test_a_broken_picture_is_skipped_counted_and_named(pretrain_words, sample, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    good = sorted((sample / "train").rglob("*.png"))[:16]
+    for number, path in enumerate(good):
+        (folder / f"{number}.png").write_bytes(path.read_bytes())
+    (folder / "broken one.jpg").write_bytes(b"this is no picture")
+    for memory in (1.0, 0.0):
+        words = pretrain_words(f"data.root={folder}", f"data.memory_gb={memory}", "run.overwrite=true")
+        assert main(["pretrain", *words, "trainer.max_steps=20"]) == 0
+        assert "1 picture could not be read" in capsys.readouterr().out
+        assert "broken one.jpg" in (tmp_path / "runs" / "dino" / "skipped.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("data.root=nowhere", "nowhere"),
+        ("method.optimizer.warmup=100steps", "warm-up of 100 steps does not fit into a run of 4 steps"),
+        ("backbone.name=resnet50", "resnet50"),
+        ("backbone.in_chans=2", "in_chans=2"),
+        ("method.views.local_crops.size=20", "not a multiple"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_written(pretrain_words, tmp_path, capsys, word, says):
+    assert main(["pretrain", *pretrain_words(word)]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_grey_pictures_train_with_one_channel(pretrain_config):
+    run = pretrain(
+        pretrain_config("backbone.in_chans=1", "method.views.mean=[0.5]", "method.views.std=[0.25]", "run.name=grey")
+    )
+    assert load_backbone(str(run)).backbone(torch.rand(1, 1, 48, 48)).cls.shape == (1, 32)
+
+
+def test_wandb_offline_keeps_its_run_across_resume(pretrain_words, tmp_path):
+    words = pretrain_words("logger=wandb", "logger.offline=true", "trainer.max_steps=3")
+    done = run_command(words)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "dino"
+    name = (run / "wandb_id.txt").read_text()
+    assert list((run / "wandb").glob(f"offline-run-*-{name}"))
+    again = run_command([*words, "run.resume=true"])
+    assert again.returncode == 0, again.stderr
+    assert (run / "wandb_id.txt").read_text() == name
+
+
+def test_time_limit_saves_and_stops(pretrain_config):
+    run = pretrain(pretrain_config("trainer.max_steps=100000", "trainer.max_time=2s"))
+    assert 0 < state(run)[1] < 100000
+
+
+def test_some_epochs_are_kept_for_good(pretrain_config):
+    run = pretrain(pretrain_config("trainer.max_steps=36", "trainer.keep_every_epochs=2"))
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["epoch_0002.ckpt", "last.ckpt"]

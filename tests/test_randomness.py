@@ -1,0 +1,99 @@
+"""Randomness from keys: SplitMix64's own numbers, uniform, independent, and the same however a batch is cut up."""
+
+import numpy as np
+import pytest
+import torch
+
+from ssl_vit.transforms.randomness import fold, sample_keys, step_seed, uniform, uniform_between, view_keys
+
+
+@pytest.fixture(scope="module")
+def keys():
+    return sample_keys(0, 0, torch.arange(20_000))
+
+
+def test_draws_are_splitmix64():
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]  # of seed 1234567
+    drawn = uniform(torch.tensor(1234567), 4)
+    assert drawn.tolist() == [(value >> 40) / 2**24 for value in published]
+
+
+def test_values_never_change():
+    """A change here would silently change every run that is resumed."""
+    key = sample_keys(3, 5, torch.tensor([0, 7]))
+    assert key.tolist() == [-8598843968799353419, 3959287159576922244]
+    assert fold(key, 2).tolist() == [-6147746541521467729, 5114574886835120481]
+    assert step_seed(3, 5) == 1259899096635836125
+
+
+def test_draws_are_uniform(keys):
+    drawn = uniform(keys, 8)
+    assert drawn.dtype == torch.float32
+    assert drawn.shape == (20_000, 8)
+    assert drawn.min() >= 0
+    assert drawn.max() < 1
+    for column in drawn.T.double().numpy():
+        counts, _ = np.histogram(column, bins=64, range=(0, 1))
+        expected = len(column) / 64
+        chi_square = ((counts - expected) ** 2 / expected).sum()
+        assert 63 - 5 * 126**0.5 < chi_square < 63 + 5 * 126**0.5  # mean 63, variance 126
+
+
+def test_draws_of_different_origin_are_independent(keys):
+    """Seeds, epochs, folds, views, counters and neighbours: no two rows go together."""
+    rows = [uniform(keys, 2).T]
+    rows += [uniform(fold(keys, number), 1).T for number in (0, 1, 2, 1000)]
+    rows += [uniform(view_keys(fold(keys, 77), 0, 3), 1).squeeze(-1).T]
+    rows += [uniform(sample_keys(seed, epoch, torch.arange(20_000)), 1).T for seed, epoch in [(0, 1), (1, 0), (1, 1)]]
+    rows += [uniform(keys.roll(1), 1).T]
+    correlation = np.corrcoef(torch.cat(rows).double().numpy())
+    np.fill_diagonal(correlation, 0)
+    assert np.abs(correlation).max() < 5 / 20_000**0.5
+
+
+def test_folds_in_another_order_differ(keys):
+    assert not torch.equal(fold(fold(keys, 1), 2), fold(fold(keys, 2), 1))
+    assert len(set(keys.tolist()) | set(fold(keys, 0).tolist()) | set(fold(keys, 1).tolist())) == 60_000
+
+
+def test_view_keys_are_folds(keys):
+    views = view_keys(keys, 2, 3)
+    assert torch.equal(views, torch.stack([fold(keys, view) for view in (2, 3, 4)], dim=-1))
+
+
+def test_a_sample_draws_the_same_in_any_batch(keys):
+    order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(uniform(keys[order], 5), uniform(keys, 5)[order])
+    assert torch.equal(uniform(keys, 5)[:, :3], uniform(keys, 3))
+    assert torch.equal(sample_keys(0, 0, order), keys[order])
+    assert torch.equal(uniform(keys.reshape(100, 200), 5).reshape(-1, 5), uniform(keys, 5))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_draws_the_same(keys):
+    assert torch.equal(uniform(fold(keys.cuda(), 4), 5).cpu(), uniform(fold(keys, 4), 5))
+
+
+def test_global_state_is_neither_read_nor_written(keys):
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    first = uniform(keys, 3)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert torch.equal(uniform(keys, 3), first)
+
+
+def test_uniform_between_keeps_its_ends(keys):
+    drawn = uniform_between(keys, 0.1, 2.0)
+    assert drawn.shape == keys.shape
+    assert drawn.min() >= 0.1
+    assert drawn.max() <= 2.0
+    assert drawn.mean().item() == pytest.approx(1.05, abs=0.02)
+    assert drawn.std().item() == pytest.approx(1.9 / 12**0.5, abs=0.02)
+
+
+def test_step_seeds_differ_and_fit_a_generator():
+    seeds = {step_seed(seed, step, rank) for seed in range(3) for step in range(50) for rank in range(4)}
+    assert len(seeds) == 600
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    torch.Generator().manual_seed(max(seeds))

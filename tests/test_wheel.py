@@ -1,0 +1,90 @@
+"""The built wheel works apart from the checkout: the package, its configuration and its recipes are all inside."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+CHECKOUT = Path(__file__).parents[1]
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "ssl_vit", "conf", "recipes", "tests", "tools")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy, so that the checkout stays clean and nothing of an earlier build gets in."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for source in (CHECKOUT / name for name in SOURCES):
+        if source.is_dir():
+            shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", str(folder)]
+    result = subprocess.run(build, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return next((folder / "dist").glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """The wheel in a folder of its own; its dependencies come from the test environment."""
+    folder = tmp_path_factory.mktemp("installed")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(folder)]
+    subprocess.run([*pip, str(wheel)], check=True)
+    return folder
+
+
+@pytest.fixture
+def run(installed, tmp_path):
+    """A function: Python with the installed wheel before everything else, in an unrelated folder."""
+
+    def python(*words):
+        environment = {**os.environ, "PYTHONPATH": str(installed)}
+        return subprocess.run(
+            [sys.executable, *words], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60
+        )
+
+    return python
+
+
+def test_the_wheel_holds_the_package_and_its_yaml_and_nothing_else(wheel):
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    expected = {f"ssl_vit/{path.relative_to(CHECKOUT / 'ssl_vit')}" for path in (CHECKOUT / "ssl_vit").rglob("*.py")}
+    for folder in ("conf", "recipes"):
+        expected |= {f"ssl_vit/{path.relative_to(CHECKOUT)}" for path in (CHECKOUT / folder).rglob("*.yaml")}
+    assert names == expected | {"ssl_vit/py.typed"}
+
+
+def test_the_wheel_names_its_licence_and_command(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        texts = {Path(name).name: archive.read(name).decode() for name in archive.namelist() if ".dist-info/" in name}
+    assert "License-Expression: Apache-2.0" in texts["METADATA"]
+    assert texts["LICENSE"] == (CHECKOUT / "LICENSE").read_text()
+    assert "ssl-vit = ssl_vit.cli:main" in texts["entry_points.txt"]
+
+
+def test_it_is_the_wheel_that_runs(run, installed):
+    code = "import ssl_vit; from ssl_vit.commands.folders import *; print(ssl_vit.__file__, conf_dir(), recipes_dir())"
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [str(installed / "ssl_vit" / name) for name in ("__init__.py", "conf", "recipes")]
+
+
+def test_configuration_and_recipes_are_found_from_any_folder(run):
+    for recipe in sorted((CHECKOUT / "recipes").glob("*.yaml")):
+        result = run("-m", "ssl_vit", "pretrain", "data.root=x", f"recipe={recipe.stem}", "--cfg")
+        assert result.returncode == 0, result.stderr
+        assert yaml.safe_load(result.stdout)["data"]["root"] == "x"
+    result = run("-m", "ssl_vit", "pretrain", "--help")
+    assert result.returncode == 0
+    assert all(recipe.stem in result.stdout for recipe in (CHECKOUT / "recipes").glob("*.yaml"))
+
+
+def test_a_run_starts_from_the_wheel(run, sample):
+    result = run("-m", "ssl_vit", "scan", f"data.root={sample / 'train'}")
+    assert result.returncode == 0, result.stderr
+    assert "192" in result.stdout
