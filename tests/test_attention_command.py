@@ -1,5 +1,6 @@
 """`ssl-vit attention` on a folder as people have them: odd sizes, odd modes, broken files, masks that do not fit."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,29 @@ def test_masks_add_scores_beside_the_baselines(folder, capsys):
         assert row in printed
     assert "random init" in printed
     assert (folder / "out" / "overlays" / "unmasked.jpg").exists()
+
+
+def test_the_record_says_what_was_measured_and_how(folder):
+    assert run(folder, f"masks={folder / 'masks'}") == 0
+    record = json.loads((folder / "out" / "summary.json").read_text())
+    assert record["task"] == "attention"
+    assert record["protocol"]["mass"] == 0.6
+    assert {key: record["data"][key] for key in ("pictures", "skipped", "unscored")} == {
+        "pictures": 6,
+        "skipped": 3,
+        "unscored": 2,
+    }
+    names = [record["score"]["name"], *(baseline["name"] for baseline in record["baselines"])]
+    assert names == ["network", "random init", "centre prior", "all foreground", "patch ceiling"]
+    with np.load(folder / "out" / "ious.npz") as ious:
+        assert sorted(ious["pictures"]) == ["deep/rgba.png", "grey.jpg", "grey.png", "odd.png"]
+        for score in (record["score"], *record["baselines"]):
+            for metric in score["metrics"]:
+                values = ious[f"{score['name']}/{metric['name']}"]
+                assert metric["n"] == len(values) == 4
+                assert metric["value"] == pytest.approx(values.mean())
+                assert metric["low"] <= metric["value"] <= metric["high"]
+        assert (ious["network/mass/oracle head"] >= ious["network/mass/fixed head"]).all()
 
 
 def test_running_again_replaces_the_lists(folder):

@@ -1,6 +1,7 @@
 """The configuration: everything shipped validates, mistakes are told all at once, words are taken as they are meant."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -62,11 +63,12 @@ def test_every_group_option_validates(option):
 def test_every_recipe_validates_and_says_what_it_reaches(recipe):
     load("pretrain", f"recipe={recipe.stem}")
     lines = recipe.read_text(encoding="utf-8").splitlines()
-    head = "\n".join(line for line in lines if line.startswith("#"))
     assert lines[0] == "# @package _global_"
-    assert f"ssl-vit pretrain recipe={recipe.stem}" in head
-    assert re.search(r"CPU|GPU|H200|V100", head), "the hardware"
-    assert re.search(r"kNN|published settings", head), "the result"
+    head = dict(re.findall(r"^# (Command|Hardware|Result): +(.+)$", recipe.read_text(encoding="utf-8"), flags=re.M))
+    assert head.keys() == {"Command", "Hardware", "Result"}
+    program, command, *words = shlex.split(head["Command"])
+    assert program == "ssl-vit"
+    load_config(command, words, NEEDED[command][0])
 
 
 def test_recipes_win_over_the_groups_and_words_over_recipes(tmp_path):

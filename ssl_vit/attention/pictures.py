@@ -20,8 +20,8 @@ TILE = 240  # pixels of a tile's longer side
 GAP = 10
 COLOURS = "inferno"
 INK, PAPER = (32, 32, 32), (255, 255, 255)
-MASK, TRUTH = (70, 225, 255), (80, 230, 80)  # outlines: cyan stands out from all colours of the heat
-LEAST_TOP = 3.0  # times uniform: a colour scale that ends lower would make noise look like attention
+MASK, TRUTH = (70, 225, 255), (255, 60, 200)  # outlines: cyan stands out from all colours of the heat
+LEAST_TOP = 6.0  # times uniform: a colour scale that ends lower would make noise look like attention
 
 
 class Example(NamedTuple):
@@ -57,13 +57,14 @@ def head_figure(example: Example) -> Image.Image:
     columns = math.ceil(len(tiles) / math.ceil(len(tiles) / 6))
     cell = (max(size[1], 130) + GAP, size[0] + 22 + GAP)
     rows = math.ceil(len(tiles) / columns)
-    figure = Image.new("RGB", (columns * cell[0] + GAP, rows * cell[1] + 50), PAPER)
+    figure = Image.new("RGB", (columns * cell[0] + GAP, rows * cell[1] + 68), PAPER)
     draw = ImageDraw.Draw(figure)
     for place, (caption, tile) in enumerate(tiles):
         left, top = GAP + place % columns * cell[0], place // columns * cell[1] + 4
         draw.text((left, top), caption, INK, font=_font(14))
         figure.paste(tile, (left, top + 20))
-    _colour_bar(figure, _scale_top(example.maps), (GAP, figure.height - 36))
+    _colour_bar(figure, _scale_top(example.maps), (GAP, figure.height - 54))
+    _legend(draw, (GAP, figure.height - 22), with_truth=example.truth is not None)
     return figure
 
 
@@ -76,7 +77,7 @@ def contact_sheet(rows: list[tuple[str, Example]]) -> Image.Image:
     side, left, header = 130, 150, 28
     columns = [_tiles(example, _fitted(example.picture, side)) for _, example in rows]
     heights = [max(tiles[0][1].height, 60) + 6 for tiles in columns]
-    sheet = Image.new("RGB", (left + len(columns[0]) * (side + 6) + GAP, header + sum(heights) + GAP), PAPER)
+    sheet = Image.new("RGB", (left + len(columns[0]) * (side + 6) + GAP, header + sum(heights) + 24), PAPER)
     draw = ImageDraw.Draw(sheet)
     for place, (name, _) in enumerate(columns[0]):
         draw.text((left + place * (side + 6), 8), name.partition("  ")[0], INK, font=_font(13))
@@ -87,6 +88,7 @@ def contact_sheet(rows: list[tuple[str, Example]]) -> Image.Image:
         for place, (_, tile) in enumerate(tiles):
             sheet.paste(tile, (left + place * (side + 6) + (side - tile.width) // 2, top))
         top += height
+    _legend(draw, (left, top), with_truth=rows[0][1].truth is not None)
     return sheet
 
 
@@ -146,7 +148,7 @@ def _draw_outline(image: Image.Image, mask: Tensor, colour: tuple[int, int, int]
     """Paint the mask's border pixels, on its inner side; thicker on large pictures."""
     whole = Image.fromarray(mask.numpy()).convert("L")
     thickness = max(1, round(max(image.size) / 300))
-    inner = whole.filter(ImageFilter.MinFilter(2 * thickness + 1))
+    inner = whole.filter(ImageFilter.BoxBlur(thickness)).point([0] * 255 + [255])  # quick at any thickness
     image.paste(colour, (0, 0), ImageChops.subtract(whole, inner))
 
 
@@ -159,6 +161,16 @@ def _colour_bar(figure: Image.Image, top: float, corner: tuple[int, int]) -> Non
     draw = ImageDraw.Draw(figure)
     for place, text in ((0, "0"), (width // 2, f"{top / 4:.3g}"), (width, f"{top:.3g} times uniform attention")):
         draw.text((left + place, upper + 14), text, INK, font=_font(13))
+
+
+def _legend(draw: ImageDraw.ImageDraw, corner: tuple[int, int], *, with_truth: bool) -> None:
+    """What the outlines are."""
+    left, upper = corner
+    for colour, text in {MASK: "mask of the map", TRUTH: "given mask"}.items():
+        if colour == MASK or with_truth:
+            draw.rectangle((left, upper + 3, left + 10, upper + 13), outline=colour, width=2)
+            draw.text((left + 16, upper), text, INK, font=_font(13))
+            left += 140
 
 
 def _shortened(line: str, width: int) -> str:

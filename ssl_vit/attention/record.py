@@ -51,7 +51,7 @@ def write_record(
             "backbone": network.backbone.config.model_dump(mode="json"),
             "normalisation": {"mean": network.mean, "std": network.std},
         },
-        data={"images": str(config.images), "masks": str(config.masks), "limit": config.limit, **data},
+        data={**config.model_dump(mode="json", include={"images", "masks", "limit"}), **data},
         seed=config.seed,
         score=scores[0],
         baselines=scores[1:],

@@ -133,19 +133,17 @@ class _Chosen(NamedTuple):
 
 def _choose(written: list[int], summary: Summary, results: list[Result]) -> list[_Chosen]:
     """Pictures for the sheet: the best, the middle and the worst by the heads' mean; unscored ones evenly spread."""
+    rows = 3 * SHEET_ROWS
     if not results:
-        spread = torch.linspace(0, len(written) - 1, min(len(written), 3 * SHEET_ROWS)).long().tolist()
+        spread = torch.linspace(0, len(written) - 1, min(len(written), rows)).long().tolist()
         return [_Chosen(sorted(written)[place], "") for place in spread]
     scores = results[0].ious["mass/mean"]
     order = scores.argsort(descending=True).tolist()
-    middle = max(0, len(order) // 2 - SHEET_ROWS // 2)
-    starts = {"best": 0, "median": middle, "worst": max(0, len(order) - SHEET_ROWS)}
-    chosen = {
-        place: _Chosen(summary.places[place], f"{name}\nIoU {scores[place]:.2f}")
-        for name, start in starts.items()
-        for place in order[start : start + SHEET_ROWS]
-    }
-    return list(chosen.values())
+    named = [("", place) for place in order]
+    if len(order) > rows:
+        starts = {"best": 0, "median": (len(order) - SHEET_ROWS) // 2, "worst": len(order) - SHEET_ROWS}
+        named = [(f"{name}\n", place) for name, start in starts.items() for place in order[start : start + SHEET_ROWS]]
+    return [_Chosen(summary.places[place], f"{name}IoU {scores[place]:.2f}") for name, place in named]
 
 
 def _write_sheet(

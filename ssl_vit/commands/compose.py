@@ -53,11 +53,16 @@ def compose_values(command: str, words: list[str]) -> dict[str, Any]:
     """
     words, own_folders = _split_config_dirs(words)
     search = ",".join(f"file://{folder.absolute()}" for folder in [recipes_dir().parent, *own_folders])
-    overrides = [_as_override(word) for word in words]
+    groups = _groups(command)
+    # Hydra takes the name of any group for a choice; where the command has no such group, it is a plain key.
+    plain = {folder.name for folder in conf_dir().iterdir() if folder.is_dir()} - groups
+    own = dict(word.split("=", 1) for word in words if word.partition("=")[0] in plain and "=" in word)
+    overrides = [_as_override(word, groups) for word in words if word.partition("=")[0] not in own]
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             config = compose(command, [f"hydra.searchpath=[{search}]", *overrides])
-            return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+            values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+            return values | own
     except MissingConfigException as error:
         raise UserError(_no_such_option(error)) from None
     except (HydraException, OmegaConfBaseException) as error:
@@ -79,7 +84,13 @@ def _split_config_dirs(words: list[str]) -> tuple[list[str], list[Path]]:
     return [word for word in words if not word.startswith("--config-dir=")], folders
 
 
-def _as_override(word: str) -> str:
+def _groups(command: str) -> set[str]:
+    """The groups that the command's defaults list names: there `key=value` chooses a file."""
+    text = (conf_dir() / f"{command}.yaml").read_text(encoding="utf-8")
+    return {group for entry in yaml.safe_load(text).get("defaults", []) if isinstance(entry, dict) for group in entry}
+
+
+def _as_override(word: str, groups: set[str]) -> str:
     """A user's `key=value` as a Hydra override.
 
     Texts, and values that Hydra's grammar does not take, are taken literally. Plain keys are forced in, so that an
@@ -88,10 +99,11 @@ def _as_override(word: str) -> str:
     key, equals, value = word.partition("=")
     if not equals or not re.fullmatch(r"[+~]*[\w.@/]+", key):
         raise UserError(f"{word!r}: expected key=value (a list is written 'key=[1,2]', in quotes)")
-    if key.lstrip("+~") in {"recipe", *(folder.name for folder in conf_dir().iterdir() if folder.is_dir())}:
+    group = "recipes" if key == "recipe" else key.lstrip("+~")
+    if group in groups:
         if not re.fullmatch(r"[\w./-]+", value):
             raise UserError(f"{word!r}: expected one option, such as {key}=NAME")
-        return f"recipes={value}" if key == "recipe" else word
+        return f"{group}={value}"
     if not key.startswith(("+", "~")):
         key = f"++{key}"
     literal = key.lstrip("+") in TEXTS and value != "null"

@@ -15,9 +15,7 @@ from ssl_vit.models.backbone import Backbone, Tokens
 from ssl_vit.models.heads import ReconstructionHead, mlp
 from ssl_vit.transforms.batch import Batch
 from ssl_vit.transforms.corruption import Corruption, rotate
-from ssl_vit.transforms.randomness import fold, step_seed, uniform
-
-_ROTATION, _CORRUPTION = 101, 102  # streams of the sample's randomness, beside those of the views
+from ssl_vit.transforms.randomness import Stream, fold, step_seed, uniform, view_keys
 
 
 class SiTNetwork(nn.Module):
@@ -110,7 +108,8 @@ class SiT(SSLMethod):
         images = by_view(views)
         if not self.config.rotation.enabled:
             return images, torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        quarter = (uniform(fold(key, _ROTATION), 2) * 4).long().T.flatten()  # (2B,)
+        draws = uniform(fold(view_keys(key, 0, 2), Stream.ROTATION), 1)  # (B, 2, 1)
+        quarter = (draws * 4).long().squeeze(-1).T.flatten()  # (2B,)
         return rotate(images, quarter), quarter
 
     def corrupted(self, clean: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,8 +117,8 @@ class SiT(SSLMethod):
         generator = torch.Generator(clean.device)
         generator.manual_seed(step_seed(self.plan.seed, self.global_step, self.global_rank))
         views = [
-            self.corrupt(view, fold(fold(key, _CORRUPTION), number), generator=generator)
-            for number, view in enumerate(clean.chunk(2))
+            self.corrupt(view, view_key, generator=generator)
+            for view, view_key in zip(clean.chunk(2), view_keys(key, 0, 2).unbind(1), strict=True)
         ]
         images, masks = zip(*views, strict=True)
         return torch.cat(images), torch.cat(masks)

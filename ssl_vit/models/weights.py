@@ -50,7 +50,7 @@ def load_backbone(checkpoint: str, weights: Weights = "teacher") -> LoadedBackbo
     if kind == "timm":
         return _from_timm(name, pretrained=True)
     if kind == "random":
-        return _from_timm(name, pretrained=False) if timm.is_model(name) else random_twin(load_backbone(name), seed=0)
+        return random_twin(_from_timm(name, pretrained=False) if timm.is_model(name) else load_backbone(name), seed=0)
     path = _file_of(Path(checkpoint))
     if path.suffix == ".safetensors":
         return _from_export(path)
@@ -65,7 +65,7 @@ def random_twin(loaded: LoadedBackbone, seed: int) -> LoadedBackbone:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         twin = Backbone(loaded.backbone.config)
-    return loaded._replace(backbone=_frozen(twin), source=f"random weights, seed {seed}", sha256=None)
+    return loaded._replace(backbone=_frozen(twin), source=f"random weights, seed {seed}", sha256=None, run=None)
 
 
 def export_backbone(backbone: Backbone, path: Path, *, mean: list[float], std: list[float], source: str) -> None:
@@ -171,8 +171,7 @@ def _from_timm(name: str, *, pretrained: bool) -> LoadedBackbone:
     )
     backbone = Backbone(config)
     fill_strictly(backbone, plain.state_dict(), f"timm:{name}")
-    source = f"timm:{name}" if pretrained else f"random:{name}"
-    return LoadedBackbone(_frozen(backbone), list(settings.mean), list(settings.std), source, None, None)
+    return LoadedBackbone(_frozen(backbone), list(settings.mean), list(settings.std), f"timm:{name}", None, None)
 
 
 def _from_export(path: Path) -> LoadedBackbone:

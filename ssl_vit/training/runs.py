@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from ssl_vit.config import PretrainConfig
+from ssl_vit.config import PretrainConfig, RunConfig
 from ssl_vit.errors import UserError
 
 # Keys that may differ on resume without changing what the run computes.
@@ -45,17 +45,26 @@ def open_run(config: PretrainConfig, *, first_process: bool) -> Path | None:
         return last
     if not first_process:
         return None
-    if (folder / "config.yaml").exists():
-        if not config.run.overwrite:
-            raise UserError(
-                f"{folder} holds a run already. Three ways on: run.resume=true continues it, run.overwrite=true "
-                "deletes it and starts anew, run.name=OTHER starts beside it"
-            )
-        shutil.rmtree(folder)
+    claim_folder(config.run)
     last.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     (folder / "config.yaml").write_text(text, encoding="utf-8")
     return None
+
+
+def claim_folder(run: RunConfig) -> None:
+    """See to it that the run folder holds no run; one that may be overwritten is deleted.
+
+    Raises:
+        UserError: It holds a run that may not be overwritten.
+    """
+    if (run.path / "config.yaml").exists():
+        if not run.overwrite:
+            raise UserError(
+                f"{run.path} holds a run already. Three ways on: run.resume=true continues it, run.overwrite=true "
+                "deletes it and starts anew, run.name=OTHER starts beside it"
+            )
+        shutil.rmtree(run.path)
 
 
 def steps_done(checkpoint: Path | None) -> int:

@@ -45,6 +45,7 @@ class Stream(IntEnum):
     BLUR_SIGMA = 7
     NOISE_BLOCKS = 8
     REPLACE_BLOCKS = 9
+    ROTATION = 10
 
 
 def sample_keys(seed: int, epoch: int, index: Tensor) -> Tensor:
