@@ -42,14 +42,14 @@ COMMANDS = {
 def main(words: list[str] | None = None) -> int:
     """Run one command; the exit code is 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
     words = sys.argv[1:] if words is None else words
-    if not words or words[0] in ("--help", "-h", "help"):
-        print(overview())
-        return 0
-    if words[0] == "--version":
-        print(__version__)
-        return 0
-    name, *rest = words
+    name, *rest = words or ["help"]
     try:
+        if name in ("--help", "-h", "help"):
+            print(overview(), flush=True)
+            return 0
+        if name == "--version":
+            print(__version__)
+            return 0
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; choose one of {', '.join(COMMANDS)}"
@@ -57,18 +57,21 @@ def main(words: list[str] | None = None) -> int:
         if {"--help", "-h"} & set(rest):
             from ssl_vit.commands.help import help_text
 
-            print(help_text(name, COMMANDS[name].summary, COMMANDS[name].example, rest))
+            print(help_text(name, COMMANDS[name].summary, COMMANDS[name].example, rest), flush=True)
             return 0
         if "--cfg" in rest:
             from ssl_vit.commands.compose import compose_values, to_yaml
 
-            print(to_yaml(compose_values(name, [word for word in rest if word != "--cfg"])))
+            print(to_yaml(compose_values(name, [word for word in rest if word != "--cfg"])), flush=True)
             return 0
         # What Pillow warns of is read all the same, or ends as a skipped picture.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         importlib.import_module(f"ssl_vit.commands.{name}").main(rest)
     except UserError as error:
         print(f"ssl-vit {name}: {error}", file=sys.stderr)
+        return 2
+    except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:  # of a place to write to
+        print(f"ssl-vit {name}: {error.filename}: {error.strerror}; name another place", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

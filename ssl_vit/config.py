@@ -37,7 +37,7 @@ def _ascending(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
-WallTime = Annotated[timedelta, BeforeValidator(_seconds), PlainSerializer(lambda t: f"{t.total_seconds():g}s")]
+WallTime = Annotated[timedelta, BeforeValidator(_seconds), PlainSerializer(lambda t: f"{t.total_seconds():.15g}s")]
 Span = Annotated[Duration, BeforeValidator(_duration), PlainSerializer(str)]
 Interval = Annotated[tuple[NonNegative, NonNegative], AfterValidator(_ascending)]
 
@@ -52,7 +52,7 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    name: Annotated[str, Field(pattern=r"^[^/\\]+$")]
+    name: Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$")]  # one folder's name, not ..
     folder: Path
     resume: bool
     overwrite: bool

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -290,3 +291,36 @@ def test_sit_overfits_a_handful_of_pictures(build):
     assert losses[-1]["reconstruction"] < 0.7 * losses[0]["reconstruction"]
     assert np.mean([row["rotation_accuracy"] for row in losses[-10:]]) > 0.8
     assert np.mean([row["contrastive"] for row in losses[-10:]]) < losses[0]["contrastive"]
+
+
+def test_sit_noise_differs_between_the_micro_batches_of_a_step(build):
+    method = build("method=sit")
+    clean = torch.zeros(8, 3, 48, 48)
+    keys = sample_keys(0, 0, torch.arange(8))
+    (first, _), (again, _), (other, _) = (method.corrupted(clean, key) for key in (keys[:4], keys[:4], keys[4:]))
+    assert torch.equal(first, again)
+    noisy = (first != 0) & (other != 0)
+    assert noisy.sum() > 100
+    assert (first == other)[noisy].float().mean() < 0.01
+
+
+def test_clipping_with_a_loss_scale_measures_the_unscaled_gradients(build):
+    """In 16-mixed the gradients arrive multiplied by the loss scale, which fused AdamW takes out after clipping."""
+    method = build("method.optimizer.clip=1.0")
+    optimizer = method.configure_optimizers()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    parameter = optimizer.param_groups[0]["params"][0]
+    (scaler.scale(parameter.flatten()[0] * 0.5)).backward()
+    method._trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler))
+    method.configure_gradient_clipping(optimizer)
+    assert parameter.grad.norm().item() == pytest.approx(0.5)
+    scaler.step(optimizer)
+
+
+def test_the_bottleneck_has_norm_one_under_autocast():
+    head = DINOHead(64, prototypes=8, hidden_dim=32, bottleneck_dim=256, layers=3, norm_last_layer=True)
+    seen = []
+    head.last_layer.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        head(torch.randn(100, 64, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(seen[0].norm(dim=-1), torch.ones(100), rtol=0, atol=1e-5)

@@ -12,6 +12,7 @@ import torch
 
 from ssl_vit.cli import main
 from ssl_vit.commands.pretrain import pretrain
+from ssl_vit.data.sample import make_sample
 from ssl_vit.models.weights import load_backbone
 
 
@@ -231,3 +232,25 @@ def test_time_limit_saves_and_stops(pretrain_config):
 def test_some_epochs_are_kept_for_good(pretrain_config):
     run = pretrain(pretrain_config("trainer.max_steps=36", "trainer.keep_every_epochs=2"))
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["epoch_0002.ckpt", "last.ckpt"]
+
+
+def test_accumulation_without_warm_up_is_watched_step_by_step(pretrain_config):
+    """Before the first step there is no row of metrics to judge, though a batch has ended."""
+    words = ("trainer.accumulate=2", "method.optimizer.warmup=0steps", "trainer.log_every=2", "trainer.max_steps=4")
+    assert [row["step"] for row in rows(pretrain(pretrain_config(*words)))] == ["1", "3"]
+
+
+def test_a_diverged_run_says_so(pretrain_config, capsys):
+    words = ("method.optimizer.warmup=0steps", "method.optimizer.lr=1e30", "trainer.max_steps=14")
+    with pytest.warns(UserWarning, match="diverged"):
+        pretrain(pretrain_config(*words))
+    assert "Health: diverged" in capsys.readouterr().out
+
+
+def test_too_few_labelled_pictures_for_knn_are_pretrained_on(pretrain_config, tmp_path):
+    """Four pictures in class folders: none to spare for queries."""
+    folder = tmp_path / "few"
+    make_sample(folder, pictures=5, seed=0)
+    run = pretrain(pretrain_config(f"data.root={folder / 'train'}", "data.batch_size=4", "online_knn.every_epochs=1"))
+    assert state(run)[1] == 4
+    assert "knn/top1" not in rows(run)[0]

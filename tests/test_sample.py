@@ -73,9 +73,9 @@ def test_trivial_features_do_badly(drawn):
     raw = knn_accuracy(bank.reshape(1200, -1), bank_labels, queries.reshape(600, -1), labels)
     mean_colour = knn_accuracy(bank.mean(axis=(1, 2)), bank_labels, queries.mean(axis=(1, 2)), labels)
     with_mask = knn_accuracy(object_colour(bank, bank_masks), bank_labels, object_colour(queries, masks), labels)
-    assert 0.2 < raw < 0.38
-    assert 0.1 < mean_colour < 0.28
-    assert 0.5 < with_mask < 0.75
+    assert 0.2 < raw < 0.45
+    assert 0.1 < mean_colour < 0.33
+    assert 0.5 < with_mask < 0.85
 
 
 def test_light_from_above_tells_which_way_is_up(drawn):

@@ -204,3 +204,17 @@ def test_keys_that_do_not_fit_are_listed(plain, tmp_path):
     assert "missing: blocks.1.attn.qkv.bias" in text
     assert "left over: blocks.0.extra" in text
     assert "norm.weight (3,) instead of (64,)" in text
+
+
+@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
+def test_another_architecture_of_timm_is_refused(name):
+    with pytest.raises(UserError, match="not a plain ViT"):
+        load_backbone(f"random:{name}")
+
+
+@pytest.mark.parametrize("text", ["nonsense", "{}", "[1]", '{"backbone": {"name": "vit"}, "normalisation": {}}'])
+def test_a_json_of_another_tool_is_refused(text, tmp_path):
+    (tmp_path / "other.safetensors").write_bytes(safetensors.torch.save({"a": torch.zeros(1)}))
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(UserError, match="not what `ssl-vit export` writes"):
+        load_backbone(str(tmp_path / "other.safetensors"))

@@ -75,13 +75,13 @@ def test_it_is_the_wheel_that_runs(run, installed):
 
 
 def test_configuration_and_recipes_are_found_from_any_folder(run):
-    for recipe in sorted((CHECKOUT / "recipes").glob("*.yaml")):
-        result = run("-m", "ssl_vit", "pretrain", "data.root=x", f"recipe={recipe.stem}", "--cfg")
-        assert result.returncode == 0, result.stderr
-        assert yaml.safe_load(result.stdout)["data"]["root"] == "x"
+    recipes = sorted(file.stem for file in (CHECKOUT / "recipes").glob("*.yaml"))
+    result = run("-m", "ssl_vit", "pretrain", "data.root=x", f"recipe={recipes[0]}", "--cfg")
+    assert result.returncode == 0, result.stderr
+    assert yaml.safe_load(result.stdout)["data"]["root"] == "x"
     result = run("-m", "ssl_vit", "pretrain", "--help")
-    assert result.returncode == 0
-    assert all(recipe.stem in result.stdout for recipe in (CHECKOUT / "recipes").glob("*.yaml"))
+    assert result.returncode == 0, result.stderr
+    assert f"recipe=NAME takes the settings of a recipe: {', '.join(recipes)}" in result.stdout
 
 
 def test_a_run_starts_from_the_wheel(run, sample):

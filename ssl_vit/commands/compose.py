@@ -65,7 +65,7 @@ def compose_values(command: str, words: list[str]) -> dict[str, Any]:
             return values | own
     except MissingConfigException as error:
         raise UserError(_no_such_option(error)) from None
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(_plain(error)) from None
 
 
@@ -104,6 +104,8 @@ def _as_override(word: str, groups: set[str]) -> str:
         if not re.fullmatch(r"[\w./-]+", value):
             raise UserError(f"{word!r}: expected one option, such as {key}=NAME")
         return f"{group}={value}"
+    if key in TEXTS and not value:  # `data.root=$UNSET` is not the current folder
+        raise UserError(f"{word!r}: a value is missing after the equals sign")
     if not key.startswith(("+", "~")):
         key = f"++{key}"
     literal = key.lstrip("+") in TEXTS and value != "null"

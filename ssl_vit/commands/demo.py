@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from ssl_vit.attention.summary import Result
+from ssl_vit.attention.summary import NETWORK, RANDOM, Result
 from ssl_vit.commands import attention, knn, linear
 from ssl_vit.commands.compose import load_config
 from ssl_vit.commands.pretrain import pretrain
@@ -76,7 +76,7 @@ def table(neighbours: Record, probe: Record, attention: list[Result]) -> str:
         own, untrained, pixels = (score.metrics[0].value for score in (record.score, *record.baselines))
         rows.append((name, f"{own:.3f}", f"{untrained:.3f}", f"{pixels:.3f} raw pixels"))
     iou = {result.name: {rule: float(values.mean()) for rule, values in result.ious.items()} for result in attention}
-    trained, random = iou["network"], iou["random weights"]
+    trained, random = iou[NETWORK], iou[RANDOM]
     prior = f"{iou['centre prior']['IoU']:.3f} centre prior"
     for name, rule in (
         ("attention IoU, area of the object", "area/mean"),

@@ -28,7 +28,7 @@ from ssl_vit.training.keeper import Keeper
 from ssl_vit.training.metrics import MetricsCSV
 from ssl_vit.training.online_knn import OnlineKNN
 from ssl_vit.training.progress import RunProgress
-from ssl_vit.training.runs import open_run, steps_done
+from ssl_vit.training.runs import begin_run, open_run, steps_done
 from ssl_vit.transforms.crops import MultiCrop
 
 
@@ -41,7 +41,7 @@ def pretrain(config: PretrainConfig) -> Path:
     """Train, export, and return the run folder.
 
     Raises:
-        UserError: Of the configuration, the pictures or the run folder, before any training.
+        UserError: Of the configuration, the pictures or the run folder, before any training; or training diverged.
     """
     quiet_lightning()
     pictures = find_pictures(config.data.source, config.data.root)
@@ -76,8 +76,17 @@ def pretrain(config: PretrainConfig) -> Path:
         local_world=config.trainer.devices,
     )
     if trainer.is_global_zero:
+        begin_run(config)
         print(introduction(config, plan, len(pictures), method))
-    trainer.fit(method, loader, ckpt_path=checkpoint)
+        if done:
+            print(f"Going on after step {done:,}" if done < plan.total_steps else "The run is complete already")
+    trainer.fit(method, loader, ckpt_path=checkpoint, weights_only=True)
+    if keeper.diverged:
+        raise UserError(
+            f"diverged: the loss is not finite at step {trainer.global_step:,}. {keeper.folder} keeps what was saved "
+            "before. Start anew with a lower method.optimizer.lr, a longer method.optimizer.warmup, or "
+            "trainer.precision=32-true"
+        )
 
     if trainer.is_global_zero:
         views = config.method.views
@@ -114,6 +123,8 @@ def make_trainer(config: PretrainConfig, plan: Plan, loggers: list[Logger], call
     """Lightning's Trainer; checkpoints, progress and stopping are the callbacks' work."""
     settings = config.trainer
     device = best_device(settings.accelerator)
+    if device.type == "cuda" and settings.devices > torch.cuda.device_count():
+        raise UserError(f"trainer.devices={settings.devices}: this machine has {torch.cuda.device_count()} GPUs")
     processes = settings.devices * settings.nodes
     if device.type == "cpu" and settings.devices > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // settings.devices))
@@ -149,7 +160,7 @@ def make_loggers(config: PretrainConfig, done: int) -> list[Logger]:
         wandb = WandbLogger(
             project=config.logger.project,
             name=config.run.name,
-            id=id_file.read_text(encoding="utf-8"),
+            id=id_file.read_text(encoding="utf-8") if first_process() else None,
             resume="allow",
             save_dir=folder,
             offline=config.logger.offline,
@@ -200,5 +211,8 @@ def quiet_lightning() -> None:
         "Found .* module.s. in eval mode",  # the teacher
         "`isinstance.treespec, LeafSpec",
         "The 'train_dataloader' does not have many workers",
+        "The number of training batches",
+        "You're resuming from a checkpoint that ended before the epoch ended",  # the loader starts at the right step
+        "torch.distributed.nn.functional.all_gather is deprecated",
     ):
         warnings.filterwarnings("ignore", hint)

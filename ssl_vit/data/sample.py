@@ -98,10 +98,10 @@ def _pattern(x: Array, y: Array, patterns: npt.NDArray[np.int64], rng: np.random
     u = 2 * np.pi * (u / period + _uniform(rng, count, 0, 1))
     v = 2 * np.pi * (v / period + _uniform(rng, count, 0, 1))
     stripes = np.sin(u)
-    dots = np.cos(u) + np.cos(v) - 0.55
+    dots = np.cos(u) + np.cos(v) - 0.9
     turn = rng.uniform(0, 2 * np.pi, (count, _WAVES, 1, 1)).astype(np.float32)
     phase = rng.uniform(0, 2 * np.pi, (count, _WAVES, 1, 1)).astype(np.float32)
-    wave = (x[:, None] * np.cos(turn) + y[:, None] * np.sin(turn)) * (2 * np.pi / 2.2 / period[:, None])
+    wave = (x[:, None] * np.cos(turn) + y[:, None] * np.sin(turn)) * (2 * np.pi / 3 / period[:, None])
     blotches = np.cos(wave + phase).sum(axis=1) + 0.5
     chosen = np.choose(patterns[:, None, None], [stripes, dots, blotches])
     return np.clip(0.5 + chosen * 1.5, 0, 1)
@@ -119,8 +119,8 @@ def _colours(hues: npt.NDArray[np.int64], rng: np.random.Generator) -> tuple[Arr
     hue = np.array(list(HUES.values()), np.float32)[hues][:, None, None] + _uniform(rng, count, -0.035, 0.035)
     saturation, value = _uniform(rng, count, 0.6, 0.95), _uniform(rng, count, 0.65, 1.0)
     dark = rng.random((count, 1, 1)) < 0.5
-    tone_saturation = np.where(dark, saturation, saturation * _uniform(rng, count, 0.05, 0.3))
-    tone_value = np.where(dark, value * _uniform(rng, count, 0.12, 0.35), 1)
+    tone_saturation = np.where(dark, saturation, saturation * _uniform(rng, count, 0.0, 0.15))
+    tone_value = np.where(dark, value * _uniform(rng, count, 0.05, 0.25), 1)
     return _rgb(hue, saturation, value), _rgb(hue, tone_saturation, tone_value)
 
 
@@ -133,8 +133,8 @@ def _rgb(hue: Array, saturation: Array, value: Array) -> Array:
 
 def _background(count: int, rng: np.random.Generator) -> Array:
     """Smooth random colours (N, S, S, 3), brighter above than below."""
-    knots = rng.random((count, 3, 3, 3), dtype=np.float32)
-    bicubic = np.asarray(Image.fromarray(np.eye(3, dtype=np.float32)).resize((3, SIDE), Image.Resampling.BICUBIC))
+    knots = rng.random((count, 4, 4, 3), dtype=np.float32)
+    bicubic = np.asarray(Image.fromarray(np.eye(4, dtype=np.float32)).resize((4, SIDE), Image.Resampling.BICUBIC))
     colours: Array = np.einsum("yi,nijc,xj->nyxc", bicubic, knots, bicubic, optimize=True)
     colours = np.clip(colours, 0, 1) * np.linspace(1.2, 0.8, SIDE, dtype=np.float32)[:, None, None]
     return colours

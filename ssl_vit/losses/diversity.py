@@ -23,8 +23,11 @@ def spread(features: Tensor) -> Tensor:
 def effective_rank(features: Tensor) -> Tensor:
     """The exponential of the entropy of the normalised singular values of (B, D): between 1 and min(B, D).
 
-    RankMe (Garrido et al. 2023, arXiv 2210.02885, equation 2), uncentred; compare it only within one run.
+    RankMe (Garrido et al. 2023, arXiv 2210.02885, equation 2), uncentred; compare it only within one run. NaN where a
+    feature is not finite: the decomposition would raise.
     """
+    if not features.isfinite().all():
+        return features.new_full((), math.nan, dtype=torch.float32)
     singular = torch.linalg.svdvals(features.float())
     share = singular / singular.sum() + 1e-7
     return torch.exp(-(share * share.log()).sum())

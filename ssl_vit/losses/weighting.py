@@ -31,7 +31,8 @@ class UncertaintyWeights(nn.Module):
 
     def _bounded(self, name: str) -> Tensor:
         s: Tensor = self.s[name]
-        return s.squeeze().clamp(-self.LIMIT, self.LIMIT)
+        s = s.squeeze()
+        return s + (s.clamp(-self.LIMIT, self.LIMIT) - s).detach()  # the gradient passes the limit: s may come back
 
 
 class FixedWeights(nn.Module):

@@ -94,6 +94,10 @@ class SSLMethod(L.LightningModule):
             self.log_dict({f"schedule/{name}": self.scheduled(name) for name in self.schedules}, logger=False)
         return result.loss
 
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        moved: Batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return moved._replace(key=batch.key)  # randomness is drawn on the CPU, which then never waits for a GPU
+
     @property
     def at_log_step(self) -> bool:
         """Whether a row of metrics is written after this step."""
@@ -119,6 +123,8 @@ class SSLMethod(L.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *_: object, **__: object) -> None:
         if self.config.optimizer.clip:
+            if scaler := getattr(self.trainer.precision_plugin, "scaler", None):
+                scaler.unscale_(optimizer)  # with 16-mixed, fused AdamW would divide the loss scale out after clipping
             clip_each(self.parameters(), self.config.optimizer.clip)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

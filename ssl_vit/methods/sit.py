@@ -109,13 +109,14 @@ class SiT(SSLMethod):
         if not self.config.rotation.enabled:
             return images, torch.zeros(len(images), dtype=torch.int64, device=images.device)
         draws = uniform(fold(view_keys(key, 0, 2), Stream.ROTATION), 1)  # (B, 2, 1)
-        quarter = (draws * 4).long().squeeze(-1).T.flatten()  # (2B,)
+        quarter = (draws * 4).long().squeeze(-1).T.flatten().to(views.device)  # (2B,)
         return rotate(images, quarter), quarter
 
     def corrupted(self, clean: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Corrupt each view within itself: donors are other pictures of the same view."""
         generator = torch.Generator(clean.device)
-        generator.manual_seed(step_seed(self.plan.seed, self.global_step, self.global_rank))
+        # The first key tells the micro-batches of a step apart, and the processes.
+        generator.manual_seed(step_seed(self.plan.seed, self.global_step, int(key[0])))
         views = [
             self.corrupt(view, view_key, generator=generator)
             for view, view_key in zip(clean.chunk(2), view_keys(key, 0, 2).unbind(1), strict=True)

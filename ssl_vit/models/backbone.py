@@ -28,6 +28,9 @@ class Tokens(NamedTuple):
 class Backbone(nn.Module):
     """A plain timm ViT with a class token; pictures may have any size that is a multiple of the patch.
 
+    Initialisation and interpolation of the position embeddings are timm's. DINO's own differ a little: its class token
+    starts at std .02 instead of 1e-6, and it interpolates without antialias.
+
     Args:
         config: Name, sizes and initialisation; `drop_path` included.
 

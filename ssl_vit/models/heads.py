@@ -47,7 +47,8 @@ class DINOHead(nn.Module):
         self.last_layer = Prototypes(bottleneck_dim, prototypes, norm_last_layer=norm_last_layer)
 
     def forward(self, cls: Tensor) -> Tensor:  # (B, D) -> (B, K)
-        logits: Tensor = self.last_layer(F.normalize(self.mlp(cls), dim=-1))
+        bottleneck = self.mlp(cls).float()  # a norm in bfloat16 is off by up to 0.3 %, and the logits with it
+        logits: Tensor = self.last_layer(F.normalize(bottleneck, dim=-1))
         return logits
 
 

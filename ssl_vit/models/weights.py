@@ -13,6 +13,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ssl_vit.config import BackboneConfig
@@ -54,7 +55,7 @@ def load_backbone(checkpoint: str, weights: Weights = "teacher") -> LoadedBackbo
     path = _file_of(Path(checkpoint))
     if path.suffix == ".safetensors":
         return _from_export(path)
-    content = _read(path)
+    content = read_plain(path)
     if CHECKPOINT_KEY in content:
         return _from_ours(content, path, weights)
     return _from_official(content, path, weights)
@@ -136,16 +137,22 @@ def _file_of(path: Path) -> Path:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A torch file as plain containers and tensors; anything that could run code is refused."""
-    refused = f"checkpoint={path}: not a checkpoint of plain tensors (nothing else is read, it could run code)"
+def read_plain(path: Path) -> dict[str, Any]:
+    """A torch file as plain containers and tensors.
+
+    Raises:
+        UserError: It is damaged, or holds anything else, which could run code.
+    """
+    refused = UserError(
+        f"{path} is damaged or not a checkpoint of plain tensors; nothing else is read, it could run code"
+    )
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # official DINO files carry their arguments
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever the damage in a file happens to provoke
-        raise UserError(f"{refused}: {str(error).splitlines()[0][:200] if str(error) else 'empty file'}") from None
+    except Exception:  # torch raises whatever the damage in a file happens to provoke
+        raise refused from None
     if not isinstance(content, dict):
-        raise UserError(refused)
+        raise refused
     return content
 
 
@@ -157,6 +164,8 @@ def _from_timm(name: str, *, pretrained: bool) -> LoadedBackbone:
         plain = timm.create_model(name, pretrained=pretrained, num_classes=0)
     except (OSError, RuntimeError) as error:
         raise UserError(f"timm:{name}: its weights cannot be loaded here: {error}") from None
+    if type(plain) is not VisionTransformer:
+        raise UserError(f"timm:{name} is not a plain ViT; one that pools its class token is needed")
     config = BackboneConfig(
         name=name,
         img_size=settings.input_size[-1],
@@ -178,16 +187,20 @@ def _from_export(path: Path) -> LoadedBackbone:
     sidecar_path = path.with_suffix(".json")
     if not sidecar_path.is_file():
         raise UserError(f"checkpoint={path}: {sidecar_path.name} is missing; it says which network the weights are of")
-    sidecar = json.loads(sidecar_path.read_text(encoding="utf-8"))
+    try:
+        sidecar = json.loads(sidecar_path.read_text(encoding="utf-8"))
+        config, normalisation = BackboneConfig.model_validate(sidecar["backbone"]), sidecar["normalisation"]
+        mean, std = normalisation["mean"], normalisation["std"]
+    except (ValueError, LookupError, TypeError):  # no JSON, or one of another tool
+        raise UserError(f"checkpoint={path}: {sidecar_path.name} is not what `ssl-vit export` writes") from None
     try:
         state = load_file(path)
     except SafetensorError as error:
         raise UserError(f"checkpoint={path}: a damaged safetensors file: {error}") from None
-    backbone = Backbone(BackboneConfig.model_validate(sidecar["backbone"]))
+    backbone = Backbone(config)
     fill_strictly(backbone, state, f"checkpoint={path}")
-    normalisation = sidecar["normalisation"]
     run = path.parent if (path.parent / "config.yaml").is_file() else None
-    return LoadedBackbone(_frozen(backbone), normalisation["mean"], normalisation["std"], str(path), _sha256(path), run)
+    return LoadedBackbone(_frozen(backbone), mean, std, str(path), _sha256(path), run)
 
 
 def _from_ours(content: dict[str, Any], path: Path, weights: Weights) -> LoadedBackbone:

@@ -1,4 +1,4 @@
-"""A verdict in words when a run collapses: every picture gets the same answer."""
+"""A verdict in words when a run diverges, or collapses: every picture gets the same answer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 
 class CollapseMonitor(L.Callback):
-    """Says so, with the numbers and what to try, when every picture gets the same answer for a while.
+    """Says so, with the numbers and what to try, when for a while every picture gets the same answer, or none.
 
     It looks at the rows of metrics after the learning-rate warm-up and speaks once per collapse.
     """
@@ -22,11 +22,18 @@ class CollapseMonitor(L.Callback):
         self.prototypes = prototypes
         self.first_step = first_step
         self.every = every
+        self.step = 0  # the last one looked at; with accumulation several batches end within a step
         self.bad_rows = 0
         self.verdict: str | None = None
 
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.step = trainer.global_step
+
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
-        if trainer.global_step < self.first_step or trainer.global_step % self.every:
+        if trainer.global_step == self.step:  # still accumulating
+            return
+        self.step = trainer.global_step
+        if self.step < self.first_step or self.step % self.every:
             return
         numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}
         verdict = collapse(numbers, self.prototypes)
@@ -38,6 +45,11 @@ class CollapseMonitor(L.Callback):
 
 def collapse(numbers: dict[str, float], prototypes: int | None) -> str | None:
     """The verdict on one row of metrics, or None when it looks healthy."""
+    if not math.isfinite(numbers.get("train/loss", 0.0)):
+        return (
+            f"diverged: the loss is {numbers['train/loss']}. Start anew with a lower method.optimizer.lr, a longer "
+            "method.optimizer.warmup, or trainer.precision=32-true."
+        )
     if prototypes and numbers["train/information"] < CollapseMonitor.INFORMATION:
         entropy, most = numbers["train/teacher_entropy"], math.log(prototypes)
         told = f"the teacher's assignment tells {numbers['train/information']:.3f} nats about a picture"

@@ -7,14 +7,19 @@ import time
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import cast
 
 import lightning as L
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
 
 
 class Keeper(L.Callback):
-    """Writes `last.ckpt` whole or not at all, after every epoch and every `every`; keeps some epochs for good.
+    """Writes `last.ckpt` whole or not at all, every `every` and after epochs; keeps some epochs for good.
 
-    The first Ctrl-C or SIGTERM saves after the step at hand and stops; a second Ctrl-C stops at once.
+    Short epochs do not make it write more often than ten times per `every`. A network whose loss is no longer finite is
+    not saved: the run stops on the checkpoint before. The first Ctrl-C or SIGTERM saves after the step at hand and
+    stops; a second Ctrl-C stops at once.
 
     Args:
         folder: Of the checkpoints.
@@ -31,6 +36,7 @@ class Keeper(L.Callback):
         self.max_time = max_time.total_seconds() if max_time else float("inf")
         self.keep_every_epochs = keep_every_epochs
         self.asked_to_stop = False
+        self.diverged = False
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.started = self.saved = time.monotonic()
@@ -45,30 +51,38 @@ class Keeper(L.Callback):
         self.asked_to_stop = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: STEP_OUTPUT, *_: object
+    ) -> None:
         if trainer.global_step == self.step:  # still accumulating
             return
         self.step = trainer.global_step
         now = time.monotonic()
         stop = self._any(trainer, self.asked_to_stop or now - self.started > self.max_time)
         # Not in on_train_epoch_end: from a checkpoint written there Lightning 2.6 resumes with a broken epoch.
-        epoch_done = trainer.is_last_batch
+        epoch = trainer.current_epoch + 1
+        keep = bool(trainer.is_last_batch and self.keep_every_epochs and epoch % self.keep_every_epochs == 0)
+        wait = self.every / 10 if trainer.is_last_batch else self.every
         at_end = trainer.global_step == trainer.max_steps
-        if stop or epoch_done or at_end or self._any(trainer, now - self.saved > self.every):
-            self._save(trainer, "last.ckpt")
-        if epoch_done and self.keep_every_epochs and (trainer.current_epoch + 1) % self.keep_every_epochs == 0:
-            self._save(trainer, f"epoch_{trainer.current_epoch + 1:04d}.ckpt")
-        if stop:
+        if stop or keep or at_end or self._any(trainer, now - self.saved > wait):
+            self.diverged = self._any(trainer, not bool(cast(dict[str, Tensor], outputs)["loss"].isfinite()))
+            if not self.diverged:
+                self._save(trainer, "last.ckpt", *([f"epoch_{epoch:04d}.ckpt"] if keep else []))
+        if stop or self.diverged:
             trainer.should_stop = True
 
-    def _save(self, trainer: L.Trainer, name: str) -> None:
+    def _save(self, trainer: L.Trainer, *names: str) -> None:
+        for name in names:
+            self._write(trainer, name)
+        self.saved = time.monotonic()
+
+    def _write(self, trainer: L.Trainer, name: str) -> None:
         temporary = self.folder / f"{name}.tmp"
         trainer.save_checkpoint(temporary)
         if trainer.is_global_zero:
             temporary.replace(self.folder / name)
             for logger in trainer.loggers:
                 logger.save()
-        self.saved = time.monotonic()
 
     @staticmethod
     def _any(trainer: L.Trainer, decision: bool) -> bool:

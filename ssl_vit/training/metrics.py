@@ -10,6 +10,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from ssl_vit.distributed import first_process
+
 
 class MetricsCSV(Logger):
     """Writes `metrics.csv` with the columns step (an optimizer step, from 0), epoch, and one per metric.
@@ -24,7 +26,7 @@ class MetricsCSV(Logger):
         self.path = path
         self.columns = ["step", "epoch"]
         self.row: dict[str, float | str] = {}  # of the latest step; other metrics of that step may still come
-        if path.is_file():
+        if first_process() and path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
                 self.columns = list(reader.fieldnames or self.columns)

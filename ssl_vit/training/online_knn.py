@@ -20,16 +20,18 @@ class OnlineKNN(L.Callback):
     """Logs `knn/top1` before the first step, every n epochs and at the end.
 
     The labelled pictures for it are chosen once, by the seed. A fifth of them at most are queries, which are never in
-    the bank. The labels are for this number alone. Without at least two class folders there is nothing to do.
+    the bank. The labels are for this number alone. Without at least two class folders and five labelled pictures
+    there is nothing to do.
     """
 
     def __init__(self, config: PretrainConfig, pictures: Pictures, skipped: SkippedPictures) -> None:
         self.config = config
         self.skipped = skipped
-        self.every_epochs = config.online_knn.every_epochs if len(pictures.classes) > 1 else None
         labelled = (pictures.labels >= 0).nonzero().squeeze(1)
         order = labelled[torch.randperm(len(labelled), generator=torch.Generator().manual_seed(config.seed))]
         queries = min(config.online_knn.queries, len(order) // 5)
+        enough = queries > 0 and len(pictures.classes) > 1
+        self.every_epochs = config.online_knn.every_epochs if enough else None
         self.queries = Subset(pictures, order[:queries])
         self.bank = Subset(pictures, order[queries : queries + config.online_knn.bank])
         views = config.method.views

@@ -49,6 +49,8 @@ class RunProgress(ProgressBar):
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.last_end = time.perf_counter()
+        if self.step == self.window_step:  # what came before the first step is not part of its time
+            self.window_start = self.last_end
         if self.bar:
             self.bar.set_description(f"epoch {trainer.current_epoch + 1}", refresh=False)
 

@@ -6,11 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from ssl_vit.config import PretrainConfig, RunConfig
 from ssl_vit.errors import UserError
+from ssl_vit.models.weights import read_plain
+
+CONFIG = "config.yaml"
 
 # Keys that may differ on resume without changing what the run computes.
 HARMLESS = (
@@ -29,7 +31,7 @@ HARMLESS = (
 
 
 def open_run(config: PretrainConfig, *, first_process: bool) -> Path | None:
-    """Make the run folder and write its config.yaml, or go on in it; returns the checkpoint to go on from.
+    """Make the run folder, or go on in it; returns the checkpoint to go on from.
 
     Processes other than the first change nothing.
 
@@ -39,17 +41,21 @@ def open_run(config: PretrainConfig, *, first_process: bool) -> Path | None:
     folder = config.run.path
     last = folder / "checkpoints" / "last.ckpt"
     if config.run.resume:
-        if not last.is_file():
-            raise UserError(f"run.resume=true: {last} does not exist; start the run without it")
-        refuse_changes(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")), config)
+        for needed in (last, folder / CONFIG):
+            if not needed.is_file():
+                raise UserError(f"run.resume=true: {needed} does not exist; start the run without it")
+        refuse_changes(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")), config)
         return last
-    if not first_process:
-        return None
-    claim_folder(config.run)
-    last.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    if first_process:
+        claim_folder(config.run)
+        last.parent.mkdir(parents=True, exist_ok=True)
     return None
+
+
+def begin_run(config: PretrainConfig) -> None:
+    """Write config.yaml: from here on the folder holds a run, which nothing overwrites unasked."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    (config.run.path / CONFIG).write_text(text, encoding="utf-8")
 
 
 def claim_folder(run: RunConfig) -> None:
@@ -58,7 +64,7 @@ def claim_folder(run: RunConfig) -> None:
     Raises:
         UserError: It holds a run that may not be overwritten.
     """
-    if (run.path / "config.yaml").exists():
+    if (run.path / CONFIG).exists():
         if not run.overwrite:
             raise UserError(
                 f"{run.path} holds a run already. Three ways on: run.resume=true continues it, run.overwrite=true "
@@ -68,11 +74,14 @@ def claim_folder(run: RunConfig) -> None:
 
 
 def steps_done(checkpoint: Path | None) -> int:
-    """Optimizer steps done when the checkpoint was written; 0 without one."""
+    """Optimizer steps done when the checkpoint was written; 0 without one.
+
+    Raises:
+        UserError: The file is damaged.
+    """
     if checkpoint is None:
         return 0
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    return int(content["global_step"])
+    return int(read_plain(checkpoint)["global_step"])
 
 
 def refuse_changes(before: dict[str, Any], config: PretrainConfig) -> None:

@@ -36,7 +36,7 @@ class Duration:
         return cls(float(match[1]), match[2].rstrip("s"))
 
     def __str__(self) -> str:
-        return f"{self.value:g}%" if self.unit == "%" else f"{self.value:g} {self.unit}s"
+        return f"{self.value:.15g}%" if self.unit == "%" else f"{self.value:.15g} {self.unit}s"
 
     def steps(self, steps_per_epoch: int, total_steps: int) -> int:
         """The duration in whole optimizer steps."""

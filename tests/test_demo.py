@@ -1,0 +1,25 @@
+"""The demo's closing table names what the evaluations name."""
+
+import torch
+
+from ssl_vit.attention.summary import Summary
+from ssl_vit.commands.demo import table
+from ssl_vit.evaluation.records import Metric, Record, Score
+
+
+def record():
+    scores = [Score(name, [Metric("top-1", value, 10, 0.0, 1.0)], {}) for name, value in (("a", 0.9), ("b", 0.3))]
+    pixels = Score("raw pixels", [Metric("top-1", 0.4, 10, 0.0, 1.0)], {})
+    return Record("knn", {}, {}, {}, 0, scores[0], [scores[1], pixels], 1.0, {}, [])
+
+
+def test_the_table_holds_network_random_twin_and_centre_prior():
+    generator = torch.Generator().manual_seed(0)
+    summary = Summary(mass=0.6, seed=0)
+    for place in range(4):
+        maps = [torch.rand(2, 6, 6, generator=generator).softmax(-1) for _ in range(2)]
+        summary.add(place, maps, torch.rand(48, 48, generator=generator) > 0.5)
+    text = table(record(), record(), summary.results())
+    assert "raw pixels" in text
+    assert "centre prior" in text
+    assert len(text.splitlines()) == 6
