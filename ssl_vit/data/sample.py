@@ -53,8 +53,8 @@ def draw(
     count = len(labels)
     middle = (np.arange(SIDE, dtype=np.float32) + 0.5) / SIDE
     radius = _uniform(rng, count, 0.24, 0.40)
-    x = middle[None, None, :] - _uniform(rng, count, 0.25, 0.75)  # (N, 1, S): right of the object's centre
-    y = middle[None, :, None] - _uniform(rng, count, 0.25, 0.75)  # (N, S, 1): below it
+    x = middle[None, None, :] - _uniform(rng, count, 0.2, 0.8)  # (N, 1, S): right of the object's centre
+    y = middle[None, :, None] - _uniform(rng, count, 0.2, 0.8)  # (N, S, 1): below it
     depth = _outline(x, y, radius, rng)  # (N, S, S): 1 at the centre, 0 on the outline, negative outside
     inside = np.clip(depth * radius * SIDE + 0.5, 0, 1)[..., None]  # soft over one pixel
 
@@ -136,5 +136,5 @@ def _background(count: int, rng: np.random.Generator) -> Array:
     knots = rng.random((count, 4, 4, 3), dtype=np.float32)
     bicubic = np.asarray(Image.fromarray(np.eye(4, dtype=np.float32)).resize((4, SIDE), Image.Resampling.BICUBIC))
     colours: Array = np.einsum("yi,nijc,xj->nyxc", bicubic, knots, bicubic, optimize=True)
-    colours = np.clip(colours, 0, 1) * np.linspace(1.2, 0.8, SIDE, dtype=np.float32)[:, None, None]
+    colours = np.clip(0.5 + 1.3 * (colours - 0.5), 0, 1) * np.linspace(1.2, 0.8, SIDE, dtype=np.float32)[:, None, None]
     return colours
