@@ -18,8 +18,6 @@ from ssl_vit.data.sample import make_sample
 from ssl_vit.evaluation.records import Record
 from ssl_vit.training.runs import claim_folder, steps_done
 
-MASKED = 300  # test pictures whose attention is drawn and scored
-
 
 def main(words: list[str]) -> None:
     """Run the command."""
@@ -47,7 +45,6 @@ def main(words: list[str]) -> None:
                 f"images={pictures / 'test'}",
                 f"masks={pictures / 'test_masks'}",
                 f"out={folder / 'attention'}",
-                f"limit={MASKED}",
             ],
             AttentionConfig,
         )
