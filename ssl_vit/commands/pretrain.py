@@ -23,7 +23,7 @@ from ssl_vit.methods.base import Plan, SSLMethod
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.weights import export_backbone
 from ssl_vit.training.hardware import autocast_dtype, best_device, fused_attention_pays
-from ssl_vit.training.health import CollapseMonitor
+from ssl_vit.training.health import AFTER_DIVERGENCE, CollapseMonitor
 from ssl_vit.training.keeper import Keeper
 from ssl_vit.training.metrics import MetricsCSV
 from ssl_vit.training.online_knn import OnlineKNN
@@ -84,8 +84,7 @@ def pretrain(config: PretrainConfig) -> Path:
     if keeper.diverged:
         raise UserError(
             f"diverged: the loss is not finite at step {trainer.global_step:,}. {keeper.folder} keeps what was saved "
-            "before. Start anew with a lower method.optimizer.lr, a longer method.optimizer.warmup, or "
-            "trainer.precision=32-true"
+            f"before. {AFTER_DIVERGENCE}"
         )
 
     if trainer.is_global_zero:

@@ -7,6 +7,10 @@ import math
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
+AFTER_DIVERGENCE = (
+    "Start anew with a lower method.optimizer.lr, a longer method.optimizer.warmup, or trainer.precision=32-true."
+)
+
 
 class CollapseMonitor(L.Callback):
     """Says so, with the numbers and what to try, when for a while every picture gets the same answer, or none.
@@ -46,10 +50,7 @@ class CollapseMonitor(L.Callback):
 def collapse(numbers: dict[str, float], prototypes: int | None) -> str | None:
     """The verdict on one row of metrics, or None when it looks healthy."""
     if not math.isfinite(numbers.get("train/loss", 0.0)):
-        return (
-            f"diverged: the loss is {numbers['train/loss']}. Start anew with a lower method.optimizer.lr, a longer "
-            "method.optimizer.warmup, or trainer.precision=32-true."
-        )
+        return f"diverged: the loss is {numbers['train/loss']}. {AFTER_DIVERGENCE}"
     if prototypes and numbers["train/information"] < CollapseMonitor.INFORMATION:
         entropy, most = numbers["train/teacher_entropy"], math.log(prototypes)
         told = f"the teacher's assignment tells {numbers['train/information']:.3f} nats about a picture"
