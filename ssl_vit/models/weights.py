@@ -222,7 +222,8 @@ def _from_official(content: dict[str, Any], path: Path, weights: Weights) -> Loa
     config, state, which = read_official(content, weights, f"checkpoint={path}")
     backbone = Backbone(config)
     fill_strictly(backbone, state, f"checkpoint={path}")
-    return LoadedBackbone(_frozen(backbone), IMAGENET_MEAN, IMAGENET_STD, f"{path} ({which})", _sha256(path), None)
+    source = f"{path} ({which}; {config.num_heads} attention heads of width 64, which the file does not say)"
+    return LoadedBackbone(_frozen(backbone), IMAGENET_MEAN, IMAGENET_STD, source, _sha256(path), None)
 
 
 def _sha256(path: Path) -> str:
