@@ -11,6 +11,7 @@ from ssl_vit.losses.diversity import effective_rank, spread
 from ssl_vit.training.health import collapse
 
 HEALTHY = {
+    "train/loss": 4.0,
     "train/information": 2.0,
     "train/teacher_entropy": 4.0,
     "train/spread": 0.8,
@@ -34,8 +35,8 @@ def test_each_collapse_has_its_name(numbers, says):
 
 
 def test_a_method_without_prototypes_is_judged_by_its_features():
-    assert collapse({"train/spread": 0.9}, prototypes=None) is None
-    assert "collapsed features" in collapse({"train/spread": 0.0}, prototypes=None)
+    assert collapse({"train/loss": 4.0, "train/spread": 0.9}, prototypes=None) is None
+    assert "collapsed features" in collapse({"train/loss": 4.0, "train/spread": 0.0}, prototypes=None)
 
 
 def test_a_collapsing_run_is_told_and_a_healthy_one_is_not(pretrain_config, capsys):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 
 from ssl_vit.commands.pretrain import build_method, make_plan
 from ssl_vit.methods.base import by_view, clip_each
@@ -311,7 +312,7 @@ def test_clipping_with_a_loss_scale_measures_the_unscaled_gradients(build):
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     parameter = optimizer.param_groups[0]["params"][0]
     (scaler.scale(parameter.flatten()[0] * 0.5)).backward()
-    method._trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler))
+    method._trainer = SimpleNamespace(precision_plugin=MixedPrecision("16-mixed", "cpu", scaler))
     method.configure_gradient_clipping(optimizer)
     assert parameter.grad.norm().item() == pytest.approx(0.5)
     scaler.step(optimizer)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -123,8 +124,10 @@ class SSLMethod(L.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *_: object, **__: object) -> None:
         if self.config.optimizer.clip:
-            if scaler := getattr(self.trainer.precision_plugin, "scaler", None):
-                scaler.unscale_(optimizer)  # with 16-mixed, fused AdamW would divide the loss scale out after clipping
+            precision = self.trainer.precision_plugin
+            if isinstance(precision, MixedPrecision) and precision.scaler:
+                # Fused AdamW takes the loss scale out by itself, but only after the clipping.
+                precision.scaler.unscale_(optimizer)
             clip_each(self.parameters(), self.config.optimizer.clip)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -49,7 +49,7 @@ class CollapseMonitor(L.Callback):
 
 def collapse(numbers: dict[str, float], prototypes: int | None) -> str | None:
     """The verdict on one row of metrics, or None when it looks healthy."""
-    if not math.isfinite(numbers.get("train/loss", 0.0)):
+    if not math.isfinite(numbers["train/loss"]):
         return f"diverged: the loss is {numbers['train/loss']}. {AFTER_DIVERGENCE}"
     if prototypes and numbers["train/information"] < CollapseMonitor.INFORMATION:
         entropy, most = numbers["train/teacher_entropy"], math.log(prototypes)

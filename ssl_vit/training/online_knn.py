@@ -62,7 +62,6 @@ class OnlineKNN(L.Callback):
         )
         for logger in trainer.loggers:
             logger.log_metrics({"knn/top1": accuracy, "epoch": trainer.current_epoch}, step=step)
-        trainer.callback_metrics["knn/top1"] = torch.tensor(accuracy)
 
     def _features(self, backbone: Backbone, pictures: Subset) -> Features:
         views = self.config.method.views
