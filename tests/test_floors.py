@@ -14,7 +14,7 @@ HYDRA = {"hydra", "omegaconf"}
 HEAVY = HYDRA | {"lightning", "pytorch_lightning", "wandb"}
 SMALL = HEAVY | {"torch", "timm"}
 
-CONFIG = {"__init__", "errors", "config", "training.schedules"}
+CONFIG = {"__init__", "errors", "durable", "config", "training.schedules"}
 TENSORS = CONFIG | {"distributed", "transforms", "models", "losses"}
 MEASURING = TENSORS | {"data", "evaluation", "training.hardware"}
 
@@ -23,6 +23,7 @@ MEASURING = TENSORS | {"data", "evaluation", "training.hardware"}
 FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "__init__": (set(), SMALL),
     "errors": (set(), SMALL),
+    "durable": (set(), SMALL),
     "training.schedules": (set(), SMALL),
     "config": (CONFIG, SMALL),
     "distributed": (CONFIG, HEAVY | {"timm"}),

@@ -7,11 +7,11 @@ import os
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ssl_vit.data.decode import EXTENSIONS, decode
+from ssl_vit.data.names import Names
 from ssl_vit.data.pictures import BrokenPicture, printable
 from ssl_vit.errors import UserError
 
@@ -23,8 +23,7 @@ class FilePictures:
 
     Args:
         root: What the names are relative to.
-        names: One path per picture; kept as one string of bytes, because millions of objects would burst memory and be
-            copied into each loading process.
+        names: One path per picture.
         ignored: How many files of which kind were found beside the pictures.
         labelled: Whether class folders are labels.
     """
@@ -34,19 +33,18 @@ class FilePictures:
         self.ignored = ignored
         self.extensions = Counter(extension(name) for name in names)
         self.labels, self.classes = class_folders(names) if labelled else unlabelled(len(names))
-        self._text = b"".join(names)
-        self._ends = np.cumsum([0, *map(len, names)])  # (N + 1,)
+        self.names = Names.pack(names)
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self.names)
 
     def path(self, index: int) -> Path:
         """The picture's file."""
-        return self.root / os.fsdecode(self._name(index))
+        return self.root / os.fsdecode(self.names[index])
 
     def name(self, index: int) -> str:
         """The file's path relative to the root, printable."""
-        return printable(self._name(index))
+        return printable(self.names[index])
 
     def read(self, index: int, channels: int) -> Tensor:
         """The picture as (C, H, W) uint8.
@@ -65,16 +63,13 @@ class FilePictures:
         for index in range(len(self)):
             path = self.path(index)
             size = path.stat().st_size if path.exists() else -1
-            digest.update(b"%s\0%d\0" % (self._name(index), size))
+            digest.update(b"%s\0%d\0" % (self.names[index], size))
         return digest.hexdigest()
 
     def describe(self) -> str:
         """Counts per extension, and of what was ignored."""
         text = f"{len(self):,} pictures in {printable(self.root)} ({counts(self.extensions)})"
         return f"{text}; ignored: {counts(self.ignored)}" if self.ignored else text
-
-    def _name(self, index: int) -> bytes:
-        return self._text[self._ends[index] : self._ends[index + 1]]
 
 
 def folder_pictures(root: Path) -> FilePictures:

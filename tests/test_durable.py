@@ -1,0 +1,35 @@
+"""A file is whole or not there; what stood there before outlives a failure."""
+
+import errno
+
+import pytest
+
+from ssl_vit.durable import durable
+
+
+def test_a_file_appears_whole_and_replaces_the_old_one(tmp_path):
+    path = tmp_path / "a.bin"
+    for content in (b"first", b"second, longer"):
+        with durable(path) as file:
+            file.write(content[:3])
+            assert not path.exists() or path.read_bytes() == b"first"
+            file.write(content[3:])
+        assert path.read_bytes() == content
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"good")
+    with pytest.raises(OSError, match="No space"), durable(path) as file:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert path.read_bytes() == b"good"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_the_left_over_of_a_killed_process_is_overwritten(tmp_path):
+    (tmp_path / ".a.bin.tmp").write_bytes(b"x" * 1000)
+    with durable(tmp_path / "a.bin") as file:
+        file.write(b"new")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.bin", b"new")]
