@@ -66,7 +66,8 @@ def main(words: list[str] | None = None) -> int:
             return 0
         # What Pillow warns of is read all the same, or ends as a skipped picture.
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        importlib.import_module(f"ssl_vit.commands.{name}").main(rest)
+        command = "sweep" if name == "pretrain" and "--multirun" in rest else name
+        importlib.import_module(f"ssl_vit.commands.{command}").main(rest)
     except UserError as error:
         print(f"ssl-vit {name}: {error}", file=sys.stderr)
         return 2

@@ -51,7 +51,7 @@ class Section(BaseModel):
 # --- a run -----------------------------------------------------------------------------------------------------
 
 
-class RunConfig(Section):
+class FolderConfig(Section):
     name: Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$")]  # one folder's name, not ..
     folder: Path
     resume: bool
@@ -69,6 +69,18 @@ class RunConfig(Section):
         return self
 
 
+class RunConfig(FolderConfig):
+    resume: bool | Literal["auto"]  # type: ignore[assignment]
+    extend_to_epochs: Count | None
+    keep_pictures: bool
+
+    @model_validator(mode="after")
+    def _only_on_resume(self) -> Self:
+        if (self.extend_to_epochs or self.keep_pictures) and not self.resume:
+            raise ValueError("extend_to_epochs and keep_pictures are for a run that goes on: add run.resume=true")
+        return self
+
+
 class TrainerConfig(Section):
     max_epochs: Count
     max_steps: Count | None
@@ -82,6 +94,7 @@ class TrainerConfig(Section):
     log_every: Count
     checkpoint_every: WallTime
     keep_every_epochs: Count | None
+    skip_budget: Annotated[int, Field(ge=0)]
 
 
 class LoggerConfig(Section):
@@ -392,7 +405,7 @@ class ScanConfig(Section):
 
 class DemoConfig(Section):
     seed: int
-    run: RunConfig
+    run: FolderConfig
     method: Literal["dino", "sit"]
     pictures: Annotated[int, Field(ge=200)]
     max_steps: Count

@@ -36,6 +36,15 @@ def all_sum(value: Tensor) -> Tensor:
     return value
 
 
+def any_process(*flags: bool, device: torch.device) -> list[bool]:
+    """For each flag, whether it is set in any process; `device` is the one that this process computes on."""
+    if world_size() == 1:
+        return list(flags)
+    votes = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(votes, dist.ReduceOp.MAX)
+    return votes.bool().tolist()
+
+
 def gather_with_gradient(value: Tensor) -> Tensor:
     """(B, ...) of every process as (world x B, ...), in rank order; the gradient flows back to each."""
     return torch.cat(all_gather(value)) if world_size() > 1 else value  # type: ignore[no-untyped-call]

@@ -1,54 +1,143 @@
-"""A run that collapses says so, with numbers and remedies; a healthy one stays quiet."""
+"""What is wrong with a run has a name, numbers and a remedy, before it starts where it can; a healthy one stays quiet."""
 
+import json
 import math
 import warnings
 
 import pytest
 import torch
+from running import rows, state
 
-from ssl_vit.commands.pretrain import pretrain
+from ssl_vit.commands.pretrain import build_method, pretrain
 from ssl_vit.losses.diversity import effective_rank, spread
-from ssl_vit.training.health import collapse
+from ssl_vit.methods.base import make_plan
+from ssl_vit.models.teacher import distance
+from ssl_vit.training.health import judge
+from ssl_vit.training.outlook import outlook
 
 HEALTHY = {
     "train/loss": 4.0,
     "train/information": 2.0,
     "train/teacher_entropy": 4.0,
+    "train/teacher_distance": 0.1,
     "train/spread": 0.8,
 }
 
 
+# --- before the first step -------------------------------------------------------------------------------------
+
+
+def names(config, pictures):
+    plan = make_plan(config, pictures)
+    method = build_method(config, plan)
+    return [verdict.name for verdict in outlook(config.method, plan, method.schedules["lr"](method.warmup_steps))]
+
+
+SOUND = ("trainer.max_steps=2000", "trainer=auto", "trainer.accelerator=cpu")
+
+
 @pytest.mark.parametrize(
-    ("numbers", "says"),
+    ("words", "pictures", "expected"),
     [
-        ({}, None),
-        ({"train/information": 0.01, "train/teacher_entropy": math.log(1024)}, "uniform answer"),
-        ({"train/information": 0.01, "train/teacher_entropy": 0.1}, "one prototype"),
-        ({"train/spread": 0.001}, "collapsed features"),
+        ((), 1600, []),
+        (("method=sit",), 1600, []),
+        ((), 160, ["short-epochs"]),  # 10 steps an epoch, and the last layer frozen for one epoch
+        (("method.freeze_last_layer=10steps",), 160, []),
+        (("method.freeze_last_layer=0epochs",), 160, []),
+        (("method=sit", "method.optimizer.warmup=2epochs"), 160, ["short-epochs"]),
+        (("method.optimizer.lr=0.05", "method.optimizer.lr_batch_size=16"), 1600, ["learning-rate"]),
+        (("method.optimizer.lr=0.000001",), 1600, ["learning-rate"]),  # x 16/256
+        (("method.teacher.temperature=0.3",), 1600, ["hot-teacher"]),
+        (("method.teacher.warmup_temperature=0.1",), 1600, ["hot-teacher"]),
+        (("method.teacher.momentum=[0.0,1.0]",), 1600, ["teacher-is-student"]),
+        (("method.teacher.momentum=[0.9996,1.0]",), 1600, ["slow-teacher"]),
+        (("method.teacher.momentum=[1.0,1.0]",), 1600, ["slow-teacher"]),
     ],
 )
-def test_each_collapse_has_its_name(numbers, says):
-    verdict = collapse(HEALTHY | numbers, prototypes=1024)
-    assert verdict is None if says is None else says in verdict
-    if says:
-        assert "Try " in verdict
+def test_what_can_be_seen_from_the_configuration(pretrain_config, words, pictures, expected):
+    assert names(pretrain_config(*SOUND, *words), pictures) == expected
+
+
+def test_the_verdicts_stand_before_the_run(pretrain_config, capsys):
+    pretrain(pretrain_config("method.teacher.temperature=0.3", "method.teacher.momentum=[0.5,1.0]"))
+    output = capsys.readouterr().out
+    assert "Health: [hot-teacher] a teacher temperature of 0.3 is above 0.07" in output
+    assert "Health: [short-epochs] an epoch is only 12 steps, so method.freeze_last_layer=1 epochs" in output
+
+
+# --- as it happens ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("numbers", "name"),
+    [
+        ({}, None),
+        ({"train/information": 0.01, "train/teacher_entropy": math.log(1024)}, "uniform-collapse"),
+        ({"train/information": 0.01, "train/teacher_entropy": 0.1}, "single-collapse"),
+        ({"train/spread": 0.001}, "features-collapse"),
+        ({"train/teacher_distance": 0.0}, "teacher-is-student"),
+        ({"train/loss": 6.1}, "diverging"),
+        ({"train/loss": math.nan}, "diverging"),
+        ({"train/loss": 5.9}, None),
+    ],
+)
+def test_each_verdict_has_its_name(numbers, name):
+    verdict = judge(HEALTHY | numbers, prototypes=1024, first_loss=4.0)
+    assert verdict is None if name is None else verdict.name == name
+    if name:
+        assert verdict.remedy
 
 
 def test_a_method_without_prototypes_is_judged_by_its_features():
-    assert collapse({"train/loss": 4.0, "train/spread": 0.9}, prototypes=None) is None
-    assert "collapsed features" in collapse({"train/loss": 4.0, "train/spread": 0.0}, prototypes=None)
+    assert judge({"train/loss": 4.0, "train/spread": 0.9}, prototypes=None, first_loss=None) is None
+    verdict = judge({"train/loss": 4.0, "train/spread": 0.0}, prototypes=None, first_loss=None)
+    assert verdict.name == "features-collapse"
+    assert judge({"train/loss": -1.0, "train/spread": 0.9}, None, first_loss=-1.5) is None  # learned weights
 
 
-def test_a_collapsing_run_is_told_and_a_healthy_one_is_not(pretrain_config, capsys):
-    """A teacher temperature of 5 makes every answer the uniform one."""
-    words = ("trainer.max_steps=24", "method.optimizer.warmup=0steps")
-    with pytest.warns(UserWarning, match="collapsed to the uniform answer"):
-        pretrain(pretrain_config(*words, "method.teacher.temperature=5.0", "run.name=collapsing"))
-    assert "Health: collapsed to the uniform answer" in capsys.readouterr().out
+DRIVEN = {
+    "uniform-collapse": ("method.teacher.temperature=5.0",),  # every answer is the uniform one
+    "single-collapse": ("method.teacher.temperature=0.00001", "method.teacher.center_momentum=1.0"),
+    "teacher-is-student": ("method.teacher.momentum=[0.0,0.0]",),
+    "diverging": ("method.optimizer.lr=1000.0", "method.optimizer.clip=0"),
+}
+
+
+@pytest.mark.parametrize("name", DRIVEN)
+def test_a_run_driven_into_trouble_is_told(pretrain_config, capsys, monkeypatch, name):
+    if name == "single-collapse":
+        from ssl_vit.models.heads import Prototypes
+
+        def one_wins(self, z):  # whatever the picture
+            return torch.nn.functional.linear(z, self.weight_v) + 100 * torch.eye(len(self.weight_v))[0]
+
+        monkeypatch.setattr(Prototypes, "forward", one_wins)
+    words = ("trainer.max_steps=24", "method.optimizer.warmup=0steps", *DRIVEN[name])
+    with pytest.warns(UserWarning, match=rf"\[{name}\]"):
+        run = pretrain(pretrain_config(*words))
+    assert f"Health: [{name}]" in capsys.readouterr().out
+    told = [json.loads(line) for line in (run / "health.jsonl").open()]
+    assert name in [verdict["name"] for verdict in told]
+    assert all(verdict["finding"] and verdict["remedy"] for verdict in told)
+
+
+def test_a_healthy_run_hears_nothing(pretrain_config, capsys):
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "collapsed")
-        pretrain(pretrain_config(*words, "run.name=healthy"))
-    assert "Health" not in capsys.readouterr().out
+        warnings.filterwarnings("error", r".*\[[a-z-]+\]")
+        run = pretrain(pretrain_config("trainer.max_steps=24", "method.optimizer.warmup=0steps"))
+    assert not (run / "health.jsonl").exists()
+    assert all(float(row["train/teacher_distance"]) >= 0 for row in rows(run))
+    assert state(run)[1] == 24
+
+
+def test_the_distance_between_networks_is_relative():
+    one, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    other.load_state_dict(one.state_dict())
+    assert distance(other, one) == 0
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter *= 3
+    assert distance(other, one).item() == pytest.approx(2)
 
 
 def test_spread_is_one_for_features_all_over_the_sphere_and_zero_for_equal_ones():

@@ -1,44 +1,13 @@
 """A run is what it says: it learns from any folder, stops and goes on exactly, and never loses what it has."""
 
-import csv
-import os
-import signal
-import subprocess
-import sys
-import time
-
 import pytest
 import torch
+from running import assert_same_weights, rows, run_command, state
 
 from ssl_vit.cli import main
 from ssl_vit.commands.pretrain import pretrain
 from ssl_vit.data.sample import make_sample
-from ssl_vit.errors import UserError
 from ssl_vit.models.weights import load_backbone
-
-
-def state(run):
-    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    return content["state_dict"], content["global_step"]
-
-
-def rows(run):
-    with (run / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def assert_same_weights(one, other):
-    (first, steps), (second, other_steps) = state(one), state(other)
-    assert steps == other_steps
-    assert first.keys() == second.keys()
-    different = [name for name in first if not torch.equal(first[name], second[name])]
-    assert not different
-
-
-def run_command(words, **options):
-    command = [sys.executable, "-m", "ssl_vit", "pretrain", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, **options)
 
 
 @pytest.mark.parametrize("method", ["dino", "sit"])
@@ -56,30 +25,6 @@ def test_a_run_leaves_what_its_user_needs(pretrain_config, method):
     torch.testing.assert_close(from_run.backbone(images).cls, exported.backbone(images).cls, rtol=0, atol=0)
     assert from_run.run == exported.run == run
     assert ("teacher" in from_run.source) == (method == "dino")
-
-
-@pytest.mark.parametrize("method", ["dino", "sit"])
-@pytest.mark.parametrize("stop_after", [5, 12])  # in the middle of the first epoch of 12 steps, and at its end
-def test_stopped_and_resumed_equals_uninterrupted(pretrain_config, monkeypatch, method, stop_after):
-    from ssl_vit.training.keeper import Keeper
-
-    words = (f"method={method}", "trainer.max_steps=27", "backbone.drop_path=0.2")
-    whole = pretrain(pretrain_config(*words, "run.name=whole"))
-
-    original = Keeper.on_train_batch_end
-
-    def stop(self, trainer, *rest):
-        self.asked_to_stop = trainer.global_step == stop_after
-        original(self, trainer, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Keeper, "on_train_batch_end", stop)
-        parts = pretrain(pretrain_config(*words, "run.name=parts"))
-    assert state(parts)[1] == stop_after
-    assert pretrain(pretrain_config(*words, "run.name=parts", "run.resume=true")) == parts
-    assert_same_weights(whole, parts)
-    assert [row["step"] for row in rows(parts)] == [row["step"] for row in rows(whole)]
-    assert [row["train/loss"] for row in rows(parts)] == [row["train/loss"] for row in rows(whole)]
 
 
 def test_accumulation_updates_teacher_and_center_once_per_step(pretrain_config):
@@ -128,25 +73,6 @@ def test_two_processes_train_like_one(pretrain_words, tmp_path, method):
     assert [row["step"] for row in rows(tmp_path / "runs" / "two")] == ["0", "1", "2"]
 
 
-def test_ctrl_c_saves_stops_and_says_how_to_go_on(pretrain_words, tmp_path):
-    words = pretrain_words("trainer.max_steps=100000")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "ssl_vit", "pretrain", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    metrics = tmp_path / "runs" / "dino" / "metrics.csv"
-    deadline = time.monotonic() + 120
-    while not metrics.exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert "run.resume=true" in output
-    assert "Traceback" not in output
-    _, steps = state(tmp_path / "runs" / "dino")
-    assert 0 < steps < 100000
-    load_backbone(str(tmp_path / "runs" / "dino" / "backbone.safetensors"))
-
-
 def test_a_run_folder_is_never_overwritten_by_accident(pretrain_words, tmp_path, capsys):
     words = pretrain_words("trainer.max_steps=1")
     assert main(["pretrain", *words]) == 0
@@ -157,23 +83,6 @@ def test_a_run_folder_is_never_overwritten_by_accident(pretrain_words, tmp_path,
         assert way in message
     assert (tmp_path / "runs" / "dino" / "metrics.csv").stat().st_mtime_ns == before
     assert main(["pretrain", *words, "run.overwrite=true"]) == 0
-
-
-def test_resuming_with_a_changed_meaning_is_refused_with_the_difference(pretrain_words, capsys):
-    words = pretrain_words("trainer.max_steps=1")
-    assert main(["pretrain", *words]) == 0
-    changed = ["method.optimizer.lr=0.1", "seed=5", "run.resume=true", "data.workers=1", "trainer.log_every=7"]
-    assert main(["pretrain", *words, *changed]) == 2
-    message = capsys.readouterr().err
-    assert "method.optimizer.lr: 0.0005 -> 0.1" in message
-    assert "seed: 0 -> 5" in message
-    assert "workers" not in message
-    assert "log_every" not in message
-
-
-def test_nothing_to_resume_is_said(pretrain_words, capsys):
-    assert main(["pretrain", *pretrain_words("run.resume=true")]) == 2
-    assert "last.ckpt does not exist" in capsys.readouterr().err
 
 
 def test_a_broken_picture_is_skipped_counted_and_named(pretrain_words, sample, tmp_path, capsys):
@@ -225,26 +134,10 @@ def test_wandb_offline_keeps_its_run_across_resume(pretrain_words, tmp_path):
     assert (run / "wandb_id.txt").read_text() == name
 
 
-def test_time_limit_saves_and_stops(pretrain_config):
-    run = pretrain(pretrain_config("trainer.max_steps=100000", "trainer.max_time=2s"))
-    assert 0 < state(run)[1] < 100000
-
-
-def test_some_epochs_are_kept_for_good(pretrain_config):
-    run = pretrain(pretrain_config("trainer.max_steps=36", "trainer.keep_every_epochs=2"))
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["epoch_0002.ckpt", "last.ckpt"]
-
-
 def test_accumulation_without_warm_up_is_watched_step_by_step(pretrain_config):
     """Before the first step there is no row of metrics to judge, though a batch has ended."""
     words = ("trainer.accumulate=2", "method.optimizer.warmup=0steps", "trainer.log_every=2", "trainer.max_steps=4")
     assert [row["step"] for row in rows(pretrain(pretrain_config(*words)))] == ["1", "3"]
-
-
-def test_a_diverged_run_says_so(pretrain_config):
-    words = ("method.optimizer.warmup=0steps", "method.optimizer.lr=1e30", "trainer.max_steps=14")
-    with pytest.warns(UserWarning, match="diverged"), pytest.raises(UserError, match="diverged"):
-        pretrain(pretrain_config(*words))
 
 
 def test_too_few_labelled_pictures_for_knn_are_pretrained_on(pretrain_config, tmp_path):

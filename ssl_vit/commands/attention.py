@@ -85,7 +85,9 @@ def segment(config: AttentionConfig) -> Outcome:
     sheet = _write_sheet(config, pictures, gallery, truths, _choose(written, summary, results))
     outcome = Outcome(len(written), skipped.count(), unscored.count(), results, sheet, seconds)
     counts = {"pictures": outcome.written, "skipped": outcome.skipped, "unscored": outcome.unscored}
-    write_record(config, networks[0], results, data={"fingerprint": pictures.fingerprint(), **counts}, seconds=seconds)
+    write_record(
+        config, networks[0], results, data={"fingerprint": pictures.fingerprint(sizes=True), **counts}, seconds=seconds
+    )
     write_ious(config.out / "ious.npz", results, [pictures.name(place) for place in summary.places])
     return outcome
 

@@ -16,7 +16,8 @@ from ssl_vit.commands.pretrain import pretrain
 from ssl_vit.config import AttentionConfig, DemoConfig, KNNConfig, LinearConfig, PretrainConfig
 from ssl_vit.data.sample import make_sample
 from ssl_vit.evaluation.records import Record
-from ssl_vit.training.runs import claim_folder, steps_done
+from ssl_vit.training.checkpoints import newest
+from ssl_vit.training.runs import claim_folder, locked
 
 
 def main(words: list[str]) -> None:
@@ -27,11 +28,13 @@ def main(words: list[str]) -> None:
     pictures = folder / "pictures"
 
     if not config.run.resume:
-        claim_folder(config.run)
-        print(f"Making {config.pictures:,} sample pictures of 12 classes in {pictures}", flush=True)
-        make_sample(pictures, pictures=config.pictures, seed=config.seed)
+        with locked(config.run):
+            claim_folder(config.run)
+            print(f"Making {config.pictures:,} sample pictures of 12 classes in {pictures}", flush=True)
+            make_sample(pictures, pictures=config.pictures, seed=config.seed)
     pretrain(load_config("pretrain", pretrain_words(config, pictures), PretrainConfig))
-    if steps_done(folder / "checkpoints" / "last.ckpt") < config.max_steps:  # Ctrl-C
+    found = newest(folder / "checkpoints")
+    if not found or found.step < config.max_steps:  # Ctrl-C
         return
 
     labelled = [f"checkpoint={folder}", f"data.train={pictures / 'train'}", f"data.test={pictures / 'test'}"]

@@ -6,10 +6,13 @@ import logging
 import uuid
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.strategies import DDPStrategy
 
 from ssl_vit.commands.compose import load_config
 from ssl_vit.config import PretrainConfig
@@ -19,16 +22,22 @@ from ssl_vit.data.pictures import SkippedPictures
 from ssl_vit.distributed import first_process
 from ssl_vit.errors import UserError
 from ssl_vit.methods import METHODS
-from ssl_vit.methods.base import Plan, SSLMethod
+from ssl_vit.methods.base import Plan, SSLMethod, make_plan
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.weights import export_backbone
+from ssl_vit.training.checkpoints import DurableIO
+from ssl_vit.training.faults import named_faults, refuse_divergence
 from ssl_vit.training.hardware import autocast_dtype, best_device, fused_attention_pays
-from ssl_vit.training.health import AFTER_DIVERGENCE, CollapseMonitor
+from ssl_vit.training.health import HealthMonitor
+from ssl_vit.training.journal import Journal
 from ssl_vit.training.keeper import Keeper
 from ssl_vit.training.metrics import MetricsCSV
 from ssl_vit.training.online_knn import OnlineKNN
 from ssl_vit.training.progress import RunProgress
-from ssl_vit.training.runs import begin_run, open_run, steps_done
+from ssl_vit.training.report import conclusion, introduction
+from ssl_vit.training.runs import Start, begin_run, locked, open_run, with_extension
+from ssl_vit.training.signals import StopSignals
+from ssl_vit.training.skipping import SkippedSteps
 from ssl_vit.transforms.crops import MultiCrop
 
 
@@ -41,29 +50,44 @@ def pretrain(config: PretrainConfig) -> Path:
     """Train, export, and return the run folder.
 
     Raises:
-        UserError: Of the configuration, the pictures or the run folder, before any training; or training diverged.
+        UserError: Of the configuration, the pictures or the run folder, before any training; or training failed.
     """
     quiet_lightning()
+    config = with_extension(config)
     pictures = find_pictures(config.data.source, config.data.root)
     plan = make_plan(config, len(pictures))
     method = build_method(config, plan)
-    checkpoint = open_run(config, first_process=first_process())
-    done = steps_done(checkpoint)
+    with locked(config.run):
+        return train(config, plan, method, open_run(config, pictures))
+
+
+def train(config: PretrainConfig, plan: Plan, method: SSLMethod, start: Start) -> Path:
+    """From the start to the end of the run, or to where it is stopped."""
     folder = config.run.path
     skipped = SkippedPictures(folder / "skipped.txt")
-
+    signals = StopSignals()
     keeper = Keeper(
         folder / "checkpoints",
+        signals,
         every=config.trainer.checkpoint_every,
         max_time=config.trainer.max_time,
         keep_every_epochs=config.trainer.keep_every_epochs,
     )
-    monitor = CollapseMonitor(method.prototypes, first_step=method.warmup_steps, every=plan.log_every)
+    steps = SkippedSteps(
+        Journal(folder / "skipped_steps.jsonl", start.done), start.pictures, budget=config.trainer.skip_budget
+    )
+    health = HealthMonitor(
+        method.prototypes,
+        Journal(folder / "health.jsonl", start.done),
+        first_step=method.warmup_steps,
+        every=plan.log_every,
+    )
     progress = RunProgress(plan.total_steps, plan.batch_size, every=plan.log_every)
-    online_knn = OnlineKNN(config, pictures, skipped)
-    trainer = make_trainer(config, plan, make_loggers(config, done), [progress, monitor, online_knn, keeper])
+    online_knn = OnlineKNN(config, start.pictures, skipped)
+    callbacks = [signals, steps, progress, health, online_knn, keeper]
+    trainer = make_trainer(config, plan, make_loggers(config, start.done), callbacks, keeper.files)
     loader = training_loader(
-        pictures,
+        start.pictures,
         MultiCrop(config.method.views),
         config.data,
         seed=config.seed,
@@ -71,35 +95,25 @@ def pretrain(config: PretrainConfig) -> Path:
         rank=trainer.global_rank,
         world=trainer.world_size,
         accumulate=config.trainer.accumulate,
-        first_step=done,
+        first_step=start.done,
         skipped=skipped,
         local_world=config.trainer.devices,
     )
     if trainer.is_global_zero:
-        begin_run(config)
-        print(introduction(config, plan, len(pictures), method))
-        if done:
-            print(f"Going on after step {done:,}" if done < plan.total_steps else "The run is complete already")
-    trainer.fit(method, loader, ckpt_path=checkpoint, weights_only=True)
-    if keeper.diverged:
-        raise UserError(
-            f"diverged: the loss is not finite at step {trainer.global_step:,}. {keeper.folder} keeps what was saved "
-            f"before. {AFTER_DIVERGENCE}"
-        )
+        begin_run(config, start.pictures)
+        print(introduction(config, plan, method, start), flush=True)
+    with named_faults(keeper):
+        trainer.fit(method, loader, ckpt_path=start.checkpoint, weights_only=True)
+    refuse_divergence(keeper, steps, trainer.global_step)
 
     if trainer.is_global_zero:
         views = config.method.views
         source = f"{folder} after {trainer.global_step} steps"
         export_backbone(method.target, folder / "backbone.safetensors", mean=views.mean, std=views.std, source=source)
-        print(conclusion(folder, trainer.global_step, plan, monitor, skipped))
+        print(conclusion(folder, trainer.global_step, plan, health, steps, skipped))
+        if outcome := signals.pass_on():
+            print(outcome)
     return folder
-
-
-def make_plan(config: PretrainConfig, pictures: int) -> Plan:
-    """The run's length in optimizer steps."""
-    steps_per_epoch = max(1, pictures // config.data.batch_size)
-    total_steps = config.trainer.max_steps or config.trainer.max_epochs * steps_per_epoch
-    return Plan(total_steps, steps_per_epoch, config.data.batch_size, config.trainer.log_every, config.seed)
 
 
 def build_method(config: PretrainConfig, plan: Plan) -> SSLMethod:
@@ -118,7 +132,9 @@ def build_method(config: PretrainConfig, plan: Plan) -> SSLMethod:
     return method
 
 
-def make_trainer(config: PretrainConfig, plan: Plan, loggers: list[Logger], callbacks: list[L.Callback]) -> L.Trainer:
+def make_trainer(
+    config: PretrainConfig, plan: Plan, loggers: list[Logger], callbacks: list[L.Callback], files: DurableIO
+) -> L.Trainer:
     """Lightning's Trainer; checkpoints, progress and stopping are the callbacks' work."""
     settings = config.trainer
     device = best_device(settings.accelerator)
@@ -130,17 +146,22 @@ def make_trainer(config: PretrainConfig, plan: Plan, loggers: list[Logger], call
     precision = settings.precision
     if precision == "auto":
         precision = "bf16-mixed" if autocast_dtype(device) else "32-true"
+    plugins: list[Any] = [files]
+    if SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # the signals are ours: training/signals.py
     return L.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=settings.devices,
         num_nodes=settings.nodes,
-        strategy="ddp" if processes > 1 else "auto",
+        # The only buffers that change, the center's, are the same in all processes by construction.
+        strategy=DDPStrategy(broadcast_buffers=False) if processes > 1 else "auto",
         precision=precision,
         max_steps=plan.total_steps,
         accumulate_grad_batches=settings.accumulate,
         log_every_n_steps=settings.log_every,
         logger=loggers,
         callbacks=callbacks,
+        plugins=plugins,
         default_root_dir=config.run.path,
         use_distributed_sampler=False,  # the loader slices each global batch itself
         enable_checkpointing=False,
@@ -167,40 +188,6 @@ def make_loggers(config: PretrainConfig, done: int) -> list[Logger]:
         wandb.log_hyperparams(config.model_dump(mode="json"))
         loggers.append(wandb)
     return loggers
-
-
-def introduction(config: PretrainConfig, plan: Plan, pictures: int, method: SSLMethod) -> str:
-    """What is about to happen: data, network, length, and the schedules along the run."""
-    size = sum(parameter.numel() for parameter in method.target.parameters()) / 1e6
-    optimizer = config.method.optimizer
-    lines = [
-        f"{pictures:,} pictures, {plan.batch_size} per step, {plan.steps_per_epoch:,} steps per epoch, "
-        f"{plan.total_steps:,} steps in all",
-        f"{config.method.name} on {config.backbone.name}, {size:.1f} M parameters, run folder {config.run.path}",
-        f"learning rate {optimizer.lr:g} x {plan.batch_size}/{optimizer.lr_batch_size} = {method.peak_lr:.3g}",
-    ]
-    points = [round(share * (plan.total_steps - 1)) for share in (0, 0.1, 0.5, 1)]
-    lines.append(f"  {'at step':<20}" + "".join(f"{point:>10,}" for point in points))
-    for name, schedule in method.schedules.items():
-        lines.append(f"  {name:<20}" + "".join(f"{schedule(point):>10.3g}" for point in points))
-    return "\n".join(lines)
-
-
-def conclusion(folder: Path, step: int, plan: Plan, monitor: CollapseMonitor, skipped: SkippedPictures) -> str:
-    """Where things are, and whatever was not as it should be."""
-    lines = []
-    if step < plan.total_steps:
-        lines.append(
-            f"Stopped and saved after step {step:,} of {plan.total_steps:,}; the same command with "
-            "run.resume=true goes on from there."
-        )
-    if monitor.verdict:
-        lines.append(f"Health: {monitor.verdict}")
-    if count := skipped.count():
-        pictures = "picture" if count == 1 else "pictures"
-        lines.append(f"{count} {pictures} could not be read and left out: {skipped.path} names them")
-    lines.append(f"Backbone: {folder / 'backbone.safetensors'} ({folder / 'backbone.json'} says how to load it)")
-    return "\n".join(lines)
 
 
 def quiet_lightning() -> None:

@@ -57,8 +57,14 @@ class FilePictures:
         except BrokenPicture as broken:
             raise BrokenPicture(self.name(index), broken.reason) from broken
 
-    def fingerprint(self) -> str:
-        """A hash of all names and file sizes."""
+    def with_names(self, names: Names) -> FilePictures:
+        """Other pictures below the same root."""
+        return FilePictures(self.root, list(names), ignored=self.ignored, labelled=bool(self.classes))
+
+    def fingerprint(self, *, sizes: bool) -> str:
+        """A hash of all names, and of the files' sizes."""
+        if not sizes:
+            return self.names.fingerprint()
         digest = hashlib.sha256()
         for index in range(len(self)):
             path = self.path(index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
@@ -166,7 +167,20 @@ def eval_loader(
 
 def _loader(dataset: Dataset[T], workers: int, **how: Any) -> DataLoader[T]:
     """A DataLoader whose batches come from the dataset as they are."""
-    return DataLoader(dataset, num_workers=workers, collate_fn=_as_it_is, pin_memory=torch.cuda.is_available(), **how)
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=_leave_signals_alone,
+        pin_memory=torch.cuda.is_available(),
+        **how,
+    )
+
+
+def _leave_signals_alone(worker: int) -> None:
+    """Loading processes end with the training process: a signal to the whole group is for that one to answer."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch: T) -> T:

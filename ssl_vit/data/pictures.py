@@ -43,8 +43,8 @@ class Pictures(Protocol):
         """
         ...
 
-    def fingerprint(self) -> str:
-        """A hash that changes when pictures are added, removed, renamed or replaced by ones of another size."""
+    def fingerprint(self, *, sizes: bool) -> str:
+        """A hash that changes when pictures are added, removed or renamed, and with `sizes` when a file's size does."""
         ...
 
     def describe(self) -> str:
@@ -109,9 +109,9 @@ class Subset:
         """As in the larger set."""
         return self.pictures.read(int(self.places[index]), channels)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, sizes: bool) -> str:
         """Of the larger set and the places."""
-        return hashlib.sha256(f"{self.pictures.fingerprint()} {self.places.tolist()}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.pictures.fingerprint(sizes=sizes)} {self.places.tolist()}".encode()).hexdigest()
 
     def describe(self) -> str:
         """How many of the larger set."""

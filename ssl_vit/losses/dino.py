@@ -61,6 +61,10 @@ class Center(nn.Module):
         """Move the center by what was observed since the last update."""
         mean = all_sum(self.seen) / (self.count * world_size())
         self.value.lerp_(mean, 1 - self.momentum)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was observed since the last update."""
         self.seen.zero_()
         self.count.zero_()
 

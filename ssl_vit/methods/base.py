@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from ssl_vit import __version__
-from ssl_vit.config import BackboneConfig, DINOConfig, SiTConfig
+from ssl_vit.config import BackboneConfig, DINOConfig, PretrainConfig, SiTConfig
+from ssl_vit.distributed import any_process
 from ssl_vit.losses.diversity import effective_rank, spread
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.weights import CHECKPOINT_KEY
@@ -33,6 +34,13 @@ class Plan(NamedTuple):
     seed: int
 
 
+def make_plan(config: PretrainConfig, pictures: int) -> Plan:
+    """The run's length in optimizer steps."""
+    steps_per_epoch = max(1, pictures // config.data.batch_size)
+    total_steps = config.trainer.max_steps or config.trainer.max_epochs * steps_per_epoch
+    return Plan(total_steps, steps_per_epoch, config.data.batch_size, config.trainer.log_every, config.seed)
+
+
 class StepResult(NamedTuple):
     """What a method makes of a batch."""
 
@@ -41,19 +49,40 @@ class StepResult(NamedTuple):
     logs: dict[str, Tensor | float]
 
 
+class Skipped(NamedTuple):
+    """An optimizer step that was left out because its loss or a gradient was not finite in some process."""
+
+    parameters: list[str]  # those whose gradient was not finite
+    expected: bool  # while 16-mixed looks for its loss scale
+
+
 class SSLMethod(L.LightningModule):
     """A method is a `step`; everything around it is here. All schedules are functions of the optimizer step."""
+
+    finite: Tensor
 
     def __init__(self, config: DINOConfig | SiTConfig, plan: Plan) -> None:
         super().__init__()
         self.config = config
         self.plan = plan
         self.photometric = Photometric(config.views)
+        self.skipped: Skipped | None = None  # the last optimizer step, if it was left out
+        self.register_buffer("finite", torch.ones((), dtype=torch.bool), persistent=False)  # the step's losses so far
+        self.warmup_steps = config.optimizer.warmup.steps(plan.steps_per_epoch, plan.total_steps)
+        self.schedules = self.make_schedules(config, plan)
+
+    @classmethod
+    def make_schedules(cls, config: DINOConfig | SiTConfig, plan: Plan) -> dict[str, Schedule]:
+        """The method's schedules by name; they depend on nothing but its configuration and the length of the run.
+
+        Raises:
+            ValueError: A warm-up is longer than the run.
+        """
         optimizer = config.optimizer
-        self.peak_lr = optimizer.lr * plan.batch_size / optimizer.lr_batch_size
-        self.warmup_steps = optimizer.warmup.steps(plan.steps_per_epoch, plan.total_steps)
-        self.schedules: dict[str, Schedule] = {
-            "lr": cosine(self.peak_lr, optimizer.min_lr, plan.total_steps, self.warmup_steps),
+        warmup = optimizer.warmup.steps(plan.steps_per_epoch, plan.total_steps)
+        peak = optimizer.lr * plan.batch_size / optimizer.lr_batch_size
+        return {
+            "lr": cosine(peak, optimizer.min_lr, plan.total_steps, warmup),
             "weight_decay": cosine(*optimizer.weight_decay, plan.total_steps),
         }
 
@@ -78,6 +107,9 @@ class SSLMethod(L.LightningModule):
     def after_optimizer_step(self, step: int) -> None:
         """Called once per optimizer step, after it; `step` counts from 0."""
 
+    def after_skipped_step(self) -> None:
+        """Called instead when the step was skipped: forget what its micro-batches left behind."""
+
     def scheduled(self, name: str) -> float:
         """The value of a schedule at the step at hand."""
         return self.schedules[name](self.global_step)
@@ -88,6 +120,7 @@ class SSLMethod(L.LightningModule):
             global_views = self.photometric(batch.global_views, batch.key)
             local_views = self.photometric(batch.local_views, batch.key, first_view=batch.global_views.shape[1])
         result = self.step(global_views, local_views, batch)
+        self.finite &= result.loss.detach().isfinite()
         if self.at_log_step:
             logs = {"loss": result.loss.detach(), **result.logs}
             logs |= {"spread": spread(result.features), "effective_rank": effective_rank(result.features)}
@@ -97,7 +130,7 @@ class SSLMethod(L.LightningModule):
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         moved: Batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        return moved._replace(key=batch.key)  # randomness is drawn on the CPU, which then never waits for a GPU
+        return moved._replace(index=batch.index, key=batch.key)  # for the CPU, which then never waits for a GPU
 
     @property
     def at_log_step(self) -> bool:
@@ -111,7 +144,7 @@ class SSLMethod(L.LightningModule):
                 groups[self.decays(name, parameter)].append(parameter)
         return AdamW(
             [{"params": groups[True], "decays": True}, {"params": groups[False], "decays": False, "weight_decay": 0.0}],
-            lr=self.peak_lr,
+            lr=self.schedules["lr"](0),
             betas=self.config.optimizer.betas,
             fused=True,
         )
@@ -123,17 +156,32 @@ class SSLMethod(L.LightningModule):
                 group["weight_decay"] = self.scheduled("weight_decay")
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *_: object, **__: object) -> None:
-        if self.config.optimizer.clip:
-            precision = self.trainer.precision_plugin
-            if isinstance(precision, MixedPrecision) and precision.scaler:
-                # Fused AdamW takes the loss scale out by itself, but only after the clipping.
-                precision.scaler.unscale_(optimizer)
-            clip_each(self.parameters(), self.config.optimizer.clip)
+        """Clip each gradient, or skip the step in all processes: without gradients AdamW changes nothing."""
+        precision = self.trainer.precision_plugin
+        scaler = precision.scaler if isinstance(precision, MixedPrecision) else None
+        if scaler:
+            # Fused AdamW takes the loss scale out by itself, but only after the clipping.
+            scaler.unscale_(optimizer)
+        gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+        norms = torch.stack(torch._foreach_norm(list(gradients.values())))  # (parameters,)
+        broken_loss, broken_gradient = any_process(not self.finite, not norms.isfinite().all(), device=self.device)
+        self.finite.fill_(True)
+        self.skipped = None
+        if broken_loss or broken_gradient:
+            names = [name for name, norm in zip(gradients, norms.tolist(), strict=True) if not math.isfinite(norm)]
+            # A loss scale that is too high is found by such steps; they are part of 16-bit training.
+            self.skipped = Skipped(names, expected=scaler is not None and not broken_loss)
+            optimizer.zero_grad()
+        elif self.config.optimizer.clip:
+            clip_each(list(gradients.values()), norms, self.config.optimizer.clip)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         step = self.global_step
         super().optimizer_step(*args, **kwargs)
-        self.after_optimizer_step(step)
+        if self.skipped:
+            self.after_skipped_step()
+        else:
+            self.after_optimizer_step(step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[CHECKPOINT_KEY] = {
@@ -145,16 +193,17 @@ class SSLMethod(L.LightningModule):
         }
 
 
-@torch.no_grad()
-def clip_each(parameters: Iterable[nn.Parameter], limit: float) -> None:
+def clip_each(gradients: list[Tensor], norms: Tensor, limit: float) -> None:
     """Scale each parameter's gradient down to an L2 norm of at most `limit`, one by one (DINO, `clip_gradients`).
 
     Not the norm of all gradients together: that is another algorithm.
+
+    Args:
+        gradients: N of them, changed in place.
+        norms: Theirs (N,).
+        limit: Above 0.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if gradients:
-        norms = torch._foreach_norm(gradients)
-        torch._foreach_mul_(gradients, [torch.clamp(limit / (norm + 1e-6), max=1.0) for norm in norms])
+    torch._foreach_mul_(gradients, list(torch.clamp(limit / (norms + 1e-6), max=1.0).unbind()))
 
 
 def by_view(views: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from ssl_vit.losses.dino import Center, assignment, dino_loss, sharpen
 from ssl_vit.methods.base import Plan, SSLMethod, StepResult, by_view, make_backbone
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.heads import DINOHead
-from ssl_vit.models.teacher import follow, start_teacher
-from ssl_vit.training.schedules import cosine, teacher_temperature
+from ssl_vit.models.teacher import distance, follow, start_teacher
+from ssl_vit.training.schedules import Schedule, cosine, teacher_temperature
 from ssl_vit.transforms.batch import Batch
 
 
@@ -40,15 +40,19 @@ class DINO(SSLMethod):
         self.student = DINONetwork(make_backbone(backbone, drop_path=True), config)
         self.teacher = start_teacher(DINONetwork(make_backbone(backbone, drop_path=False), config), self.student)
         self.center = Center(config.head.prototypes, config.teacher.center_momentum)
+        self.frozen_steps = config.freeze_last_layer.steps(plan.steps_per_epoch, plan.total_steps)
+
+    @classmethod
+    def make_schedules(cls, config: DINOConfig, plan: Plan) -> dict[str, Schedule]:  # type: ignore[override]
         teacher, steps, per_epoch = config.teacher, plan.total_steps, plan.steps_per_epoch
         warmup_epochs = -(-teacher.warmup.steps(per_epoch, steps) // per_epoch)
-        self.schedules |= {
+        return {
+            **super().make_schedules(config, plan),
             "teacher_momentum": cosine(*teacher.momentum, steps),
             "teacher_temperature": teacher_temperature(
                 teacher.warmup_temperature, teacher.temperature, warmup_epochs, per_epoch
             ),
         }
-        self.frozen_steps = config.freeze_last_layer.steps(per_epoch, steps)
 
     @property
     def target(self) -> Backbone:
@@ -78,6 +82,7 @@ class DINO(SSLMethod):
                 "teacher_kl_to_uniform": kl,
                 "information": information,
                 "center_norm": self.center.value.norm(),
+                "teacher_distance": distance(self.teacher, self.student),
             }
         return StepResult(loss, teacher_cls[: len(batch.key)], logs)
 
@@ -89,6 +94,9 @@ class DINO(SSLMethod):
     def after_optimizer_step(self, step: int) -> None:
         follow(self.teacher, self.student, self.schedules["teacher_momentum"](step))
         self.center.update()
+
+    def after_skipped_step(self) -> None:
+        self.center.forget()
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """All but biases and one-dimensional parameters; positions and tokens do decay, as in the official code."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -23,3 +23,11 @@ def start_teacher(teacher: ModuleT, student: nn.Module) -> ModuleT:
     """Give a newly built teacher the student's weights and freeze it."""
     teacher.load_state_dict(student.state_dict())
     return teacher.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def distance(teacher: nn.Module, student: nn.Module) -> Tensor:
+    """‖θ_teacher - θ_student‖ / ‖θ_student‖ over all parameters, a scalar; 0 when they are the same network."""
+    theirs, ours = ([p.detach() for p in network.parameters()] for network in (teacher, student))
+    apart, size = (torch.stack(torch._foreach_norm(x)).norm() for x in (torch._foreach_sub(theirs, ours), ours))
+    return torch.divide(apart, size)

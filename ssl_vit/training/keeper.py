@@ -1,90 +1,99 @@
-"""Keeps the run: checkpoints by time and by epoch, a clean stop on Ctrl-C, SIGTERM or when its time is up."""
+"""Keeps the run: checkpoints by time and by epoch, and a clean stop when it is asked for or the time is up."""
 
 from __future__ import annotations
 
-import signal
 import time
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
-from typing import cast
 
 import lightning as L
-from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor
+
+from ssl_vit.distributed import any_process
+from ssl_vit.errors import UserError
+from ssl_vit.training.checkpoints import LAST, DurableIO, keep_as
+from ssl_vit.training.signals import StopSignals
 
 
 class Keeper(L.Callback):
-    """Writes `last.ckpt` whole or not at all, every `every` and after epochs; keeps some epochs for good.
+    """Writes `last.ckpt` every `every` and after epochs, and keeps those of some epochs for good.
 
-    Short epochs do not make it write more often than ten times per `every`. A network whose loss is no longer finite is
-    not saved: the run stops on the checkpoint before. The first Ctrl-C or SIGTERM saves after the step at hand and
-    stops; a second Ctrl-C stops at once.
+    Short epochs do not make it write more often than ten times per `every`. A network with a weight that is not finite
+    is not saved: the run stops on the checkpoint before. All processes save, and stop, after the same step.
 
     Args:
         folder: Of the checkpoints.
+        signals: Whether a stop has been asked for.
         every: Longest time between two checkpoints.
         max_time: Save and stop after this time; None: no limit.
-        keep_every_epochs: Also keep `epoch_NNNN.ckpt` of every n-th epoch; None: only the last.
+        keep_every_epochs: Also keep `epoch_NNNN.ckpt` of every n-th epoch; None: only the last and the one before.
+
+    Raises:
+        UserError: From a hook of Lightning: a checkpoint cannot be written, because the disk is full, say.
     """
 
     def __init__(
-        self, folder: Path, *, every: timedelta, max_time: timedelta | None, keep_every_epochs: int | None
+        self,
+        folder: Path,
+        signals: StopSignals,
+        *,
+        every: timedelta,
+        max_time: timedelta | None,
+        keep_every_epochs: int | None,
     ) -> None:
         self.folder = folder
+        self.signals = signals
         self.every = every.total_seconds()
         self.max_time = max_time.total_seconds() if max_time else float("inf")
         self.keep_every_epochs = keep_every_epochs
-        self.asked_to_stop = False
+        self.files = DurableIO()
+        self.saved_step = 0  # optimizer steps in the newest checkpoint
         self.diverged = False
+
+    @property
+    def way_on(self) -> str:
+        """Where the run stands, for the messages of what stopped it."""
+        if not self.saved_step:
+            return "Nothing had been saved yet."
+        return (
+            f"The checkpoint of step {self.saved_step:,} is intact: the same command with run.resume=true goes on from "
+            "there."
+        )
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.started = self.saved = time.monotonic()
-        self.step = trainer.global_step
-        self.handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.step = self.saved_step = trainer.global_step
 
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.asked_to_stop = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: STEP_OUTPUT, *_: object
-    ) -> None:
-        if trainer.global_step == self.step:  # still accumulating
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
+        if trainer.global_step == self.step or trainer.should_stop:  # still accumulating, or no longer worth keeping
             return
         self.step = trainer.global_step
-        now = time.monotonic()
-        stop = self._any(trainer, self.asked_to_stop or now - self.started > self.max_time)
         # Not in on_train_epoch_end: from a checkpoint written there Lightning 2.6 resumes with a broken epoch.
         epoch = trainer.current_epoch + 1
         keep = bool(trainer.is_last_batch and self.keep_every_epochs and epoch % self.keep_every_epochs == 0)
-        wait = self.every / 10 if trainer.is_last_batch else self.every
-        at_end = trainer.global_step == trainer.max_steps
-        if stop or keep or at_end or self._any(trainer, now - self.saved > wait):
-            self.diverged = self._any(trainer, not bool(cast(dict[str, Tensor], outputs)["loss"].isfinite()))
-            if not self.diverged:
-                self._save(trainer, "last.ckpt", *([f"epoch_{epoch:04d}.ckpt"] if keep else []))
-        if stop or self.diverged:
+        now = time.monotonic()
+        asked = self.signals.received is not None or now - self.started > self.max_time
+        due = now - self.saved > (self.every / 10 if trainer.is_last_batch else self.every)
+        stop, due = any_process(asked, due, device=trainer.strategy.root_device)
+        if stop or keep or due or trainer.global_step == trainer.max_steps:
+            self._save(trainer, module, f"epoch_{epoch:04d}.ckpt" if keep else None)
+        if stop:
             trainer.should_stop = True
 
-    def _save(self, trainer: L.Trainer, *names: str) -> None:
-        for name in names:
-            self._write(trainer, name)
-        self.saved = time.monotonic()
-
-    def _write(self, trainer: L.Trainer, name: str) -> None:
-        temporary = self.folder / f"{name}.tmp"
-        trainer.save_checkpoint(temporary)
+    def _save(self, trainer: L.Trainer, module: L.LightningModule, kept_name: str | None) -> None:
+        if not all(parameter.isfinite().all() for parameter in module.parameters()):
+            self.diverged = trainer.should_stop = True
+            return
         if trainer.is_global_zero:
-            temporary.replace(self.folder / name)
             for logger in trainer.loggers:
-                logger.save()
-
-    @staticmethod
-    def _any(trainer: L.Trainer, decision: bool) -> bool:
-        """Whether any process says so: all must save, and stop, at the same step."""
-        return (trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(decision, all=False)) or decision
+                logger.save()  # the rows of metrics up to here, before the checkpoint that they belong to
+        trainer.save_checkpoint(self.folder / LAST)
+        (failed,) = any_process(self.files.failure is not None, device=trainer.strategy.root_device)
+        if failed:
+            reason = self.files.failure.strerror if self.files.failure else "the first process could not write it"
+            raise UserError(
+                f"the checkpoint of step {trainer.global_step:,} cannot be written to {self.folder}: {reason}. "
+                f"{self.way_on}"
+            )
+        if kept_name and trainer.is_global_zero:
+            keep_as(self.folder / LAST, kept_name)
+        self.saved, self.saved_step = time.monotonic(), trainer.global_step

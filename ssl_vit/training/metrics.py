@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from ssl_vit.distributed import first_process
+from ssl_vit.durable import durable
 
 
 class MetricsCSV(Logger):
@@ -27,11 +30,8 @@ class MetricsCSV(Logger):
         self.columns = ["step", "epoch"]
         self.row: dict[str, float | str] = {}  # of the latest step; other metrics of that step may still come
         if first_process() and path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file)
-                self.columns = list(reader.fieldnames or self.columns)
-                rows = [row for row in reader if int(row["step"]) < done]
-            self._rewrite(rows)
+            self.columns, rows = _read(path)
+            self._rewrite([row for row in rows if int(row["step"]) < done])
 
     @property
     def name(self) -> str:
@@ -49,34 +49,45 @@ class MetricsCSV(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Add to the row of `step`; a later step closes the row."""
         if self.row and self.row["step"] != step:
-            self.save()
+            self._close_row()
         self.row |= {"step": step or 0, **metrics}
 
     @rank_zero_only
     def save(self) -> None:
-        """Write the row at hand."""
+        """Close the row at hand, and bring all rows onto the disk."""
+        self._close_row()
+        if self.path.is_file():
+            with self.path.open("ab") as file:
+                os.fsync(file.fileno())
+
+    def _close_row(self) -> None:
         if not self.row:
             return
         if new := [name for name in self.row if name not in self.columns]:
-            rows: list[dict[str, Any]] = []
-            if self.path.is_file():
-                with self.path.open(newline="", encoding="utf-8") as file:
-                    rows = list(csv.DictReader(file))
+            rows = _read(self.path)[1] if self.path.is_file() else []
             self.columns += new
             self._rewrite(rows)
         with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.columns).writerow(self.row)
         self.row = {}
 
-    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        temporary.replace(self.path)
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        with durable(self.path) as file:
+            file.write(text.getvalue().encode())
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """The last row."""
         self.save()
+
+
+def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """The columns and the whole rows; one that was cut off in the middle is left out."""
+    whole = path.read_bytes().rpartition(b"\n")[0].decode("utf-8", "replace")
+    reader = csv.DictReader(whole.splitlines())
+    columns = list(reader.fieldnames or ["step", "epoch"])
+    return columns, [row for row in reader if None not in row.values() and row["step"].isdecimal()]

@@ -82,3 +82,6 @@ class RunProgress(ProgressBar):
     def on_train_end(self, *_: object) -> None:
         if self.bar:
             self.bar.close()
+
+    def on_exception(self, *_: object) -> None:
+        self.on_train_end()

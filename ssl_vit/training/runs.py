@@ -1,64 +1,147 @@
-"""A run is its folder: opening it, going on in it, and what a changed configuration means for it."""
+"""A run is its folder: who may write to it, how it goes on, and what a changed configuration or folder means for it."""
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
+from filelock import FileLock, Timeout
 
-from ssl_vit.config import PretrainConfig, RunConfig
+from ssl_vit.config import FolderConfig, PretrainConfig, RunConfig
+from ssl_vit.data.files import FilePictures
+from ssl_vit.data.names import Names
+from ssl_vit.data.pictures import Pictures, printable
+from ssl_vit.distributed import first_process
+from ssl_vit.durable import durable
 from ssl_vit.errors import UserError
-from ssl_vit.models.weights import read_plain
+from ssl_vit.training.checkpoints import newest
+from ssl_vit.training.signals import requeued
 
 CONFIG = "config.yaml"
+DATA = "data.json"  # how many pictures, and their fingerprint
+LENGTH = {"max_epochs", "max_steps"}
+PICTURES = "pictures.safetensors"  # their names, where they are files
 
-# Keys that may differ on resume without changing what the run computes.
+# Keys that may differ on resume without changing what the run computes. That data.root holds the same pictures is seen
+# from their fingerprint.
 HARMLESS = (
     "run.",
+    "data.root",
     "data.workers",
     "data.memory_gb",
     "trainer.max_time",
+    "trainer.accelerator",
     "trainer.devices",
     "trainer.nodes",
+    "trainer.fused_attention",
     "trainer.log_every",
     "trainer.checkpoint_every",
     "trainer.keep_every_epochs",
+    "trainer.skip_budget",
     "logger.",
     "online_knn.",
 )
 
 
-def open_run(config: PretrainConfig, *, first_process: bool) -> Path | None:
-    """Make the run folder, or go on in it; returns the checkpoint to go on from.
+class Start(NamedTuple):
+    """Where a run begins or goes on."""
+
+    pictures: Pictures
+    checkpoint: Path | None
+    done: int  # optimizer steps
+    before: PretrainConfig  # with the length that the run has had so far
+    notes: list[str]  # what its user should know
+
+
+@contextmanager
+def locked(run: FolderConfig) -> Iterator[None]:
+    """Keep every other command out of the run folder; the lock dies with its process, however that ends.
+
+    Processes other than the first one of a run are let in: the first keeps the lock for them.
+
+    Raises:
+        UserError: Another command trains there.
+    """
+    if not first_process():
+        yield
+        return
+    run.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(run.folder / f".{run.name}.lock").acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"another process is training in {run.path}; wait for it, stop it, or start beside it with run.name=OTHER"
+        ) from None
+    with held:
+        yield
+
+
+def with_extension(config: PretrainConfig) -> PretrainConfig:
+    """The configuration with the length that `run.extend_to_epochs` gives the run."""
+    if config.run.extend_to_epochs is None:
+        return config
+    longer = {"max_epochs": config.run.extend_to_epochs, "max_steps": None}
+    return config.model_copy(update={"trainer": config.trainer.model_copy(update=longer)})
+
+
+def open_run(config: PretrainConfig, pictures: Pictures) -> Start:
+    """Go on in the run folder, or see to it that a new run may begin there.
 
     Processes other than the first change nothing.
 
+    Args:
+        config: With its extension.
+        pictures: As found now.
+
     Raises:
-        UserError: The folder holds a run already, there is nothing to resume, or the configuration has changed.
+        UserError: The folder holds a run already, there is none to resume, the configuration or the pictures have
+            changed, or all checkpoints are damaged.
     """
+    run = config.run
+    exists = (run.path / CONFIG).is_file()
+    if not (run.resume is True or (exists and (run.resume == "auto" or (requeued() and not run.overwrite)))):
+        if first_process():
+            claim_folder(run)
+            (run.path / "checkpoints").mkdir(parents=True)
+        return Start(pictures, None, 0, config, [])
+    if not exists:
+        raise UserError(
+            f"run.resume=true: {run.path} holds no run; start it without run.resume, or with run.resume=auto"
+        )
+    values = read_config(run.path)
+    notes = compare_configs(values, config)
+    length = {key: values["trainer"][key] for key in LENGTH}
+    before = config.model_copy(update={"trainer": config.trainer.model_copy(update=length)})
+    pictures, more = compare_pictures(run, pictures)
+    found = newest(run.path / "checkpoints")
+    if found is None:
+        return Start(pictures, None, 0, before, [*notes, *more, "Nothing had been saved: the run starts anew"])
+    for path in found.damaged:
+        notes.append(f"{path} is damaged: the one before it is taken")
+        if first_process():  # or it would be kept as the one before
+            path.replace(path.with_name(f"{path.name}.damaged"))
+    notes += more
+    return Start(pictures, found.path, found.step, before, notes)
+
+
+def begin_run(config: PretrainConfig, pictures: Pictures) -> None:
+    """Write down what the run is of: from here on the folder holds a run, which nothing overwrites unasked."""
     folder = config.run.path
-    last = folder / "checkpoints" / "last.ckpt"
-    if config.run.resume:
-        for needed in (last, folder / CONFIG):
-            if not needed.is_file():
-                raise UserError(f"run.resume=true: {needed} does not exist; start the run without it")
-        refuse_changes(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")), config)
-        return last
-    if first_process:
-        claim_folder(config.run)
-        last.parent.mkdir(parents=True, exist_ok=True)
-    return None
+    if isinstance(pictures, FilePictures):
+        pictures.names.save(folder / PICTURES)
+    data = {"count": len(pictures), "fingerprint": pictures.fingerprint(sizes=False), "text": pictures.describe()}
+    with durable(folder / DATA) as file:
+        file.write(json.dumps(data, indent=2, ensure_ascii=False).encode())
+    with durable(folder / CONFIG) as file:
+        file.write(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).encode())
 
 
-def begin_run(config: PretrainConfig) -> None:
-    """Write config.yaml: from here on the folder holds a run, which nothing overwrites unasked."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    (config.run.path / CONFIG).write_text(text, encoding="utf-8")
-
-
-def claim_folder(run: RunConfig) -> None:
+def claim_folder(run: FolderConfig) -> None:
     """See to it that the run folder holds no run; one that may be overwritten is deleted.
 
     Raises:
@@ -73,31 +156,72 @@ def claim_folder(run: RunConfig) -> None:
         shutil.rmtree(run.path)
 
 
-def steps_done(checkpoint: Path | None) -> int:
-    """Optimizer steps done when the checkpoint was written; 0 without one.
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration that a run was started with.
 
     Raises:
-        UserError: The file is damaged.
+        UserError: It is damaged.
     """
-    if checkpoint is None:
-        return 0
-    return int(read_plain(checkpoint)["global_step"])
+    try:
+        values: dict[str, Any] = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        if not values["trainer"].keys() >= LENGTH:
+            raise ValueError("no configuration of a run")
+    except (ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"{folder / CONFIG} is damaged: {' '.join(str(error).split())}") from None
+    return values
 
 
-def refuse_changes(before: dict[str, Any], config: PretrainConfig) -> None:
-    """Compare the configuration of a run with the one that would continue it.
+def compare_configs(before: dict[str, Any], now: PretrainConfig) -> list[str]:
+    """What differs between the configuration of a run and the one that would continue it, without harm.
+
+    Keys that only one of them knows, because it is of another version, do not count.
 
     Raises:
         UserError: Listing every key that would change the meaning of the run.
     """
-    old, new = _flat(before), _flat(config.model_dump(mode="json"))
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    harmful = [key for key in changed if not key.startswith(HARMLESS)]
+    old, new = _flat(before), _flat(now.model_dump(mode="json"))
+    changed = {key: f"{key}: {old[key]} -> {new[key]}" for key in old if key in new and old[key] != new[key]}
+    length = {f"trainer.{key}" for key in LENGTH}
+    extended = now.run.extend_to_epochs is not None
+    harmful = [
+        text for key, text in changed.items() if not key.startswith(HARMLESS) and not (extended and key in length)
+    ]
     if harmful:
-        lines = [f"  {key}: {old.get(key)} -> {new.get(key)}" for key in harmful]
+        head = "run.resume=true: these keys differ from the run's config.yaml; set them back"
+        hint = ["(run.extend_to_epochs=N makes a run longer)"] if length & changed.keys() and not extended else []
+        raise UserError("\n  ".join([head, *harmful, *hint]))
+    return [f"Changed: {text}" for key, text in changed.items() if not key.startswith("run.")]
+
+
+def compare_pictures(run: RunConfig, found: Pictures) -> tuple[Pictures, list[str]]:
+    """The pictures that the run goes on with, and what to say of them.
+
+    Raises:
+        UserError: They are not those that it began with, and run.keep_pictures is false.
+    """
+    before = json.loads((run.path / DATA).read_text(encoding="utf-8"))
+    if found.fingerprint(sizes=False) == before["fingerprint"]:
+        return found, []
+    head = f"run.resume=true: the pictures have changed, from {before['count']:,} to {len(found):,}"
+    if not isinstance(found, FilePictures) or not (run.path / PICTURES).is_file():
+        raise UserError(f"{head}: the run began with {before['text']}")
+    names = Names.load(run.path / PICTURES)
+    old, new = set(names), set(found.names)
+    difference = f"gone: {_some(old - new)}; new: {_some(new - old)}"
+    if not run.keep_pictures:
         raise UserError(
-            "\n".join(["run.resume=true: these keys differ from the run's config.yaml; set them back", *lines])
+            f"{head}. {difference}. Put them back, or run.keep_pictures=true goes on with the list that the run began "
+            "with: those gone are skipped and counted, new ones left out"
         )
+    return found.with_names(names), [f"The pictures have changed ({difference}); the run keeps its own list"]
+
+
+def _some(names: set[bytes], most: int = 3) -> str:
+    """`3 (a.jpg, b.jpg, ...)`."""
+    if not names:
+        return "none"
+    shown = [printable(name) for name in sorted(names)[:most]] + (["..."] if len(names) > most else [])
+    return f"{len(names):,} ({', '.join(shown)})"
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,94 @@
+"""Checkpoints to trust: written whole, checked before use, and with the one before to fall back to."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.plugins import TorchCheckpointIO
+
+from ssl_vit.durable import durable
+from ssl_vit.errors import UserError
+from ssl_vit.models.weights import read_plain
+
+LAST = "last.ckpt"
+PREVIOUS = "previous.ckpt"
+
+
+class DurableIO(TorchCheckpointIO):
+    """Lightning's way of writing checkpoints, with a file that is on the disk whole before it takes its name.
+
+    The checkpoint that it replaces stays in the folder as `previous.ckpt`. A full disk is remembered and not raised:
+    under several processes the others would wait for the one that failed.
+    """
+
+    failure: OSError | None = None
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: object | None = None
+    ) -> None:
+        try:
+            with durable(Path(path)) as file:
+                torch.save(checkpoint, file)
+                if Path(path).exists():
+                    keep_as(Path(path), PREVIOUS)
+        except (OSError, RuntimeError) as error:  # torch's writer turns what the file raises into its own
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            self.failure = cause
+
+
+def keep_as(path: Path, name: str) -> None:
+    """Give a checkpoint a second name in its folder, which outlives the replacement of the first."""
+    temporary = path.with_name(f".{name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, temporary)
+    temporary.replace(path.with_name(name))
+
+
+class Found(NamedTuple):
+    """The newest checkpoint that can be trusted."""
+
+    path: Path
+    step: int  # optimizer steps done
+    damaged: list[Path]  # newer ones, which cannot be read
+
+
+def newest(folder: Path) -> Found | None:
+    """The newest whole checkpoint of a run, or None where nothing has been saved yet.
+
+    Raises:
+        UserError: There are checkpoints, and all of them are damaged.
+    """
+    kept = sorted(folder.glob("epoch_*.ckpt"), reverse=True)
+    candidates = [path for path in (folder / LAST, folder / PREVIOUS, *kept) if path.is_file()]
+    damaged: list[Path] = []
+    for path in candidates:
+        if (step := steps_done(path)) is not None:
+            return Found(path, step, damaged)
+        damaged.append(path)
+    if damaged:
+        raise UserError(f"every checkpoint in {folder} is damaged: {', '.join(path.name for path in damaged)}")
+    return None
+
+
+def steps_done(path: Path) -> int | None:
+    """Optimizer steps done when the checkpoint was written; None if it is not as it was written.
+
+    torch's files are zip archives with a CRC-32 of each record, which torch itself does not look at.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                return None
+        return int(read_plain(path)["global_step"])
+    except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError, ValueError, UserError):
+        return None

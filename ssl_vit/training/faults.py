@@ -1,0 +1,75 @@
+"""What can go wrong in the middle of training, each as one message, whatever the number of processes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch.distributed import DistBackendError
+
+from ssl_vit.distributed import rank, world_size
+from ssl_vit.errors import UserError
+from ssl_vit.training.keeper import Keeper
+from ssl_vit.training.skipping import SkippedSteps
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def named_faults(keeper: Keeper) -> Iterator[None]:
+    """Turn what training may raise into a UserError that says where the run stands.
+
+    Of several processes the one that failed speaks. The others notice that it is gone, and end without a word.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise _of_this_process(str(error)) from None
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise _of_this_process(f"{error.filename or keeper.folder.parent}: {error.strerror}. {keeper.way_on}") from None
+    except RuntimeError as error:
+        if world_size() > 1 and _peer_is_gone(error):
+            sys.stderr.flush()
+            os._exit(1)  # torch's own farewell would wait for the process that is gone, or abort
+        if "DataLoader worker" not in str(error):
+            raise
+        raise _of_this_process(
+            "a loading process was killed, most often because memory ran out: lower data.workers or data.batch_size. "
+            f"{keeper.way_on}"
+        ) from error
+
+
+def refuse_divergence(keeper: Keeper, steps: SkippedSteps, step: int) -> None:
+    """Say so if the run stopped because its numbers are no longer finite.
+
+    Raises:
+        UserError: It did; in the first process only, the others leave without a word.
+    """
+    if not (keeper.diverged or steps.exhausted):
+        return
+    if rank() > 0:
+        raise SystemExit(2)
+    reason = (
+        f"{steps.in_a_row} steps in a row had a loss or gradient that is not finite and were left out; "
+        f"{steps.journal.path} names their pictures"
+        if steps.exhausted
+        else "a weight is no longer finite"
+    )
+    raise UserError(
+        f"diverged at step {step:,}: {reason}. {keeper.way_on} Or start anew with a lower method.optimizer.lr, a "
+        "longer method.optimizer.warmup, or trainer.precision=32-true."
+    )
+
+
+def _of_this_process(message: str) -> UserError:
+    return UserError(f"process {rank()}: {message}" if world_size() > 1 else message)
+
+
+def _peer_is_gone(error: RuntimeError) -> bool:
+    """Whether a collective operation failed because another process has ended: gloo and NCCL say it their own way."""
+    return isinstance(error, DistBackendError) or "gloo" in str(error)

@@ -1,0 +1,80 @@
+"""Starting commands as a user does, and reading the runs that they leave behind."""
+
+import csv
+import os
+import subprocess
+import sys
+import time
+
+import torch
+
+
+def environment(**more):
+    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+
+
+def command(words):
+    return [sys.executable, "-m", "ssl_vit", "pretrain", *words]
+
+
+def run_command(words, **more):
+    """To its end; `returncode`, `stdout` and `stderr`."""
+    return subprocess.run(command(words), capture_output=True, text=True, env=environment(**more), timeout=240)
+
+
+def start_command(words, **more):
+    """Running; both outputs together are its `stdout`, and its process group is its own."""
+    return subprocess.Popen(
+        command(words),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(**more),
+        start_new_session=True,
+    )
+
+
+def wait_until(condition, process=None, *, seconds=120):
+    """Until the condition holds, or the process has ended."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process is not None and process.poll() is not None:
+            return
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def checkpoint(run, name="last.ckpt"):
+    return torch.load(run / "checkpoints" / name, weights_only=True)
+
+
+def state(run, name="last.ckpt"):
+    """The weights and buffers, and the optimizer steps done."""
+    content = checkpoint(run, name)
+    return content["state_dict"], content["global_step"]
+
+
+def rows(run):
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same_weights(one, other):
+    (first, steps), (second, other_steps) = state(one), state(other)
+    assert steps == other_steps
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different
+
+
+def assert_same_run(one, other):
+    """Weights, teacher, center, optimizer and every number of metrics.csv but the speed."""
+    assert_same_weights(one, other)
+    first, second = (checkpoint(run)["optimizer_states"][0]["state"] for run in (one, other))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[n][key], second[n][key]) for n in first for key in ("step", "exp_avg", "exp_avg_sq"))
+    first, second = (
+        [{key: value for key, value in row.items() if not key.startswith("speed/")} for row in rows(run)]
+        for run in (one, other)
+    )
+    assert first == second

@@ -1,0 +1,241 @@
+"""Nothing is lost: kill -9 at any moment, full disks, numbers that are not finite, processes that fail."""
+
+import errno
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from running import assert_same_run, checkpoint, command, environment, rows, run_command, start_command, wait_until
+
+from ssl_vit.commands.pretrain import pretrain
+from ssl_vit.errors import UserError
+from ssl_vit.methods.dino import DINO
+from ssl_vit.methods.sit import SiT
+
+# --- killed ----------------------------------------------------------------------------------------------------
+
+
+def kill_and_resume(words, run, *, kills, seed):
+    """Kill -9 the run again and again, every other time while it writes a checkpoint; then let it end."""
+    moment = random.Random(seed)
+    half_written = 0
+    temporary = run / "checkpoints" / ".last.ckpt.tmp"
+    for kill in range(kills):
+        process = start_command([*words, "run.resume=auto"])
+        saved = (run / "checkpoints" / "last.ckpt").stat().st_mtime_ns if kill else 0
+        if kill % 2:
+            time.sleep(moment.uniform(0, 12))  # during start-up as well
+        else:
+            wait_until(lambda: (path := run / "checkpoints" / "last.ckpt").exists() and path.stat().st_mtime_ns > saved)  # noqa: B023
+            time.sleep(moment.uniform(0, 0.5))
+            wait_until(temporary.exists, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        half_written += temporary.exists()
+    done = run_command([*words, "run.resume=auto"])
+    assert done.returncode == 0, done.stderr
+    return half_written
+
+
+def check_kills(words, run, *, kills):
+    words = [*words, "trainer.checkpoint_every=0s", "backbone.drop_path=0.2"]
+    whole = run_command([*words, "run.name=whole"])
+    assert whole.returncode == 0, whole.stderr
+    assert kill_and_resume(words, run, kills=kills, seed=0) > 0
+    assert_same_run(run.with_name("whole"), run)
+    steps = checkpoint(run)["global_step"]
+    assert [int(row["step"]) for row in rows(run)] == list(range(steps))
+
+
+def test_killed_and_resumed_equals_uninterrupted(pretrain_words, tmp_path):
+    check_kills(pretrain_words("trainer.max_steps=200"), tmp_path / "runs" / "dino", kills=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dino", "sit"])
+def test_killed_twenty_times_and_resumed_equals_uninterrupted(pretrain_words, tmp_path, method):
+    words = pretrain_words(f"method={method}", "trainer.max_steps=2000", "data.memory_gb=0", "data.workers=1")
+    check_kills(words, tmp_path / "runs" / method, kills=20)
+
+
+# --- a full disk -----------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(pretrain_config, monkeypatch):
+    """The write fails half-way."""
+    original = torch.save
+
+    def full_disk(content, file):
+        if content["global_step"] > 3:
+            file.write(b"half a checkpoint")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(content, file)
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    config = pretrain_config("trainer.checkpoint_every=0s", "trainer.max_steps=9")  # after every step
+    with pytest.raises(UserError, match=r"step 4 cannot be written .* No space left .* step 3 is intact"):
+        pretrain(config)
+    assert sorted(path.name for path in (config.run.path / "checkpoints").iterdir()) == ["last.ckpt", "previous.ckpt"]
+    monkeypatch.undo()
+    resumed = pretrain(pretrain_config("trainer.max_steps=9", "run.resume=true"))
+    assert [row["step"] for row in rows(resumed)] == [str(step) for step in range(9)]
+
+
+def test_a_disk_that_is_full_from_the_start_is_told_in_one_line(pretrain_words):
+    """The operating system refuses to let any file grow beyond 100 kB."""
+    limit = 100_000
+    done = subprocess.run(
+        command(pretrain_words("trainer.max_steps=3")),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=240,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 2
+    assert "File too large. Nothing had been saved yet" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- numbers that are not finite -------------------------------------------------------------------------------
+
+
+def spoil(monkeypatch, method, steps):
+    """The loss is not a number in these steps."""
+    original = method.step
+
+    def step(self, *batch):
+        result = original(self, *batch)
+        return result._replace(loss=result.loss * (float("nan") if self.global_step in steps else 1))
+
+    monkeypatch.setattr(method, "step", step)
+
+
+@pytest.mark.parametrize(("name", "method"), [("dino", DINO), ("sit", SiT)])
+def test_a_step_that_is_not_finite_is_left_out_and_written_down(pretrain_config, monkeypatch, capsys, name, method):
+    words = (f"method={name}", "trainer.max_steps=4", "run.name=spoiled", "trainer.checkpoint_every=0s")
+    spoil(monkeypatch, method, {3})
+    run = pretrain(pretrain_config(*words))
+    before, after = checkpoint(run, "previous.ckpt"), checkpoint(run)
+    assert (before["global_step"], after["global_step"]) == (3, 4)
+    for key, value in after["state_dict"].items():  # the student, the teacher and the center
+        assert torch.equal(value, before["state_dict"][key]), key
+    (line,) = map(json.loads, (run / "skipped_steps.jsonl").read_text().splitlines())
+    assert (line["step"], line["loss"]) == (3, "nan")
+    assert len(line["pictures"]) == 16
+    assert {"index", "name", "key"} == line["pictures"][0].keys()
+    assert line["pictures"][0]["name"].endswith(".png")
+    assert line["parameters"]
+    assert "1 step had a loss or gradient that is not finite" in capsys.readouterr().out
+
+
+def test_a_gradient_alone_is_enough(pretrain_config, monkeypatch):
+    """sqrt(0) x 0 has a finite value and no gradient."""
+    original = DINO.step
+
+    def step(self, *batch):
+        result = original(self, *batch)
+        return result._replace(loss=result.loss + (0 * self.student.backbone.vit.cls_token).sum().sqrt())
+
+    monkeypatch.setattr(DINO, "step", step)
+    with pytest.raises(UserError, match="3 steps in a row"):
+        pretrain(pretrain_config("trainer.max_steps=9", "trainer.skip_budget=2"))
+
+
+def test_the_budget_counts_steps_in_a_row_across_a_resume(pretrain_config, monkeypatch):
+    words = ("trainer.skip_budget=2", "trainer.checkpoint_every=0s")
+    spoil(monkeypatch, DINO, {1, 2, 4, 5})
+    run = pretrain(pretrain_config(*words, "trainer.max_steps=7", "run.name=enough"))
+    assert checkpoint(run)["global_step"] == 7
+    monkeypatch.undo()
+    spoil(monkeypatch, DINO, set(range(4, 99)))
+    with pytest.raises(UserError, match=r"diverged at step 7: 3 steps in a row .* The checkpoint of step 6 is intact"):
+        pretrain(pretrain_config(*words, "trainer.max_steps=20"))
+    content = checkpoint(run.with_name("dino"))
+    assert all(value.isfinite().all() for value in content["state_dict"].values())
+    with pytest.raises(UserError, match="diverged at step 7: 3 steps in a row"):
+        pretrain(pretrain_config(*words, "trainer.max_steps=20", "run.resume=true"))
+    lines = [json.loads(line)["step"] for line in (run.with_name("dino") / "skipped_steps.jsonl").open()]
+    assert lines == [4, 5, 6]
+
+
+def test_weights_that_are_not_finite_are_not_saved(pretrain_config):
+    words = ("method.optimizer.warmup=0steps", "method.optimizer.lr=1e41", "trainer.checkpoint_every=0s")
+    with pytest.raises(UserError, match=r"diverged at step 1: a weight is no longer finite\. Nothing had been saved"):
+        pretrain(pretrain_config(*words))
+
+
+# --- several processes -----------------------------------------------------------------------------------------
+
+FAULTY = """
+import sys
+from ssl_vit.methods.dino import DINO
+from ssl_vit.cli import main
+{fault}
+sys.exit(main())
+"""
+
+NAN_IN_ONE = """
+original = DINO.step
+def step(self, *batch):
+    result = original(self, *batch)
+    bad = self.global_rank == 1 and self.global_step == 2
+    return result._replace(loss=result.loss * (float("nan") if bad else 1))
+DINO.step = step
+"""
+
+ERROR_IN_ONE = """
+from ssl_vit.errors import UserError
+original = DINO.step
+def step(self, *batch):
+    if self.global_rank == {rank} and self.global_step == 2:
+        raise UserError("the roof is on fire")
+    return original(self, *batch)
+DINO.step = step
+"""
+
+
+def run_two(tmp_path, words, fault):
+    """The command with two processes, in which something happens."""
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY.format(fault=fault))
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, str(script), "pretrain", *words, "trainer.devices=2"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=240,
+    )
+    return done, time.monotonic() - start
+
+
+def test_a_number_that_is_not_finite_in_one_process_skips_the_step_in_all(pretrain_words, tmp_path):
+    words = pretrain_words("trainer.max_steps=5", "trainer.checkpoint_every=0s")
+    done, _ = run_two(tmp_path, words, NAN_IN_ONE)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "dino"
+    lines = [json.loads(line) for line in (run / "skipped_steps.jsonl").open()]
+    assert sorted((line["step"], line["process"]) for line in lines) == [(2, 0), (2, 1)]
+    assert [line["loss"] for line in lines if line["process"] == 1] == ["nan"]
+    assert checkpoint(run)["global_step"] == 5
+    assert all(value.isfinite().all() for value in checkpoint(run)["state_dict"].values())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_in_one_process_stops_all_with_one_message(pretrain_words, tmp_path, rank):
+    words = pretrain_words("trainer.max_steps=100000", "trainer.checkpoint_every=0s")
+    done, seconds = run_two(tmp_path, words, ERROR_IN_ONE.format(rank=rank))
+    assert done.returncode != 0
+    assert done.stderr.count("the roof is on fire") == 1
+    assert f"process {rank}: the roof is on fire" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert seconds < 120
+    assert checkpoint(tmp_path / "runs" / "dino")["global_step"] == 2
