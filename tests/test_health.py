@@ -1,4 +1,4 @@
-"""What is wrong with a run has a name, numbers and a remedy, before it starts where it can; a healthy one stays quiet."""
+"""What is wrong with a run has a name, numbers and a remedy, before it starts if possible; a healthy one is quiet."""
 
 import json
 import math
@@ -99,7 +99,7 @@ DRIVEN = {
     "uniform-collapse": ("method.teacher.temperature=5.0",),  # every answer is the uniform one
     "single-collapse": ("method.teacher.temperature=0.00001", "method.teacher.center_momentum=1.0"),
     "teacher-is-student": ("method.teacher.momentum=[0.0,0.0]",),
-    "diverging": ("method.optimizer.lr=1000.0", "method.optimizer.clip=0"),
+    "diverging": ("method=sit", "method.weighting=fixed", "method.optimizer.clip=0", "method.optimizer.lr=200.0"),
 }
 
 
