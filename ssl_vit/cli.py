@@ -36,6 +36,7 @@ COMMANDS = {
     ),
     "export": Command("weights that bare timm loads", "ssl-vit export checkpoint=runs/photos out=backbone.safetensors"),
     "scan": Command("what is in a picture folder, broken files included", "ssl-vit scan data.root=photos"),
+    "shard": Command("tar shards of a picture folder (WebDataset layout)", "ssl-vit shard data.root=photos out=shards"),
 }
 
 

@@ -99,7 +99,7 @@ class OnlineKNNConfig(Section):
 
 # --- data ------------------------------------------------------------------------------------------------------
 
-Source = Literal["folder", "list", "cifar10", "cifar100", "stl10"]
+Source = Literal["folder", "list", "shards", "cifar10", "cifar100", "stl10"]
 Workers = Literal["auto"] | Annotated[int, Field(ge=0)]
 
 
@@ -388,6 +388,12 @@ class ScanDataConfig(Section):
 class ScanConfig(Section):
     data: ScanDataConfig
     out: Path | None
+
+
+class ShardConfig(Section):
+    data: ScanDataConfig
+    out: Path
+    shard_mb: Positive
 
 
 class DemoConfig(Section):

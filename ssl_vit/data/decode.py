@@ -6,6 +6,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ _UPRIGHT = {  # what undoes each EXIF orientation
 }
 
 
-def decode(path: Path, channels: int = 3) -> Tensor:
+def decode(path: Path | BytesIO, channels: int = 3) -> Tensor:
     """Read a JPEG, PNG, WebP, BMP, TIFF, GIF (first frame) or PPM file; the content tells which, not the name.
 
     EXIF orientation is applied. Transparent parts are laid on white, as most viewers show them. Pixels of 16 bits, 32
@@ -47,7 +48,7 @@ def decode(path: Path, channels: int = 3) -> Tensor:
     seldom use the whole range of their files.
 
     Args:
-        path: The file.
+        path: The file, or its bytes.
         channels: 3 for RGB, 1 for grey (ITU-R 601 luma).
 
     Returns:
@@ -61,7 +62,7 @@ def decode(path: Path, channels: int = 3) -> Tensor:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[ImageFile.ImageFile]:
+def opened(path: Path | BytesIO) -> Iterator[ImageFile.ImageFile]:
     """A picture whose header has been read; what goes wrong with it inside the block is a BrokenPicture.
 
     Raises:
@@ -73,7 +74,8 @@ def opened(path: Path) -> Iterator[ImageFile.ImageFile]:
                 raise Image.DecompressionBombError
             yield picture
     except _DAMAGE as error:
-        raise BrokenPicture(printable(path), _reason(path, error)) from error
+        name = printable(path) if isinstance(path, Path) else "a picture in memory"
+        raise BrokenPicture(name, _reason(path, error)) from error
 
 
 def to_tensor(picture: Image.Image, channels: int) -> Tensor:
@@ -113,13 +115,13 @@ def _stretched(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
     return np.where(finite, (values - low) * scale, 0).round().astype(np.uint8)
 
 
-def _reason(path: Path, error: Exception) -> str:
+def _reason(path: Path | BytesIO, error: Exception) -> str:
     """Why a picture is skipped, in one line."""
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"more than {MAX_PIXELS:,} pixels, perhaps a decompression bomb"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if path.stat().st_size == 0:
+    if (path.stat().st_size if isinstance(path, Path) else path.getbuffer().nbytes) == 0:
         return "an empty file"
     if isinstance(error, UnidentifiedImageError):
         return f"none of {', '.join(FORMATS)}, or its first bytes are damaged"
