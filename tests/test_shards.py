@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from filelock import FileLock
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -495,6 +496,10 @@ def test_it_writes_into_no_folder_of_other_shards(sample, tmp_path, capsys):
         assert code == 2
         assert "of other pictures, or of another size" in error
         assert contents(out) == before
+    with FileLock(out / ".lock"):
+        code, error = shard(f"out={out}")
+    assert code == 2
+    assert "another ssl-vit shard is writing" in error
     (out / "ssl-vit-shards.json").write_text("[]")
     code, error = shard(f"out={out}")
     assert code == 2

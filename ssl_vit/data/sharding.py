@@ -6,17 +6,19 @@ import hashlib
 import json
 import tarfile
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from ssl_vit.data.decode import opened
 from ssl_vit.data.files import FilePictures
 from ssl_vit.data.names import Names
 from ssl_vit.data.parallel import in_threads
 from ssl_vit.data.pictures import BrokenPicture, SkippedPictures, printable
-from ssl_vit.data.shard_listing import LISTING, MANIFEST, Manifest, joined, read_manifest, write_listing
+from ssl_vit.data.shard_listing import LISTING, MANIFEST, Listing, Manifest, joined, read_manifest, write_listing
 from ssl_vit.data.tars import Integers, Tar, list_tar
 from ssl_vit.durable import durable
 from ssl_vit.errors import UserError
@@ -69,26 +71,34 @@ def write_shards(pictures: FilePictures, out: Path, *, shard_bytes: int) -> Shar
     skipped = SkippedPictures(out / "skipped.txt")
     try:
         _begin(out, manifest)
-        names, listed = [], list[Tar]()
-        ends = _ends(pictures, sizes, shard_bytes)
-        for number, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
-            path = out / f"shard-{number:06d}.tar"
-            tar = list_tar(path) if path.exists() else None
-            if tar is None or tar.damage:
-                _write(path, pictures, range(first, last), skipped, label=f"shard {number + 1} of {len(ends)}")
-                tar = list_tar(path)
-            names.append(path.name.encode())
-            listed.append(tar)
-        listing = joined(Names.pack(names), listed)
-        if not len(listing.names):
-            raise UserError(f"none of the {len(pictures):,} pictures can be read; {printable(skipped.path)} says why")
-        write_listing(out, listing)
+        with FileLock(out / ".lock", timeout=0):
+            listing = _write_all(pictures, out, _ends(pictures, sizes, shard_bytes), skipped)
+    except Timeout:
+        raise UserError(f"{printable(out.absolute())}: another ssl-vit shard is writing into this folder") from None
     except OSError as error:
         raise UserError(
             f"{printable(out.absolute())}: {error.strerror}. The shards that are there are whole: when this is "
             "remedied, the same command goes on behind them"
         ) from error
-    return Shards(len(listed), len(listing.names), int(listing.bytes.sum()), skipped)
+    return Shards(len(listing.tars), len(listing.names), int(listing.bytes.sum()), skipped)
+
+
+def _write_all(pictures: FilePictures, out: Path, ends: list[int], skipped: SkippedPictures) -> Listing:
+    """Write the shards that are missing, and the listing of all."""
+    names, listed = [], list[Tar]()
+    for number, (first, last) in enumerate(pairwise([0, *ends])):
+        path = out / f"shard-{number:06d}.tar"
+        tar = list_tar(path) if path.exists() else None
+        if tar is None or tar.damage:
+            _write(path, pictures, range(first, last), skipped, label=f"shard {number + 1} of {len(ends)}")
+            tar = list_tar(path)
+        names.append(path.name.encode())
+        listed.append(tar)
+    listing = joined(Names.pack(names), listed)
+    if not len(listing.names):
+        raise UserError(f"none of the {len(pictures):,} pictures can be read; {printable(skipped.path)} says why")
+    write_listing(out, listing)
+    return listing
 
 
 def _begin(out: Path, manifest: Manifest) -> None:

@@ -45,7 +45,8 @@ class Tar(NamedTuple):
 class _Member(NamedTuple):
     name: str
     key: str  # what the members of one sample share: the path up to the first dot of the file name
-    extension: str  # behind that dot, lower case
+    kind: str  # the extension, behind the last dot
+    dots: int  # in the extension from the first dot on
     offset: int
     size: int
     number: int  # what a .cls member says, else -1
@@ -69,12 +70,12 @@ def list_tar(path: Path) -> Tar:
     for _, sample in groupby(_members(path, ignored, damage), key=attrgetter("key")):
         complete = len(pictures)
         members = list(sample)
-        found = [member for member in members if _last(member.extension) in EXTENSIONS]
+        found = [member for member in members if member.kind in EXTENSIONS]
         if found:
-            pictures.append(min(found, key=lambda member: member.extension.count(".")))
+            pictures.append(min(found, key=attrgetter("dots")))
             numbers.append(max(member.number for member in members))
             ignored["further pictures of a sample"] += len(found) - 1
-        ignored.update(_last(m.extension) for m in members if _last(m.extension) not in _EXPECTED)
+        ignored.update(member.kind for member in members if member.kind not in _EXPECTED)
     if damage:
         del pictures[complete:], numbers[complete:]
     return Tar(
@@ -122,16 +123,11 @@ def _described(member: tarfile.TarInfo, file: BinaryIO) -> _Member:
     """A member whose bytes `file` stands before."""
     folder, _, name = member.name.rpartition("/")
     stem, _, extension = name.partition(".")
-    extension = extension.lower()
+    kind = f".{extension.rpartition('.')[2].lower()}" if extension else "without extension"
     number = -1
-    if extension == "cls" and 0 <= member.size <= _LONGEST_NUMBER and _NUMBER.fullmatch(text := file.read(member.size)):
+    if kind == ".cls" and 0 <= member.size <= _LONGEST_NUMBER and _NUMBER.fullmatch(text := file.read(member.size)):
         number = int(text)
-    return _Member(member.name, f"{folder}/{stem}", extension, member.offset_data, member.size, number)
-
-
-def _last(extension: str) -> str:
-    """The last part of an extension, with its dot."""
-    return f".{extension.rpartition('.')[2]}" if extension else "without extension"
+    return _Member(member.name, f"{folder}/{stem}", kind, extension.count("."), member.offset_data, member.size, number)
 
 
 def refusal(path: Path) -> str:
