@@ -38,8 +38,8 @@ class ShardPictures:
     """Pictures in tar files, each read from its own place as if it lay in a file: no stream, no shuffle buffer.
 
     So shards are shuffled, split over processes and resumed exactly as a folder is; a reader that streams them could
-    not go on exactly where it stopped. The tar files must lie on a mounted file system. Any number of threads and
-    processes may read, forked, spawned or pickled.
+    not go on exactly where it stopped. The tar files must lie on a mounted file system, of a POSIX machine. Any number
+    of threads and processes may read, forked, spawned or pickled.
 
     Args:
         root: What the tar files' names are relative to.
@@ -110,7 +110,7 @@ class ShardPictures:
 
 
 def shard_pictures(root: Path) -> ShardPictures:
-    """The pictures of all `*.tar` files below a folder, sorted by path.
+    """The pictures of all `*.tar` files below a folder, sorted by path; links to folders are not followed.
 
     Shards that `ssl-vit shard` wrote bring their listing; others are listed anew each time, by all cores.
 
