@@ -535,6 +535,20 @@ def test_unreadable_files_are_left_out_and_odd_names_survive(tmp_path):
     assert all(torch.equal(found.read(n, 3), pictures.read(i, 3)) for n, i in enumerate(places))
 
 
+def test_of_a_list_what_is_no_file_is_left_out(tmp_path):
+    (tmp_path / "good.jpg").write_bytes(jpeg())
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "list.txt").write_bytes(b"pipe.jpg\nnul\0.jpg\ngood.jpg\nfolder.jpg\ngood.jpg\n")
+    pictures = find_pictures("list", tmp_path / "list.txt")
+    assert write_shards(pictures, tmp_path / "out", shard_bytes=10**6).pictures == 2
+    found = shard_pictures(tmp_path / "out")
+    assert names(found) == ["shard-000000.tar/000000002.jpg", "shard-000000.tar/000000004.jpg"]
+    assert found.classes == []
+    lines = (tmp_path / "out" / "skipped.txt").read_text().splitlines()
+    assert sorted(line.split("\t")[0] for line in lines) == ["folder.jpg", r"nul\x00.jpg", "pipe.jpg"]
+
+
 def test_without_a_readable_picture_there_are_no_shards(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_text("no picture")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 import tarfile
 from io import BytesIO
 from itertools import pairwise
@@ -148,7 +149,10 @@ def _write(path: Path, pictures: FilePictures, places: range, skipped: SkippedPi
 
 def _sample(pictures: FilePictures, index: int) -> list[_Member] | BrokenPicture:
     try:
-        if _file_size(pictures.path(index)) > _LARGEST:
+        status = pictures.path(index).stat()
+        if not stat.S_ISREG(status.st_mode):  # reading from a pipe would wait for its other end
+            return BrokenPicture(pictures.name(index), "no file but a folder, pipe, socket or device")
+        if status.st_size > _LARGEST:
             return BrokenPicture(pictures.name(index), "more than 2 GiB")
         content = pictures.path(index).read_bytes()
         with opened(BytesIO(content)) as picture:
