@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -15,10 +15,11 @@ from tqdm import tqdm
 from ssl_vit.config import Workers
 
 MOST_WORKERS = 16  # beyond it, disks and the collecting process are the limit
+PATIENCE = 2.0  # seconds without a progress bar
 _AHEAD = 4  # tasks under way per thread; bounds the memory that finished ones take while an earlier one lasts
-_PATIENCE = 2.0  # seconds without a progress bar
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 def usable_cores() -> int:
@@ -44,16 +45,25 @@ def in_threads(task: Callable[[int], T], count: int, *, label: str, show: bool) 
         show: Whether there is one at all.
     """
     # disable=None: no bar where the output is no terminal
-    bar = tqdm(total=count, desc=label, unit="", delay=_PATIENCE, leave=False, disable=None if show else True)
+    bar = tqdm(total=count, desc=label, unit="", delay=PATIENCE, leave=False, disable=None if show else True)
     cores = usable_cores()
-    under_way: deque[Future[T]] = deque()
     with bar, ThreadPoolExecutor(cores) as threads:
-        for index in range(count + _AHEAD * cores):
-            if index < count:
-                under_way.append(threads.submit(task, index))
-            if index >= _AHEAD * cores and under_way:
-                yield under_way.popleft().result()
-                bar.update()
+        for result in in_order(threads, task, range(count), ahead=_AHEAD * cores):
+            yield result
+            bar.update()
+
+
+def in_order(
+    threads: ThreadPoolExecutor, task: Callable[[Item], T], items: Iterable[Item], *, ahead: int
+) -> Iterator[T]:
+    """task(item) of each item, in their order, at most `ahead` of them under way."""
+    under_way: deque[Future[T]] = deque()
+    for item in items:
+        if len(under_way) == ahead:
+            yield under_way.popleft().result()
+        under_way.append(threads.submit(task, item))
+    while under_way:
+        yield under_way.popleft().result()
 
 
 def _container_cores(group: Path, cores: int) -> int:
