@@ -13,9 +13,10 @@ from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
 from ssl_vit.config import EvalDataConfig
 from ssl_vit.data.arrays import luma
-from ssl_vit.data.files import counts, walk
+from ssl_vit.data.files import counts
 from ssl_vit.data.find import find_labelled, find_pictures
 from ssl_vit.data.pictures import BrokenPicture, SkippedPictures
+from ssl_vit.data.tree import walk
 from ssl_vit.errors import UserError
 
 
@@ -135,12 +136,12 @@ def test_folders_without_pictures_say_what_they_hold(tmp_path):
 
 def test_fingerprint_follows_names_and_sizes(tmp_path):
     put(tmp_path, "a.png", "b.png")
-    first = find_pictures("folder", tmp_path).fingerprint()
-    assert find_pictures("folder", tmp_path).fingerprint() == first
+    first = find_pictures("folder", tmp_path).fingerprint(sizes=True)
+    assert find_pictures("folder", tmp_path).fingerprint(sizes=True) == first
     Image.new("RGB", (40, 30)).save(tmp_path / "b.png")
-    second = find_pictures("folder", tmp_path).fingerprint()
+    second = find_pictures("folder", tmp_path).fingerprint(sizes=True)
     (tmp_path / "b.png").rename(tmp_path / "c.png")
-    assert len({first, second, find_pictures("folder", tmp_path).fingerprint()}) == 3
+    assert len({first, second, find_pictures("folder", tmp_path).fingerprint(sizes=True)}) == 3
 
 
 def test_counts_names_the_most_frequent_and_sums_up_the_rest():
@@ -173,7 +174,7 @@ def test_a_list_keeps_its_order_and_takes_both_kinds_of_paths(tmp_path):
     assert [pictures.read(i, 1).shape for i in range(3)] == [(1, 3, 4)] * 3
     with pytest.raises(BrokenPicture, match=r"gone\.png: No such file"):
         pictures.read(3, 3)
-    assert len(pictures.fingerprint()) == 64
+    assert len(pictures.fingerprint(sizes=True)) == 64
 
 
 def test_lists_that_are_none(tmp_path):
@@ -267,7 +268,7 @@ def test_cifar(tmp_path, monkeypatch, source, kind, count):
     assert torch.equal(pictures.all(1)[2], pictures.read(2, 1))
     split = find_labelled(labelled(source=source, root=tmp_path))
     assert (len(split.train), len(split.test)) == (count, 4)
-    assert split.test.fingerprint() != split.train.fingerprint()
+    assert split.test.fingerprint(sizes=True) != split.train.fingerprint(sizes=True)
 
 
 def test_stl10(tmp_path, monkeypatch):

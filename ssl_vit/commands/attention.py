@@ -26,6 +26,7 @@ from ssl_vit.attention.truth import MaskFolder, NoMask
 from ssl_vit.commands.compose import load_config
 from ssl_vit.config import AttentionConfig
 from ssl_vit.data.files import FilePictures, folder_pictures
+from ssl_vit.data.names import Names
 from ssl_vit.data.pictures import BrokenPicture, SkippedPictures
 from ssl_vit.errors import UserError
 from ssl_vit.models.weights import LoadedBackbone, load_backbone, random_twin
@@ -85,7 +86,9 @@ def segment(config: AttentionConfig) -> Outcome:
     sheet = _write_sheet(config, pictures, gallery, truths, _choose(written, summary, results))
     outcome = Outcome(len(written), skipped.count(), unscored.count(), results, sheet, seconds)
     counts = {"pictures": outcome.written, "skipped": outcome.skipped, "unscored": outcome.unscored}
-    write_record(config, networks[0], results, data={"fingerprint": pictures.fingerprint(), **counts}, seconds=seconds)
+    write_record(
+        config, networks[0], results, data={"fingerprint": pictures.fingerprint(sizes=True), **counts}, seconds=seconds
+    )
     write_ious(config.out / "ious.npz", results, [pictures.name(place) for place in summary.places])
     return outcome
 
@@ -96,7 +99,7 @@ def _pictures(config: AttentionConfig) -> FilePictures:
         raise UserError(f"out={config.out} lies inside images={config.images}: choose a folder outside of it")
     if config.images.is_file():
         name = os.fsencode(config.images.name)
-        return FilePictures(config.images.parent, [name], ignored=Counter(), labelled=False)
+        return FilePictures(config.images.parent, Names.pack([name]), ignored=Counter(), labelled=False)
     return folder_pictures(config.images)
 
 

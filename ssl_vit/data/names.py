@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from operator import eq
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from ssl_vit.durable import durable
+
+_AT_ONCE = 4096  # names unpacked in one go
 
 
 class Names:
@@ -23,19 +33,67 @@ class Names:
 
     @classmethod
     def pack(cls, names: Iterable[bytes]) -> Names:
-        """From single names."""
-        listed = list(names)
-        ends = np.cumsum([0, *map(len, listed)], dtype=np.int64)
-        return cls(np.frombuffer(b"".join(listed), dtype=np.uint8), ends)
+        """From single names, taken one after the other."""
+        text, ends = bytearray(), array("q", [0])
+        for name in names:
+            text += name
+            ends.append(len(text))
+        return cls(np.frombuffer(text, dtype=np.uint8), np.frombuffer(ends, dtype=np.int64))
+
+    @classmethod
+    def load(cls, path: Path) -> Names:
+        """What `save` wrote. It is read, not mapped: mapped files on network disks can kill their readers.
+
+        Raises:
+            OSError: It cannot be read.
+            ValueError: It is damaged, or another kind of file.
+        """
+        try:
+            arrays = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: {error}") from None
+        if arrays.keys() != {"text", "ends", "sha256"}:
+            raise ValueError(f"{path} holds no names")
+        names = cls(arrays["text"], arrays["ends"])
+        if names.fingerprint() != arrays["sha256"].tobytes().hex():
+            raise ValueError(f"{path}: its checksum is wrong")
+        return names
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file with the names and their checksum.
+
+        Raises:
+            OSError: The disk is full, or `path` cannot be written to.
+        """
+        checksum = np.frombuffer(bytes.fromhex(self.fingerprint()), dtype=np.uint8)
+        with durable(path) as file:
+            file.write(save({"text": self.text, "ends": self.ends, "sha256": checksum}))
+
+    def part(self, start: int, stop: int) -> Names:
+        """The names from `start` up to `stop`; they share the text of these."""
+        first, last = self.ends[start], self.ends[stop]
+        return Names(self.text[first:last], self.ends[start : stop + 1] - first)
 
     def __len__(self) -> int:
         return len(self.ends) - 1
 
     def __getitem__(self, index: int) -> bytes:
+        index = range(len(self))[index]
         return self.text[self.ends[index] : self.ends[index + 1]].tobytes()
 
     def __iter__(self) -> Iterator[bytes]:
-        return map(self.__getitem__, range(len(self)))
+        for start in range(0, len(self), _AT_ONCE):
+            ends = self.ends[start : start + _AT_ONCE + 1]
+            text = self.text[ends[0] : ends[-1]].tobytes()
+            places = (ends - ends[0]).tolist()
+            for first, last in pairwise(places):
+                yield text[first:last]
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the other, packed or a list, holds the same names in the same order."""
+        return isinstance(other, Names | list) and len(self) == len(other) and all(map(eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
 
     def fingerprint(self) -> str:
         """SHA-256 of the names in their order, in hexadecimal digits."""

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -16,11 +16,11 @@ from tqdm import tqdm
 from ssl_vit.config import Workers
 
 MOST_WORKERS = 16  # beyond it, disks and the collecting process are the limit
+PATIENCE = 2.0  # seconds without a progress bar
 _AHEAD = 4  # tasks under way per thread; bounds the memory that finished ones take while an earlier one lasts
-_PATIENCE = 2.0  # seconds without a progress bar
 
-S = TypeVar("S")
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 def usable_cores() -> int:
@@ -46,17 +46,26 @@ def in_threads(task: Callable[[int], T], count: int, *, label: str, show: bool) 
         show: Whether there is one at all.
     """
     cores = usable_cores()
-    under_way: deque[Future[T]] = deque()
     with _bar(count, label, show) as bar, ThreadPoolExecutor(cores) as threads:
-        for index in range(count + _AHEAD * cores):
-            if index < count:
-                under_way.append(threads.submit(task, index))
-            if index >= _AHEAD * cores and under_way:
-                yield under_way.popleft().result()
-                bar.update()
+        for result in in_order(threads, task, range(count), ahead=_AHEAD * cores):
+            yield result
+            bar.update()
 
 
-def in_processes(task: Callable[[S], T], subjects: Sequence[S], *, label: str, show: bool) -> Iterator[T]:
+def in_order(
+    threads: ThreadPoolExecutor, task: Callable[[Item], T], items: Iterable[Item], *, ahead: int
+) -> Iterator[T]:
+    """task(item) of each item, in their order, at most `ahead` of them under way."""
+    under_way: deque[Future[T]] = deque()
+    for item in items:
+        if len(under_way) == ahead:
+            yield under_way.popleft().result()
+        under_way.append(threads.submit(task, item))
+    while under_way:
+        yield under_way.popleft().result()
+
+
+def in_processes(task: Callable[[Item], T], subjects: Sequence[Item], *, label: str, show: bool) -> Iterator[T]:
     """Each subject's task in order, computed by as many processes as there are cores; for work that is Python's own.
 
     Args:
@@ -82,7 +91,7 @@ def in_processes(task: Callable[[S], T], subjects: Sequence[S], *, label: str, s
 
 def _bar(count: int, label: str, show: bool) -> tqdm:
     # disable=None: no bar where the output is no terminal
-    return tqdm(total=count, desc=label, unit="", delay=_PATIENCE, leave=False, disable=None if show else True)
+    return tqdm(total=count, desc=label, unit="", delay=PATIENCE, leave=False, disable=None if show else True)
 
 
 def _container_cores(group: Path, cores: int) -> int:

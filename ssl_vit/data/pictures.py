@@ -43,8 +43,12 @@ class Pictures(Protocol):
         """
         ...
 
-    def fingerprint(self) -> str:
-        """A hash that changes when pictures are added, removed, renamed or replaced by ones of another size."""
+    def fingerprint(self, *, sizes: bool) -> str:
+        """A hash that changes when pictures are added, removed or renamed.
+
+        Args:
+            sizes: Whether it changes, too, when a file is replaced by one of another size; this asks for each.
+        """
         ...
 
     def describe(self) -> str:
@@ -109,9 +113,11 @@ class Subset:
         """As in the larger set."""
         return self.pictures.read(int(self.places[index]), channels)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, sizes: bool) -> str:
         """Of the larger set and the places."""
-        return hashlib.sha256(f"{self.pictures.fingerprint()} {self.places.tolist()}".encode()).hexdigest()
+        digest = hashlib.sha256(self.pictures.fingerprint(sizes=sizes).encode())
+        digest.update(self.places.numpy().tobytes())
+        return digest.hexdigest()
 
     def describe(self) -> str:
         """How many of the larger set."""

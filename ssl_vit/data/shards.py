@@ -94,11 +94,11 @@ class ShardPictures:
         except BrokenPicture as broken:
             raise BrokenPicture(self.name(index), broken.reason) from broken
 
-    def fingerprint(self) -> str:
-        """A hash of all names, sizes and classes."""
+    def fingerprint(self, *, sizes: bool) -> str:
+        """A hash of all names and classes, and of the sizes too if wanted."""
         listing = self.listing
         digest = hashlib.sha256(f"{listing.tars.fingerprint()} {listing.names.fingerprint()}".encode())
-        for values in (listing.tar, listing.size, listing.number):
+        for values in (listing.tar, listing.number, *([listing.size] if sizes else [])):
             digest.update(values.tobytes())
         return digest.hexdigest()
 

@@ -125,7 +125,7 @@ class Study:
                 "n_train": len(train_labels),
                 "n_test": len(test_labels),
                 "n_classes": len(torch.unique(torch.cat([train_labels, test_labels]))),
-                "fingerprints": [part.fingerprint() for part in self.pictures if part is not None],
+                "fingerprints": [part.fingerprint(sizes=True) for part in self.pictures if part is not None],
                 "skipped": sum(skipped),
                 **findings,
             },
