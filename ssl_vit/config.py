@@ -43,9 +43,9 @@ Interval = Annotated[tuple[NonNegative, NonNegative], AfterValidator(_ascending)
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values never change."""
+    """A part of the configuration: unknown keys are errors, numbers are finite, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 # --- a run -----------------------------------------------------------------------------------------------------

@@ -119,6 +119,8 @@ def _flattened(picture: Image.Image) -> Image.Image:
     """The picture with 8 bits and without transparency."""
     if picture.mode.startswith(("I", "F")):
         return Image.fromarray(_stretched(np.asarray(picture)))
+    if picture.mode == "LAB":  # which Pillow turns into RGB only
+        return picture.convert("RGB")
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(white, picture.convert("RGBA"))
