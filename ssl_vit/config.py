@@ -178,7 +178,7 @@ class BackboneConfig(Section):
     reg_tokens: Annotated[int, Field(ge=0)]
     drop_path: Annotated[float, Field(ge=0, lt=1)]
     embed_dim: Count | None
-    depth: Count | None
+    depth: Annotated[int, Field(ge=1, le=1000)] | None
     num_heads: Count | None
     init: Literal["timm", "jax"]
 

@@ -119,6 +119,24 @@ def fill_strictly(backbone: Backbone, state: StateDict, origin: str) -> None:
     Raises:
         UserError: Naming the keys that are missing, left over, or of another shape.
     """
+    _compare(backbone, state, origin)
+    backbone.vit.load_state_dict(dict(state))
+
+
+def _filled(config: BackboneConfig, state: StateDict, origin: str) -> Backbone:
+    """The frozen backbone of weights from a file, which may claim any sizes: memory is taken only for those it holds.
+
+    Raises:
+        UserError: As for `fill_strictly`.
+    """
+    with torch.device("meta"):
+        _compare(Backbone(config), state, origin)
+    backbone = Backbone(config)
+    fill_strictly(backbone, state, origin)
+    return _frozen(backbone)
+
+
+def _compare(backbone: Backbone, state: StateDict, origin: str) -> None:
     wanted = backbone.vit.state_dict()
     missing = sorted(wanted.keys() - state.keys())
     left_over = sorted(state.keys() - wanted.keys())
@@ -131,7 +149,6 @@ def fill_strictly(backbone: Backbone, state: StateDict, origin: str) -> None:
     if any(problems.values()):
         lines = [f"  {what}: {_shortened(keys)}" for what, keys in problems.items() if keys]
         raise UserError("\n".join([f"{origin} does not fit {backbone.config.name}", *lines]))
-    backbone.vit.load_state_dict(dict(state))
 
 
 def _shortened(names: list[str], most: int = 8) -> str:
@@ -209,9 +226,8 @@ def _from_timm(name: str, *, pretrained: bool) -> LoadedBackbone:
         num_heads=None,
         init="timm",
     )
-    backbone = Backbone(config)
-    fill_strictly(backbone, plain.state_dict(), f"timm:{name}")
-    return LoadedBackbone(_frozen(backbone), list(settings.mean), list(settings.std), f"timm:{name}", None, None)
+    backbone = _filled(config, plain.state_dict(), f"timm:{name}")
+    return LoadedBackbone(backbone, list(settings.mean), list(settings.std), f"timm:{name}", None, None)
 
 
 def _from_export(path: Path) -> LoadedBackbone:
@@ -227,10 +243,9 @@ def _from_export(path: Path) -> LoadedBackbone:
         state = load_file(path)
     except SafetensorError as error:
         raise UserError(f"checkpoint={path}: a damaged safetensors file: {error}") from None
-    backbone = Backbone(about.backbone)
-    fill_strictly(backbone, state, f"checkpoint={path}")
+    backbone = _filled(about.backbone, state, f"checkpoint={path}")
     run = path.parent if (path.parent / "config.yaml").is_file() else None
-    return LoadedBackbone(_frozen(backbone), about.mean, about.std, str(path), _sha256(path), run)
+    return LoadedBackbone(backbone, about.mean, about.std, str(path), _sha256(path), run)
 
 
 def _from_ours(content: dict[str, Any], path: Path, weights: Weights) -> LoadedBackbone:
@@ -239,22 +254,20 @@ def _from_ours(content: dict[str, Any], path: Path, weights: Weights) -> LoadedB
     state = content["state_dict"]
     which = weights if any(key.startswith(f"{weights}.") for key in state) else "student"
     prefix = f"{which}.backbone.vit."
-    backbone = Backbone(about.backbone)
-    fill_strictly(
-        backbone,
+    backbone = _filled(
+        about.backbone,
         {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)},
         f"checkpoint={path} ({which})",
     )
     run = path.parent.parent if path.parent.name == "checkpoints" else None
-    return LoadedBackbone(_frozen(backbone), about.mean, about.std, f"{path} ({which})", _sha256(path), run)
+    return LoadedBackbone(backbone, about.mean, about.std, f"{path} ({which})", _sha256(path), run)
 
 
 def _from_official(content: dict[str, Any], path: Path, weights: Weights) -> LoadedBackbone:
     config, state, which = read_official(content, weights, f"checkpoint={path}")
-    backbone = Backbone(config)
-    fill_strictly(backbone, state, f"checkpoint={path}")
+    backbone = _filled(config, state, f"checkpoint={path}")
     source = f"{path} ({which}; {config.num_heads} attention heads of width 64, which the file does not say)"
-    return LoadedBackbone(_frozen(backbone), IMAGENET_MEAN, IMAGENET_STD, source, _sha256(path), None)
+    return LoadedBackbone(backbone, IMAGENET_MEAN, IMAGENET_STD, source, _sha256(path), None)
 
 
 def _sha256(path: Path) -> str:
