@@ -43,9 +43,9 @@ Interval = Annotated[tuple[NonNegative, NonNegative], AfterValidator(_ascending)
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values never change."""
+    """A part of the configuration: unknown keys are errors, numbers are finite, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 # --- a run -----------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ class BackboneConfig(Section):
     reg_tokens: Annotated[int, Field(ge=0)]
     drop_path: Annotated[float, Field(ge=0, lt=1)]
     embed_dim: Count | None
-    depth: Count | None
+    depth: Annotated[int, Field(ge=1, le=1000)] | None
     num_heads: Count | None
     init: Literal["timm", "jax"]
 

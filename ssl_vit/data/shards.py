@@ -98,8 +98,9 @@ class ShardPictures:
         """A hash of all names and classes, and of the sizes too if wanted."""
         listing = self.listing
         digest = hashlib.sha256(f"{listing.tars.fingerprint()} {listing.names.fingerprint()}".encode())
-        for values in (listing.tar, listing.number, *([listing.size] if sizes else [])):
-            digest.update(values.tobytes())
+        digest.update(listing.tar.tobytes() + listing.number.tobytes())
+        if sizes:
+            digest.update(listing.size.tobytes())
         return digest.hexdigest()
 
     def describe(self) -> str:
