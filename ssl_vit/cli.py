@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import sys
 import warnings
@@ -36,11 +37,14 @@ COMMANDS = {
     ),
     "export": Command("weights that bare timm loads", "ssl-vit export checkpoint=runs/photos out=backbone.safetensors"),
     "scan": Command("what is in a picture folder, broken files included", "ssl-vit scan data.root=photos"),
+    "shard": Command("tar shards of a picture folder (WebDataset layout)", "ssl-vit shard data.root=photos out=shards"),
 }
 
 
 def main(words: list[str] | None = None) -> int:
     """Run one command; the exit code is 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # no name of a file, of any bytes, can stop a command
     words = sys.argv[1:] if words is None else words
     name, *rest = words or ["help"]
     try:

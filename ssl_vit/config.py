@@ -43,9 +43,9 @@ Interval = Annotated[tuple[NonNegative, NonNegative], AfterValidator(_ascending)
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values never change."""
+    """A part of the configuration: unknown keys are errors, numbers are finite, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 # --- a run -----------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ class OnlineKNNConfig(Section):
 
 # --- data ------------------------------------------------------------------------------------------------------
 
-Source = Literal["folder", "list", "cifar10", "cifar100", "stl10"]
+Source = Literal["folder", "list", "shards", "cifar10", "cifar100", "stl10"]
 Workers = Literal["auto"] | Annotated[int, Field(ge=0)]
 
 
@@ -191,7 +191,7 @@ class BackboneConfig(Section):
     reg_tokens: Annotated[int, Field(ge=0)]
     drop_path: Annotated[float, Field(ge=0, lt=1)]
     embed_dim: Count | None
-    depth: Count | None
+    depth: Annotated[int, Field(ge=1, le=1000)] | None
     num_heads: Count | None
     init: Literal["timm", "jax"]
 
@@ -401,6 +401,12 @@ class ScanDataConfig(Section):
 class ScanConfig(Section):
     data: ScanDataConfig
     out: Path | None
+
+
+class ShardConfig(Section):
+    data: ScanDataConfig
+    out: Path
+    shard_mb: Positive
 
 
 class DemoConfig(Section):

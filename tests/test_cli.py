@@ -124,7 +124,7 @@ def test_unknown_command(word, told, capsys):
     assert told in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["pretrain"], ["knn"], ["linear"], ["attention"], ["export"], ["scan"]])
+@pytest.mark.parametrize("words", [["pretrain"], ["knn"], ["linear"], ["attention"], ["export"], ["scan"], ["shard"]])
 def test_a_command_without_what_it_needs_says_so(words, capsys):
     assert ssl_vit(words) == 2
     error = capsys.readouterr().err
@@ -141,6 +141,7 @@ def test_a_command_without_what_it_needs_says_so(words, capsys):
         ["attention", "checkpoint=nowhere", "images=nowhere"],
         ["export", "checkpoint=nowhere"],
         ["scan", "data.root=nowhere"],
+        ["shard", "data.root=nowhere"],
     ],
     ids=lambda words: words[0],
 )

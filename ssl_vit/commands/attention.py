@@ -26,6 +26,7 @@ from ssl_vit.attention.truth import MaskFolder, NoMask
 from ssl_vit.commands.compose import load_config
 from ssl_vit.config import AttentionConfig
 from ssl_vit.data.files import FilePictures, folder_pictures
+from ssl_vit.data.names import Names
 from ssl_vit.data.pictures import BrokenPicture, SkippedPictures
 from ssl_vit.errors import UserError
 from ssl_vit.models.weights import LoadedBackbone, load_backbone, random_twin
@@ -98,7 +99,7 @@ def _pictures(config: AttentionConfig) -> FilePictures:
         raise UserError(f"out={config.out} lies inside images={config.images}: choose a folder outside of it")
     if config.images.is_file():
         name = os.fsencode(config.images.name)
-        return FilePictures(config.images.parent, [name], ignored=Counter(), labelled=False)
+        return FilePictures(config.images.parent, Names.pack([name]), ignored=Counter(), labelled=False)
     return folder_pictures(config.images)
 
 

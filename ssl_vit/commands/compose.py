@@ -56,8 +56,8 @@ def compose_values(command: str, words: list[str]) -> dict[str, Any]:
     groups = _groups(command)
     # Hydra takes the name of any group for a choice; where the command has no such group, it is a plain key.
     plain = {folder.name for folder in conf_dir().iterdir() if folder.is_dir()} - groups
-    own = dict(word.split("=", 1) for word in words if word.partition("=")[0] in plain and "=" in word)
-    overrides = [_as_override(word, groups) for word in words if word.partition("=")[0] not in own]
+    own = dict(word.lstrip("+").split("=", 1) for word in words if _key(word) in plain and "=" in word)
+    overrides = [_as_override(word, groups) for word in words if _key(word) not in own]
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             config = compose(command, [f"hydra.searchpath=[{search}]", *overrides])
@@ -65,7 +65,7 @@ def compose_values(command: str, words: list[str]) -> dict[str, Any]:
             return values | own
     except MissingConfigException as error:
         raise UserError(_no_such_option(error)) from None
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise UserError(_plain(error)) from None
 
 
@@ -90,6 +90,10 @@ def _groups(command: str) -> set[str]:
     return {group for entry in yaml.safe_load(text).get("defaults", []) if isinstance(entry, dict) for group in entry}
 
 
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+")
+
+
 def _as_override(word: str, groups: set[str]) -> str:
     """A user's `key=value` as a Hydra override.
 
@@ -103,7 +107,7 @@ def _as_override(word: str, groups: set[str]) -> str:
     if group in groups:
         if not re.fullmatch(r"[\w./-]+", value):
             raise UserError(f"{word!r}: expected one option, such as {key}=NAME")
-        return f"{group}={value}"
+        return f"{group}='{value}'"  # quoted, or an option called 1 were a number
     if key in TEXTS and not value:  # `data.root=$UNSET` is not the current folder
         raise UserError(f"{word!r}: a value is missing after the equals sign")
     if not key.startswith(("+", "~")):

@@ -17,8 +17,8 @@ from ssl_vit.transforms.crops import MultiCrop
 from ssl_vit.transforms.evaluation import EvalTransform
 
 
-class CroppedPictures(Dataset[Batch]):
-    """Views, cropped picture by picture.
+class CroppedPictures(Dataset[Batch | UserError]):
+    """Views, cropped picture by picture; an error of the user's comes as a batch, which `TrainingLoader` raises.
 
     Args:
         read: Gives the picture of an index as (C, H, W) uint8, or raises BrokenPicture.
@@ -39,10 +39,13 @@ class CroppedPictures(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitems__(self, picks: list[Pick]) -> Batch:
+    def __getitems__(self, picks: list[Pick]) -> Batch | UserError:
         """The batch of these pictures; in place of a broken one, the next good one."""
         wanted, key = torch.tensor(picks).unbind(1)  # (B,) each
-        found = [self.first_readable(index) for index in wanted.tolist()]
+        try:
+            found = [self.first_readable(index) for index in wanted.tolist()]
+        except UserError as error:
+            return error
         views = [self.multicrop.one(picture, own_key) for (_, picture), own_key in zip(found, key, strict=True)]
         global_views, local_views = map(torch.stack, zip(*views, strict=True))
         index = torch.tensor([index for index, _ in found])

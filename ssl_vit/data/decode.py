@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +24,15 @@ EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 )
 MAX_PIXELS = 89_478_485  # a quarter of a GiB as RGB: from here on Pillow warns of decompression bombs
+MAX_SCANS = 100  # of a JPEG; encoders write up to a dozen, and each costs as much time as a whole picture
 
 _DAMAGE = (  # what Pillow's readers have been seen to raise on damaged files: nearly every built-in error
     *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError),
     *(RuntimeError, AssertionError, MemoryError, struct.error, zlib.error),
     *(Image.DecompressionBombError, Image.DecompressionBombWarning),
 )
+
+_STRIP = 256  # rows that are stretched at once
 
 _UPRIGHT = {  # what undoes each EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -39,41 +45,58 @@ _UPRIGHT = {  # what undoes each EXIF orientation
 }
 
 
-def decode(path: Path, channels: int = 3) -> Tensor:
+def decode(path: Path | BytesIO, channels: int = 3) -> Tensor:
     """Read a JPEG, PNG, WebP, BMP, TIFF, GIF (first frame) or PPM file; the content tells which, not the name.
 
-    EXIF orientation is applied. Transparent parts are laid on white, as most viewers show them. Pixels of 16 bits, 32
-    bits and floats are stretched from the picture's own smallest and largest value to 0 and 255, because devices
-    seldom use the whole range of their files.
+    EXIF orientation is applied. Transparent parts are laid on white, as most viewers show them. Grey of 16 bits, 32
+    bits and floats is stretched from the picture's own smallest and largest value to 0 and 255, because devices seldom
+    use the whole range of their files. Of colours of 16 bits the upper 8 count.
 
     Args:
-        path: The file.
+        path: The file, or its bytes.
         channels: 3 for RGB, 1 for grey (ITU-R 601 luma).
 
     Returns:
         (C, H, W) uint8, channels last in memory: crops of it resize twice as fast so.
 
     Raises:
-        BrokenPicture: The file is missing, damaged, of another format, or holds more than MAX_PIXELS pixels.
+        BrokenPicture: The file is missing, damaged, of another format, no regular file, or holds more than MAX_PIXELS
+            pixels or MAX_SCANS scans.
     """
     with opened(path) as picture:
         return to_tensor(picture, channels)
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[ImageFile.ImageFile]:
+def opened(path: Path | BytesIO) -> Iterator[ImageFile.ImageFile]:
     """A picture whose header has been read; what goes wrong with it inside the block is a BrokenPicture.
 
     Raises:
         BrokenPicture: As for `decode`.
     """
+    name = printable(path) if isinstance(path, Path) else "a picture in memory"
+    empty = isinstance(path, BytesIO) and path.getbuffer().nbytes == 0
     try:
+        if isinstance(path, Path):
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
+                raise BrokenPicture(name, "no file but a directory, pipe, socket or device")
+            empty = status.st_size == 0
         with Image.open(path, formats=FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
+            if picture.format in ("JPEG", "MPO") and _scans(picture) > MAX_SCANS:
+                raise BrokenPicture(name, f"a JPEG of more than {MAX_SCANS} scans, made to take long")
             yield picture
     except _DAMAGE as error:
-        raise BrokenPicture(printable(path), _reason(path, error)) from error
+        raise BrokenPicture(name, _reason(error, empty=empty)) from error
+
+
+def _scans(picture: ImageFile.ImageFile) -> int:
+    """How many scans a JPEG has: markers that cannot occur inside of one, those of small previews included."""
+    assert picture.fp is not None  # until its pixels are loaded
+    picture.fp.seek(0)
+    return picture.fp.read().count(b"\xff\xda")
 
 
 def to_tensor(picture: Image.Image, channels: int) -> Tensor:
@@ -98,28 +121,37 @@ def orientation(picture: Image.Image) -> int:
 def _flattened(picture: Image.Image) -> Image.Image:
     """The picture with 8 bits and without transparency."""
     if picture.mode.startswith(("I", "F")):
-        return Image.fromarray(_stretched(np.asarray(picture, dtype=np.float64)))
+        return Image.fromarray(_stretched(np.asarray(picture)))
+    if picture.mode == "LAB":  # which Pillow turns into RGB only
+        return picture.convert("RGB")
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(white, picture.convert("RGBA"))
     return picture
 
 
-def _stretched(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
-    """Values (H, W) from their own range to 0..255; not-a-numbers and infinities become 0."""
-    finite = np.isfinite(values)
-    low, high = values[finite].min(), values[finite].max()
+def _stretched(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Values (H, W) from their own range to 0..255; not-a-numbers and infinities become 0.
+
+    Strip by strip, so that the float64 in which it is computed never takes several times the picture.
+    """
+    strips = [values[top : top + _STRIP] for top in range(0, len(values), _STRIP)]
+    ends = [(part.min(), part.max()) for strip in strips if (part := strip[np.isfinite(strip)]).size]
+    if not ends:
+        raise ValueError("no pixel is a finite number")
+    low, high = float(min(least for least, _ in ends)), float(max(most for _, most in ends))
     scale = 255 / (high - low) if high > low else 0.0
-    return np.where(finite, (values - low) * scale, 0).round().astype(np.uint8)
+    finite = (np.where(np.isfinite(strip), strip, low).astype(np.float64) for strip in strips)
+    return np.concatenate([((strip - low) * scale).round().astype(np.uint8) for strip in finite])
 
 
-def _reason(path: Path, error: Exception) -> str:
+def _reason(error: Exception, *, empty: bool) -> str:
     """Why a picture is skipped, in one line."""
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"more than {MAX_PIXELS:,} pixels, perhaps a decompression bomb"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if path.stat().st_size == 0:
+    if empty:
         return "an empty file"
     if isinstance(error, UnidentifiedImageError):
         return f"none of {', '.join(FORMATS)}, or its first bytes are damaged"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from bisect import bisect_left
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ssl_vit.data.decode import EXTENSIONS, decode
+from ssl_vit.data.index import find_below
 from ssl_vit.data.names import Names
 from ssl_vit.data.pictures import BrokenPicture, printable
 from ssl_vit.errors import UserError
@@ -23,17 +25,16 @@ class FilePictures:
 
     Args:
         root: What the names are relative to.
-        names: One path per picture.
+        names: One path per picture; sorted, if class folders are labels.
         ignored: How many files of which kind were found beside the pictures.
         labelled: Whether class folders are labels.
     """
 
-    def __init__(self, root: Path, names: list[bytes], *, ignored: Counter[str], labelled: bool) -> None:
+    def __init__(self, root: Path, names: Names, *, ignored: Counter[str], labelled: bool) -> None:
         self.root = root
+        self.names = names
         self.ignored = ignored
-        self.extensions = Counter(extension(name) for name in names)
         self.labels, self.classes = class_folders(names) if labelled else unlabelled(len(names))
-        self.names = Names.pack(names)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -59,18 +60,28 @@ class FilePictures:
 
     def with_names(self, names: Names) -> FilePictures:
         """Other pictures below the same root."""
-        return FilePictures(self.root, list(names), ignored=self.ignored, labelled=bool(self.classes))
+        return FilePictures(self.root, names, ignored=self.ignored, labelled=bool(self.classes))
 
     def fingerprint(self, *, sizes: bool) -> str:
-        """A hash of all names, and of the files' sizes."""
+        """A hash of all names, and of the file sizes too if wanted, for which each file is asked."""
         if not sizes:
             return self.names.fingerprint()
         digest = hashlib.sha256()
-        for index in range(len(self)):
-            path = self.path(index)
-            size = path.stat().st_size if path.exists() else -1
-            digest.update(b"%s\0%d\0" % (self.names[index], size))
+        for name in self.names:
+            try:
+                size = os.stat(os.path.join(os.fsencode(self.root), name)).st_size  # noqa: PTH116, PTH118 - bytes
+            except OSError:
+                size = -1
+            digest.update(b"%s\0%d\0" % (name, size))
         return digest.hexdigest()
+
+    @property
+    def extensions(self) -> Counter[str]:
+        """How many pictures have which extension."""
+        kinds: Counter[str] = Counter()
+        for suffix, count in Counter(os.path.splitext(name)[1].lower() for name in self.names).items():  # noqa: PTH122
+            kinds[printable(suffix) or "without extension"] += count
+        return kinds
 
     def describe(self) -> str:
         """Counts per extension, and of what was ignored."""
@@ -87,8 +98,8 @@ def folder_pictures(root: Path) -> FilePictures:
     if not root.is_dir():
         problem = "is a file, not a folder (a list of paths is data.source=list)" if root.exists() else "does not exist"
         raise UserError(f"{printable(root.absolute())} {problem}; name the folder that holds the pictures")
-    names, ignored = walk(root)
-    if not names:
+    names, ignored = find_below(root)
+    if not len(names):
         found = f"it holds {counts(ignored)}" if ignored else "it is empty"
         known = ", ".join(sorted(EXTENSIONS))
         raise UserError(f"{printable(root.absolute())}: there is no picture in this folder, {found}; pictures: {known}")
@@ -104,62 +115,35 @@ def listed_pictures(file: Path) -> FilePictures:
     if not file.is_file():
         problem = "is a folder (use data.source=folder)" if file.is_dir() else "does not exist"
         raise UserError(f"{printable(file.absolute())} {problem}; data.source=list wants a text file, one path a line")
-    names = [line for line in file.read_bytes().splitlines() if line.strip()]
-    if not names:
+    with file.open("rb") as content:
+        names = Names.pack(path for line in content for path in line.splitlines() if path.strip())
+    if not len(names):
         raise UserError(f"{printable(file.absolute())}: there is no path in this list")
     return FilePictures(file.parent, names, ignored=Counter(), labelled=False)
 
 
-def walk(root: Path) -> tuple[list[bytes], Counter[str]]:
-    """Pictures below a folder as sorted relative paths, and counts of what else there is, by extension.
-
-    Links to folders are followed, each folder is visited once: loops end, and a picture has one path, the one without
-    a link if there is one.
-    """
-    names: list[bytes] = []
-    ignored: Counter[str] = Counter()
-    visited: set[tuple[int, int]] = set()
-    folders, linked = [b""], list[bytes]()  # still to visit, each with a slash at its end
-    while folders or linked:
-        if folders:
-            folder = folders.pop()
-        else:
-            folder = min(linked)
-            linked.remove(folder)
-        path = os.path.join(os.fsencode(root), folder)  # noqa: PTH118 - bytes
-        try:
-            status = os.stat(path)  # noqa: PTH116 - bytes
-            if (status.st_dev, status.st_ino) in visited:
-                continue
-            visited.add((status.st_dev, status.st_ino))
-            entries = list(os.scandir(path))
-        except OSError:
-            ignored["unreadable folder"] += 1
-            continue
-        for entry in entries:
-            name = folder + entry.name
-            if entry.name.startswith(b"."):
-                ignored["hidden"] += 1
-            elif _is_folder(entry):
-                (linked if entry.is_symlink() else folders).append(name + b"/")
-            elif extension(name) in EXTENSIONS and (entry.is_symlink() or entry.is_file()):
-                names.append(name)
-            else:
-                ignored[extension(name)] += 1
-    return sorted(names), ignored
-
-
-def class_folders(names: list[bytes]) -> tuple[Tensor, list[str]]:
+def class_folders(names: Names) -> tuple[Tensor, list[str]]:
     """Labels (N,) and class names from the first folder of each path; none when a picture lies outside of such folders.
 
     `train`, `val` and `test` are no classes.
+
+    Args:
+        names: Sorted, so that the pictures of a class folder stand side by side.
     """
-    first = [os.fsdecode(name.partition(b"/")[0]) if b"/" in name else "" for name in names]
-    classes = sorted(set(first))
-    if "" in classes or SPLITS.issuperset(classes):
+    sizes: dict[bytes, int] = {}  # pictures per folder
+    start = 0
+    while start < len(names):
+        folder, slash, _ = names[start].partition(b"/")
+        if not slash:
+            return unlabelled(len(names))
+        end = bisect_left(names, folder + b"0", lo=start + 1)  # 0 is next after /
+        sizes[folder], start = end - start, end
+    classes = sorted(sizes, key=os.fsdecode)
+    if SPLITS.issuperset(map(os.fsdecode, classes)):
         return unlabelled(len(names))
-    place = {name: label for label, name in enumerate(classes)}
-    return torch.tensor([place[name] for name in first]), [printable(name) for name in classes]
+    place = {folder: label for label, folder in enumerate(classes)}
+    labels = torch.tensor([place[folder] for folder in sizes])
+    return labels.repeat_interleave(torch.tensor([*sizes.values()])), [printable(folder) for folder in classes]
 
 
 def unlabelled(count: int) -> tuple[Tensor, list[str]]:
@@ -167,20 +151,8 @@ def unlabelled(count: int) -> tuple[Tensor, list[str]]:
     return torch.full((count,), -1), []
 
 
-def extension(name: bytes) -> str:
-    """The lower-case extension with its dot, printable."""
-    return printable(os.path.splitext(name)[1].lower()) or "without extension"  # noqa: PTH122 - bytes
-
-
 def counts(kinds: Counter[str], most: int = 8) -> str:
     """`12 .txt, 3 .pdf`: the most frequent kinds first."""
     listed = [f"{count:,} {kind}" for kind, count in sorted(kinds.items(), key=lambda item: (-item[1], item[0]))]
     rest = [f"{len(listed) - most} more kinds"] if len(listed) > most else []
     return ", ".join(listed[:most] + rest)
-
-
-def _is_folder(entry: os.DirEntry[bytes]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from ssl_vit.config import EvalDataConfig, Source
 from ssl_vit.data.arrays import array_pictures
 from ssl_vit.data.files import FilePictures, folder_pictures, listed_pictures
 from ssl_vit.data.pictures import Pictures, printable
+from ssl_vit.data.shards import ShardPictures, shard_pictures
 from ssl_vit.errors import UserError
 
 
@@ -24,7 +26,8 @@ def find_pictures(source: Source, root: Path) -> Pictures:
 
     Args:
         source: What kind of thing `root` is.
-        root: A folder (flat, nested, or with class folders), a list file, or the folder of a torchvision data set.
+        root: A folder (flat, nested, or with class folders), a list file, a folder of shards, or the folder of a
+            torchvision data set.
 
     Raises:
         UserError: There is nothing of that kind, or no picture in it.
@@ -33,6 +36,8 @@ def find_pictures(source: Source, root: Path) -> Pictures:
         return folder_pictures(root)
     if source == "list":
         return listed_pictures(root)
+    if source == "shards":
+        return shard_pictures(root)
     return array_pictures(source, root, split="pretrain")
 
 
@@ -40,23 +45,28 @@ def find_labelled(data: EvalDataConfig) -> LabelledSplit:
     """The labelled pictures of an evaluation.
 
     `data.root` is the folder of a torchvision data set; or holds `train/` and `val/` or `test/`, each with class
-    folders; or holds class folders only. Or `data.train` and `data.test` name two folders of class folders.
+    folders or shards; or holds these only. Or `data.train` and `data.test` name two such folders.
 
     Raises:
         UserError: There is no picture, there are no class folders, or the two sets have different classes.
     """
     if data.source == "list":
         raise UserError("data.source=list: a list has no labels; for an evaluation use class folders")
-    if data.source != "folder":
+    find: Callable[[Path], FilePictures | ShardPictures]
+    if data.source == "folder":
+        find = _labelled
+    elif data.source == "shards":
+        find = _labelled_shards
+    else:
         if data.root is None:
             raise UserError(f"data.source={data.source}: name the folder above its files with data.root")
         train = array_pictures(data.source, data.root, split="train")
         return LabelledSplit(train, array_pictures(data.source, data.root, split="test"))
     train_folder, test_folder = _split_folders(data)
-    labelled = _labelled(train_folder)
+    labelled = find(train_folder)
     if test_folder is None:
         return LabelledSplit(labelled, None)
-    test = _labelled(test_folder)
+    test = find(test_folder)
     if labelled.classes != test.classes:
         raise UserError(_different(labelled, test))
     return LabelledSplit(labelled, test)
@@ -88,10 +98,20 @@ def _labelled(folder: Path) -> FilePictures:
     return pictures
 
 
-def _different(train: FilePictures, test: FilePictures) -> str:
+def _labelled_shards(folder: Path) -> ShardPictures:
+    pictures = shard_pictures(folder)
+    if len(pictures.classes) < 2:
+        raise UserError(
+            f"{printable(folder)}: labels are the numbers of two or more classes in the shards' .cls members, and "
+            f"{'all pictures are of one' if pictures.classes else 'not every picture has one'}"
+        )
+    return pictures
+
+
+def _different(train: FilePictures | ShardPictures, test: FilePictures | ShardPictures) -> str:
     parts = [
         f"only in {printable(one.root)}: {', '.join(sorted(set(one.classes) - set(other.classes)))}"
         for one, other in ((train, test), (test, train))
         if set(one.classes) - set(other.classes)
     ]
-    return f"the class folders to learn from and to test on differ; {'; '.join(parts)}"
+    return f"the classes to learn from and to test on differ; {'; '.join(parts)}"

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ssl_vit.config import PretrainDataConfig, Workers
 from ssl_vit.data.arrays import ArrayPictures
@@ -61,6 +61,16 @@ class ResidentLoader:
             yield Batch(global_views, local_views, self.labels[index], index, key)
 
 
+class TrainingLoader(DataLoader[Batch | UserError]):
+    """Batches from CroppedPictures; what a loading process has to say to the user arrives without its traceback."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # torch promises its own iterator
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
 def training_loader(
     pictures: Pictures,
     multicrop: MultiCrop,
@@ -74,7 +84,7 @@ def training_loader(
     first_step: int,
     skipped: SkippedPictures,
     local_world: int | None = None,
-) -> ResidentLoader | DataLoader[Batch]:
+) -> ResidentLoader | TrainingLoader:
     """The batches of training process `rank` of `world`; each iteration is one epoch.
 
     Pictures of one size that fit into memory are cropped there, a batch at once. Of different sizes, they are kept
@@ -117,7 +127,7 @@ def training_loader(
     crops = CroppedPictures(read, pictures.labels, multicrop=multicrop, skipped=skipped)
     crops.first_readable(0)  # so that unreadable data sets fail here, not in a loading process
     workers = loading_workers(config.workers, processes=local_world or world)
-    return _loader(crops, workers, batch_sampler=batches, persistent_workers=workers > 0)
+    return TrainingLoader(crops, **_how(workers), batch_sampler=batches, persistent_workers=workers > 0)
 
 
 class EvalLoader:
@@ -162,19 +172,18 @@ def eval_loader(
         skipped: Takes the broken pictures.
     """
     whole = WholePictures(pictures, transform, channels=channels)
-    return EvalLoader(_loader(whole, loading_workers(workers, processes=1), batch_size=batch_size), skipped)
+    how = _how(loading_workers(workers, processes=1))
+    return EvalLoader(DataLoader(whole, **how, batch_size=batch_size), skipped)
 
 
-def _loader(dataset: Dataset[T], workers: int, **how: Any) -> DataLoader[T]:
-    """A DataLoader whose batches come from the dataset as they are."""
-    return DataLoader(
-        dataset,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=_leave_signals_alone,
-        pin_memory=torch.cuda.is_available(),
-        **how,
-    )
+def _how(workers: int) -> dict[str, Any]:
+    """A DataLoader's settings for batches that come from the dataset as they are."""
+    return {
+        "num_workers": workers,
+        "collate_fn": _as_it_is,
+        "worker_init_fn": _leave_signals_alone,
+        "pin_memory": torch.cuda.is_available(),
+    }
 
 
 def _leave_signals_alone(worker: int) -> None:

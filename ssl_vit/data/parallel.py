@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,10 +16,11 @@ from tqdm import tqdm
 from ssl_vit.config import Workers
 
 MOST_WORKERS = 16  # beyond it, disks and the collecting process are the limit
+PATIENCE = 2.0  # seconds without a progress bar
 _AHEAD = 4  # tasks under way per thread; bounds the memory that finished ones take while an earlier one lasts
-_PATIENCE = 2.0  # seconds without a progress bar
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 def usable_cores() -> int:
@@ -43,17 +45,53 @@ def in_threads(task: Callable[[int], T], count: int, *, label: str, show: bool) 
         label: Beside the progress bar, which appears when it takes longer than two seconds.
         show: Whether there is one at all.
     """
-    # disable=None: no bar where the output is no terminal
-    bar = tqdm(total=count, desc=label, unit="", delay=_PATIENCE, leave=False, disable=None if show else True)
     cores = usable_cores()
+    with _bar(count, label, show) as bar, ThreadPoolExecutor(cores) as threads:
+        for result in in_order(threads, task, range(count), ahead=_AHEAD * cores):
+            yield result
+            bar.update()
+
+
+def in_order(
+    threads: ThreadPoolExecutor, task: Callable[[Item], T], items: Iterable[Item], *, ahead: int
+) -> Iterator[T]:
+    """task(item) of each item, in their order, at most `ahead` of them under way."""
     under_way: deque[Future[T]] = deque()
-    with bar, ThreadPoolExecutor(cores) as threads:
-        for index in range(count + _AHEAD * cores):
-            if index < count:
-                under_way.append(threads.submit(task, index))
-            if index >= _AHEAD * cores and under_way:
-                yield under_way.popleft().result()
+    for item in items:
+        if len(under_way) == ahead:
+            yield under_way.popleft().result()
+        under_way.append(threads.submit(task, item))
+    while under_way:
+        yield under_way.popleft().result()
+
+
+def in_processes(task: Callable[[Item], T], subjects: Sequence[Item], *, label: str, show: bool) -> Iterator[T]:
+    """Each subject's task in order, computed by as many processes as there are cores; for work that is Python's own.
+
+    Args:
+        task: A function that can be pickled; so can what it takes and gives.
+        subjects: What to compute it for; with a single one no process is started.
+        label: Beside the progress bar, which appears when it takes longer than two seconds.
+        show: Whether there is one at all.
+    """
+    processes = min(usable_cores(), len(subjects))
+    with _bar(len(subjects), label, show) as bar:
+        if processes <= 1:
+            for subject in subjects:
+                yield task(subject)
                 bar.update()
+            return
+        # Ctrl-C is for this process to handle.
+        pool = ProcessPoolExecutor(processes, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+        with pool:
+            for result in pool.map(task, subjects):
+                yield result
+                bar.update()
+
+
+def _bar(count: int, label: str, show: bool) -> tqdm:
+    # disable=None: no bar where the output is no terminal
+    return tqdm(total=count, desc=label, unit="", delay=PATIENCE, leave=False, disable=None if show else True)
 
 
 def _container_cores(group: Path, cores: int) -> int:

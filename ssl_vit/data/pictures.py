@@ -44,7 +44,11 @@ class Pictures(Protocol):
         ...
 
     def fingerprint(self, *, sizes: bool) -> str:
-        """A hash that changes when pictures are added, removed or renamed, and with `sizes` when a file's size does."""
+        """A hash that changes when pictures are added, removed or renamed.
+
+        Args:
+            sizes: Whether it changes, too, when a file is replaced by one of another size; this asks for each.
+        """
         ...
 
     def describe(self) -> str:
@@ -111,7 +115,9 @@ class Subset:
 
     def fingerprint(self, *, sizes: bool) -> str:
         """Of the larger set and the places."""
-        return hashlib.sha256(f"{self.pictures.fingerprint(sizes=sizes)} {self.places.tolist()}".encode()).hexdigest()
+        digest = hashlib.sha256(self.pictures.fingerprint(sizes=sizes).encode())
+        digest.update(self.places.numpy().tobytes())
+        return digest.hexdigest()
 
     def describe(self) -> str:
         """How many of the larger set."""

@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import timm
 import torch
+from pydantic import model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from ssl_vit.config import BackboneConfig
+from ssl_vit.config import BackboneConfig, Positive, Section
 from ssl_vit.errors import UserError
 from ssl_vit.models.backbone import Backbone, timm_arguments
 from ssl_vit.models.official import IMAGENET_MEAN, IMAGENET_STD, read_official
@@ -25,6 +27,24 @@ Weights = Literal["teacher", "student"]
 StateDict = Mapping[str, Tensor]
 
 CHECKPOINT_KEY = "ssl_vit"  # our entry in a Lightning checkpoint
+
+
+# What values of the wrong kind, shape or size in a file have been seen to provoke.
+_MISFIT = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError, ArithmeticError)
+
+
+class _About(Section):
+    """What a file says of its backbone."""
+
+    backbone: BackboneConfig
+    mean: list[float]
+    std: list[Positive]
+
+    @model_validator(mode="after")
+    def _channels_agree(self) -> Self:
+        if not len(self.mean) == len(self.std) == self.backbone.in_chans:
+            raise ValueError("mean and std need a number for each channel")
+        return self
 
 
 class LoadedBackbone(NamedTuple):
@@ -53,12 +73,13 @@ def load_backbone(checkpoint: str, weights: Weights = "teacher") -> LoadedBackbo
     if kind == "random":
         return random_twin(_from_timm(name, pretrained=False) if timm.is_model(name) else load_backbone(name), seed=0)
     path = _file_of(Path(checkpoint))
-    if path.suffix == ".safetensors":
-        return _from_export(path)
-    content = read_plain(path)
-    if CHECKPOINT_KEY in content:
-        return _from_ours(content, path, weights)
-    return _from_official(content, path, weights)
+    try:
+        return _from_file(path, weights)
+    except UserError:
+        raise
+    except _MISFIT as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"checkpoint={path}: what it holds makes no backbone ({reason})") from None
 
 
 def random_twin(loaded: LoadedBackbone, seed: int) -> LoadedBackbone:
@@ -98,6 +119,24 @@ def fill_strictly(backbone: Backbone, state: StateDict, origin: str) -> None:
     Raises:
         UserError: Naming the keys that are missing, left over, or of another shape.
     """
+    _compare(backbone, state, origin)
+    backbone.vit.load_state_dict(dict(state))
+
+
+def _filled(config: BackboneConfig, state: StateDict, origin: str) -> Backbone:
+    """The frozen backbone of weights from a file, which may claim any sizes: memory is taken only for those it holds.
+
+    Raises:
+        UserError: As for `fill_strictly`.
+    """
+    with torch.device("meta"):
+        _compare(Backbone(config), state, origin)
+    backbone = Backbone(config)
+    fill_strictly(backbone, state, origin)
+    return _frozen(backbone)
+
+
+def _compare(backbone: Backbone, state: StateDict, origin: str) -> None:
     wanted = backbone.vit.state_dict()
     missing = sorted(wanted.keys() - state.keys())
     left_over = sorted(state.keys() - wanted.keys())
@@ -110,7 +149,6 @@ def fill_strictly(backbone: Backbone, state: StateDict, origin: str) -> None:
     if any(problems.values()):
         lines = [f"  {what}: {_shortened(keys)}" for what, keys in problems.items() if keys]
         raise UserError("\n".join([f"{origin} does not fit {backbone.config.name}", *lines]))
-    backbone.vit.load_state_dict(dict(state))
 
 
 def _shortened(names: list[str], most: int = 8) -> str:
@@ -147,13 +185,23 @@ def read_plain(path: Path) -> dict[str, Any]:
         f"{path} is damaged or not a checkpoint of plain tensors; nothing else is read, it could run code"
     )
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # official DINO files carry their arguments
+        official = torch.serialization.safe_globals([argparse.Namespace])  # official DINO files carry their arguments
+        with warnings.catch_warnings(action="ignore"), official:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch raises whatever the damage in a file happens to provoke
         raise refused from None
     if not isinstance(content, dict):
         raise refused
     return content
+
+
+def _from_file(path: Path, weights: Weights) -> LoadedBackbone:
+    if path.suffix == ".safetensors":
+        return _from_export(path)
+    content = read_plain(path)
+    if CHECKPOINT_KEY in content:
+        return _from_ours(content, path, weights)
+    return _from_official(content, path, weights)
 
 
 def _from_timm(name: str, *, pretrained: bool) -> LoadedBackbone:
@@ -178,9 +226,8 @@ def _from_timm(name: str, *, pretrained: bool) -> LoadedBackbone:
         num_heads=None,
         init="timm",
     )
-    backbone = Backbone(config)
-    fill_strictly(backbone, plain.state_dict(), f"timm:{name}")
-    return LoadedBackbone(_frozen(backbone), list(settings.mean), list(settings.std), f"timm:{name}", None, None)
+    backbone = _filled(config, plain.state_dict(), f"timm:{name}")
+    return LoadedBackbone(backbone, list(settings.mean), list(settings.std), f"timm:{name}", None, None)
 
 
 def _from_export(path: Path) -> LoadedBackbone:
@@ -189,41 +236,38 @@ def _from_export(path: Path) -> LoadedBackbone:
         raise UserError(f"checkpoint={path}: {sidecar_path.name} is missing; it says which network the weights are of")
     try:
         sidecar = json.loads(sidecar_path.read_text(encoding="utf-8"))
-        config, normalisation = BackboneConfig.model_validate(sidecar["backbone"]), sidecar["normalisation"]
-        mean, std = normalisation["mean"], normalisation["std"]
-    except (ValueError, LookupError, TypeError):  # no JSON, or one of another tool
+        about = _About(backbone=sidecar["backbone"], **sidecar["normalisation"])
+    except (ValueError, LookupError, TypeError, RecursionError):  # no JSON, or one of another tool
         raise UserError(f"checkpoint={path}: {sidecar_path.name} is not what `ssl-vit export` writes") from None
     try:
         state = load_file(path)
     except SafetensorError as error:
         raise UserError(f"checkpoint={path}: a damaged safetensors file: {error}") from None
-    backbone = Backbone(config)
-    fill_strictly(backbone, state, f"checkpoint={path}")
+    backbone = _filled(about.backbone, state, f"checkpoint={path}")
     run = path.parent if (path.parent / "config.yaml").is_file() else None
-    return LoadedBackbone(_frozen(backbone), mean, std, str(path), _sha256(path), run)
+    return LoadedBackbone(backbone, about.mean, about.std, str(path), _sha256(path), run)
 
 
 def _from_ours(content: dict[str, Any], path: Path, weights: Weights) -> LoadedBackbone:
-    about = content[CHECKPOINT_KEY]
+    entry = content[CHECKPOINT_KEY]
+    about = _About(**{name: entry[name] for name in _About.model_fields})
     state = content["state_dict"]
     which = weights if any(key.startswith(f"{weights}.") for key in state) else "student"
     prefix = f"{which}.backbone.vit."
-    backbone = Backbone(BackboneConfig.model_validate(about["backbone"]))
-    fill_strictly(
-        backbone,
+    backbone = _filled(
+        about.backbone,
         {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)},
         f"checkpoint={path} ({which})",
     )
     run = path.parent.parent if path.parent.name == "checkpoints" else None
-    return LoadedBackbone(_frozen(backbone), about["mean"], about["std"], f"{path} ({which})", _sha256(path), run)
+    return LoadedBackbone(backbone, about.mean, about.std, f"{path} ({which})", _sha256(path), run)
 
 
 def _from_official(content: dict[str, Any], path: Path, weights: Weights) -> LoadedBackbone:
     config, state, which = read_official(content, weights, f"checkpoint={path}")
-    backbone = Backbone(config)
-    fill_strictly(backbone, state, f"checkpoint={path}")
+    backbone = _filled(config, state, f"checkpoint={path}")
     source = f"{path} ({which}; {config.num_heads} attention heads of width 64, which the file does not say)"
-    return LoadedBackbone(_frozen(backbone), IMAGENET_MEAN, IMAGENET_STD, source, _sha256(path), None)
+    return LoadedBackbone(backbone, IMAGENET_MEAN, IMAGENET_STD, source, _sha256(path), None)
 
 
 def _sha256(path: Path) -> str:

@@ -1,0 +1,303 @@
+"""Hostile input: any folder trains, whatever lies in it or happens to it, and no file that is read can run code."""
+
+import io
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from reference.bad_files import CHECKPOINTS, CONFIGS, RECIPES, SAFETENSORS, SIDECARS, Mark
+from reference.bad_pictures import BROKEN, READABLE, picture, pixels, put_hostile
+from test_backbone import tiny
+
+from ssl_vit.cli import main
+from ssl_vit.commands.compose import load_config
+from ssl_vit.config import PretrainConfig
+from ssl_vit.data.decode import decode
+from ssl_vit.data.files import FilePictures
+from ssl_vit.data.find import find_pictures
+from ssl_vit.data.pictures import BrokenPicture
+from ssl_vit.models.backbone import Backbone
+from ssl_vit.models.weights import export_backbone
+
+pytestmark = pytest.mark.filterwarnings(r"ignore::UserWarning:PIL\.", "ignore::PIL.Image.DecompressionBombWarning")
+
+FROM_DISK = ("data.memory_gb=0", "data.workers=2")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def public():
+    """A folder that other users may enter."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def nobody():
+    """Become a user without rights, where the tests run as one with all of them."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    yield
+    os.seteuid(0)
+
+
+def skipped(run):
+    return dict(line.split("\t") for line in (run / "skipped.txt").read_text(encoding="utf-8").splitlines())
+
+
+# --- pictures --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_odd_pictures_are_read(folder, name):
+    READABLE[name](folder / name)
+    read = decode(folder / name)
+    sizes = {"one_pixel.png": (1, 1), "a_line.png": (1, 20_000)}
+    turned = name.startswith("turned") and name[6] in "5678"
+    assert read.shape[1:] == sizes.get(name, (40, 24) if turned else (24, 40))
+    assert decode(folder / name, channels=1).shape == (1, *read.shape[1:])
+
+
+@pytest.mark.parametrize("name", ["png_called.jpg", "rgb16.png", "rgb16.tif", "animated.png", "pages.tif"])
+def test_lossless_ones_give_their_first_pixels_exactly(folder, name):
+    READABLE[name](folder / name)
+    assert (decode(folder / name).permute(1, 2, 0).numpy() == pixels()).all()
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_pictures_say_why(folder, name):
+    make, part = BROKEN[name]
+    make(folder / name)
+    with pytest.raises(BrokenPicture) as caught:
+        decode(folder / name)
+    assert part in caught.value.reason
+    assert caught.value.reason.strip()
+    assert caught.value.reason.isprintable()
+
+
+def test_a_picture_that_vanishes_between_error_and_reason_is_skipped(folder, monkeypatch):
+    (folder / "a.jpg").write_text("no picture")
+    stat = Path.stat
+    looks = []
+
+    def once(path, **how):
+        looks.append(path)
+        if len(looks) > 1:
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return stat(path, **how)
+
+    monkeypatch.setattr(Path, "stat", once)
+    with pytest.raises(BrokenPicture):
+        decode(folder / "a.jpg")
+
+
+def test_paths_in_a_list_that_no_disk_can_hold(folder):
+    (folder / "list.txt").write_bytes(b"a\0b.jpg\n" + b"n" * 300 + b".jpg\n/dev/zero\n.\n")
+    pictures = find_pictures("list", folder / "list.txt")
+    reasons = []
+    for i in range(len(pictures)):
+        with pytest.raises(BrokenPicture) as caught:
+            pictures.read(i, 3)
+        reasons.append(caught.value.reason)
+    assert reasons[:2] == ["embedded null byte", "File name too long"]
+    assert all("device" in reason for reason in reasons[2:])
+
+
+def test_files_and_folders_without_permission(public, nobody):
+    if os.getuid() == 0:
+        os.seteuid(0)
+    picture().save(public / "good.png")
+    picture().save(public / "closed.png")
+    (public / "closed").mkdir()
+    picture().save(public / "closed" / "inside.png")
+    for path in (public / "closed.png", public / "closed"):
+        path.chmod(0)
+    if os.getuid() == 0:
+        os.seteuid(65534)
+    pictures = find_pictures("folder", public)
+    assert [pictures.name(i) for i in range(len(pictures))] == ["closed.png", "good.png"]
+    assert pictures.ignored == {"unreadable folder": 1}
+    with pytest.raises(BrokenPicture, match="Permission denied"):
+        pictures.read(0, 3)
+    assert pictures.read(1, 3).shape == (3, 24, 40)
+
+
+# --- whole folders, through the command -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", [(), FROM_DISK], ids=["memory", "disk"])
+def test_a_folder_of_everything_trains_and_names_what_it_skips(folder, tmp_path, pretrain_words, capfd, way):
+    broken = put_hostile(folder)
+    words = pretrain_words(f"data.root={folder}", "trainer.max_steps=18", *way)  # three epochs: each skips some
+    assert main(["pretrain", *words]) == 0
+    found = skipped(tmp_path / "runs" / "dino")
+    assert found.keys() == broken
+    assert all(reason.strip() and reason.isprintable() for reason in found.values())
+    out, err = capfd.readouterr()
+    assert f"{len(broken)} pictures could not be read" in out
+    assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize("name", [b"a=b, [c] {d: 1}", b"caf\xe9 \xf0\x9f\x98\x80\n2", b"--overwrite", b"n" * 250])
+def test_folders_of_any_name_hold_pictures_and_runs(tmp_path, pretrain_words, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = os.fsdecode(name)
+    for i in range(16):
+        (tmp_path / name / "train").mkdir(parents=True, exist_ok=True)
+        picture(seed=i).save(tmp_path / name / "train" / f"{i}.png")
+    (tmp_path / name / "train" / "bad.png").write_bytes(b"")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))  # strict, as a pipe is
+    words = [f"data.root={name}/train", f"run.folder={name}", "trainer.max_steps=1"]
+    assert main(["pretrain", *pretrain_words(*words)]) == 0
+    run = tmp_path / name / "dino"
+    assert skipped(run) == {"bad.png": "an empty file"}
+    written = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    assert written["data"]["root"] == f"{name}/train"
+
+
+def change(root):
+    """What another program might do to a folder meanwhile; loading processes may both come to it."""
+    shutil.rmtree(root / "1", ignore_errors=True)
+    (root / "2" / "2.png").unlink(missing_ok=True)
+    (root / "2" / "6.png").write_text("replaced")
+    picture().save(root / "new.png")
+    if not (root / "3" / "3.png").is_fifo():
+        (root / "3" / "3.png").unlink(missing_ok=True)
+        os.mkfifo(root / "3" / "3.png")
+
+
+@pytest.mark.parametrize("way", [(), ("data.memory_gb=0",), FROM_DISK], ids=["memory", "disk", "workers"])
+@pytest.mark.parametrize("everything", [False, True])
+def test_a_folder_that_changes_during_the_run(folder, tmp_path, pretrain_words, capfd, monkeypatch, way, everything):
+    for i in range(64):
+        (folder / str(i % 4)).mkdir(exist_ok=True)
+        picture(seed=i).save(folder / str(i % 4) / f"{i}.png")
+    read, reads = FilePictures.read, []
+
+    def reading(pictures, index, channels):
+        reads.append(index)
+        if len(reads) == 30:  # of this process
+            shutil.rmtree(folder, ignore_errors=True) if everything else change(folder)
+        return read(pictures, index, channels)
+
+    monkeypatch.setattr(FilePictures, "read", reading)
+    code = main(["pretrain", *pretrain_words(f"data.root={folder}", "trainer.max_steps=12", *way)])
+    out, err = capfd.readouterr()
+    assert "Traceback" not in out + err
+    if everything:
+        assert code == 2
+        assert "ssl-vit pretrain: none of the 64 pictures can be read" in err
+        assert "skipped.txt says why" in err
+    else:
+        assert code == 0
+        reasons = skipped(tmp_path / "runs" / "dino")
+        assert {"2/2.png", "3/3.png"} <= reasons.keys()
+        assert {name for name in reasons if name.startswith("1/")}
+
+
+@pytest.mark.slow
+def test_two_hundred_thousand_files_in_one_folder(folder, pretrain_words, capfd):
+    picture().save(folder / "0.png")
+    for i in range(1, 200_000):
+        (folder / f"{i}.png").hardlink_to(folder / f"{i - 1 - (i - 1) % 1000}.png") if i % 1000 else shutil.copy(
+            folder / "0.png", folder / f"{i}.png"
+        )
+    words = pretrain_words(f"data.root={folder}", "data.memory_gb=0", "trainer.max_steps=2")
+    assert main(["pretrain", *words]) == 0
+    assert "200,000 pictures" in capfd.readouterr().out
+
+
+# --- files that would run code -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mark(tmp_path):
+    """What hostile code would create."""
+    mark = Mark(tmp_path / "it_ran")
+    yield mark
+    assert not mark.path.exists()
+
+
+def refused(capfd, words):
+    """The message of a command that ends with 2."""
+    assert main(words) == 2
+    out, err = capfd.readouterr()
+    assert "Traceback" not in out + err
+    assert err.startswith(f"ssl-vit {words[0]}: ")
+    return err
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_cannot_run_code(mark, tmp_path, capfd, name):
+    CHECKPOINTS[name](tmp_path / "x.ckpt", mark)
+    text = refused(capfd, ["export", f"checkpoint={tmp_path / 'x.ckpt'}", f"out={tmp_path / 'o.safetensors'}"])
+    assert "x.ckpt" in text
+
+
+@pytest.mark.parametrize("name", SAFETENSORS)
+def test_a_safetensors_file_with_a_hostile_header_is_refused(mark, tmp_path, capfd, name, exported):
+    content, sidecar = exported
+    (tmp_path / "x.safetensors").write_bytes(SAFETENSORS[name](content, mark))
+    (tmp_path / "x.json").write_text(sidecar)
+    assert "x.safetensors" in refused(
+        capfd, ["export", f"checkpoint={tmp_path / 'x.safetensors'}", f"out={tmp_path / 'o.safetensors'}"]
+    )
+
+
+@pytest.mark.parametrize("name", SIDECARS)
+def test_nonsense_beside_a_safetensors_file_is_refused(mark, tmp_path, capfd, name, exported):
+    content, sidecar = exported
+    (tmp_path / "x.safetensors").write_bytes(content)
+    (tmp_path / "x.json").write_text(SIDECARS[name](json.loads(sidecar), mark))
+    assert "x.json" in refused(
+        capfd, ["export", f"checkpoint={tmp_path / 'x.safetensors'}", f"out={tmp_path / 'o.safetensors'}"]
+    )
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_cannot_run_code(mark, tmp_path, capfd, name):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "evil.yaml").write_bytes(RECIPES[name](mark))
+    refused(capfd, ["pretrain", "data.root=x", "recipe=evil", f"--config-dir={tmp_path}"])
+
+
+def test_a_recipe_may_read_the_environment_as_text(tmp_path, monkeypatch):
+    """`${oc.env:...}` gives a string and nothing more; it reaches config.yaml, and no other place."""
+    monkeypatch.setenv("PICTURES", "${eval:1} !!python/name:os.system")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.yaml").write_text("# @package _global_\ndata: {root: '${oc.env:PICTURES}'}\n")
+    config = load_config("pretrain", ["recipe=mine", f"--config-dir={tmp_path}"], PretrainConfig)
+    assert str(config.data.root) == "${eval:1} !!python/name:os.system"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_config_of_a_run_folder_cannot_run_code(mark, tmp_path, capfd, name, pretrain_words):
+    run = tmp_path / "runs" / "dino"
+    assert main(["pretrain", *pretrain_words("trainer.max_steps=1")]) == 0
+    (run / "config.yaml").write_text(CONFIGS[name](mark))
+    capfd.readouterr()
+    assert "config.yaml" in refused(capfd, ["pretrain", *pretrain_words("trainer.max_steps=1", "run.resume=true")])
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The bytes of a good exported file, and the JSON beside it."""
+    folder = tmp_path_factory.mktemp("exported")
+    torch.manual_seed(0)
+    export_backbone(Backbone(tiny()), folder / "x.safetensors", mean=[0.5] * 3, std=[0.2] * 3, source="a test")
+    return (folder / "x.safetensors").read_bytes(), (folder / "x.json").read_text()
