@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::hypothesis.errors.HypothesisWarning",
 )
 
-THOROUGH = 20  # times as many examples in the slow form of a test
+THOROUGH = 100  # times as many examples in the slow form of a test
 LONGEST = 20.0  # seconds for one mutated picture, on a busy machine
 CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much, HealthCheck.large_base_example]
 
