@@ -1,5 +1,6 @@
 """Hostile input: any folder trains, whatever lies in it or happens to it, and no file that is read can run code."""
 
+import contextlib
 import io
 import json
 import os
@@ -45,15 +46,17 @@ def public():
     shutil.rmtree(folder)
 
 
-@pytest.fixture
-def nobody():
-    """Become a user without rights, where the tests run as one with all of them."""
+@contextlib.contextmanager
+def without_rights():
+    """As a user who may read nothing but what is everyone's, where the tests run as one who may do anything."""
     if os.geteuid():
         yield
         return
     os.seteuid(65534)
-    yield
-    os.seteuid(0)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 def skipped(run):
@@ -118,23 +121,20 @@ def test_paths_in_a_list_that_no_disk_can_hold(folder):
     assert all("device" in reason for reason in reasons[2:])
 
 
-def test_files_and_folders_without_permission(public, nobody):
-    if os.getuid() == 0:
-        os.seteuid(0)
-    picture().save(public / "good.png")
-    picture().save(public / "closed.png")
+def test_files_and_folders_without_permission(public):
     (public / "closed").mkdir()
-    picture().save(public / "closed" / "inside.png")
-    for path in (public / "closed.png", public / "closed"):
-        path.chmod(0)
-    if os.getuid() == 0:
-        os.seteuid(65534)
-    pictures = find_pictures("folder", public)
-    assert [pictures.name(i) for i in range(len(pictures))] == ["closed.png", "good.png"]
-    assert pictures.ignored == {"unreadable folder": 1}
-    with pytest.raises(BrokenPicture, match="Permission denied"):
-        pictures.read(0, 3)
-    assert pictures.read(1, 3).shape == (3, 24, 40)
+    for name in ("good.png", "closed.png", "closed/inside.png"):
+        picture().save(public / name)
+    for name in ("closed.png", "closed"):
+        (public / name).chmod(0)
+    with without_rights():
+        pictures = find_pictures("folder", public)
+        assert [pictures.name(i) for i in range(len(pictures))] == ["closed.png", "good.png"]
+        assert pictures.ignored == {"unreadable folder": 1}
+        with pytest.raises(BrokenPicture, match="Permission denied"):
+            pictures.read(0, 3)
+        assert pictures.read(1, 3).shape == (3, 24, 40)
+    (public / "closed").chmod(0o755)
 
 
 # --- whole folders, through the command -------------------------------------------------------------------------
