@@ -15,6 +15,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 def _seconds(value: object) -> object:
@@ -40,6 +41,7 @@ def _ascending(value: tuple[float, float]) -> tuple[float, float]:
 WallTime = Annotated[timedelta, BeforeValidator(_seconds), PlainSerializer(lambda t: f"{t.total_seconds():.15g}s")]
 Span = Annotated[Duration, BeforeValidator(_duration), PlainSerializer(str)]
 Interval = Annotated[tuple[NonNegative, NonNegative], AfterValidator(_ascending)]
+Ratio = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
 
 
 class Section(BaseModel):
@@ -139,7 +141,7 @@ class CropsConfig(Section):
     count: Annotated[int, Field(ge=0)]
     size: Count
     scale: Interval
-    ratio: Interval
+    ratio: Ratio
 
 
 class JitterConfig(Section):
@@ -297,7 +299,7 @@ MethodConfig = Annotated[DINOConfig | SiTConfig, Field(discriminator="name")]
 
 
 class PretrainConfig(Section):
-    seed: int
+    seed: Seed
     run: RunConfig
     data: PretrainDataConfig
     backbone: BackboneConfig
@@ -345,7 +347,7 @@ class EvaluationConfig(Section):
     weights: Which
     data: EvalDataConfig
     baselines: bool
-    seed: int
+    seed: Seed
     out: Path | None
 
 
@@ -370,7 +372,7 @@ class AttentionConfig(Section):
     mass: Annotated[float, Field(gt=0, lt=1)]
     max_side: Count | None
     baselines: bool
-    seed: int
+    seed: Seed
     limit: Count | None
 
 
@@ -391,7 +393,7 @@ class ScanConfig(Section):
 
 
 class DemoConfig(Section):
-    seed: int
+    seed: Seed
     run: RunConfig
     method: Literal["dino", "sit"]
     pictures: Annotated[int, Field(ge=200)]

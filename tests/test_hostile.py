@@ -18,13 +18,14 @@ from test_backbone import tiny
 
 from ssl_vit.cli import main
 from ssl_vit.commands.compose import load_config
-from ssl_vit.config import PretrainConfig
+from ssl_vit.config import CropsConfig, PretrainConfig
 from ssl_vit.data.decode import decode
 from ssl_vit.data.files import FilePictures
 from ssl_vit.data.find import find_pictures
 from ssl_vit.data.pictures import BrokenPicture
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.weights import export_backbone, load_backbone
+from ssl_vit.transforms.crops import draw_boxes
 
 pytestmark = pytest.mark.filterwarnings(r"ignore::UserWarning:PIL\.", "ignore::PIL.Image.DecompressionBombWarning")
 
@@ -61,6 +62,15 @@ def without_rights():
 
 def skipped(run):
     return dict(line.split("\t") for line in (run / "skipped.txt").read_text(encoding="utf-8").splitlines())
+
+
+def refused(capfd, words):
+    """The message of a command that ends with 2."""
+    assert main(words) == 2
+    out, err = capfd.readouterr()
+    assert "Traceback" not in out + err
+    assert err.startswith(f"ssl-vit {words[0]}: ")
+    return err
 
 
 # --- pictures --------------------------------------------------------------------------------------------------
@@ -226,6 +236,28 @@ def test_two_hundred_thousand_files_in_one_folder(folder, pretrain_words, capfd)
     assert "200,000 pictures" in capfd.readouterr().out
 
 
+# --- numbers that make no sense ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("seed=-1", f"seed={10**30}", "backbone.depth=2000000000", "data.memory_gb=inf", "method.optimizer.lr=nan"),
+        *("method.optimizer.lr=inf", "method.views.blur.sigma=[0.1,inf]", "method.views.global_crops.ratio=[0,1]"),
+        *("backbone=1", "logger=1e3", "+data=3", "method.views.blur.sigma.x=1", f"method={'x' * 300}", "seed=${"),
+    ],
+)
+def test_numbers_and_words_without_sense_are_mistakes_of_the_configuration(capfd, word):
+    assert "does not exist" not in refused(capfd, ["pretrain", "data.root=nowhere", word])
+
+
+@pytest.mark.parametrize("ratio", [(0.1, 0.2), (5.0, 9.0)])
+def test_a_picture_of_one_pixel_has_views_of_any_ratio(ratio):
+    crops = CropsConfig(count=1, size=8, scale=(0.1, 0.2), ratio=ratio)
+    boxes = draw_boxes(torch.arange(20), 1, 1, crops=crops, flip=0.5)
+    assert boxes.height.tolist() == boxes.width.tolist() == [1] * 20
+
+
 # --- files that would run code -----------------------------------------------------------------------------------
 
 
@@ -235,15 +267,6 @@ def mark(tmp_path):
     mark = Mark(tmp_path / "it_ran")
     yield mark
     assert not mark.path.exists()
-
-
-def refused(capfd, words):
-    """The message of a command that ends with 2."""
-    assert main(words) == 2
-    out, err = capfd.readouterr()
-    assert "Traceback" not in out + err
-    assert err.startswith(f"ssl-vit {words[0]}: ")
-    return err
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -277,7 +300,8 @@ def test_nonsense_beside_a_safetensors_file_is_refused(mark, tmp_path, capfd, na
 def test_a_recipe_cannot_run_code(mark, tmp_path, capfd, name):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "evil.yaml").write_bytes(RECIPES[name](mark))
-    refused(capfd, ["pretrain", "data.root=x", "recipe=evil", f"--config-dir={tmp_path}"])
+    text = refused(capfd, ["pretrain", "data.root=nowhere", "recipe=evil", f"--config-dir={tmp_path}"])
+    assert "does not exist" not in text  # it is the recipe that is refused, not the folder
 
 
 def test_a_recipe_may_read_the_environment_as_text(tmp_path, monkeypatch):
