@@ -15,6 +15,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 def _seconds(value: object) -> object:
@@ -40,6 +41,7 @@ def _ascending(value: tuple[float, float]) -> tuple[float, float]:
 WallTime = Annotated[timedelta, BeforeValidator(_seconds), PlainSerializer(lambda t: f"{t.total_seconds():.15g}s")]
 Span = Annotated[Duration, BeforeValidator(_duration), PlainSerializer(str)]
 Interval = Annotated[tuple[NonNegative, NonNegative], AfterValidator(_ascending)]
+Ratio = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
 
 
 class Section(BaseModel):
@@ -152,7 +154,7 @@ class CropsConfig(Section):
     count: Annotated[int, Field(ge=0)]
     size: Count
     scale: Interval
-    ratio: Interval
+    ratio: Ratio
 
 
 class JitterConfig(Section):
@@ -310,7 +312,7 @@ MethodConfig = Annotated[DINOConfig | SiTConfig, Field(discriminator="name")]
 
 
 class PretrainConfig(Section):
-    seed: int
+    seed: Seed
     run: RunConfig
     data: PretrainDataConfig
     backbone: BackboneConfig
@@ -358,7 +360,7 @@ class EvaluationConfig(Section):
     weights: Which
     data: EvalDataConfig
     baselines: bool
-    seed: int
+    seed: Seed
     out: Path | None
 
 
@@ -383,7 +385,7 @@ class AttentionConfig(Section):
     mass: Annotated[float, Field(gt=0, lt=1)]
     max_side: Count | None
     baselines: bool
-    seed: int
+    seed: Seed
     limit: Count | None
 
 
@@ -410,7 +412,7 @@ class ShardConfig(Section):
 
 
 class DemoConfig(Section):
-    seed: int
+    seed: Seed
     run: FolderConfig
     method: Literal["dino", "sit"]
     pictures: Annotated[int, Field(ge=200)]

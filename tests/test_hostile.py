@@ -1,5 +1,6 @@
 """Hostile input: any folder trains, whatever lies in it or happens to it, and no file that is read can run code."""
 
+import contextlib
 import io
 import json
 import os
@@ -17,13 +18,14 @@ from test_backbone import tiny
 
 from ssl_vit.cli import main
 from ssl_vit.commands.compose import load_config
-from ssl_vit.config import PretrainConfig
+from ssl_vit.config import CropsConfig, PretrainConfig
 from ssl_vit.data.decode import decode
 from ssl_vit.data.files import FilePictures
 from ssl_vit.data.find import find_pictures
 from ssl_vit.data.pictures import BrokenPicture
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.weights import export_backbone
+from ssl_vit.models.weights import export_backbone, load_backbone
+from ssl_vit.transforms.crops import draw_boxes
 
 pytestmark = pytest.mark.filterwarnings(r"ignore::UserWarning:PIL\.", "ignore::PIL.Image.DecompressionBombWarning")
 
@@ -45,19 +47,30 @@ def public():
     shutil.rmtree(folder)
 
 
-@pytest.fixture
-def nobody():
-    """Become a user without rights, where the tests run as one with all of them."""
+@contextlib.contextmanager
+def without_rights():
+    """As a user who may read nothing but what is everyone's, where the tests run as one who may do anything."""
     if os.geteuid():
         yield
         return
     os.seteuid(65534)
-    yield
-    os.seteuid(0)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 def skipped(run):
     return dict(line.split("\t") for line in (run / "skipped.txt").read_text(encoding="utf-8").splitlines())
+
+
+def refused(capfd, words):
+    """The message of a command that ends with 2."""
+    assert main(words) == 2
+    out, err = capfd.readouterr()
+    assert "Traceback" not in out + err
+    assert err.startswith(f"ssl-vit {words[0]}: ")
+    return err
 
 
 # --- pictures --------------------------------------------------------------------------------------------------
@@ -118,23 +131,20 @@ def test_paths_in_a_list_that_no_disk_can_hold(folder):
     assert all("device" in reason for reason in reasons[2:])
 
 
-def test_files_and_folders_without_permission(public, nobody):
-    if os.getuid() == 0:
-        os.seteuid(0)
-    picture().save(public / "good.png")
-    picture().save(public / "closed.png")
+def test_files_and_folders_without_permission(public):
     (public / "closed").mkdir()
-    picture().save(public / "closed" / "inside.png")
-    for path in (public / "closed.png", public / "closed"):
-        path.chmod(0)
-    if os.getuid() == 0:
-        os.seteuid(65534)
-    pictures = find_pictures("folder", public)
-    assert [pictures.name(i) for i in range(len(pictures))] == ["closed.png", "good.png"]
-    assert pictures.ignored == {"unreadable folder": 1}
-    with pytest.raises(BrokenPicture, match="Permission denied"):
-        pictures.read(0, 3)
-    assert pictures.read(1, 3).shape == (3, 24, 40)
+    for name in ("good.png", "closed.png", "closed/inside.png"):
+        picture().save(public / name)
+    for name in ("closed.png", "closed"):
+        (public / name).chmod(0)
+    with without_rights():
+        pictures = find_pictures("folder", public)
+        assert [pictures.name(i) for i in range(len(pictures))] == ["closed.png", "good.png"]
+        assert pictures.ignored == {"unreadable folder": 1}
+        with pytest.raises(BrokenPicture, match="Permission denied"):
+            pictures.read(0, 3)
+        assert pictures.read(1, 3).shape == (3, 24, 40)
+    (public / "closed").chmod(0o755)
 
 
 # --- whole folders, through the command -------------------------------------------------------------------------
@@ -187,22 +197,25 @@ def test_a_folder_that_changes_during_the_run(folder, tmp_path, pretrain_words, 
     for i in range(64):
         (folder / str(i % 4)).mkdir(exist_ok=True)
         picture(seed=i).save(folder / str(i % 4) / f"{i}.png")
-    read, reads = FilePictures.read, []
+    read, reads, moment = FilePictures.read, [], 100 if way and everything else 30  # in the second epoch, or before
 
     def reading(pictures, index, channels):
         reads.append(index)
-        if len(reads) == 30:  # of this process
+        if len(reads) == moment:  # of this process
             shutil.rmtree(folder, ignore_errors=True) if everything else change(folder)
         return read(pictures, index, channels)
 
     monkeypatch.setattr(FilePictures, "read", reading)
-    code = main(["pretrain", *pretrain_words(f"data.root={folder}", "trainer.max_steps=12", *way)])
+    length = ("trainer.max_steps=24" if everything else "trainer.max_steps=8", "trainer.checkpoint_every=0.01s")
+    code = main(["pretrain", *pretrain_words(f"data.root={folder}", *length, *way)])
     out, err = capfd.readouterr()
     assert "Traceback" not in out + err
     if everything:
         assert code == 2
         assert "ssl-vit pretrain: none of the 64 pictures can be read" in err
         assert "skipped.txt says why" in err
+        if way:  # what it had learned is still there
+            assert load_backbone(str(tmp_path / "runs" / "dino")).run == tmp_path / "runs" / "dino"
     else:
         assert code == 0
         reasons = skipped(tmp_path / "runs" / "dino")
@@ -212,14 +225,37 @@ def test_a_folder_that_changes_during_the_run(folder, tmp_path, pretrain_words, 
 
 @pytest.mark.slow
 def test_two_hundred_thousand_files_in_one_folder(folder, pretrain_words, capfd):
-    picture().save(folder / "0.png")
-    for i in range(1, 200_000):
-        (folder / f"{i}.png").hardlink_to(folder / f"{i - 1 - (i - 1) % 1000}.png") if i % 1000 else shutil.copy(
-            folder / "0.png", folder / f"{i}.png"
-        )
+    for i in range(200_000):
+        first = folder / f"{i - i % 1000}.png"  # of a thousand names for the same file
+        if i % 1000:
+            (folder / f"{i}.png").hardlink_to(first)
+        else:
+            picture(seed=i).save(first)
     words = pretrain_words(f"data.root={folder}", "data.memory_gb=0", "trainer.max_steps=2")
     assert main(["pretrain", *words]) == 0
     assert "200,000 pictures" in capfd.readouterr().out
+
+
+# --- numbers that make no sense ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("seed=-1", f"seed={10**30}", "backbone.depth=2000000000", "data.memory_gb=inf", "method.optimizer.lr=nan"),
+        *("method.optimizer.lr=inf", "method.views.blur.sigma=[0.1,inf]", "method.views.global_crops.ratio=[0,1]"),
+        *("backbone=1", "logger=1e3", "+data=3", "method.views.blur.sigma.x=1", f"method={'x' * 300}", "seed=${"),
+    ],
+)
+def test_numbers_and_words_without_sense_are_mistakes_of_the_configuration(capfd, word):
+    assert "does not exist" not in refused(capfd, ["pretrain", "data.root=nowhere", word])
+
+
+@pytest.mark.parametrize("ratio", [(0.1, 0.2), (5.0, 9.0)])
+def test_a_picture_of_one_pixel_has_views_of_any_ratio(ratio):
+    crops = CropsConfig(count=1, size=8, scale=(0.1, 0.2), ratio=ratio)
+    boxes = draw_boxes(torch.arange(20), 1, 1, crops=crops, flip=0.5)
+    assert boxes.height.tolist() == boxes.width.tolist() == [1] * 20
 
 
 # --- files that would run code -----------------------------------------------------------------------------------
@@ -231,15 +267,6 @@ def mark(tmp_path):
     mark = Mark(tmp_path / "it_ran")
     yield mark
     assert not mark.path.exists()
-
-
-def refused(capfd, words):
-    """The message of a command that ends with 2."""
-    assert main(words) == 2
-    out, err = capfd.readouterr()
-    assert "Traceback" not in out + err
-    assert err.startswith(f"ssl-vit {words[0]}: ")
-    return err
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -273,7 +300,8 @@ def test_nonsense_beside_a_safetensors_file_is_refused(mark, tmp_path, capfd, na
 def test_a_recipe_cannot_run_code(mark, tmp_path, capfd, name):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "evil.yaml").write_bytes(RECIPES[name](mark))
-    refused(capfd, ["pretrain", "data.root=x", "recipe=evil", f"--config-dir={tmp_path}"])
+    text = refused(capfd, ["pretrain", "data.root=nowhere", "recipe=evil", f"--config-dir={tmp_path}"])
+    assert "does not exist" not in text  # it is the recipe that is refused, not the folder
 
 
 def test_a_recipe_may_read_the_environment_as_text(tmp_path, monkeypatch):

@@ -65,8 +65,11 @@ def compose_values(command: str, words: list[str]) -> dict[str, Any]:
             return values | own
     except MissingConfigException as error:
         raise UserError(_no_such_option(error)) from None
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(_plain(error)) from None
+    except (OSError, ValueError, RecursionError) as error:  # of files that are no YAML, of names that are too long
+        given = ", ".join(word[:80] for word in words)
+        raise UserError(f"no configuration can be made of {given}: {_plain(error)}") from None
 
 
 def to_yaml(values: dict[str, Any]) -> str:
@@ -131,7 +134,7 @@ def _no_such_option(error: MissingConfigException) -> str:
 def _plain(error: Exception) -> str:
     """Hydra's message without its hints about tracebacks."""
     lines = [line for line in str(error).splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line]
-    return "\n".join(lines)
+    return "\n".join(lines) or "a value cannot be read"
 
 
 def _describe(error: ValidationError, values: dict[str, Any]) -> str:

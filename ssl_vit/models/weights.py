@@ -113,26 +113,18 @@ def export_backbone(backbone: Backbone, path: Path, *, mean: list[float], std: l
     path.with_suffix(".json").write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
 
 
-def fill_strictly(backbone: Backbone, state: StateDict, origin: str) -> None:
-    """Load timm-named weights of which every key and shape must fit.
+def _filled(config: BackboneConfig, state: StateDict, origin: str) -> Backbone:
+    """The frozen backbone with timm-named weights, of which every key and shape must fit.
+
+    A file may claim any sizes: memory is taken only once it has been compared with what the file holds.
 
     Raises:
         UserError: Naming the keys that are missing, left over, or of another shape.
     """
-    _compare(backbone, state, origin)
-    backbone.vit.load_state_dict(dict(state))
-
-
-def _filled(config: BackboneConfig, state: StateDict, origin: str) -> Backbone:
-    """The frozen backbone of weights from a file, which may claim any sizes: memory is taken only for those it holds.
-
-    Raises:
-        UserError: As for `fill_strictly`.
-    """
     with torch.device("meta"):
         _compare(Backbone(config), state, origin)
     backbone = Backbone(config)
-    fill_strictly(backbone, state, origin)
+    backbone.vit.load_state_dict(dict(state))
     return _frozen(backbone)
 
 

@@ -127,10 +127,10 @@ def draw_boxes(keys: Tensor, height: int, width: int, *, crops: CropsConfig, fli
 
 
 def _central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int]:
-    """Height and width of the largest box whose width / height lies within `ratio`."""
+    """Height and width of the largest box whose width / height lies within `ratio`, at least one pixel each."""
     narrow, broad = ratio
     if width / height < narrow:
-        return round(width / narrow), width
+        return max(1, round(width / narrow)), width
     if width / height > broad:
-        return height, round(height * broad)
+        return height, max(1, round(height * broad))
     return height, width

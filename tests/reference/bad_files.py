@@ -67,16 +67,26 @@ CHECKPOINTS: dict[str, Callable[[Path, Mark], None]] = {
 }
 
 
+BACKBONE: dict[str, Any] = {
+    "name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8, "in_chans": 3, "reg_tokens": 0, "drop_path": 0.0,
+    "embed_dim": 64, "depth": 1, "num_heads": 1, "init": "timm",
+}  # fmt: skip
+
+
 def plain(**changes: Any) -> Callable[[Path, Mark], None]:
     """A checkpoint of ours, of plain containers, but of the wrong kind."""
-    content: dict[str, Any] = {"ssl_vit": {"backbone": {}, "mean": [0.5], "std": [0.5]}, "state_dict": {}}
+    content = {"ssl_vit": {"backbone": BACKBONE, "mean": [0.5] * 3, "std": [0.5] * 3}, "state_dict": {}}
     return lambda path, mark: torch.save(content | changes, path)
 
 
 CHECKPOINTS |= {
     "empty entry": plain(ssl_vit={}),
     "a number for an entry": plain(ssl_vit=3),
-    "no backbone": plain(),
+    "no weights": plain(),
+    "no backbone": plain(ssl_vit={"backbone": {}, "mean": [0.5], "std": [0.5]}),
+    "a network of 10^14 numbers": plain(
+        ssl_vit={"backbone": BACKBONE | {"embed_dim": 640_000, "img_size": 80_000}, "mean": [0.5] * 3, "std": [0.5] * 3}
+    ),
     "a list of weights": plain(state_dict=[1]),
     "numbers for names": plain(state_dict={3: torch.zeros(1)}),
     "texts for weights": plain(state_dict={"teacher.backbone.vit.norm.weight": "x"}),
@@ -160,7 +170,7 @@ def yaml_tags(mark: Mark) -> list[str]:
         f"!!python/object/apply:os.mkdir ['{mark.path}']",
         f"!!python/object/new:os.mkdir ['{mark.path}']",
         "!!python/name:os.mkdir",
-        f"!!python/object/apply:builtins.exec ['import os; os.mkdir({str(mark.path)!r})']",
+        f'!!python/object/apply:builtins.exec ["import os; os.mkdir({str(mark.path)!r})"]',
         "!!python/module:antigravity",
     ]
 
@@ -195,7 +205,6 @@ RECIPES: dict[str, Callable[[Mark], bytes]] = {
     "defaults above": lambda mark: recipe("defaults: ['../../../../etc/passwd']"),
     "an unclosed bracket": lambda mark: recipe("seed: [1"),
     "a cut reference": lambda mark: recipe("seed: ${"),
-    "a missing value": lambda mark: recipe("seed: ???"),
 }
 
 CONFIGS: dict[str, Callable[[Mark], str]] = {

@@ -221,6 +221,7 @@ BROKEN: dict[str, tuple[Make, str]] = {
     "huge_header.png": (written(png(HUGE, HUGE, bits=8, color=2, rows=b"")), "more than"),
     "bomb.png": (bomb, "more than"),
     "text_bomb.png": (text_bomb, "text"),
+    "icc_bomb.png": (saved("RGB", "PNG", icc_profile=bytes(50_000_000)), "too large"),
     "huge.gif": (huge_gif, "more than"),
     "many_scans.jpg": (many_scans, "scans"),
     "huge.bmp": (
