@@ -12,7 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity_table import ALL_CASES, CASES, PER_PROCESS, PICTURES, SMALL_VIEWS, WORLDS, build, differences, views_of
+from parity_table import (
+    ALL_CASES,
+    CASES,
+    PER_PROCESS,
+    PICTURES,
+    SMALL_VIEWS,
+    WORLDS,
+    build,
+    differences,
+    steps_of_all,
+    views_of,
+)
 from torch.multiprocessing.spawn import start_processes
 
 from ssl_vit.commands.pretrain import pretrain
@@ -24,9 +35,14 @@ THREE_STEPS = ("trainer.precision=32-true", "trainer.max_steps=3", "backbone.dro
 # --- losses and gradients, in float64 --------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def one():
+    return steps_of_all()
+
+
 @pytest.fixture(scope="module", params=WORLDS, ids="{} processes".format)
-def found(request):
-    return differences(request.param)
+def found(one, request):
+    return differences(one, request.param)
 
 
 @pytest.mark.parametrize("case", CASES, ids=", ".join)

@@ -131,25 +131,31 @@ def steps_of(words: tuple[str, ...]) -> list[Step]:
     return steps
 
 
+def steps_of_all() -> dict[tuple[str, str], list[Step]]:
+    """Every case in this process's part."""
+    return {case: steps_of(words) for case, words in ALL_CASES.items()}
+
+
 def process(number: int, world: int, folder: Path) -> None:
     """One of `world` processes, all of which run every case."""
     torch.set_num_threads(1)
     quiet_lightning()
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=number, world_size=world)
-    results = {case: [tuple(step) for step in steps_of(words)] for case, words in ALL_CASES.items()}
+    results = steps_of_all()
     if number == 0:
-        torch.save(results, folder / "results.pt")
+        plain = {case: [tuple(step) for step in steps] for case, steps in results.items()}
+        torch.save(plain, folder / "results.pt")
     dist.destroy_process_group()
 
 
-def differences(world: int) -> dict[tuple[str, str], Difference]:
-    """Every case on `world` processes against one."""
+def differences(one: dict[tuple[str, str], list[Step]], world: int) -> dict[tuple[str, str], Difference]:
+    """Every case on `world` processes against what `one` made of it."""
     # The processes are copies of one that has the libraries loaded already.
     multiprocessing.set_forkserver_preload(["ssl_vit.commands.pretrain"])
     with tempfile.TemporaryDirectory() as folder:
         start_processes(process, (world, Path(folder)), nprocs=world, start_method="forkserver")
         results = torch.load(Path(folder) / "results.pt", weights_only=True)
-    return {case: difference(steps_of(ALL_CASES[case]), [Step(*step) for step in results[case]]) for case in ALL_CASES}
+    return {case: difference(one[case], [Step(*step) for step in results[case]]) for case in ALL_CASES}
 
 
 def difference(one: list[Step], several: list[Step]) -> Difference:
@@ -165,8 +171,9 @@ def main() -> None:
     """Print the table."""
     print("| method | loss | processes | largest loss difference | largest gradient difference |")
     print("|---|---|---|---|---|")
+    one = steps_of_all()
     for world in WORLDS:
-        for (method, loss), found in differences(world).items():
+        for (method, loss), found in differences(one, world).items():
             print(f"| {method} | {loss} | {world} | {found.loss:.0e} | {found.gradient:.0e} |")
 
 
