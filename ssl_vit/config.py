@@ -349,6 +349,15 @@ class PretrainConfig(Section):
                 f"data.batch_size={self.data.batch_size} (over all processes) does not divide into "
                 f"devices x nodes x accumulate = {parts} parts"
             )
+        processes = self.trainer.devices * self.trainer.nodes
+        replaces = self.method.name == "sit" and self.method.corruption.replace.p > 0
+        if processes > 1 and replaces and self.data.batch_size // parts % 4:
+            raise ValueError(
+                f"data.batch_size={self.data.batch_size} makes {self.data.batch_size // parts} pictures per process "
+                "and micro-batch; with method.corruption.replace.p above 0 and several processes make it a multiple "
+                f"of 4, as data.batch_size={-(-self.data.batch_size // (4 * parts)) * 4 * parts}: pictures lend each "
+                "other blocks in fours"
+            )
         return self
 
 

@@ -1,4 +1,4 @@
-"""The few collective operations that the losses and the center need; without a process group they change nothing."""
+"""The few collective operations that losses, center and metrics need; without a process group they change nothing."""
 
 from __future__ import annotations
 
@@ -43,6 +43,20 @@ def any_process(*flags: bool, device: torch.device) -> list[bool]:
     votes = torch.tensor(flags, dtype=torch.int32, device=device)
     dist.all_reduce(votes, dist.ReduceOp.MAX)
     return votes.bool().tolist()
+
+
+def all_mean(value: Tensor) -> Tensor:
+    """The mean of `value` over all processes, without gradient."""
+    return all_sum(value) / world_size()
+
+
+def gather(value: Tensor) -> Tensor:
+    """(B, ...) of every process as (world x B, ...), in rank order, without gradient."""
+    if world_size() == 1:
+        return value
+    everyone = [torch.empty_like(value) for _ in range(world_size())]
+    dist.all_gather(everyone, value.contiguous())
+    return torch.cat(everyone)
 
 
 def gather_with_gradient(value: Tensor) -> Tensor:

@@ -1,12 +1,17 @@
 """Any plain timm ViT, its tokens by name, at any size that is a multiple of the patch."""
 
+import functools
+
 import pytest
 import timm
 import torch
+from timm.layers import DropPath as TimmDropPath
 
 from ssl_vit.config import BackboneConfig
 from ssl_vit.errors import UserError
 from ssl_vit.models.backbone import Backbone
+from ssl_vit.models.drop_path import DropPath, choose_paths
+from ssl_vit.transforms.randomness import sample_keys
 
 
 def tiny(**changes):
@@ -83,3 +88,63 @@ def test_timm_models_by_name_keep_their_own_sizes():
 def test_what_is_no_plain_vit_is_refused_by_name(name):
     with pytest.raises(UserError, match=name):
         Backbone(tiny(name=name, embed_dim=None, depth=None, num_heads=None))
+
+
+def test_batch_norm_is_refused_with_the_reason(monkeypatch):
+    """No plain ViT of timm has it today."""
+    monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, norm_layer="batchnorm1d"))
+    with pytest.raises(UserError, match="vit_tiny_patch16_224 has batch norm"):
+        Backbone(tiny())
+
+
+# --- drop path -------------------------------------------------------------------------------------------------
+
+KEYS = sample_keys(0, 0, torch.arange(6))
+
+
+def test_drop_path_has_timms_probabilities():
+    ours = Backbone(tiny(drop_path=0.3, depth=5)).vit.blocks
+    theirs = timm.create_model("vit_tiny_patch16_224", depth=5, drop_path_rate=0.3).blocks
+    for block, expected in zip(ours[1:], theirs[1:], strict=True):
+        assert isinstance(block.drop_path1, DropPath)
+        assert block.drop_path1.drop_prob == block.drop_path2.drop_prob == expected.drop_path1.drop_prob
+    assert isinstance(ours[0].drop_path1, torch.nn.Identity)
+    assert not Backbone(tiny()).drop_paths
+
+
+def test_drop_path_drops_and_scales_as_timms():
+    """Each branch on its own: values, frequency, and independence between branches and pictures."""
+    paths = [DropPath(p) for p in (0.1, 0.1, 0.5)]
+    choose_paths(paths, sample_keys(0, 0, torch.arange(20_000)), torch.device("cpu"))
+    x = torch.ones(20_000, 2, 3)
+    torch.manual_seed(0)
+    outputs = []
+    for path in paths:
+        ours, theirs = path(x), TimmDropPath(path.drop_prob)(x)
+        assert set(ours.unique().tolist()) == set(theirs.unique().tolist()) == {0, ours.max().item()}
+        assert (ours == ours[:, :1, :1]).all()  # a whole picture or nothing of it
+        assert ours.mean().item() == pytest.approx(1, abs=0.03)
+        for output in (ours, theirs):
+            assert (output[:, 0, 0] == 0).float().mean().item() == pytest.approx(path.drop_prob, abs=0.015)
+        outputs.append(ours[:, 0, 0])
+    assert torch.corrcoef(torch.stack(outputs)).fill_diagonal_(0).abs().max() < 5 / 20_000**0.5
+    assert paths[0].eval()(x) is x
+
+
+def test_drop_path_follows_the_pictures_key_in_any_batch():
+    backbone = Backbone(tiny(drop_path=0.5)).double()
+    images = torch.rand(6, 3, 32, 32, dtype=torch.float64)
+    torch.manual_seed(0)
+    whole = backbone(images, KEYS).cls
+    parts = [backbone(images[rows], KEYS[rows]).cls for rows in ([4, 5], [1], [0, 2, 3])]
+    torch.testing.assert_close(torch.cat(parts), whole[[4, 5, 1, 0, 2, 3]])
+    assert not torch.allclose(backbone(images, KEYS + 1).cls, whole)
+    assert not torch.allclose(backbone.eval()(images).cls, whole)
+
+
+def test_drop_path_without_keys_is_refused_in_training_only():
+    backbone = Backbone(tiny(drop_path=0.5))
+    with pytest.raises(ValueError, match="keys"):
+        backbone(torch.rand(2, 3, 32, 32))
+    assert backbone.eval()(torch.rand(2, 3, 32, 32)).cls.shape == (2, 64)
+    assert Backbone(tiny())(torch.rand(2, 3, 32, 32)).cls.shape == (2, 64)

@@ -121,6 +121,15 @@ def test_what_a_run_writes_down_reads_back_equal(words):
     assert type(config).model_validate(yaml.safe_load(text)) == config
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["", "trainer.devices=2 method.corruption.replace.p=0", "trainer.devices=3", "method=dino trainer.devices=2"],
+)
+def test_only_pictures_that_lend_each_other_blocks_come_in_fours(words):
+    batch_size = 60 if "3" in words else 30
+    assert load("pretrain", "method=sit", f"data.batch_size={batch_size}", *words.split()).trainer.accumulate == 1
+
+
 def test_times_and_durations_are_written_as_they_are_read():
     written = load("pretrain", "trainer.max_time=1.5h", "method.freeze_last_layer=5%").model_dump(mode="json")
     assert written["trainer"]["max_time"] == "5400s"
@@ -166,6 +175,10 @@ def test_unknown_keys_in_an_own_file_are_found_too(tmp_path):
         (["method.views.global_crops.count=3"], ["method: views.global_crops.count must be 2"]),
         (["method.views.local_crops.size=50"], ["local_crops.size=50", "patch_size=16"]),
         (["data.batch_size=65", "trainer.accumulate=2"], ["data.batch_size=65", "2 parts"]),
+        (
+            ["method=sit", "data.batch_size=60", "trainer.devices=2", "trainer.accumulate=3"],
+            ["data.batch_size=60 makes 10 pictures per process", "method.corruption.replace.p", "data.batch_size=72"],
+        ),
         (["backbone.in_chans=1"], ["backbone.in_chans=1", "method.views.mean"]),
         (["backbone.img_size=100"], ["img_size 100 is not a multiple of patch_size 16"]),
         (["trainer.max_time=soon"], ["trainer.max_time: write a time as 90s, 20m, 1.5h or 2d"]),

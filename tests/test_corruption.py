@@ -38,9 +38,9 @@ def pictures(count: int, channels: int, height: int, width: int) -> Tensor:
     return torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(1))
 
 
-def corrupt(config: CorruptionConfig, x: Tensor, seed: int = 0) -> Corrupted:
+def corrupt(config: CorruptionConfig, x: Tensor, seed: int = 0, view: int = 0) -> Corrupted:
     keys = sample_keys(seed, 0, torch.arange(len(x)))
-    return Corruption(config)(x, keys, torch.Generator().manual_seed(seed))
+    return Corruption(config)(x, keys, view=view)
 
 
 @pytest.mark.parametrize(("size", "count"), [(32, 2000), (96, 800), (224, 600)])
@@ -115,27 +115,45 @@ def test_blur_is_one_of_v1s_kernels(sit):
     assert set(widths.tolist()) == {3, 5, 7, 9, 11, 13, 15}
 
 
-def test_replaced_blocks_come_clean_from_one_other_picture(sit):
-    """Picture i holds the number i everywhere: a block shows who lent it."""
+@pytest.mark.parametrize("view", [0, 1])
+def test_replaced_blocks_come_clean_from_one_other_picture(sit, view):
+    """Picture i holds the number i everywhere: a block shows who lent it, and nobody lends to one in both views."""
     x = torch.arange(64.0).view(64, 1, 1, 1).expand(64, 3, 32, 32).contiguous()
-    out, mask = corrupt(sit, x)
+    out, mask = corrupt(sit, x, view=view)
     replaced = only(sit, "replace")
-    lent, lent_mask = corrupt(replaced, x)
-    lenders = []
+    lent, lent_mask = corrupt(replaced, x, view=view)
+    borrowers = 0
     for i in range(64):
         seen = lent[i].unique().tolist()
-        assert i in seen and len(seen) <= 2
-        lenders += [mate for mate in seen if mate != i]
+        assert i in seen
+        mates = [mate for mate in seen if mate != i]
+        assert mates in ([], [i ^ (1, 2)[view]])
+        borrowers += len(mates)
         values = out[i][:, lent_mask[i, 0]].unique().tolist()  # with grey, blur and noise in the batch, still clean
         assert all(value == int(value) for value in values)
-    assert len(set(lenders)) == len(lenders) > 50
+    assert borrowers > 50
     assert (lent_mask <= mask).all()
 
 
-def test_a_picture_alone_lends_to_nobody(sit):
-    x = pictures(1, 3, 32, 32)
-    out, mask = corrupt(only(sit, "replace"), x)
-    assert torch.equal(out, x) and not mask.any()
+@pytest.mark.parametrize(("count", "view", "without"), [(1, 0, [0]), (1, 1, [0]), (5, 0, [4]), (6, 1, [4, 5])])
+def test_a_picture_without_a_mate_keeps_its_own(sit, count, view, without):
+    x = pictures(count, 3, 32, 32)
+    always = sit.model_copy(update={"replace": sit.replace.model_copy(update={"max_area": 1.0})})
+    out, mask = corrupt(only(always, "replace"), x, view=view)
+    assert (~mask.any(dim=(1, 2, 3))).nonzero().flatten().tolist() == without
+    assert torch.equal(out[without], x[without])
+
+
+@pytest.mark.parametrize("view", [0, 1])
+def test_a_batch_cut_into_fours_fares_the_same(sit, view):
+    x, keys = pictures(32, 3, 40, 40).double(), sample_keys(0, 0, torch.arange(32))
+    whole = corrupt(sit, x, view=view)
+    for size in (4, 8, 16):
+        parts = [
+            Corruption(sit)(some, key, view=view) for some, key in zip(x.split(size), keys.split(size), strict=True)
+        ]
+        torch.testing.assert_close(torch.cat([part.pictures for part in parts]), whole.pictures, rtol=0, atol=1e-14)
+        assert torch.equal(torch.cat([part.mask for part in parts]), whole.mask)
 
 
 def test_probabilities(sit):
@@ -156,7 +174,7 @@ def test_noise_is_standard_normal(sit):
     assert noise.mean() == pytest.approx(0, abs=0.01) and noise.std() == pytest.approx(1, abs=0.01)
 
 
-def test_the_same_keys_and_generator_give_the_same_result(sit):
+def test_the_same_keys_give_the_same_result(sit):
     x = pictures(16, 3, 32, 32)
     first, again, other = corrupt(sit, x), corrupt(sit, x), corrupt(sit, x, seed=1)
     assert torch.equal(first.pictures, again.pictures) and torch.equal(first.mask, again.mask)

@@ -15,7 +15,7 @@ HEAVY = HYDRA | {"lightning", "pytorch_lightning", "wandb"}
 SMALL = HEAVY | {"torch", "timm"}
 
 CONFIG = {"__init__", "errors", "durable", "config", "training.schedules"}
-TENSORS = CONFIG | {"distributed", "transforms", "models", "losses"}
+TENSORS = CONFIG | {"distributed", "precision", "transforms", "models", "losses"}
 MEASURING = TENSORS | {"data", "evaluation", "training.hardware"}
 
 # What each part of the package may import of the package, and which libraries it may not import.
@@ -27,9 +27,10 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "training.schedules": (set(), SMALL),
     "config": (CONFIG, SMALL),
     "distributed": (CONFIG, HEAVY | {"timm"}),
+    "precision": (set(), HEAVY | {"timm"}),
     "transforms": (CONFIG | {"transforms"}, HEAVY),
-    "models": (CONFIG | {"distributed", "models"}, HEAVY),
-    "losses": (CONFIG | {"distributed", "losses"}, HEAVY),
+    "models": (CONFIG | {"distributed", "precision", "transforms.randomness", "models"}, HEAVY),
+    "losses": (CONFIG | {"distributed", "precision", "losses"}, HEAVY),
     "data": (CONFIG | {"distributed", "transforms", "data"}, HYDRA | {"wandb", "timm"}),
     "methods": (TENSORS | {"training", "methods"}, HYDRA | {"wandb"}),
     "evaluation": (MEASURING, HEAVY),

@@ -260,7 +260,7 @@ def test_sit_target_is_the_rotated_clean_view_and_the_network_sees_the_corrupted
     assert 0.05 < mask.float().mean() < 0.5
     seen = []
     forward = method.student.forward
-    monkeypatch.setattr(method.student, "forward", lambda images: seen.append(images) or forward(images))
+    monkeypatch.setattr(method.student, "forward", lambda images, key: seen.append(images) or forward(images, key))
     method.step(views, views[:, :0], batch)
     torch.testing.assert_close(seen[0], corrupted)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_vit.transforms.randomness import fold, sample_keys, step_seed, uniform, uniform_between, view_keys
+from ssl_vit.transforms.randomness import fold, normal, sample_keys, step_seed, uniform, uniform_between, view_keys
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,7 @@ def test_a_sample_draws_the_same_in_any_batch(keys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_draws_the_same(keys):
     assert torch.equal(uniform(fold(keys.cuda(), 4), 5).cpu(), uniform(fold(keys, 4), 5))
+    torch.testing.assert_close(normal(keys.cuda(), 7).cpu(), normal(keys, 7), rtol=1e-5, atol=1e-5)
 
 
 def test_global_state_is_neither_read_nor_written(keys):
@@ -90,6 +91,38 @@ def test_uniform_between_keeps_its_ends(keys):
     assert drawn.max() <= 2.0
     assert drawn.mean().item() == pytest.approx(1.05, abs=0.02)
     assert drawn.std().item() == pytest.approx(1.9 / 12**0.5, abs=0.02)
+
+
+def test_normals_are_normal():
+    """Moments and the whole distribution (Kolmogorov-Smirnov at p = .001), as far out as 2 million draws reach."""
+    drawn = normal(sample_keys(0, 0, torch.arange(2_000)), 1_001)
+    assert drawn.shape == (2_000, 1_001)
+    assert drawn.dtype == torch.float32
+    x = drawn.double().flatten()
+    n = len(x)
+    for power, moment, variance in [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)]:
+        assert abs((x**power).mean().item() - moment) < 4 * (variance / n) ** 0.5
+    cdf = torch.special.ndtr(x.sort().values)
+    distance = max((cdf - torch.arange(n) / n).max(), (torch.arange(1, n + 1) / n - cdf).max())
+    assert distance < 1.95 / n**0.5
+    assert 4.6 < x.abs().max() < 6.7
+
+
+def test_normals_of_one_key_are_independent(keys):
+    """Also the two of one hash, whose radius is the same: neither they nor their squares go together."""
+    rows = normal(keys, 8).T
+    for values in (rows, rows**2):
+        correlation = np.corrcoef(values.double().numpy())
+        np.fill_diagonal(correlation, 0)
+        assert np.abs(correlation).max() < 5 / 20_000**0.5
+
+
+def test_a_sample_draws_the_same_normals_in_any_batch(keys):
+    few = keys[:300]
+    whole = normal(few, 999)
+    assert torch.equal(torch.cat([normal(part, 999) for part in few.split(7)]), whole)
+    assert torch.equal(normal(few.reshape(3, 100), 999).reshape(300, 999), whole)
+    assert not torch.equal(normal(fold(few, 1), 999), whole)
 
 
 def test_step_seeds_differ_and_fit_a_generator():

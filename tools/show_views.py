@@ -101,14 +101,14 @@ def views_of(pictures: list[Tensor], keys: Tensor, views: ViewsConfig) -> list[l
 
 def sit_panels(rows: list[list[Panel]], keys: Tensor, config: SiTConfig) -> list[list[Panel]]:
     """For each picture and view: as cut, turned (what is to be reconstructed), corrupted (what the network sees)."""
-    corruption, generator = Corruption(config.corruption), torch.Generator().manual_seed(0)
+    corruption = Corruption(config.corruption)
     mean, std = (torch.tensor(part).view(-1, 1, 1) for part in (config.views.mean, config.views.std))
     panels: list[list[Panel]] = [[] for _ in rows]
     for view in range(2):
         view_key = fold(fold(keys, 101), view)
         quarter = (4 * uniform(view_key, 1).squeeze(1)).long() * config.rotation.enabled
         turned = rotate(torch.stack([row[view].picture for row in rows]), quarter)  # (B, C, H, W)
-        corrupted = corruption((turned - mean) / std, view_key, generator)
+        corrupted = corruption((turned - mean) / std, view_key, view=view)
         seen = shown(corrupted.pictures, config.views)
         for i, of_picture in enumerate(panels):
             hidden = corrupted.mask[i].float()

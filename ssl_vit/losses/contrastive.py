@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_vit.distributed import gather_with_gradient, rank
+from ssl_vit.precision import at_least_float32
 
 
 def nt_xent(first: Tensor, second: Tensor, *, temperature: float, gather: bool = False) -> tuple[Tensor, Tensor]:
@@ -21,11 +22,11 @@ def nt_xent(first: Tensor, second: Tensor, *, temperature: float, gather: bool =
         gather: Take the other processes' embeddings as negatives too, with gradient.
 
     Returns:
-        The loss and the share of embeddings whose nearest other one is its positive, scalars in float32.
+        The loss, in float32 or more, and the share of embeddings whose nearest other one is its positive; scalars.
 
     With equal embeddings everywhere the loss is ln(2B - 1).
     """
-    z = F.normalize(torch.stack([first.float(), second.float()], dim=1), dim=-1)  # (B, 2, D)
+    z = F.normalize(torch.stack([at_least_float32(first), at_least_float32(second)], dim=1), dim=-1)  # (B, 2, D)
     everyone = gather_with_gradient(z) if gather else z  # (W·B, 2, D)
     start = 2 * len(z) * rank() if gather else 0
     rows, columns = z.flatten(0, 1), everyone.flatten(0, 1)  # (2B, D), (2WB, D); positives stand side by side

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_vit.distributed import all_sum, world_size
+from ssl_vit.distributed import all_mean, all_sum, world_size
+from ssl_vit.precision import at_least_float32
 
 
 def dino_loss(student_logits: Tensor, teacher_probabilities: Tensor, *, temperature: float) -> Tensor:
@@ -21,9 +22,9 @@ def dino_loss(student_logits: Tensor, teacher_probabilities: Tensor, *, temperat
         temperature: Of the student, above 0.
 
     Returns:
-        Scalar float32. With V views there are G·V - G pairs.
+        Scalar, in float32 or more. With V views there are G·V - G pairs.
     """
-    log_p = F.log_softmax(student_logits.float() / temperature, dim=-1)  # (V, B, K)
+    log_p = F.log_softmax(at_least_float32(student_logits) / temperature, dim=-1)  # (V, B, K)
     globals_, (views, batch, _) = len(teacher_probabilities), log_p.shape
     every_teacher = teacher_probabilities.sum(dim=0)  # (B, K)
     other_teachers = every_teacher - teacher_probabilities  # (G, B, K): a global view is not compared with itself
@@ -53,7 +54,7 @@ class Center(nn.Module):
     @torch.no_grad()
     def observe(self, teacher_logits: Tensor) -> None:
         """Add the logits (G, B, K) of a micro-batch."""
-        self.seen += teacher_logits.float().sum(dim=(0, 1))
+        self.seen += teacher_logits.sum(dim=(0, 1), dtype=self.seen.dtype)
         self.count += teacher_logits.shape[0] * teacher_logits.shape[1]
 
     @torch.no_grad()
@@ -70,8 +71,8 @@ class Center(nn.Module):
 
 
 def sharpen(teacher_logits: Tensor, center: Tensor, temperature: float) -> Tensor:
-    """softmax((logits - center) / temperature) over K, in float32, without gradient: (G, B, K)."""
-    return F.softmax((teacher_logits.detach().float() - center) / temperature, dim=-1)
+    """softmax((logits - center) / temperature) over K, in float32 or more, without gradient: (G, B, K)."""
+    return F.softmax((at_least_float32(teacher_logits.detach()) - center) / temperature, dim=-1)
 
 
 class Assignment(NamedTuple):
@@ -86,9 +87,10 @@ def assignment(teacher_probabilities: Tensor) -> Assignment:
     """Entropy of the teacher's probabilities (G, B, K) and the information that they carry about the picture.
 
     In both collapses, to the uniform answer and to a single prototype, the information goes to 0. It is at most
-    ln(G·B), because it is estimated on one batch.
+    ln(G·B), because it is estimated on one batch, that of all processes together. Entropy and divergence are this
+    process's own: their mean over processes is that of the whole batch.
     """
     p = teacher_probabilities.flatten(0, 1)  # (G·B, K)
     entropy = torch.special.entr(p).sum(-1).mean()
-    information = torch.special.entr(p.mean(0)).sum() - entropy
+    information = torch.special.entr(all_mean(p.mean(0))).sum() - entropy
     return Assignment(entropy, math.log(p.shape[-1]) - entropy, information)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssl_vit.precision import at_least_float32
+
 
 @torch.no_grad()
 def spread(features: Tensor) -> Tensor:
@@ -15,7 +17,7 @@ def spread(features: Tensor) -> Tensor:
 
     1 for features spread evenly over the sphere, 0 when all are the same (SimSiam, arXiv 2011.10566, section 4.1).
     """
-    unit = F.normalize(features.float(), dim=-1)
+    unit = F.normalize(at_least_float32(features), dim=-1)
     return unit.std(dim=0).mean() * math.sqrt(features.shape[1])
 
 
@@ -28,6 +30,6 @@ def effective_rank(features: Tensor) -> Tensor:
     """
     if not features.isfinite().all():
         return features.new_full((), math.nan, dtype=torch.float32)
-    singular = torch.linalg.svdvals(features.float())
+    singular = torch.linalg.svdvals(at_least_float32(features))
     share = singular / singular.sum() + 1e-7
     return torch.exp(-(share * share.log()).sum())

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ssl_vit.distributed import all_sum, world_size
+from ssl_vit.precision import at_least_float32
 
 
 def l1(reconstruction: Tensor, clean: Tensor, corrupted: Tensor | None = None) -> Tensor:
@@ -19,7 +20,7 @@ def l1(reconstruction: Tensor, clean: Tensor, corrupted: Tensor | None = None) -
     The corrupted pixels are counted over all processes, so that processes with more of them weigh more and the mean
     over processes equals the mean of one process with the whole batch.
     """
-    difference = (reconstruction.float() - clean.float()).abs()
+    difference = (at_least_float32(reconstruction) - at_least_float32(clean)).abs()
     if corrupted is None:
         return difference.mean()
     count = all_sum(corrupted.sum()) * clean.shape[1] / world_size()

@@ -14,14 +14,13 @@ from torch.optim import AdamW, Optimizer
 
 from ssl_vit import __version__
 from ssl_vit.config import BackboneConfig, DINOConfig, PretrainConfig, SiTConfig
-from ssl_vit.distributed import any_process
+from ssl_vit.distributed import all_mean, any_process, gather
 from ssl_vit.losses.diversity import effective_rank, spread
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.weights import CHECKPOINT_KEY
 from ssl_vit.training.schedules import Schedule, cosine
 from ssl_vit.transforms.batch import Batch
 from ssl_vit.transforms.photometric import Photometric
-from ssl_vit.transforms.randomness import step_seed
 
 
 class Plan(NamedTuple):
@@ -46,7 +45,7 @@ class StepResult(NamedTuple):
 
     loss: Tensor  # ()
     features: Tensor  # (B, D), the [CLS] tokens of one view, without gradient; their health is logged
-    logs: dict[str, Tensor | float]
+    logs: dict[str, Tensor]  # scalars
 
 
 class Skipped(NamedTuple):
@@ -66,6 +65,7 @@ class SSLMethod(L.LightningModule):
         self.config = config
         self.plan = plan
         self.photometric = Photometric(config.views)
+        self.logged = torch.empty(0)
         self.skipped: Skipped | None = None  # the last optimizer step, if it was left out
         self.register_buffer("finite", torch.ones((), dtype=torch.bool), persistent=False)  # the step's losses so far
         self.warmup_steps = config.optimizer.warmup.steps(plan.steps_per_epoch, plan.total_steps)
@@ -115,18 +115,25 @@ class SSLMethod(L.LightningModule):
         return self.schedules[name](self.global_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        torch.manual_seed(step_seed(self.plan.seed, self.global_step, batch_idx, self.global_rank))  # drop path
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             global_views = self.photometric(batch.global_views, batch.key)
             local_views = self.photometric(batch.local_views, batch.key, first_view=batch.global_views.shape[1])
         result = self.step(global_views, local_views, batch)
         self.finite &= result.loss.detach().isfinite()
         if self.at_log_step:
-            logs = {"loss": result.loss.detach(), **result.logs}
-            logs |= {"spread": spread(result.features), "effective_rank": effective_rank(result.features)}
-            self.log_dict({f"train/{name}": value for name, value in logs.items()}, logger=False)
-            self.log_dict({f"schedule/{name}": self.scheduled(name) for name in self.schedules}, logger=False)
+            self.log_step(result, first=batch_idx % self.trainer.accumulate_grad_batches == 0)
         return result.loss
+
+    def log_step(self, result: StepResult, *, first: bool) -> None:
+        """Log means over all processes and over the step's micro-batches so far, of which this is the `first`."""
+        features = gather(result.features)
+        logs = {"loss": result.loss.detach(), **result.logs}
+        logs |= {"spread": spread(features), "effective_rank": effective_rank(features)}
+        values = all_mean(torch.stack([value.float() for value in logs.values()]))
+        self.logged = torch.stack([values]) if first else torch.cat([self.logged, values[None]])  # (micro-batches, n)
+        names = [f"train/{name}" for name in logs]
+        self.log_dict(dict(zip(names, self.logged.mean(dim=0).unbind(), strict=True)), logger=False)
+        self.log_dict({f"schedule/{name}": self.scheduled(name) for name in self.schedules}, logger=False)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         moved: Batch = super().transfer_batch_to_device(batch, device, dataloader_idx)

@@ -14,6 +14,7 @@ from ssl_vit.models.heads import DINOHead
 from ssl_vit.models.teacher import distance, follow, start_teacher
 from ssl_vit.training.schedules import Schedule, cosine, teacher_temperature
 from ssl_vit.transforms.batch import Batch
+from ssl_vit.transforms.randomness import view_keys
 
 
 class DINONetwork(nn.Module):
@@ -24,9 +25,13 @@ class DINONetwork(nn.Module):
         self.backbone = backbone
         self.head = DINOHead(backbone.embed_dim, **config.head.model_dump())
 
-    def forward(self, *resolutions: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (Σ V·B, K) and [CLS] tokens (Σ V·B, D) of images (V·B, C, H, W), one argument per resolution."""
-        cls = torch.cat([self.backbone(images).cls for images in resolutions])
+    def forward(self, *resolutions: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits (Σ V·B, K) and [CLS] tokens (Σ V·B, D) of images (V·B, C, H, W), one argument per resolution.
+
+        `key` (Σ V·B,) holds the keys of all images, from which drop path is drawn in training.
+        """
+        keys = [None] * len(resolutions) if key is None else torch.split(key, [len(images) for images in resolutions])
+        cls = torch.cat([self.backbone(images, k).cls for images, k in zip(resolutions, keys, strict=True)])
         return self.head(cls), cls
 
 
@@ -72,9 +77,9 @@ class DINO(SSLMethod):
             targets = sharpen(teacher_logits, self.center.value, self.scheduled("teacher_temperature"))  # (2, B, K)
             self.center.observe(teacher_logits)
 
-        student_logits, _ = self.student(*images)
+        student_logits, _ = self.student(*images, key=view_keys(batch.key, 0, views).T.flatten())
         loss = dino_loss(student_logits.unflatten(0, (views, -1)), targets, temperature=self.config.student_temperature)
-        logs: dict[str, Tensor | float] = {}
+        logs: dict[str, Tensor] = {}
         if self.at_log_step:
             entropy, kl, information = assignment(targets)
             logs = {

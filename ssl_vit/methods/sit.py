@@ -13,9 +13,10 @@ from ssl_vit.losses.weighting import FixedWeights, UncertaintyWeights
 from ssl_vit.methods.base import Plan, SSLMethod, StepResult, by_view, make_backbone
 from ssl_vit.models.backbone import Backbone, Tokens
 from ssl_vit.models.heads import ReconstructionHead, mlp
+from ssl_vit.precision import at_least_float32
 from ssl_vit.transforms.batch import Batch
 from ssl_vit.transforms.corruption import Corruption, rotate
-from ssl_vit.transforms.randomness import Stream, fold, step_seed, uniform, view_keys
+from ssl_vit.transforms.randomness import Stream, fold, uniform, view_keys
 
 
 class SiTNetwork(nn.Module):
@@ -45,9 +46,12 @@ class SiTNetwork(nn.Module):
                 dim, patch_size=backbone.patch_size, in_chans=backbone.in_chans
             )
 
-    def forward(self, images: Tensor) -> tuple[Tokens, dict[str, Tensor]]:
-        """Tokens of (B, C, H, W), and by loss: rotation (B, 4), contrastive (B, dim), reconstruction (B, C, H, W)."""
-        tokens = self.backbone(images)
+    def forward(self, images: Tensor, key: Tensor | None = None) -> tuple[Tokens, dict[str, Tensor]]:
+        """Tokens of (B, C, H, W), and by loss: rotation (B, 4), contrastive (B, dim), reconstruction (B, C, H, W).
+
+        `key` (B,) holds the images' keys, from which drop path is drawn in training.
+        """
+        tokens = self.backbone(images, key)
         outputs = {}
         if "rotation" in self.heads:
             outputs["rotation"] = self.heads["rotation"](tokens.registers[:, 0] if self.rotation_token else tokens.cls)
@@ -83,11 +87,11 @@ class SiT(SSLMethod):
             clean, quarter = self.rotated(global_views, batch.key)  # (2B, C, H, W), (2B,)
             corrupted, mask = self.corrupted(clean, batch.key)  # (2B, C, H, W), (2B, 1, H, W) bool
 
-        tokens, outputs = self.student(corrupted)
+        tokens, outputs = self.student(corrupted, view_keys(batch.key, 0, 2).T.flatten())
 
-        losses, logs = {}, dict[str, Tensor | float]()
+        losses, logs = {}, dict[str, Tensor]()
         if "rotation" in outputs:
-            losses["rotation"] = F.cross_entropy(outputs["rotation"].float(), quarter)
+            losses["rotation"] = F.cross_entropy(at_least_float32(outputs["rotation"]), quarter)
             logs["rotation_accuracy"] = (outputs["rotation"].argmax(-1) == quarter).float().mean()
         if "contrastive" in outputs:
             losses["contrastive"], logs["contrastive_accuracy"] = nt_xent(
@@ -113,14 +117,9 @@ class SiT(SSLMethod):
         return rotate(images, quarter), quarter
 
     def corrupted(self, clean: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Corrupt each view within itself: donors are other pictures of the same view."""
-        generator = torch.Generator(clean.device)
-        # The first key tells the micro-batches of a step apart, and the processes.
-        generator.manual_seed(step_seed(self.plan.seed, self.global_step, int(key[0])))
-        views = [
-            self.corrupt(view, view_key, generator=generator)
-            for view, view_key in zip(clean.chunk(2), view_keys(key, 0, 2).unbind(1), strict=True)
-        ]
+        """Corrupt each view within itself: lenders are other pictures of the same view."""
+        keys = view_keys(key, 0, 2).unbind(1)  # (B,) each
+        views = [self.corrupt(clean_view, keys[view], view=view) for view, clean_view in enumerate(clean.chunk(2))]
         images, masks = zip(*views, strict=True)
         return torch.cat(images), torch.cat(masks)
 

@@ -11,9 +11,11 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssl_vit.config import BackboneConfig
 from ssl_vit.errors import UserError
+from ssl_vit.models.drop_path import choose_paths, use_keyed_drop_paths
 
 
 class Tokens(NamedTuple):
@@ -35,13 +37,14 @@ class Backbone(nn.Module):
         config: Name, sizes and initialisation; `drop_path` included.
 
     Raises:
-        UserError: timm does not know the name, or it is not a plain ViT with a class token.
+        UserError: timm does not know the name, or it is not a plain ViT with a class token, or it has batch norm.
     """
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
         self.vit = _create(config)
+        self.drop_paths = use_keyed_drop_paths(self.vit)
 
     @property
     def embed_dim(self) -> int:
@@ -53,12 +56,22 @@ class Backbone(nn.Module):
         """Side of a patch in pixels."""
         return self.config.patch_size
 
-    def forward(self, images: Tensor) -> Tokens:
-        """Tokens of the last block, after the final norm, for images (B, C, H, W) float."""
+    def forward(self, images: Tensor, key: Tensor | None = None) -> Tokens:
+        """Tokens of the last block, after the final norm.
+
+        Args:
+            images: (B, C, H, W) float.
+            key: The images' keys (B,) int64, from which drop path is drawn; only needed for it, in training.
+        """
+        if self.training and self.drop_paths:
+            choose_paths(self.drop_paths, key, images.device)
         return self._split(self.vit.forward_features(images), images)
 
     def last_blocks(self, images: Tensor, count: int) -> list[Tokens]:
-        """Tokens of the last `count` blocks, each after the final norm; the last block comes last."""
+        """Tokens of the last `count` blocks, each after the final norm; the last block comes last.
+
+        For evaluation: drop path is not drawn here.
+        """
         features = self.vit.forward_intermediates(
             images, indices=count, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
         )
@@ -106,6 +119,11 @@ def _create(config: BackboneConfig) -> VisionTransformer:
         raise UserError(f"backbone.name={config.name} is not a plain ViT: {error}") from None
     if type(vit) is not VisionTransformer or not vit.has_class_token or vit.global_pool != "token":
         raise UserError(f"backbone.name={config.name}: a plain ViT that pools its class token is needed")
+    if any(isinstance(module, _BatchNorm) for module in vit.modules()):
+        raise UserError(
+            f"backbone.name={config.name} has batch norm, whose result depends on how a batch is spread over processes "
+            "and micro-batches: choose one with layer norm"
+        )
     return vit
 
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssl_vit.precision import at_least_float32
+
 
 class Prototypes(nn.Module):
     """Weight-normalised linear layer without bias: logits (B, K) = z (B, D) · (g v/‖v‖)ᵀ.
@@ -47,7 +49,7 @@ class DINOHead(nn.Module):
         self.last_layer = Prototypes(bottleneck_dim, prototypes, norm_last_layer=norm_last_layer)
 
     def forward(self, cls: Tensor) -> Tensor:  # (B, D) -> (B, K)
-        bottleneck = self.mlp(cls).float()  # a norm in bfloat16 is off by up to 0.3 %, and the logits with it
+        bottleneck = at_least_float32(self.mlp(cls))  # a norm in bfloat16 is off by up to 0.3 %, and the logits with it
         logits: Tensor = self.last_layer(F.normalize(bottleneck, dim=-1))
         return logits
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ssl_vit.config import CorruptionConfig
-from ssl_vit.transforms.randomness import Stream, fold, uniform
+from ssl_vit.transforms.randomness import Stream, fold, normal, uniform
 from ssl_vit.transforms.separable import apply, blur_weights
 
 _SMALLEST_SIDE = 0.05  # of the grey and the blurred block, share of the picture's side
@@ -27,21 +27,25 @@ class Corrupted(NamedTuple):
 class Corruption:
     """The corruption of SiT v1 (Atito, Awais & Kittler, 2021; code v1.1), at any picture size.
 
-    Two departures: pictures that lend blocks are always clean, and the blur reads past its block's border.
+    Three departures: pictures that lend blocks are always clean, who lends to whom is fixed by their places in the
+    batch, whose order is random already, and the blur reads past its block's border. So what happens to a picture
+    depends on its key and its neighbours alone, and a batch may be spread over processes in multiples of four.
     """
 
     def __init__(self, config: CorruptionConfig) -> None:
         self.config = config
 
-    def __call__(self, x: Tensor, key: Tensor, generator: torch.Generator) -> Corrupted:
+    def __call__(self, x: Tensor, key: Tensor, *, view: int) -> Corrupted:
         """Corrupt pictures; `x` stays as it is, and so does every pixel outside the blocks.
 
         Args:
-            x: (B, C, H, W) float, normalised. Blocks of other pictures come from the same batch: one call per view.
-            key: The views' keys (B,) int64; they place the blocks.
-            generator: On the device of `x`; gives the noise and who lends blocks to whom.
+            x: (B, C, H, W) float, normalised; one view of each picture.
+            key: The views' keys (B,) int64, all randomness derives from them; on the CPU, which then never waits for
+                a GPU.
+            view: 0 or 1. The picture at place i lends blocks to that at i ^ 1 in view 0, at i ^ 2 in view 1: with the
+                same lender in both views the network could tell the pair by its blocks. Without a picture at that
+                place nothing is replaced.
         """
-        key = key.cpu()
         grey = _blocks(fold(key, Stream.GREY_BLOCK), x, p=self.config.grey)
         blurred = _blocks(fold(key, Stream.BLUR_BLOCK), x, p=self.config.blur)
         noisy, replaced = (
@@ -51,9 +55,13 @@ class Corruption:
                 (Stream.REPLACE_BLOCKS, self.config.replace),
             )
         )
-        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        lender = torch.randperm(len(x), generator=generator, device=x.device)
-        replaced &= (lender != torch.arange(len(x), device=x.device))[:, None, None, None]
+        noise_key = fold(key, Stream.NOISE).to(x.device, non_blocking=True)
+        noise = normal(noise_key, x[0].numel()).view_as(x).to(x.dtype)
+        place = torch.arange(len(x), device=x.device)
+        lender = place ^ (1 << view)
+        present = lender < len(x)
+        replaced &= present[:, None, None, None]
+        lender = torch.where(present, lender, place)
 
         out = torch.where(grey, x.mean(dim=1, keepdim=True), x)
         out = torch.where(blurred, _blur(out, fold(key, Stream.BLUR_SIGMA)), out)
@@ -127,4 +135,4 @@ def _blur(x: Tensor, key: Tensor) -> Tensor:
     sigma = low + (high - low) * draws[:, 0]
     radius = (3 + draws[:, 1] * 13).long() // 2  # (B,): kernels of 3, 5, 5, 7, 7, ..., 15, 15 pixels
     rows, cols = (blur_weights(sigma, size=size, reach=_BLUR_RADIUS, radius=radius) for size in x.shape[2:])
-    return apply(x, rows, cols)
+    return apply(x, rows.to(x.dtype), cols.to(x.dtype))

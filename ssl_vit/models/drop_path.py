@@ -1,0 +1,57 @@
+"""Stochastic depth (Huang et al. 2016, arXiv 1603.09382) that a picture's key decides, not the process's randomness."""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import DropPath as TimmDropPath
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ssl_vit.transforms.randomness import Stream, fold, uniform
+
+
+class DropPath(nn.Module):
+    """In training leaves a residual branch out for some pictures, and scales it up for the others.
+
+    `choose_paths` says for which, before every pass. Nothing is recomputed in the backward pass: with activation
+    checkpointing the pictures of a later pass would count.
+    """
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+        self.scale = torch.ones(1)  # (B,): 0, or 1 / (1 - drop_prob)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, N, D) -> (B, N, D)
+        return x * self.scale[:, None, None].to(x.dtype) if self.training else x
+
+
+def use_keyed_drop_paths(vit: VisionTransformer) -> list[DropPath]:
+    """Put a `DropPath` in the place of each of timm's, with the same probability; two per block, in their order."""
+    paths = []
+    for block in vit.blocks:
+        if isinstance(block.drop_path1, TimmDropPath):  # timm has none where the probability is 0
+            block.drop_path1 = DropPath(block.drop_path1.drop_prob)
+            block.drop_path2 = DropPath(block.drop_path2.drop_prob)
+            paths += [block.drop_path1, block.drop_path2]
+    return paths
+
+
+def choose_paths(paths: list[DropPath], key: Tensor | None, device: torch.device) -> None:
+    """Draw for each picture of the next training pass which branches it goes without.
+
+    Args:
+        paths: Of one network.
+        key: The pictures' keys (B,) int64.
+        device: Where the pictures are. The draws are made on the CPU, which does not wait for a GPU.
+
+    Raises:
+        ValueError: There is no key.
+    """
+    if key is None:
+        raise ValueError("in training with drop_path above 0 the backbone needs the pictures' keys: forward(x, key)")
+    draws = uniform(fold(key.cpu(), Stream.DROP_PATH), len(paths)).T  # (2 x blocks, B)
+    drop_prob = torch.tensor([path.drop_prob for path in paths])[:, None]
+    scales = ((draws >= drop_prob) / (1 - drop_prob)).to(device, non_blocking=True)
+    for path, scale in zip(paths, scales, strict=True):
+        path.scale = scale
