@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+import lightning as L
 import pytest
 
 from ssl_vit.commands.compose import load_config
 from ssl_vit.config import PretrainConfig
 from ssl_vit.data.sample import make_sample
+from ssl_vit.training.signals import StopSignals
 
 CIFAR_PER_CLASS = {"train": 60, "test": 20}
 
@@ -102,6 +106,25 @@ def pretrain_words(sample: Path, tmp_path: Path) -> Callable[..., list[str]]:
 def pretrain_config(pretrain_words: Callable[..., list[str]]) -> Callable[..., PretrainConfig]:
     """A function: the shipped configuration, shrunk to seconds, with the words given to it."""
     return lambda *more: load_config("pretrain", pretrain_words(*more), PretrainConfig)
+
+
+@pytest.fixture
+def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractContextManager[None]]:
+    """A function: within its block, runs are asked to stop, as by Ctrl-C, after so many steps."""
+    original = StopSignals.on_train_batch_end
+
+    @contextmanager
+    def block(step: int) -> Iterator[None]:
+        def ask(self: StopSignals, trainer: L.Trainer, *rest: object) -> None:
+            original(self, trainer, *rest)
+            if trainer.global_step == step:
+                self.received = signal.SIGINT
+
+        with monkeypatch.context() as patch:
+            patch.setattr(StopSignals, "on_train_batch_end", ask)
+            yield
+
+    return block
 
 
 def _unpacked(data_folder: Path, name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -53,26 +53,6 @@ def test_loading_processes_do_not_change_the_run(pretrain_config):
     assert_same_weights(inside, outside)
 
 
-@pytest.mark.parametrize("method", ["dino", "sit"])
-def test_two_processes_train_like_one(pretrain_words, tmp_path, method):
-    """Through the command, as Lightning starts the second process; the same global batch, so the same network."""
-    words = pretrain_words(
-        f"method={method}",
-        "trainer.precision=32-true",
-        "trainer.max_steps=3",
-        "backbone.drop_path=0.0",
-        # SiT's noise and donors are drawn within a process
-        *(["method.corruption.noise.p=0", "method.corruption.replace.p=0"] if method == "sit" else []),
-    )
-    for name, devices in (("one", 1), ("two", 2)):
-        done = run_command([*words, f"run.name={name}", f"trainer.devices={devices}"])
-        assert done.returncode == 0, done.stderr
-    (first, _), (second, _) = state(tmp_path / "runs" / "one"), state(tmp_path / "runs" / "two")
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=2e-5)
-    assert [row["step"] for row in rows(tmp_path / "runs" / "two")] == ["0", "1", "2"]
-
-
 def test_a_run_folder_is_never_overwritten_by_accident(pretrain_words, tmp_path, capsys):
     words = pretrain_words("trainer.max_steps=1")
     assert main(["pretrain", *words]) == 0

@@ -16,27 +16,8 @@ from ssl_vit.data.sample import make_sample
 from ssl_vit.errors import UserError
 from ssl_vit.models.weights import load_backbone
 from ssl_vit.training.checkpoints import newest
-from ssl_vit.training.signals import StopSignals
 
 FULL = ("online_knn.every_epochs=1", "backbone.drop_path=0.2", "trainer.max_steps=27")
-
-
-@pytest.fixture
-def stop_at(monkeypatch):
-    """A function: signals that ask to stop after a step."""
-
-    def at(step):
-        original = StopSignals.on_train_start
-
-        def on_train_start(self, trainer, module):
-            original(self, trainer, module)
-            self.trainer = trainer
-
-        monkeypatch.setattr(StopSignals, "on_train_start", on_train_start)
-        reached = property(lambda self: signal.SIGINT if self.trainer.global_step == step else None, lambda *_: None)
-        monkeypatch.setattr(StopSignals, "received", reached, raising=False)
-
-    return at
 
 
 # --- equal to the uninterrupted run ----------------------------------------------------------------------------
@@ -45,23 +26,21 @@ def stop_at(monkeypatch):
 @pytest.mark.parametrize(
     ("method", "stop"), [("dino", 5), ("dino", 12), ("sit", 5)]
 )  # in the middle of the first epoch of 12 steps, and at its end
-def test_stopped_and_resumed_equals_uninterrupted(pretrain_config, stop_at, monkeypatch, method, stop):
+def test_stopped_and_resumed_equals_uninterrupted(pretrain_config, stop_at, method, stop):
     words = (f"method={method}", *FULL)
     whole = pretrain(pretrain_config(*words, "run.name=whole"))
-    stop_at(stop)
-    parts = pretrain(pretrain_config(*words, "run.name=parts"))
+    with stop_at(stop):
+        parts = pretrain(pretrain_config(*words, "run.name=parts"))
     assert state(parts)[1] == stop
-    monkeypatch.undo()
     assert pretrain(pretrain_config(*words, "run.name=parts", "run.resume=true")) == parts
     assert_same_run(whole, parts)
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(pretrain_config, stop_at, monkeypatch, capsys):
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(pretrain_config, stop_at, capsys):
     words = (*FULL, "trainer.checkpoint_every=0s")
     whole = pretrain(pretrain_config(*words, "run.name=whole"))
-    stop_at(7)
-    parts = pretrain(pretrain_config(*words, "run.name=parts"))
-    monkeypatch.undo()
+    with stop_at(7):
+        parts = pretrain(pretrain_config(*words, "run.name=parts"))
     last = parts / "checkpoints" / "last.ckpt"
     content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 1  # within a tensor: torch would load it
@@ -106,12 +85,11 @@ def test_every_damage_to_a_checkpoint_is_seen(tmp_path):
             newest(tmp_path)
 
 
-def test_a_row_that_was_cut_off_is_written_again(pretrain_config, stop_at, monkeypatch):
+def test_a_row_that_was_cut_off_is_written_again(pretrain_config, stop_at):
     words = ("trainer.max_steps=9",)
     whole = pretrain(pretrain_config(*words, "run.name=whole"))
-    stop_at(4)
-    parts = pretrain(pretrain_config(*words, "run.name=parts"))
-    monkeypatch.undo()
+    with stop_at(4):
+        parts = pretrain(pretrain_config(*words, "run.name=parts"))
     with (parts / "metrics.csv").open("a") as file:
         file.write("4,0,3.99")
     pretrain(pretrain_config(*words, "run.name=parts", "run.resume=true"))
@@ -129,21 +107,18 @@ def test_a_run_that_had_saved_nothing_starts_anew(pretrain_config, capsys):
     assert_same_run(whole, run)
 
 
-def test_resume_auto_starts_where_there_is_no_run_and_goes_on_where_there_is(pretrain_config, stop_at, monkeypatch):
-    with monkeypatch.context():
-        stop_at(2)
+def test_resume_auto_starts_where_there_is_no_run_and_goes_on_where_there_is(pretrain_config, stop_at):
+    with stop_at(2):
         run = pretrain(pretrain_config("run.resume=auto"))
         assert state(run)[1] == 2
-    monkeypatch.undo()
     assert state(pretrain(pretrain_config("run.resume=auto")))[1] == 4
 
 
-def test_accumulated_steps_resume_exactly(pretrain_config, stop_at, monkeypatch):
+def test_accumulated_steps_resume_exactly(pretrain_config, stop_at):
     words = ("trainer.accumulate=2", "trainer.max_steps=9")
     whole = pretrain(pretrain_config(*words, "run.name=whole"))
-    stop_at(5)
-    parts = pretrain(pretrain_config(*words, "run.name=parts"))
-    monkeypatch.undo()
+    with stop_at(5):
+        parts = pretrain(pretrain_config(*words, "run.name=parts"))
     pretrain(pretrain_config(*words, "run.name=parts", "run.resume=true"))
     assert_same_run(whole, parts)
 
@@ -256,15 +231,14 @@ def test_extending_needs_a_run_to_go_on_with(pretrain_words, capsys):
 
 
 def test_changed_pictures_are_refused_with_the_difference_or_left_as_they_were(
-    pretrain_words, tmp_path, capsys, monkeypatch, stop_at
+    pretrain_words, tmp_path, capsys, stop_at
 ):
     folder = tmp_path / "own"
     make_sample(folder, pictures=60, seed=0)
     words = pretrain_words(f"data.root={folder / 'train'}", "trainer.max_steps=9", "data.memory_gb=0")
     assert main(["pretrain", *words, "run.name=whole"]) == 0
-    stop_at(2)
-    assert main(["pretrain", *words]) == 0
-    monkeypatch.undo()
+    with stop_at(2):
+        assert main(["pretrain", *words]) == 0
     moved = folder / "elsewhere"
     (folder / "train").rename(moved)
     words += [f"data.root={moved}", "run.resume=true"]
@@ -292,15 +266,15 @@ def test_a_moved_folder_is_the_same_folder(pretrain_words, tmp_path):
     assert main(["pretrain", *words, f"data.root={folder / 'elsewhere'}", "run.resume=true"]) == 0
 
 
-@pytest.mark.parametrize("word", ["run.resume=true", "run.resume=auto", "run.overwrite=true"])
-def test_a_second_command_is_kept_out_of_the_run_folder(pretrain_words, tmp_path, word):
+def test_a_second_command_is_kept_out_of_the_run_folder(pretrain_words, tmp_path, capsys):
     run = tmp_path / "runs" / "dino"
-    process = start_command(pretrain_words("trainer.max_steps=100000"))
+    words = pretrain_words("trainer.max_steps=100000")
+    process = start_command(words)
     try:
         wait_until((run / "metrics.csv").exists, process)
-        second = run_command(pretrain_words("trainer.max_steps=100000", word))
-        assert second.returncode == 2
-        assert "another process is training in" in second.stderr
+        for word in ("run.resume=true", "run.resume=auto", "run.overwrite=true"):
+            assert main(["pretrain", *words, word]) == 2
+            assert "another process is training in" in capsys.readouterr().err
         assert (run / "config.yaml").exists()
     finally:
         process.kill()

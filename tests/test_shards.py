@@ -30,7 +30,6 @@ from ssl_vit.data.sharding import write_shards
 from ssl_vit.data.shards import ShardPictures, shard_pictures
 from ssl_vit.data.tars import list_tar
 from ssl_vit.errors import UserError
-from ssl_vit.training.keeper import Keeper
 from ssl_vit.transforms.crops import MultiCrop
 
 
@@ -120,18 +119,11 @@ def assert_same_batches(folder, shards, tmp_path, *, workers, batch_size):
         assert all(torch.equal(a, b) for a, b in zip(from_folder, from_shards, strict=True))
 
 
-def test_a_run_from_shards_stopped_and_resumed_equals_one_from_the_folder(pretrain_config, drawn, monkeypatch):
+def test_a_run_from_shards_stopped_and_resumed_equals_one_from_the_folder(pretrain_config, drawn, stop_at):
     words = ("trainer.max_steps=15", "data.memory_gb=0", "online_knn.every_epochs=1")
     shards = ("data.source=shards", f"data.root={drawn[1]}", "run.name=parts")
     whole = pretrain(pretrain_config(*words, f"data.root={drawn[0]}", "run.name=whole"))
-    original = Keeper.on_train_batch_end
-
-    def stop(self, trainer, *rest):
-        self.asked_to_stop = trainer.global_step == 7  # of 12 in an epoch
-        original(self, trainer, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Keeper, "on_train_batch_end", stop)
+    with stop_at(7):  # of 12 in an epoch
         parts = pretrain(pretrain_config(*words, *shards))
     assert state(parts)["global_step"] == 7
     pretrain(pretrain_config(*words, *shards, "run.resume=true"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import cast
 
 import lightning as L
@@ -9,11 +10,14 @@ import torch
 
 from ssl_vit.config import PretrainConfig
 from ssl_vit.data.pictures import Pictures, SkippedPictures, Subset
+from ssl_vit.errors import UserError
 from ssl_vit.evaluation.features import Features, extract
 from ssl_vit.evaluation.knn import Labelled, knn_accuracy
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.weights import LoadedBackbone
 from ssl_vit.transforms.evaluation import EvalTransform
+
+log = logging.getLogger(__name__)
 
 
 class OnlineKNN(L.Callback):
@@ -53,8 +57,13 @@ class OnlineKNN(L.Callback):
         backbone = cast(Backbone, module.target)
         training = backbone.training
         backbone.eval()
-        bank, queries = (self._features(backbone, pictures) for pictures in (self.bank, self.queries))
-        backbone.train(training)
+        try:
+            bank, queries = (self._features(backbone, pictures) for pictures in (self.bank, self.queries))
+        except UserError as error:  # the pictures are gone from the disk, and training may go on from memory
+            log.warning(f"no kNN at step {step:,}: {error}")
+            return
+        finally:
+            backbone.train(training)
         accuracy = knn_accuracy(
             Labelled(bank.cls[:, -1], bank.labels),
             Labelled(queries.cls[:, -1], queries.labels),

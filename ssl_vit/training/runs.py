@@ -107,7 +107,7 @@ def open_run(config: PretrainConfig, pictures: Pictures) -> Start:
     if not (run.resume is True or (exists and (run.resume == "auto" or (requeued() and not run.overwrite)))):
         if first_process():
             claim_folder(run)
-            (run.path / "checkpoints").mkdir(parents=True)
+            (run.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         return Start(pictures, None, 0, config, [])
     if not exists:
         raise UserError(
@@ -166,7 +166,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         values: dict[str, Any] = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
         if not values["trainer"].keys() >= LENGTH:
             raise ValueError("no configuration of a run")
-    except (ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{folder / CONFIG} is damaged: {' '.join(str(error).split())}") from None
     return values
 
