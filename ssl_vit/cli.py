@@ -11,7 +11,8 @@ import warnings
 from typing import NamedTuple
 
 from ssl_vit import __version__
-from ssl_vit.errors import UserError
+from ssl_vit.errors import ProcessError, UserError
+from ssl_vit.processes import first_process
 
 
 class Command(NamedTuple):
@@ -73,7 +74,8 @@ def main(words: list[str] | None = None) -> int:
         command = "sweep" if name == "pretrain" and "--multirun" in rest else name
         importlib.import_module(f"ssl_vit.commands.{command}").main(rest)
     except UserError as error:
-        print(f"ssl-vit {name}: {error}", file=sys.stderr)
+        if first_process() or isinstance(error, ProcessError):
+            print(f"ssl-vit {name}: {error}", file=sys.stderr)
         return 2
     except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:  # of a place to write to
         print(f"ssl-vit {name}: {error.filename}: {error.strerror}; name another place", file=sys.stderr)

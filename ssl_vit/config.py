@@ -90,6 +90,7 @@ class TrainerConfig(Section):
     accelerator: Literal["auto", "cpu", "gpu"]
     devices: Count
     nodes: Count
+    strategy: Literal["auto", "ddp", "fsdp"]
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
     accumulate: Count
     fused_attention: Literal["auto"] | bool
@@ -339,6 +340,14 @@ class PretrainConfig(Section):
                     f"method.views.{name}.size={crops.size} is not a multiple of backbone.patch_size="
                     f"{self.backbone.patch_size}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _fsdp_has_limits(self) -> Self:
+        if self.trainer.strategy == "fsdp" and self.online_knn.every_epochs:
+            raise ValueError("trainer.strategy=fsdp needs online_knn.every_epochs=null: no process has it whole")
+        if self.trainer.strategy == "fsdp" and self.trainer.precision == "16-mixed":
+            raise ValueError("trainer.strategy=fsdp has no 16-mixed: choose trainer.precision=bf16-mixed or 32-true")
         return self
 
     @model_validator(mode="after")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn import all_gather
+from torch.distributed.tensor import DTensor
 
 
 def world_size() -> int:
@@ -18,14 +20,6 @@ def world_size() -> int:
 def rank() -> int:
     """This process's number, from 0."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def first_process() -> bool:
-    """Whether this is the process that writes files, known before the processes have met.
-
-    Lightning and torchrun tell a process its place through the environment; the first that Lightning starts has none.
-    """
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def all_sum(value: Tensor) -> Tensor:
@@ -45,9 +39,24 @@ def any_process(*flags: bool, device: torch.device) -> list[bool]:
     return votes.bool().tolist()
 
 
+def agree(text: str, device: torch.device) -> bool:
+    """Whether `text` is the same in all processes."""
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+    ends = torch.tensor([number, -number], device=device)
+    if world_size() > 1:
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+    return ends.tolist() == [number, -number]
+
+
 def all_mean(value: Tensor) -> Tensor:
     """The mean of `value` over all processes, without gradient."""
     return all_sum(value) / world_size()
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of each tensor (N,), of the whole one where each process has a part (FSDP2)."""
+    each = torch._foreach_norm(list(tensors))
+    return torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in each])
 
 
 def gather(value: Tensor) -> Tensor:

@@ -3,3 +3,11 @@
 
 class UserError(ValueError):
     """A mistake of the user's: the text says what went wrong, where, and what to do."""
+
+
+class SharedError(UserError):
+    """What all processes of a run know at once; the first speaks for them."""
+
+
+class ProcessError(UserError):
+    """What only one of several processes knows, and has to say for itself; the others end without a word."""

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,7 +209,7 @@ def run_two(tmp_path, words, fault):
     script.write_text(FAULTY.format(fault=fault))
     start = time.monotonic()
     done = subprocess.run(
-        [sys.executable, str(script), "pretrain", *words, "trainer.devices=2"],
+        [sys.executable, str(script), "pretrain", "trainer.devices=2", *words],
         capture_output=True,
         text=True,
         env=environment(),
@@ -239,3 +240,69 @@ def test_an_error_in_one_process_stops_all_with_one_message(pretrain_words, tmp_
     assert "Traceback" not in done.stderr
     assert seconds < 120
     assert checkpoint(tmp_path / "runs" / "dino")["global_step"] == 2
+
+
+def test_processes_that_see_different_pictures_do_not_start(pretrain_words, tmp_path):
+    fault = """
+from ssl_vit.data import files
+import os
+if os.environ.get("LOCAL_RANK") == "1":
+    original = files.find_below
+    files.find_below = lambda root: (original(root)[0].part(0, 100), original(root)[1])
+"""
+    done, _ = run_two(tmp_path, pretrain_words("trainer.max_steps=5"), fault)
+    assert done.returncode == 2
+    assert done.stderr.count("the processes see different pictures") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_loading_process_that_is_killed_ends_the_run_in_words(pretrain_words, tmp_path):
+    """As the system does when memory runs out."""
+    run = tmp_path / "runs" / "dino"
+    words = pretrain_words(
+        "trainer.max_steps=100000", "data.memory_gb=0", "data.workers=1", "trainer.checkpoint_every=0s"
+    )
+    process = start_command(words)
+    wait_until((run / "checkpoints" / "last.ckpt").exists, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        pytest.skip("needs /proc to find the loading process")
+    (worker,) = [
+        int(child)
+        for child in children.read_text().split()
+        if b"ssl_vit" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
+    os.kill(worker, signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, output
+    assert "a loading process was killed" in output
+    assert "is intact" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
+def test_saved_by_two_processes_and_resumed_by_one_and_the_reverse(pretrain_words, tmp_path, first, second):
+    words = pretrain_words("trainer.precision=32-true", "backbone.drop_path=0.2", "trainer.max_steps=14")
+    run = tmp_path / "runs" / "dino"
+    whole = run_command([*words, "run.name=whole"])
+    assert whole.returncode == 0, whole.stderr
+    stop = """
+from ssl_vit.training.signals import StopSignals
+import signal
+def ask(self, trainer, *rest):
+    if trainer.global_step == 5:
+        self.received = signal.SIGTERM
+StopSignals.on_train_batch_end = ask
+"""
+    done, _ = run_two(tmp_path, [*words, f"trainer.devices={first}"], stop)
+    assert done.returncode == 0, done.stderr
+    assert checkpoint(run)["global_step"] == 5
+    done = run_command([*words, f"trainer.devices={second}", "run.resume=true"])
+    assert done.returncode == 0, done.stderr
+    assert f"Changed: trainer.devices: {first} -> {second}" in done.stdout
+    one, other = checkpoint(run.with_name("whole")), checkpoint(run)
+    assert one["global_step"] == other["global_step"] == 14
+    for name, value in one["state_dict"].items():
+        if not name.endswith("qkv.bias"):  # the keys' part has no gradient but rounding
+            torch.testing.assert_close(value, other["state_dict"][name], rtol=0, atol=1e-5)
+    assert [row["step"] for row in rows(run)] == [str(step) for step in range(14)]

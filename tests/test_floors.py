@@ -14,7 +14,7 @@ HYDRA = {"hydra", "omegaconf"}
 HEAVY = HYDRA | {"lightning", "pytorch_lightning", "wandb"}
 SMALL = HEAVY | {"torch", "timm"}
 
-CONFIG = {"__init__", "errors", "durable", "config", "training.schedules"}
+CONFIG = {"__init__", "errors", "durable", "processes", "config", "training.schedules"}
 TENSORS = CONFIG | {"distributed", "precision", "transforms", "models", "losses"}
 MEASURING = TENSORS | {"data", "evaluation", "training.hardware"}
 
@@ -24,6 +24,7 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "__init__": (set(), SMALL),
     "errors": (set(), SMALL),
     "durable": (set(), SMALL),
+    "processes": (set(), SMALL),
     "training.schedules": (set(), SMALL),
     "config": (CONFIG, SMALL),
     "distributed": (CONFIG, HEAVY | {"timm"}),
@@ -39,7 +40,7 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "commands": (MEASURING | {"attention", "methods", "training", "commands"}, HYDRA),
     "commands.compose": (CONFIG | {"commands"}, SMALL - HYDRA),
     "commands.sweep": (CONFIG | {"commands"}, SMALL - HYDRA),
-    "cli": ({"__init__", "errors", "commands"}, SMALL),
+    "cli": ({"__init__", "errors", "processes", "commands"}, SMALL),
     "__main__": ({"cli"}, SMALL),
 }
 

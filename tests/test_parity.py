@@ -28,6 +28,7 @@ from torch.multiprocessing.spawn import start_processes
 
 from ssl_vit.commands.pretrain import pretrain
 from ssl_vit.config import PretrainConfig
+from ssl_vit.models.weights import load_backbone
 
 THREE_STEPS = ("trainer.precision=32-true", "trainer.max_steps=3", "backbone.drop_path=0.2")
 
@@ -125,6 +126,20 @@ def test_three_steps_on_two_processes_are_those_of_one(pretrain_config, method, 
     multiprocessing.set_forkserver_preload(["ssl_vit.commands.pretrain"])
     start_processes(as_torchrun_starts_it, (2, free_port(), config), nprocs=2, start_method="forkserver")
     assert_same_training(one, config.run.path)
+
+
+@pytest.mark.parametrize("method", ["dino", "sit"])
+def test_three_steps_of_a_sharded_network_are_those_of_a_whole_one(pretrain_config, method):
+    """FSDP2; its checkpoint and its exported backbone are whole."""
+    words = (*THREE_STEPS, f"method={method}", "method.optimizer.clip=0.01")
+    one = pretrain(pretrain_config(*words, "run.name=one"))
+    config = pretrain_config(*words, "run.name=sharded", "trainer.devices=2", "trainer.strategy=fsdp")
+    multiprocessing.set_forkserver_preload(["ssl_vit.commands.pretrain"])
+    start_processes(as_torchrun_starts_it, (2, free_port(), config), nprocs=2, start_method="forkserver")
+    assert_same_training(one, config.run.path)
+    images = torch.rand(2, 3, 48, 48)
+    whole, sharded = (load_backbone(str(run / "backbone.safetensors")).backbone for run in (one, config.run.path))
+    torch.testing.assert_close(whole(images).cls, sharded(images).cls, rtol=1e-4, atol=1e-5)
 
 
 def run_command(launcher: list[str], words: list[str]) -> None:

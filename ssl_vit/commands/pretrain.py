@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import uuid
-import warnings
 from pathlib import Path
-from typing import Any
 
-import lightning as L
 import torch
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.strategies import DDPStrategy
 
 from ssl_vit.commands.compose import load_config
 from ssl_vit.config import PretrainConfig
 from ssl_vit.data.find import find_pictures
 from ssl_vit.data.loading import training_loader
 from ssl_vit.data.pictures import SkippedPictures
-from ssl_vit.distributed import first_process
 from ssl_vit.errors import UserError
 from ssl_vit.methods import METHODS
 from ssl_vit.methods.base import Plan, SSLMethod, make_plan
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.weights import export_backbone
-from ssl_vit.training.checkpoints import DurableIO
+from ssl_vit.models.weights import export_backbone, load_backbone
+from ssl_vit.processes import first_process
+from ssl_vit.training.agreement import SamePictures
 from ssl_vit.training.faults import named_faults, refuse_divergence
-from ssl_vit.training.hardware import autocast_dtype, best_device, fused_attention_pays
+from ssl_vit.training.hardware import best_device, fused_attention_pays
 from ssl_vit.training.health import HealthMonitor
 from ssl_vit.training.journal import Journal
 from ssl_vit.training.keeper import Keeper
@@ -38,6 +32,7 @@ from ssl_vit.training.report import conclusion, introduction
 from ssl_vit.training.runs import Start, begin_run, locked, open_run, with_extension
 from ssl_vit.training.signals import StopSignals
 from ssl_vit.training.skipping import SkippedSteps
+from ssl_vit.training.trainer import make_trainer, quiet_lightning
 from ssl_vit.transforms.crops import MultiCrop
 
 
@@ -84,7 +79,7 @@ def train(config: PretrainConfig, plan: Plan, method: SSLMethod, start: Start) -
     )
     progress = RunProgress(plan.total_steps, plan.batch_size, every=plan.log_every)
     online_knn = OnlineKNN(config, start.pictures, skipped)
-    callbacks = [signals, steps, progress, health, online_knn, keeper]
+    callbacks = [signals, SamePictures(start.pictures), steps, progress, health, online_knn, keeper]
     trainer = make_trainer(config, plan, make_loggers(config, start.done), callbacks, keeper.files)
     loader = training_loader(
         start.pictures,
@@ -109,7 +104,9 @@ def train(config: PretrainConfig, plan: Plan, method: SSLMethod, start: Start) -
     if trainer.is_global_zero:
         views = config.method.views
         source = f"{folder} after {trainer.global_step} steps"
-        export_backbone(method.target, folder / "backbone.safetensors", mean=views.mean, std=views.std, source=source)
+        # From the checkpoint: with fsdp no process has the whole network.
+        target = load_backbone(str(folder)).backbone
+        export_backbone(target, folder / "backbone.safetensors", mean=views.mean, std=views.std, source=source)
         print(conclusion(folder, trainer.global_step, plan, health, steps, skipped))
         if outcome := signals.pass_on():
             print(outcome)
@@ -132,43 +129,6 @@ def build_method(config: PretrainConfig, plan: Plan) -> SSLMethod:
     return method
 
 
-def make_trainer(
-    config: PretrainConfig, plan: Plan, loggers: list[Logger], callbacks: list[L.Callback], files: DurableIO
-) -> L.Trainer:
-    """Lightning's Trainer; checkpoints, progress and stopping are the callbacks' work."""
-    settings = config.trainer
-    device = best_device(settings.accelerator)
-    if device.type == "cuda" and settings.devices > torch.cuda.device_count():
-        raise UserError(f"trainer.devices={settings.devices}: this machine has {torch.cuda.device_count()} GPUs")
-    processes = settings.devices * settings.nodes
-    if device.type == "cpu" and settings.devices > 1:
-        torch.set_num_threads(max(1, torch.get_num_threads() // settings.devices))
-    precision = settings.precision
-    if precision == "auto":
-        precision = "bf16-mixed" if autocast_dtype(device) else "32-true"
-    plugins: list[Any] = [files]
-    if SLURMEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # the signals are ours: training/signals.py
-    return L.Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=settings.devices,
-        num_nodes=settings.nodes,
-        # The only buffers that change, the center's, are the same in all processes by construction.
-        strategy=DDPStrategy(broadcast_buffers=False) if processes > 1 else "auto",
-        precision=precision,
-        max_steps=plan.total_steps,
-        accumulate_grad_batches=settings.accumulate,
-        log_every_n_steps=settings.log_every,
-        logger=loggers,
-        callbacks=callbacks,
-        plugins=plugins,
-        default_root_dir=config.run.path,
-        use_distributed_sampler=False,  # the loader slices each global batch itself
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
-
-
 def make_loggers(config: PretrainConfig, done: int) -> list[Logger]:
     """metrics.csv always; wandb beside it, with the run's id kept in the run folder."""
     folder = config.run.path
@@ -188,17 +148,3 @@ def make_loggers(config: PretrainConfig, done: int) -> list[Logger]:
         wandb.log_hyperparams(config.model_dump(mode="json"))
         loggers.append(wandb)
     return loggers
-
-
-def quiet_lightning() -> None:
-    """Keep Lightning's hints for its own users off the terminal."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for hint in (
-        "Found .* module.s. in eval mode",  # the teacher
-        "`isinstance.treespec, LeafSpec",
-        "The 'train_dataloader' does not have many workers",
-        "The number of training batches",
-        "You're resuming from a checkpoint that ended before the epoch ended",  # the loader starts at the right step
-        "torch.distributed.nn.functional.all_gather is deprecated",
-    ):
-        warnings.filterwarnings("ignore", hint)

@@ -24,8 +24,8 @@ from ssl_vit.data.parallel import in_processes
 from ssl_vit.data.pictures import BrokenPicture, printable
 from ssl_vit.data.shard_listing import Listing, joined, read_listing, read_manifest
 from ssl_vit.data.tars import Integers, list_tar, refusal
-from ssl_vit.distributed import first_process
 from ssl_vit.errors import UserError
+from ssl_vit.processes import first_process
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from ssl_vit.data.decode import EXTENSIONS
 from ssl_vit.data.names import Names
 from ssl_vit.data.parallel import PATIENCE, in_order
 from ssl_vit.data.pictures import printable
-from ssl_vit.distributed import first_process
+from ssl_vit.processes import first_process
 
 THREADS = 16  # waiting for folders
 _AHEAD = 4 * THREADS  # folders under way

@@ -14,9 +14,10 @@ from torch.optim import AdamW, Optimizer
 
 from ssl_vit import __version__
 from ssl_vit.config import BackboneConfig, DINOConfig, PretrainConfig, SiTConfig
-from ssl_vit.distributed import all_mean, any_process, gather
+from ssl_vit.distributed import all_mean, any_process, gather, norms
 from ssl_vit.losses.diversity import effective_rank, spread
 from ssl_vit.models.backbone import Backbone
+from ssl_vit.models.sharding import shard
 from ssl_vit.models.weights import CHECKPOINT_KEY
 from ssl_vit.training.schedules import Schedule, cosine
 from ssl_vit.transforms.batch import Batch
@@ -144,6 +145,12 @@ class SSLMethod(L.LightningModule):
         """Whether a row of metrics is written after this step."""
         return (self.global_step + 1) % self.plan.log_every == 0
 
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:  # trainer.strategy=fsdp
+            for network in self.children():
+                if list(network.parameters()):
+                    shard(network, self.device_mesh["data_parallel"])
+
     def configure_optimizers(self) -> Optimizer:
         groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for name, parameter in self.named_parameters():
@@ -170,17 +177,17 @@ class SSLMethod(L.LightningModule):
             # Fused AdamW takes the loss scale out by itself, but only after the clipping.
             scaler.unscale_(optimizer)
         gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
-        norms = torch.stack(torch._foreach_norm(list(gradients.values())))  # (parameters,)
-        broken_loss, broken_gradient = any_process(not self.finite, not norms.isfinite().all(), device=self.device)
+        sizes = norms(list(gradients.values())).tolist()
+        broken = [name for name, size in zip(gradients, sizes, strict=True) if not math.isfinite(size)]
+        loss_broken, gradient_broken = any_process(not self.finite, bool(broken), device=self.device)
         self.finite.fill_(True)
         self.skipped = None
-        if broken_loss or broken_gradient:
-            names = [name for name, norm in zip(gradients, norms.tolist(), strict=True) if not math.isfinite(norm)]
+        if loss_broken or gradient_broken:
             # A loss scale that is too high is found by such steps; they are part of 16-bit training.
-            self.skipped = Skipped(names, expected=scaler is not None and not broken_loss)
+            self.skipped = Skipped(broken, expected=scaler is not None and not loss_broken)
             optimizer.zero_grad()
         elif self.config.optimizer.clip:
-            clip_each(list(gradients.values()), norms, self.config.optimizer.clip)
+            clip_each(list(gradients.values()), sizes, self.config.optimizer.clip)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         step = self.global_step
@@ -200,17 +207,17 @@ class SSLMethod(L.LightningModule):
         }
 
 
-def clip_each(gradients: list[Tensor], norms: Tensor, limit: float) -> None:
+def clip_each(gradients: list[Tensor], sizes: list[float], limit: float) -> None:
     """Scale each parameter's gradient down to an L2 norm of at most `limit`, one by one (DINO, `clip_gradients`).
 
     Not the norm of all gradients together: that is another algorithm.
 
     Args:
         gradients: N of them, changed in place.
-        norms: Theirs (N,).
+        sizes: Their norms.
         limit: Above 0.
     """
-    torch._foreach_mul_(gradients, list(torch.clamp(limit / (norms + 1e-6), max=1.0).unbind()))
+    torch._foreach_mul_(gradients, [min(1.0, limit / (size + 1e-6)) for size in sizes])
 
 
 def by_view(views: Tensor) -> Tensor:

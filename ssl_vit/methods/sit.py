@@ -102,10 +102,11 @@ class SiT(SSLMethod):
         if "reconstruction" in outputs:
             on = mask if self.config.reconstruction.loss_on == "corrupted" else None
             losses["reconstruction"] = l1(outputs["reconstruction"], clean, on)
+        total = self.weights(losses)
         logs |= {name: loss.detach() for name, loss in losses.items()}
         if isinstance(self.weights, UncertaintyWeights):
             logs |= {f"weight_{name}": self.weights.weight(name).detach() for name in losses}
-        return StepResult(self.weights(losses), tokens.cls[: len(batch.key)].detach(), logs)
+        return StepResult(total, tokens.cls[: len(batch.key)].detach(), logs)
 
     def rotated(self, views: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Views (B, 2, C, H, W), each turned by its own quarter turns: (2B, C, H, W) and the turns (2B,) of 0 to 3."""

@@ -7,6 +7,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ssl_vit.distributed import norms
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -29,5 +31,5 @@ def start_teacher(teacher: ModuleT, student: nn.Module) -> ModuleT:
 def distance(teacher: nn.Module, student: nn.Module) -> Tensor:
     """‖θ_teacher - θ_student‖ / ‖θ_student‖ over all parameters, a scalar; 0 when they are the same network."""
     theirs, ours = ([p.detach() for p in network.parameters()] for network in (teacher, student))
-    apart, size = (torch.stack(torch._foreach_norm(x)).norm() for x in (torch._foreach_sub(theirs, ours), ours))
+    apart, size = (norms(x).norm() for x in (torch._foreach_sub(theirs, ours), ours))
     return torch.divide(apart, size)

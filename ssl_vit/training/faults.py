@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from torch.distributed import DistBackendError
 
 from ssl_vit.distributed import rank, world_size
-from ssl_vit.errors import UserError
+from ssl_vit.errors import ProcessError, SharedError, UserError
 from ssl_vit.training.keeper import Keeper
 from ssl_vit.training.skipping import SkippedSteps
 
@@ -26,6 +26,8 @@ def named_faults(keeper: Keeper) -> Iterator[None]:
     """
     try:
         yield
+    except SharedError:
+        raise
     except UserError as error:
         raise _of_this_process(str(error)) from None
     except OSError as error:
@@ -48,12 +50,10 @@ def refuse_divergence(keeper: Keeper, steps: SkippedSteps, step: int) -> None:
     """Say so if the run stopped because its numbers are no longer finite.
 
     Raises:
-        UserError: It did; in the first process only, the others leave without a word.
+        UserError: It did.
     """
     if not (keeper.diverged or steps.exhausted):
         return
-    if rank() > 0:
-        raise SystemExit(2)
     reason = (
         f"{steps.in_a_row} steps in a row had a loss or gradient that is not finite and were left out; "
         f"{steps.journal.path} names their pictures"
@@ -67,7 +67,7 @@ def refuse_divergence(keeper: Keeper, steps: SkippedSteps, step: int) -> None:
 
 
 def _of_this_process(message: str) -> UserError:
-    return UserError(f"process {rank()}: {message}" if world_size() > 1 else message)
+    return ProcessError(f"process {rank()}: {message}") if world_size() > 1 else UserError(message)
 
 
 def _peer_is_gone(error: RuntimeError) -> bool:

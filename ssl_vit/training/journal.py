@@ -8,8 +8,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from ssl_vit.distributed import first_process
 from ssl_vit.durable import durable
+from ssl_vit.processes import first_process
 
 
 class Journal:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import lightning as L
 
-from ssl_vit.distributed import any_process
-from ssl_vit.errors import UserError
+from ssl_vit.distributed import any_process, norms
+from ssl_vit.errors import SharedError
 from ssl_vit.training.checkpoints import LAST, DurableIO, keep_as
 from ssl_vit.training.signals import StopSignals
 
@@ -28,7 +28,7 @@ class Keeper(L.Callback):
         keep_every_epochs: Also keep `epoch_NNNN.ckpt` of every n-th epoch; None: only the last and the one before.
 
     Raises:
-        UserError: From a hook of Lightning: a checkpoint cannot be written, because the disk is full, say.
+        SharedError: From a hook of Lightning: a checkpoint cannot be written, because the disk is full, say.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Keeper(L.Callback):
             trainer.should_stop = True
 
     def _save(self, trainer: L.Trainer, module: L.LightningModule, kept_name: str | None) -> None:
-        if not all(parameter.isfinite().all() for parameter in module.parameters()):
+        if not norms([parameter.detach() for parameter in module.parameters()]).isfinite().all():
             self.diverged = trainer.should_stop = True
             return
         if trainer.is_global_zero:
@@ -90,7 +90,7 @@ class Keeper(L.Callback):
         (failed,) = any_process(self.files.failure is not None, device=trainer.strategy.root_device)
         if failed:
             reason = self.files.failure.strerror if self.files.failure else "the first process could not write it"
-            raise UserError(
+            raise SharedError(
                 f"the checkpoint of step {trainer.global_step:,} cannot be written to {self.folder}: {reason}. "
                 f"{self.way_on}"
             )

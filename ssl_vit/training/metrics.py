@@ -12,8 +12,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from ssl_vit.distributed import first_process
 from ssl_vit.durable import durable
+from ssl_vit.processes import first_process
 
 
 class MetricsCSV(Logger):

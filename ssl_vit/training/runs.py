@@ -16,9 +16,9 @@ from ssl_vit.config import FolderConfig, PretrainConfig, RunConfig
 from ssl_vit.data.files import FilePictures
 from ssl_vit.data.names import Names
 from ssl_vit.data.pictures import Pictures, printable
-from ssl_vit.distributed import first_process
 from ssl_vit.durable import durable
 from ssl_vit.errors import UserError
+from ssl_vit.processes import first_process
 from ssl_vit.training.checkpoints import newest
 from ssl_vit.training.signals import requeued
 

@@ -1,0 +1,79 @@
+"""Lightning's Trainer, set up for us: devices, precision, the way processes share the work, and no chatter."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+
+from ssl_vit.config import PretrainConfig, TrainerConfig
+from ssl_vit.errors import UserError
+from ssl_vit.methods.base import Plan
+from ssl_vit.training.checkpoints import DurableIO
+from ssl_vit.training.hardware import autocast_dtype, best_device
+
+
+def make_trainer(
+    config: PretrainConfig, plan: Plan, loggers: list[Logger], callbacks: list[L.Callback], files: DurableIO
+) -> L.Trainer:
+    """Lightning's Trainer; checkpoints, progress and stopping are the callbacks' work."""
+    settings = config.trainer
+    device = best_device(settings.accelerator)
+    if device.type == "cuda" and settings.devices > torch.cuda.device_count():
+        raise UserError(f"trainer.devices={settings.devices}: this machine has {torch.cuda.device_count()} GPUs")
+    if device.type == "cpu" and settings.devices > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // settings.devices))
+    precision = settings.precision
+    if precision == "auto":
+        precision = "bf16-mixed" if autocast_dtype(device) else "32-true"
+    plugins: list[Any] = [files]
+    if SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # the signals are ours: training/signals.py
+    return L.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=settings.devices,
+        num_nodes=settings.nodes,
+        strategy=make_strategy(settings),
+        precision=precision,
+        max_steps=plan.total_steps,
+        accumulate_grad_batches=settings.accumulate,
+        log_every_n_steps=settings.log_every,
+        logger=loggers,
+        callbacks=callbacks,
+        plugins=plugins,
+        default_root_dir=config.run.path,
+        use_distributed_sampler=False,  # the loader slices each global batch itself
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+
+
+def make_strategy(settings: TrainerConfig) -> Strategy | str:
+    """How the processes share the work: each with the whole network, or with a part of it."""
+    processes = settings.devices * settings.nodes
+    if settings.strategy == "fsdp":
+        return ModelParallelStrategy(
+            data_parallel_size=processes, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+    # The only buffers that change, the center's, are the same in all processes by construction.
+    return DDPStrategy(broadcast_buffers=False) if processes > 1 else "auto"
+
+
+def quiet_lightning() -> None:
+    """Keep Lightning's hints for its own users off the terminal."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for hint in (
+        "Found .* module.s. in eval mode",  # the teacher
+        "`isinstance.treespec, LeafSpec",
+        "The 'train_dataloader' does not have many workers",
+        "The number of training batches",
+        "You're resuming from a checkpoint that ended before the epoch ended",  # the loader starts at the right step
+        "torch.distributed.nn.functional.all_gather is deprecated",
+    ):
+        warnings.filterwarnings("ignore", hint)
