@@ -16,6 +16,7 @@ from ssl_vit.data.sample import make_sample
 from ssl_vit.errors import UserError
 from ssl_vit.models.weights import load_backbone
 from ssl_vit.training.checkpoints import newest
+from ssl_vit.training.signals import StopSignals
 
 FULL = ("online_knn.every_epochs=1", "backbone.drop_path=0.2", "trainer.max_steps=27")
 
@@ -172,6 +173,26 @@ def test_slurm_puts_the_job_back_and_the_same_command_goes_on(pretrain_words, tm
     assert done.returncode == 0, done.stderr
     assert f"Going on after step {stopped}" in done.stdout
     assert [int(row["step"]) for row in rows(run)] == list(range(60))
+
+
+def test_submitits_own_handler_comes_after_the_checkpoint(pretrain_config, monkeypatch):
+    """It resubmits the job and ends the process; by then the run must be saved."""
+    seen = []
+    run = pretrain_config().run.path
+    before = signal.signal(signal.SIGUSR2, lambda *_: seen.append(state(run)[1]))
+    original = StopSignals.on_train_batch_end
+
+    def warn(self, trainer, *rest):
+        original(self, trainer, *rest)
+        if trainer.global_step == 2:
+            signal.raise_signal(signal.SIGUSR2)
+
+    monkeypatch.setattr(StopSignals, "on_train_batch_end", warn)
+    try:
+        pretrain(pretrain_config())
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert seen == [2]
 
 
 def test_time_limit_saves_and_stops(pretrain_config):

@@ -41,7 +41,7 @@ def main(words: list[str]) -> None:
         )
     print(f"{len(jobs)} runs: {', '.join(map(str, folders))}", flush=True)
     if any(word.startswith("hydra/launcher=") for word in hydras):
-        _launch(jobs, configs, hydras)
+        _launch(configs, hydras)
     else:
         _run_here(jobs)
 
@@ -77,7 +77,7 @@ def _run_here(jobs: list[list[str]]) -> None:
         raise UserError(f"{failed} of {len(jobs)} runs failed")
 
 
-def _launch(jobs: list[list[str]], configs: list[PretrainConfig], hydras: list[str]) -> None:
+def _launch(configs: list[PretrainConfig], hydras: list[str]) -> None:
     """Through the chosen launcher of Hydra, which is told nothing but the number of the job."""
     launcher = next(word.partition("=")[2] for word in hydras if word.startswith("hydra/launcher="))
     if launcher.startswith("submitit") and not importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher"):
@@ -87,9 +87,12 @@ def _launch(jobs: list[list[str]], configs: list[PretrainConfig], hydras: list[s
 
     @hydra.main(version_base="1.3", config_path=None)
     def run(choice: DictConfig) -> None:
-        pretrain(load_config("pretrain", jobs[choice.job], PretrainConfig))
+        try:
+            pretrain(configs[choice.job])
+        except UserError as error:
+            sys.exit(f"ssl-vit pretrain: {error}")
 
-    numbers = ",".join(map(str, range(len(jobs))))
+    numbers = ",".join(map(str, range(len(configs))))
     place = [f"hydra.sweep.dir={configs[0].run.folder / '.sweep'}", "hydra.output_subdir=null"]
     sys.argv = ["ssl-vit", "--multirun", f"+job={numbers}", *place, *hydras]
     run()

@@ -1,0 +1,69 @@
+"""Many runs from one command: every combination, each in its folder, here or through a launcher."""
+
+import subprocess
+import sys
+
+import pytest
+from running import environment, rows, state
+
+from ssl_vit.cli import main
+from ssl_vit.commands.sweep import combinations
+
+
+def test_words_become_one_job_per_combination():
+    jobs = combinations(["seed=0,1", "data.root=/a b/[c]", "method.optimizer.lr=choice(0.1,0.2)", "backbone=vit_cpu"])
+    assert len(jobs) == 4
+    assert jobs[0] == [
+        "seed=0",
+        "data.root=/a b/[c]",
+        "method.optimizer.lr=0.1",
+        "backbone=vit_cpu",
+        "run.resume=auto",
+    ]
+    assert jobs[3][0] == "seed=1"
+    assert jobs[3][2] == "method.optimizer.lr=0.2"
+    assert combinations(["seed=range(1,4)", "run.resume=true"]) == [
+        [f"seed={seed}", "run.resume=true"] for seed in (1, 2, 3)
+    ]
+    assert combinations(["method.teacher.momentum=[0.9,1.0]"])[0][0] == "method.teacher.momentum=[0.9,1.0]"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["seed=0,1"], "two runs would share a folder"),
+        (["seed=0,1", "run.name=s${seed}", "method.optimizer.lrr=3"], "unknown key"),
+        (["seed=0,1", "run.name=s${seed}", "trainer.devices=2", "hydra/launcher=basic"], "set trainer.devices=1"),
+    ],
+)
+def test_mistakes_are_told_before_the_first_run(pretrain_words, tmp_path, capsys, words, says):
+    assert main(["pretrain", "--multirun", *pretrain_words(*words)]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def run(words):
+    command = [sys.executable, "-m", "ssl_vit", "pretrain", "--multirun", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=240)
+
+
+def test_every_combination_runs_and_a_failed_one_does_not_stop_the_rest(pretrain_words, tmp_path):
+    """A value that only the network refuses."""
+    words = pretrain_words("trainer.max_steps=2", "backbone.name=resnet50,vit_tiny_patch16_224")
+    words.append("run.name=on-${backbone.name}")
+    done = run(words)
+    assert done.returncode == 2
+    assert "1 of 2 runs failed" in done.stderr
+    assert state(tmp_path / "runs" / "on-vit_tiny_patch16_224")[1] == 2
+    assert not (tmp_path / "runs" / "on-resnet50").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["basic", "submitit_local"])
+def test_a_launcher_of_hydra_starts_the_jobs(pretrain_words, tmp_path, launcher):
+    words = pretrain_words("trainer.max_steps=2", "seed=0,1", "run.name=s${seed}", f"hydra/launcher={launcher}")
+    done = run(words)
+    assert done.returncode == 0, done.stderr
+    first, second = (rows(tmp_path / "runs" / name) for name in ("s0", "s1"))
+    assert len(first) == len(second) == 2
+    assert first[1]["train/loss"] != second[1]["train/loss"]
