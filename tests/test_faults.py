@@ -256,6 +256,29 @@ if os.environ.get("LOCAL_RANK") == "1":
     assert "Traceback" not in done.stderr
 
 
+def children_of(process):
+    """The processes of ssl-vit that it has started."""
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not listed.exists():
+        pytest.skip("needs /proc to find the processes")
+    children = [int(child) for child in listed.read_text().split()]
+    return [child for child in children if b"ssl_vit" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def test_a_process_that_is_killed_ends_the_run_and_the_first_says_where_it_stands(pretrain_words, tmp_path):
+    run = tmp_path / "runs" / "dino"
+    words = pretrain_words("trainer.max_steps=100000", "trainer.devices=2", "trainer.checkpoint_every=0s")
+    process = start_command(words)
+    wait_until((run / "checkpoints" / "previous.ckpt").exists, process)
+    (second,) = children_of(process)
+    os.kill(second, signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode not in (0, None)
+    assert output.count("another process has ended, and with it the run") == 1
+    assert "is intact: the same command with run.resume=true goes on" in output
+    assert "Traceback" not in output
+
+
 def test_a_loading_process_that_is_killed_ends_the_run_in_words(pretrain_words, tmp_path):
     """As the system does when memory runs out."""
     run = tmp_path / "runs" / "dino"
@@ -264,14 +287,7 @@ def test_a_loading_process_that_is_killed_ends_the_run_in_words(pretrain_words, 
     )
     process = start_command(words)
     wait_until((run / "checkpoints" / "last.ckpt").exists, process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    if not children.exists():
-        pytest.skip("needs /proc to find the loading process")
-    (worker,) = [
-        int(child)
-        for child in children.read_text().split()
-        if b"ssl_vit" in Path(f"/proc/{child}/cmdline").read_bytes()
-    ]
+    (worker,) = children_of(process)
     os.kill(worker, signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2, output

@@ -278,6 +278,19 @@ def test_changed_pictures_are_refused_with_the_difference_or_left_as_they_were(
     assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "dino")
 
 
+@pytest.mark.parametrize("name", ["data.json", "pictures.safetensors", "metrics.csv"])
+@pytest.mark.parametrize("damage", ["gone", "nonsense"])
+def test_a_file_of_the_run_that_is_lost_does_not_lose_the_run(pretrain_config, stop_at, name, damage):
+    with stop_at(2):
+        run = pretrain(pretrain_config())
+    (run / name).unlink()
+    if damage == "nonsense":
+        (run / name).write_bytes(b"\x00nonsense\n\xff")
+    pretrain(pretrain_config("run.resume=true"))
+    assert state(run)[1] == 4
+    assert [row["step"] for row in rows(run)][-2:] == ["2", "3"]
+
+
 def test_a_moved_folder_is_the_same_folder(pretrain_words, tmp_path):
     folder = tmp_path / "own"
     make_sample(folder, pictures=60, seed=0)

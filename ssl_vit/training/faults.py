@@ -12,6 +12,7 @@ from torch.distributed import DistBackendError
 
 from ssl_vit.distributed import rank, world_size
 from ssl_vit.errors import ProcessError, SharedError, UserError
+from ssl_vit.processes import first_process
 from ssl_vit.training.keeper import Keeper
 from ssl_vit.training.skipping import SkippedSteps
 
@@ -22,7 +23,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def named_faults(keeper: Keeper) -> Iterator[None]:
     """Turn what training may raise into a UserError that says where the run stands.
 
-    Of several processes the one that failed speaks. The others notice that it is gone, and end without a word.
+    Of several processes the one that failed says why. The others notice that it is gone; the first says where the run
+    stands.
     """
     try:
         yield
@@ -36,6 +38,9 @@ def named_faults(keeper: Keeper) -> Iterator[None]:
         raise _of_this_process(f"{error.filename or keeper.folder.parent}: {error.strerror}. {keeper.way_on}") from None
     except RuntimeError as error:
         if world_size() > 1 and _peer_is_gone(error):
+            if first_process():
+                reason = str(error).partition("\n")[0].partition(". This is typically")[0]
+                print(f"another process has ended, and with it the run ({reason}). {keeper.way_on}", file=sys.stderr)
             sys.stderr.flush()
             os._exit(1)  # torch's own farewell would wait for the process that is gone, or abort
         if "DataLoader worker" not in str(error):

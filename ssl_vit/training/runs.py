@@ -104,7 +104,7 @@ def open_run(config: PretrainConfig, pictures: Pictures) -> Start:
     """
     run = config.run
     exists = (run.path / CONFIG).is_file()
-    if not (run.resume is True or (exists and (run.resume == "auto" or (requeued() and not run.overwrite)))):
+    if not (run.resume is True or (exists and (run.resume == "auto" or requeued()))):
         if first_process():
             claim_folder(run)
             (run.path / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -199,13 +199,21 @@ def compare_pictures(run: RunConfig, found: Pictures) -> tuple[Pictures, list[st
     Raises:
         UserError: They are not those that it began with, and run.keep_pictures is false.
     """
-    before = json.loads((run.path / DATA).read_text(encoding="utf-8"))
-    if found.fingerprint(sizes=False) == before["fingerprint"]:
+    try:
+        before = json.loads((run.path / DATA).read_text(encoding="utf-8"))
+        unchanged = found.fingerprint(sizes=False) == before["fingerprint"]
+        head = f"run.resume=true: the pictures have changed, from {before['count']:,} to {len(found):,}"
+        began = f"The run began with {before['text']}"
+    except (OSError, ValueError, LookupError, TypeError):
+        return found, [f"{run.path / DATA} cannot be read: whether the pictures are the same is not known"]
+    if unchanged:
         return found, []
-    head = f"run.resume=true: the pictures have changed, from {before['count']:,} to {len(found):,}"
-    if not isinstance(found, FilePictures) or not (run.path / PICTURES).is_file():
-        raise UserError(f"{head}: the run began with {before['text']}")
-    names = Names.load(run.path / PICTURES)
+    try:
+        names = Names.load(run.path / PICTURES)
+    except (OSError, ValueError):
+        names = None
+    if names is None or not isinstance(found, FilePictures):
+        raise UserError(f"{head}. {began}")
     old, new = set(names), set(found.names)
     difference = f"gone: {_some(old - new)}; new: {_some(new - old)}"
     if not run.keep_pictures:

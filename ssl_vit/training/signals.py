@@ -69,4 +69,4 @@ def slurm_job() -> str | None:
 
 def requeued() -> bool:
     """Whether SLURM has started this job again after a stop."""
-    return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
