@@ -286,7 +286,7 @@ def test_a_loading_process_that_is_killed_ends_the_run_in_words(pretrain_words, 
         "trainer.max_steps=100000", "data.memory_gb=0", "data.workers=1", "trainer.checkpoint_every=0s"
     )
     process = start_command(words)
-    wait_until((run / "checkpoints" / "last.ckpt").exists, process)
+    wait_until((run / "checkpoints" / "previous.ckpt").exists, process)
     (worker,) = children_of(process)
     os.kill(worker, signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
