@@ -11,6 +11,7 @@ import warnings
 from typing import NamedTuple
 
 from ssl_vit import __version__
+from ssl_vit.durable import FULL
 from ssl_vit.errors import ProcessError, UserError
 from ssl_vit.processes import first_process
 
@@ -82,6 +83,13 @@ def main(words: list[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print(
+            f"ssl-vit {name}: {error.filename or 'a file'}: {error.strerror}; make room and try again", file=sys.stderr
+        )
+        return 2
     except KeyboardInterrupt:
         print(f"\nssl-vit {name}: stopped", file=sys.stderr)
         return 130

@@ -21,9 +21,10 @@ def test_a_file_appears_whole_and_replaces_the_old_one(tmp_path):
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(b"good")
-    with pytest.raises(OSError, match="No space"), durable(path) as file:
+    with pytest.raises(OSError, match="No space") as failure, durable(path) as file:
         file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
+    assert failure.value.filename == str(path)
     assert path.read_bytes() == b"good"
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
 

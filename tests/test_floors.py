@@ -40,7 +40,7 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "commands": (MEASURING | {"attention", "methods", "training", "commands"}, HYDRA),
     "commands.compose": (CONFIG | {"commands"}, SMALL - HYDRA),
     "commands.sweep": (CONFIG | {"commands"}, SMALL - HYDRA),
-    "cli": ({"__init__", "errors", "processes", "commands"}, SMALL),
+    "cli": ({"__init__", "durable", "errors", "processes", "commands"}, SMALL),
     "__main__": ({"cli"}, SMALL),
 }
 

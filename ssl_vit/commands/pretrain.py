@@ -13,6 +13,7 @@ from ssl_vit.config import PretrainConfig
 from ssl_vit.data.find import find_pictures
 from ssl_vit.data.loading import training_loader
 from ssl_vit.data.pictures import SkippedPictures
+from ssl_vit.durable import durable
 from ssl_vit.errors import UserError
 from ssl_vit.methods import METHODS
 from ssl_vit.methods.base import Plan, SSLMethod, make_plan
@@ -136,7 +137,8 @@ def make_loggers(config: PretrainConfig, done: int) -> list[Logger]:
     if config.logger.name == "wandb":
         id_file = folder / "wandb_id.txt"
         if first_process() and not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+            with durable(id_file) as file:
+                file.write(uuid.uuid4().hex[:8].encode())
         wandb = WandbLogger(
             project=config.logger.project,
             name=config.run.name,

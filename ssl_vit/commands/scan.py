@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 from ssl_vit.commands.compose import load_config
 from ssl_vit.config import ScanConfig
 from ssl_vit.data.files import folder_pictures, listed_pictures
 from ssl_vit.data.scan import scan_files
+from ssl_vit.durable import write_json
 
 
 def main(words: list[str]) -> None:
@@ -19,5 +18,5 @@ def main(words: list[str]) -> None:
     if config.out:
         config.out.mkdir(parents=True, exist_ok=True)
         file = config.out / "scan.json"
-        file.write_text(json.dumps(report.as_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(file, report.as_json())
         print(f"\nAll names: {file}")

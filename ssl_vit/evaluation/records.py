@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ssl_vit import __version__
+from ssl_vit.durable import write_json
 from ssl_vit.training.hardware import autocast_dtype
 
 SCHEMA = 1  # of the JSON; grows when a key changes its meaning
@@ -65,9 +66,7 @@ class Record:
             **asdict(self),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_json(path, content)
 
     def table(self) -> str:
         """The scores side by side in percent: the network with its interval, then the baselines; warnings below."""

@@ -14,11 +14,12 @@ import timm
 import torch
 from pydantic import model_validator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ssl_vit.config import BackboneConfig, Positive, Section
+from ssl_vit.durable import durable, write_json
 from ssl_vit.errors import UserError
 from ssl_vit.models.backbone import Backbone, timm_arguments
 from ssl_vit.models.official import IMAGENET_MEAN, IMAGENET_STD, read_official
@@ -94,9 +95,8 @@ def export_backbone(backbone: Backbone, path: Path, *, mean: list[float], std: l
     """Write the weights under timm's names, and beside them a JSON that says how to load them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu().contiguous() for name, value in backbone.vit.state_dict().items()}
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(state, temporary)
-    temporary.replace(path)
+    with durable(path) as file:
+        file.write(save(state))
     config = backbone.config
     arguments = ", ".join(f"{name}={value!r}" for name, value in timm_arguments(config).items())
     sidecar = {
@@ -110,7 +110,7 @@ def export_backbone(backbone: Backbone, path: Path, *, mean: list[float], std: l
         "backbone": config.model_dump(mode="json"),
         "sha256": _sha256(path),
     }
-    path.with_suffix(".json").write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
+    write_json(path.with_suffix(".json"), sidecar)
 
 
 def _filled(config: BackboneConfig, state: StateDict, origin: str) -> Backbone:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -11,12 +10,11 @@ from contextlib import contextmanager
 from torch.distributed import DistBackendError
 
 from ssl_vit.distributed import rank, world_size
+from ssl_vit.durable import FULL
 from ssl_vit.errors import ProcessError, SharedError, UserError
 from ssl_vit.processes import first_process
 from ssl_vit.training.keeper import Keeper
 from ssl_vit.training.skipping import SkippedSteps
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from ssl_vit.config import FolderConfig, PretrainConfig, RunConfig
 from ssl_vit.data.files import FilePictures
 from ssl_vit.data.names import Names
 from ssl_vit.data.pictures import Pictures, printable
-from ssl_vit.durable import durable
+from ssl_vit.durable import durable, write_json
 from ssl_vit.errors import UserError
 from ssl_vit.processes import first_process
 from ssl_vit.training.checkpoints import newest
@@ -135,8 +135,7 @@ def begin_run(config: PretrainConfig, pictures: Pictures) -> None:
     if isinstance(pictures, FilePictures):
         pictures.names.save(folder / PICTURES)
     data = {"count": len(pictures), "fingerprint": pictures.fingerprint(sizes=False), "text": pictures.describe()}
-    with durable(folder / DATA) as file:
-        file.write(json.dumps(data, indent=2, ensure_ascii=False).encode())
+    write_json(folder / DATA, data)
     with durable(folder / CONFIG) as file:
         file.write(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).encode())
 
