@@ -132,6 +132,11 @@ def test_a_run_from_shards_stopped_and_resumed_equals_one_from_the_folder(pretra
     assert all(torch.equal(value, second["state_dict"][name]) for name, value in first["state_dict"].items())
 
 
+def test_tar_files_in_place_of_pictures_are_hinted_at(drawn):
+    with pytest.raises(UserError, match=r"data\.source=shards reads tar files"):
+        find_pictures("folder", drawn[1])
+
+
 def state(run):
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
 

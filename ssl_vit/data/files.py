@@ -101,8 +101,8 @@ def folder_pictures(root: Path) -> FilePictures:
     names, ignored = find_below(root)
     if not len(names):
         found = f"it holds {counts(ignored)}" if ignored else "it is empty"
-        known = ", ".join(sorted(EXTENSIONS))
-        raise UserError(f"{printable(root.absolute())}: there is no picture in this folder, {found}; pictures: {known}")
+        hint = "data.source=shards reads tar files" if ignored[".tar"] else f"pictures: {', '.join(sorted(EXTENSIONS))}"
+        raise UserError(f"{printable(root.absolute())}: there is no picture in this folder, {found}; {hint}")
     return FilePictures(root, names, ignored=ignored, labelled=True)
 
 

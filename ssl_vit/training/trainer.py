@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from ssl_vit.config import PretrainConfig, TrainerConfig
 from ssl_vit.errors import UserError
@@ -61,13 +61,13 @@ def make_strategy(settings: TrainerConfig) -> Strategy | str:
         return ModelParallelStrategy(
             data_parallel_size=processes, tensor_parallel_size=1, save_distributed_checkpoint=False
         )
-    # The only buffers that change, the center's, are the same in all processes by construction.
-    return DDPStrategy(broadcast_buffers=False) if processes > 1 else "auto"
+    return "ddp" if processes > 1 else "auto"
 
 
 def quiet_lightning() -> None:
     """Keep Lightning's hints for its own users off the terminal."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for part in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(part).setLevel(logging.WARNING)
     for hint in (
         "Found .* module.s. in eval mode",  # the teacher
         "`isinstance.treespec, LeafSpec",
