@@ -17,7 +17,7 @@ from ssl_vit.config import BackboneConfig, DINOConfig, PretrainConfig, SiTConfig
 from ssl_vit.distributed import all_mean, any_process, gather, norms
 from ssl_vit.losses.diversity import effective_rank, spread
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.sharding import shard
+from ssl_vit.models.fsdp import shard
 from ssl_vit.models.weights import CHECKPOINT_KEY
 from ssl_vit.training.schedules import Schedule, cosine
 from ssl_vit.transforms.batch import Batch
