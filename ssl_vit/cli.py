@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ssl_vit import __version__
 from ssl_vit.durable import FULL
-from ssl_vit.errors import ProcessError, UserError
+from ssl_vit.errors import SharedError, UserError
 from ssl_vit.processes import first_process
 
 
@@ -75,7 +75,7 @@ def main(words: list[str] | None = None) -> int:
         command = "sweep" if name == "pretrain" and "--multirun" in rest else name
         importlib.import_module(f"ssl_vit.commands.{command}").main(rest)
     except UserError as error:
-        if first_process() or isinstance(error, ProcessError):
+        if first_process() or not isinstance(error, SharedError):
             print(f"ssl-vit {name}: {error}", file=sys.stderr)
         return 2
     except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:  # of a place to write to

@@ -32,6 +32,12 @@ def _duration(value: object) -> object:
     return value if isinstance(value, Duration) else Duration.parse(str(value))
 
 
+def _resume(value: object) -> object:
+    if value not in (True, False, "auto"):
+        raise ValueError("write true, false or auto")
+    return value
+
+
 def _ascending(value: tuple[float, float]) -> tuple[float, float]:
     if value[0] > value[1]:
         raise ValueError(f"write the smaller end first, as [{value[1]}, {value[0]}]")
@@ -72,7 +78,7 @@ class FolderConfig(Section):
 
 
 class RunConfig(FolderConfig):
-    resume: bool | Literal["auto"]  # type: ignore[assignment]
+    resume: Annotated[bool | Literal["auto"], BeforeValidator(_resume)]  # type: ignore[assignment]
     extend_to_epochs: Count | None
     keep_pictures: bool
 

@@ -7,7 +7,3 @@ class UserError(ValueError):
 
 class SharedError(UserError):
     """What all processes of a run know at once; the first speaks for them."""
-
-
-class ProcessError(UserError):
-    """What only one of several processes knows, and has to say for itself; the others end without a word."""

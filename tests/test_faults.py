@@ -20,6 +20,8 @@ from ssl_vit.errors import UserError
 from ssl_vit.methods.dino import DINO
 from ssl_vit.methods.sit import SiT
 
+DINO_STEP = DINO.step
+
 # --- killed ----------------------------------------------------------------------------------------------------
 
 
@@ -171,6 +173,29 @@ def test_weights_that_are_not_finite_are_not_saved(pretrain_config):
     words = ("method.optimizer.warmup=0steps", "method.optimizer.lr=1e41", "trainer.checkpoint_every=0s")
     with pytest.raises(UserError, match=r"diverged at step 1: a weight is no longer finite\. Nothing had been saved"):
         pretrain(pretrain_config(*words))
+
+
+def test_a_loss_scale_that_helps_no_more_is_not_waited_for(pretrain_config, monkeypatch):
+    """In 16-mixed steps are left out while the scale is looked for; endless ones end the run all the same."""
+    from lightning.pytorch.plugins import MixedPrecision
+
+    from ssl_vit.training import trainer
+
+    original = trainer.L.Trainer
+
+    def with_scaler(**settings):
+        del settings["precision"]
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        return original(**settings | {"plugins": [*settings["plugins"], MixedPrecision("16-mixed", "cpu", scaler)]})
+
+    def step(self, *batch):
+        result = DINO_STEP(self, *batch)
+        return result._replace(loss=result.loss + (0 * self.student.backbone.vit.cls_token).sum().sqrt())
+
+    monkeypatch.setattr(trainer.L, "Trainer", with_scaler)
+    monkeypatch.setattr(DINO, "step", step)
+    with pytest.raises(UserError, match="diverged at step 5: 3 steps in a row"):  # after two at scales above 1
+        pretrain(pretrain_config("trainer.max_steps=20", "trainer.skip_budget=2"))
 
 
 # --- several processes -----------------------------------------------------------------------------------------

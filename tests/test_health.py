@@ -30,7 +30,7 @@ HEALTHY = {
 def names(config, pictures):
     plan = make_plan(config, pictures)
     method = build_method(config, plan)
-    return [verdict.name for verdict in outlook(config.method, plan, method.schedules["lr"](method.warmup_steps))]
+    return [verdict.name for verdict in outlook(config.method, plan, method.peak_lr)]
 
 
 SOUND = ("trainer.max_steps=2000", "trainer=auto", "trainer.accelerator=cpu")
@@ -59,7 +59,9 @@ def test_what_can_be_seen_from_the_configuration(pretrain_config, words, picture
 
 
 def test_the_verdicts_stand_before_the_run(pretrain_config, capsys):
-    pretrain(pretrain_config("method.teacher.temperature=0.3", "method.teacher.momentum=[0.5,1.0]"))
+    run = pretrain(pretrain_config("method.teacher.temperature=0.3", "method.teacher.momentum=[0.5,1.0]"))
+    told = [json.loads(line)["name"] for line in (run / "health.jsonl").open()]
+    assert told == ["short-epochs", "hot-teacher"]
     output = capsys.readouterr().out
     assert "Health: [hot-teacher] a teacher temperature of 0.3 is above 0.07" in output
     assert "Health: [short-epochs] an epoch is only 12 steps, so method.freeze_last_layer=1 epochs" in output
@@ -125,7 +127,8 @@ def test_a_healthy_run_hears_nothing(pretrain_config, capsys):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", r".*\[[a-z-]+\]")
         run = pretrain(pretrain_config("trainer.max_steps=24", "method.optimizer.warmup=0steps"))
-    assert not (run / "health.jsonl").exists()
+    told = [json.loads(line)["name"] for line in (run / "health.jsonl").open()]
+    assert told == ["short-epochs", "slow-teacher"]  # of so short a run
     assert all(float(row["train/teacher_distance"]) >= 0 for row in rows(run))
     assert state(run)[1] == 24
 

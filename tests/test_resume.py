@@ -101,11 +101,48 @@ def test_a_run_that_had_saved_nothing_starts_anew(pretrain_config, capsys):
     run = pretrain(pretrain_config())
     whole = run.rename(run.with_name("whole"))
     shutil.copytree(whole, run)
-    shutil.rmtree(run / "checkpoints")
-    (run / "checkpoints").mkdir()
+    for path in (run / "checkpoints").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="its checkpoints are gone"):  # but a backbone is there
+        pretrain(pretrain_config("run.resume=true"))
+    (run / "backbone.safetensors").unlink()
     pretrain(pretrain_config("run.resume=true"))
     assert "Nothing had been saved" in capsys.readouterr().out
     assert_same_run(whole, run)
+
+
+@pytest.mark.parametrize("word", ["run.resume=true", "run.resume=auto", "run.resume=false"])
+def test_checkpoints_without_a_configuration_are_a_run_too(pretrain_config, word):
+    run = pretrain(pretrain_config())
+    (run / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"holds checkpoints but no config\.yaml"):
+        pretrain(pretrain_config(word))
+    assert state(run)[1] == 4
+
+
+def test_a_lost_last_checkpoint_is_said(pretrain_config, capsys):
+    run = pretrain(pretrain_config("trainer.checkpoint_every=0s"))
+    (run / "checkpoints" / "last.ckpt").unlink()
+    pretrain(pretrain_config("trainer.checkpoint_every=0s", "run.resume=true"))
+    assert "last.ckpt is gone: previous.ckpt is taken" in capsys.readouterr().out
+
+
+def test_the_first_epoch_is_saved_however_short(pretrain_config):
+    run = pretrain(pretrain_config("trainer.max_steps=13", "trainer.checkpoint_every=10m"))
+    assert checkpoint(run, "previous.ckpt")["global_step"] == 12
+
+
+def test_a_run_is_replaced_only_when_the_new_one_begins(pretrain_config, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a.jpg").write_bytes(b"no picture")
+    run = pretrain(pretrain_config())
+    with pytest.raises(UserError, match="read"):
+        pretrain(pretrain_config(f"data.root={broken}", "run.overwrite=true"))
+    assert state(run)[1] == 4
+    pretrain(pretrain_config("trainer.max_steps=2", "run.overwrite=true"))
+    assert state(run)[1] == 2
+    assert sorted(path.name for path in run.parent.iterdir()) == [".dino.lock", "dino"]
 
 
 def test_resume_auto_starts_where_there_is_no_run_and_goes_on_where_there_is(pretrain_config, stop_at):
@@ -169,7 +206,7 @@ def test_slurm_puts_the_job_back_and_the_same_command_goes_on(pretrain_words, tm
     assert (tmp_path / "calls").read_text() == "requeue 4711\n"
     stopped = state(run)[1]
     assert 0 < stopped < 60, output
-    done = run_command(words, **slurm, SLURM_RESTART_COUNT="1")
+    done = run_command([*words, "run.overwrite=true"], **slurm, SLURM_RESTART_COUNT="1")
     assert done.returncode == 0, done.stderr
     assert f"Going on after step {stopped}" in done.stdout
     assert [int(row["step"]) for row in rows(run)] == list(range(60))
@@ -244,6 +281,17 @@ def test_a_longer_run_is_refused_unless_it_is_extended(pretrain_words, tmp_path,
         assert [row[name] for row in rows(run)][12:] == [row[name] for row in rows(run.with_name("long"))][12:]
     assert main(["pretrain", *longer]) == 0
     assert "The run is complete already" in capsys.readouterr().out
+    assert main(["pretrain", *words, "run.resume=true"]) == 2
+    assert "run.extend_to_epochs=2 goes on" in capsys.readouterr().err
+    assert main(["pretrain", *words, "run.resume=true", "run.extend_to_epochs=1"]) == 2
+    assert "run.extend_to_epochs=1 is 12 steps, and the run has 24 already" in capsys.readouterr().err
+
+
+def test_a_value_that_resume_does_not_have_is_one_mistake(pretrain_words, capsys):
+    assert main(["pretrain", *pretrain_words("run.resume=maybe")]) == 2
+    message = capsys.readouterr().err
+    assert "1 mistake" in message
+    assert "run.resume: write true, false or auto (got 'maybe')" in message
 
 
 def test_extending_needs_a_run_to_go_on_with(pretrain_words, capsys):

@@ -34,12 +34,18 @@ def test_words_become_one_job_per_combination():
         (["seed=0,1"], "two runs would share a folder"),
         (["seed=0,1", "run.name=s${seed}", "method.optimizer.lrr=3"], "unknown key"),
         (["seed=0,1", "run.name=s${seed}", "trainer.devices=2", "hydra/launcher=basic"], "set trainer.devices=1"),
+        (["seed=0,1", "run.name=s${seed}", "hydra/launcher=nonsense"], "there is no hydra_nonsense_launcher here"),
     ],
 )
 def test_mistakes_are_told_before_the_first_run(pretrain_words, tmp_path, capsys, words, says):
     assert main(["pretrain", "--multirun", *pretrain_words(*words)]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_launcher_without_multirun_is_told(pretrain_words, capsys):
+    assert main(["pretrain", *pretrain_words("hydra/launcher=submitit_slurm")]) == 2
+    assert "add --multirun" in capsys.readouterr().err
 
 
 def run(words):

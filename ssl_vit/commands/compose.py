@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from ssl_vit.commands.folders import conf_dir, recipes_dir
 from ssl_vit.config import Section
-from ssl_vit.errors import UserError
+from ssl_vit.errors import SharedError, UserError
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 
@@ -36,13 +36,15 @@ def load_config(command: str, words: list[str], model: type[ConfigT]) -> ConfigT
     """Compose `conf/<command>.yaml` with the overrides `words` and validate it.
 
     Raises:
-        UserError: Listing every unknown key, wrong type and value out of range at once.
+        SharedError: Listing every unknown key, wrong type and value out of range at once.
     """
-    values = compose_values(command, words)
     try:
+        values = compose_values(command, words)
         return model.model_validate(values)
     except ValidationError as error:
-        raise UserError(_describe(error, values)) from None
+        raise SharedError(_describe(error, values)) from None
+    except UserError as error:  # all processes read the same words
+        raise SharedError(str(error)) from None
 
 
 def compose_values(command: str, words: list[str]) -> dict[str, Any]:
@@ -104,6 +106,8 @@ def _as_override(word: str, groups: set[str]) -> str:
     unknown one reaches the validation, which names all of them and the nearest valid keys.
     """
     key, equals, value = word.partition("=")
+    if key.startswith(("hydra/", "hydra.")):
+        raise UserError(f"{word!r} is for a sweep: add --multirun")
     if not equals or not re.fullmatch(r"[+~]*[\w.@/]+", key):
         raise UserError(f"{word!r}: expected key=value (a list is written 'key=[1,2]', in quotes)")
     group = "recipes" if key == "recipe" else key.lstrip("+~")

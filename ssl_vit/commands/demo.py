@@ -6,6 +6,7 @@ ssl-vit demo method=sit run.name=demo-sit
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def main(words: list[str]) -> None:
 
     if not config.run.resume:
         with locked(config.run):
+            if config.run.overwrite:
+                shutil.rmtree(folder, ignore_errors=True)
             claim_folder(config.run)
             print(f"Making {config.pictures:,} sample pictures of 12 classes in {pictures}", flush=True)
             make_sample(pictures, pictures=config.pictures, seed=config.seed)

@@ -6,7 +6,7 @@ import uuid
 from pathlib import Path
 
 import torch
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 
 from ssl_vit.commands.compose import load_config
 from ssl_vit.config import PretrainConfig
@@ -20,14 +20,15 @@ from ssl_vit.methods.base import Plan, SSLMethod, make_plan
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.weights import export_backbone, load_backbone
 from ssl_vit.processes import first_process
-from ssl_vit.training.agreement import SamePictures
+from ssl_vit.training.agreement import SameStart
 from ssl_vit.training.faults import named_faults, refuse_divergence
 from ssl_vit.training.hardware import best_device, fused_attention_pays
 from ssl_vit.training.health import HealthMonitor
 from ssl_vit.training.journal import Journal
 from ssl_vit.training.keeper import Keeper
-from ssl_vit.training.metrics import MetricsCSV
+from ssl_vit.training.metrics import MetricsCSV, Wandb
 from ssl_vit.training.online_knn import OnlineKNN
+from ssl_vit.training.outlook import outlook
 from ssl_vit.training.progress import RunProgress
 from ssl_vit.training.report import conclusion, introduction
 from ssl_vit.training.runs import Start, begin_run, locked, open_run, with_extension
@@ -80,7 +81,7 @@ def train(config: PretrainConfig, plan: Plan, method: SSLMethod, start: Start) -
     )
     progress = RunProgress(plan.total_steps, plan.batch_size, every=plan.log_every)
     online_knn = OnlineKNN(config, start.pictures, skipped)
-    callbacks = [signals, SamePictures(start.pictures), steps, progress, health, online_knn, keeper]
+    callbacks = [signals, SameStart(config, start), steps, progress, health, online_knn, keeper]
     trainer = make_trainer(config, plan, make_loggers(config, start.done), callbacks, keeper.files)
     loader = training_loader(
         start.pictures,
@@ -97,7 +98,10 @@ def train(config: PretrainConfig, plan: Plan, method: SSLMethod, start: Start) -
     )
     if trainer.is_global_zero:
         begin_run(config, start.pictures)
-        print(introduction(config, plan, method, start), flush=True)
+        verdicts = outlook(config.method, plan, method.peak_lr)
+        for verdict in [] if start.done else verdicts:
+            health.journal.write(0, **verdict._asdict())
+        print(introduction(config, plan, method, start, verdicts), flush=True)
     with named_faults(keeper):
         trainer.fit(method, loader, ckpt_path=start.checkpoint, weights_only=True)
     refuse_divergence(keeper, steps, trainer.global_step)
@@ -133,13 +137,15 @@ def build_method(config: PretrainConfig, plan: Plan) -> SSLMethod:
 def make_loggers(config: PretrainConfig, done: int) -> list[Logger]:
     """metrics.csv always; wandb beside it, with the run's id kept in the run folder."""
     folder = config.run.path
-    loggers: list[Logger] = [MetricsCSV(folder / "metrics.csv", done)]
+    metrics = MetricsCSV(folder / "metrics.csv", done)
+    loggers: list[Logger] = [metrics]
     if config.logger.name == "wandb":
         id_file = folder / "wandb_id.txt"
-        if first_process() and not id_file.exists():
+        if first_process() and not (id_file.exists() and id_file.read_text(encoding="utf-8")):
             with durable(id_file) as file:
                 file.write(uuid.uuid4().hex[:8].encode())
-        wandb = WandbLogger(
+        wandb = Wandb(
+            behind=metrics.latest,
             project=config.logger.project,
             name=config.run.name,
             id=id_file.read_text(encoding="utf-8") if first_process() else None,

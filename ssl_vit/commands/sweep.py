@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import shutil
 import subprocess
 import sys
 
@@ -80,8 +81,14 @@ def _run_here(jobs: list[list[str]]) -> None:
 def _launch(configs: list[PretrainConfig], hydras: list[str]) -> None:
     """Through the chosen launcher of Hydra, which is told nothing but the number of the job."""
     launcher = next(word.partition("=")[2] for word in hydras if word.startswith("hydra/launcher="))
-    if launcher.startswith("submitit") and not importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher"):
-        raise UserError(f"hydra/launcher={launcher}: install it with pip install 'ssl-vit[sweep]'")
+    plugin = f"hydra_{launcher.partition('_')[0]}_launcher"
+    if launcher != "basic" and not importlib.util.find_spec(f"hydra_plugins.{plugin}"):
+        raise UserError(
+            f"hydra/launcher={launcher}: there is no {plugin} here; submitit_slurm and submitit_local come with "
+            "the extra `sweep`: pip install 'ssl-vit[sweep]'"
+        )
+    if launcher == "submitit_slurm" and not shutil.which("srun"):
+        raise UserError("hydra/launcher=submitit_slurm: there is no SLURM here (no srun on the PATH)")
     if launcher != "submitit_slurm" and any(config.trainer.devices > 1 for config in configs):
         raise UserError(f"hydra/launcher={launcher} starts jobs of one process: set trainer.devices=1")
 

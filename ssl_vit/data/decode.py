@@ -85,7 +85,7 @@ def opened(path: Path | BytesIO) -> Iterator[ImageFile.ImageFile]:
         with Image.open(path, formats=FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
-            if picture.format in ("JPEG", "MPO") and _scans(picture) > MAX_SCANS:
+            if picture.info.get("progressive") and _scans(picture) > MAX_SCANS:
                 raise BrokenPicture(name, f"a JPEG of more than {MAX_SCANS} scans, made to take long")
             yield picture
     except _DAMAGE as error:
@@ -93,7 +93,7 @@ def opened(path: Path | BytesIO) -> Iterator[ImageFile.ImageFile]:
 
 
 def _scans(picture: ImageFile.ImageFile) -> int:
-    """How many scans a JPEG has: markers that cannot occur inside of one, those of small previews included."""
+    """How many scans a progressive JPEG has: markers that cannot occur inside of one; those of previews count too."""
     assert picture.fp is not None  # until its pixels are loaded
     picture.fp.seek(0)
     return picture.fp.read().count(b"\xff\xda")

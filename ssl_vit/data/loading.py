@@ -20,6 +20,7 @@ from ssl_vit.data.parallel import loading_workers
 from ssl_vit.data.pictures import Pictures, SkippedPictures
 from ssl_vit.data.sampler import EpochBatches
 from ssl_vit.errors import UserError
+from ssl_vit.processes import STOP_SIGNALS
 from ssl_vit.transforms.batch import Batch
 from ssl_vit.transforms.crops import MultiCrop
 from ssl_vit.transforms.evaluation import EvalTransform
@@ -188,7 +189,7 @@ def _how(workers: int) -> dict[str, Any]:
 
 def _leave_signals_alone(worker: int) -> None:
     """Loading processes end with the training process: a signal to the whole group is for that one to answer."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -104,6 +104,8 @@ def _write_all(pictures: FilePictures, out: Path, ends: list[int], skipped: Skip
 
 def _begin(out: Path, manifest: Manifest) -> None:
     """Make the folder, or see that it was made for the same shards."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out={printable(out.absolute())} is a file; name a folder")
     out.mkdir(parents=True, exist_ok=True)
     before = read_manifest(out)
     if before is None and (any(out.glob("*.tar")) or (out / LISTING).exists()):

@@ -105,6 +105,11 @@ class SSLMethod(L.LightningModule):
         """Number of classes that the method sorts pictures into by itself, if it does."""
         return None
 
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate at the end of the warm-up."""
+        return self.schedules["lr"](self.warmup_steps)
+
     def after_optimizer_step(self, step: int) -> None:
         """Called once per optimizer step, after it; `step` counts from 0."""
 
@@ -184,7 +189,7 @@ class SSLMethod(L.LightningModule):
         self.skipped = None
         if loss_broken or gradient_broken:
             # A loss scale that is too high is found by such steps; they are part of 16-bit training.
-            self.skipped = Skipped(broken, expected=scaler is not None and not loss_broken)
+            self.skipped = Skipped(broken, expected=not loss_broken and scaler is not None and scaler.get_scale() > 1)
             optimizer.zero_grad()
         elif self.config.optimizer.clip:
             clip_each(list(gradients.values()), sizes, self.config.optimizer.clip)

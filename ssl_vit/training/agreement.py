@@ -1,26 +1,30 @@
-"""Processes that train together see the same pictures, or do not start."""
+"""Processes that train together start from the same, or not at all."""
 
 from __future__ import annotations
 
 import lightning as L
 
-from ssl_vit.data.pictures import Pictures
+from ssl_vit.config import PretrainConfig
 from ssl_vit.distributed import agree
 from ssl_vit.errors import SharedError
+from ssl_vit.training.runs import Start
 
 
-class SamePictures(L.Callback):
-    """Compares the lists of pictures before the first step: each process has found its own.
+class SameStart(L.Callback):
+    """Compares pictures, checkpoint and configuration before the first step: each process has found its own.
 
     Raises:
         SharedError: From a hook of Lightning.
     """
 
-    def __init__(self, pictures: Pictures) -> None:
-        self.pictures = pictures
+    def __init__(self, config: PretrainConfig, start: Start) -> None:
+        self.parts = {
+            "pictures (data.root must be the same folder on every machine)": start.pictures.fingerprint(sizes=False),
+            "checkpoints (run.folder must be the same folder on every machine)": f"{start.checkpoint} {start.done}",
+            "configurations": config.model_dump_json(),
+        }
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.world_size > 1 and not agree(self.pictures.fingerprint(sizes=False), trainer.strategy.root_device):
-            raise SharedError(
-                "the processes see different pictures: data.root must be the same folder on every machine"
-            )
+        for what, text in self.parts.items():
+            if trainer.world_size > 1 and not agree(text, trainer.strategy.root_device):
+                raise SharedError(f"the processes see different {what}")

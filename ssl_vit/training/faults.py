@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from torch.distributed import DistBackendError
 
 from ssl_vit.distributed import rank, world_size
-from ssl_vit.durable import FULL
-from ssl_vit.errors import ProcessError, SharedError, UserError
+from ssl_vit.errors import SharedError, UserError
 from ssl_vit.processes import first_process
 from ssl_vit.training.keeper import Keeper
 from ssl_vit.training.skipping import SkippedSteps
@@ -31,9 +30,10 @@ def named_faults(keeper: Keeper) -> Iterator[None]:
     except UserError as error:
         raise _of_this_process(str(error)) from None
     except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise _of_this_process(f"{error.filename or keeper.folder.parent}: {error.strerror}. {keeper.way_on}") from None
+        place = error.filename or keeper.folder.parent
+        raise _of_this_process(f"{place}: {error.strerror or error}. {keeper.way_on}") from None
+    except SystemExit:  # Lightning's answer to a second Ctrl-C
+        raise KeyboardInterrupt from None
     except RuntimeError as error:
         if world_size() > 1 and _peer_is_gone(error):
             if first_process():
@@ -53,7 +53,7 @@ def refuse_divergence(keeper: Keeper, steps: SkippedSteps, step: int) -> None:
     """Say so if the run stopped because its numbers are no longer finite.
 
     Raises:
-        UserError: It did.
+        SharedError: It did.
     """
     if not (keeper.diverged or steps.exhausted):
         return
@@ -63,14 +63,14 @@ def refuse_divergence(keeper: Keeper, steps: SkippedSteps, step: int) -> None:
         if steps.exhausted
         else "a weight is no longer finite"
     )
-    raise UserError(
+    raise SharedError(
         f"diverged at step {step:,}: {reason}. {keeper.way_on} Or start anew with a lower method.optimizer.lr, a "
         "longer method.optimizer.warmup, or trainer.precision=32-true."
     )
 
 
 def _of_this_process(message: str) -> UserError:
-    return ProcessError(f"process {rank()}: {message}") if world_size() > 1 else UserError(message)
+    return UserError(f"process {rank()}: {message}" if world_size() > 1 else message)
 
 
 def _peer_is_gone(error: RuntimeError) -> bool:

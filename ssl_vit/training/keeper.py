@@ -17,8 +17,9 @@ from ssl_vit.training.signals import StopSignals
 class Keeper(L.Callback):
     """Writes `last.ckpt` every `every` and after epochs, and keeps those of some epochs for good.
 
-    Short epochs do not make it write more often than ten times per `every`. A network with a weight that is not finite
-    is not saved: the run stops on the checkpoint before. All processes save, and stop, after the same step.
+    Short epochs, but for the first, do not make it write more often than ten times per `every`. A network with a weight
+    that is not finite is not saved: the run stops on the checkpoint before. All processes save, and stop, after the
+    same step.
 
     Args:
         folder: Of the checkpoints.
@@ -72,7 +73,8 @@ class Keeper(L.Callback):
         keep = bool(trainer.is_last_batch and self.keep_every_epochs and epoch % self.keep_every_epochs == 0)
         now = time.monotonic()
         asked = self.signals.received is not None or now - self.started > self.max_time
-        due = now - self.saved > (self.every / 10 if trainer.is_last_batch else self.every)
+        wait = self.every / 10 if trainer.is_last_batch and self.saved_step else self.every
+        due = now - self.saved > wait or (trainer.is_last_batch and not self.saved_step)
         stop, due = any_process(asked, due, device=trainer.strategy.root_device)
         if stop or keep or due or trainer.global_step == trainer.max_steps:
             self._save(trainer, module, f"epoch_{epoch:04d}.ckpt" if keep else None)
@@ -80,7 +82,9 @@ class Keeper(L.Callback):
             trainer.should_stop = True
 
     def _save(self, trainer: L.Trainer, module: L.LightningModule, kept_name: str | None) -> None:
-        if not norms([parameter.detach() for parameter in module.parameters()]).isfinite().all():
+        values = [value.detach() for value in (*module.parameters(), *module.buffers()) if value.is_floating_point()]
+        (broken,) = any_process(not norms(values).isfinite().all(), device=trainer.strategy.root_device)
+        if broken:
             self.diverged = trainer.should_stop = True
             return
         if trainer.is_global_zero:

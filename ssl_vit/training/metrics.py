@@ -6,10 +6,11 @@ import csv
 import io
 import os
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from ssl_vit.durable import durable
@@ -29,8 +30,10 @@ class MetricsCSV(Logger):
         self.path = path
         self.columns = ["step", "epoch"]
         self.row: dict[str, float | str] = {}  # of the latest step; other metrics of that step may still come
+        self.latest = -1  # step that the file held when it was opened
         if first_process() and path.is_file():
             self.columns, rows = _read(path)
+            self.latest = max((int(row["step"]) for row in rows), default=-1)
             self._rewrite([row for row in rows if int(row["step"]) < done])
 
     @property
@@ -83,6 +86,24 @@ class MetricsCSV(Logger):
     def finalize(self, status: str) -> None:
         """The last row."""
         self.save()
+
+
+class Wandb(WandbLogger):
+    """Weights & Biases, which keeps what it has received: rows that a resumed run computes again are not sent again.
+
+    Args:
+        behind: The last step whose row has been sent.
+        settings: Of Lightning's logger.
+    """
+
+    def __init__(self, *, behind: int, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.behind = behind
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if step is None or step > self.behind:
+            super().log_metrics(metrics, step)
 
 
 def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:

@@ -7,25 +7,23 @@ from pathlib import Path
 from ssl_vit.config import PretrainConfig
 from ssl_vit.data.pictures import SkippedPictures
 from ssl_vit.methods.base import Plan, SSLMethod, make_plan
-from ssl_vit.training.health import HealthMonitor
-from ssl_vit.training.outlook import outlook
+from ssl_vit.training.health import HealthMonitor, Verdict
 from ssl_vit.training.runs import Start
 from ssl_vit.training.schedules import Schedule
 from ssl_vit.training.skipping import SkippedSteps
 
 
-def introduction(config: PretrainConfig, plan: Plan, method: SSLMethod, start: Start) -> str:
+def introduction(config: PretrainConfig, plan: Plan, method: SSLMethod, start: Start, verdicts: list[Verdict]) -> str:
     """What is about to happen: data, network, length, health seen from here, and the schedules along the run."""
     size = sum(parameter.numel() for parameter in method.target.parameters()) / 1e6
     optimizer = config.method.optimizer
-    peak = method.schedules["lr"](method.warmup_steps)
     lines = [
         f"{len(start.pictures):,} pictures, {plan.batch_size} per step, {plan.steps_per_epoch:,} steps per epoch, "
         f"{plan.total_steps:,} steps in all",
         f"{config.method.name} on {config.backbone.name}, {size:.1f} M parameters, run folder {config.run.path}",
-        f"learning rate {optimizer.lr:g} x {plan.batch_size}/{optimizer.lr_batch_size} = {peak:.3g}",
+        f"learning rate {optimizer.lr:g} x {plan.batch_size}/{optimizer.lr_batch_size} = {method.peak_lr:.3g}",
         *schedule_table(method.schedules, [round(share * (plan.total_steps - 1)) for share in (0, 0.1, 0.5, 1)]),
-        *(f"Health: {verdict}" for verdict in outlook(config.method, plan, peak)),
+        *(f"Health: {verdict}" for verdict in verdicts),
         *start.notes,
     ]
     if start.done:

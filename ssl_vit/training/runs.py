@@ -18,8 +18,9 @@ from ssl_vit.data.names import Names
 from ssl_vit.data.pictures import Pictures, printable
 from ssl_vit.durable import durable, write_json
 from ssl_vit.errors import UserError
+from ssl_vit.methods.base import make_plan
 from ssl_vit.processes import first_process
-from ssl_vit.training.checkpoints import newest
+from ssl_vit.training.checkpoints import LAST, newest
 from ssl_vit.training.signals import requeued
 
 CONFIG = "config.yaml"
@@ -33,7 +34,6 @@ HARMLESS = (
     "run.",
     "data.root",
     "data.workers",
-    "data.memory_gb",
     "trainer.max_time",
     "trainer.accelerator",
     "trainer.devices",
@@ -70,15 +70,21 @@ def locked(run: FolderConfig) -> Iterator[None]:
     if not first_process():
         yield
         return
-    run.folder.mkdir(parents=True, exist_ok=True)
     try:
+        run.folder.mkdir(parents=True, exist_ok=True)
         held = FileLock(run.folder / f".{run.name}.lock").acquire(timeout=0)
     except Timeout:
         raise UserError(
             f"another process is training in {run.path}; wait for it, stop it, or start beside it with run.name=OTHER"
         ) from None
+    except OSError as error:
+        raise UserError(f"run.folder={run.folder}: {error.strerror}; name a folder that can be written to") from None
     with held:
-        yield
+        _settle(run)
+        try:
+            yield
+        finally:
+            _settle(run)
 
 
 def with_extension(config: PretrainConfig) -> PretrainConfig:
@@ -104,6 +110,11 @@ def open_run(config: PretrainConfig, pictures: Pictures) -> Start:
     """
     run = config.run
     exists = (run.path / CONFIG).is_file()
+    if not exists and any((run.path / "checkpoints").glob("*.ckpt")) and not run.overwrite:
+        raise UserError(
+            f"{run.path} holds checkpoints but no {CONFIG}: put that back, as the run had it, to go on; "
+            "run.overwrite=true deletes all and starts anew, run.name=OTHER starts beside it"
+        )
     if not (run.resume is True or (exists and (run.resume == "auto" or requeued()))):
         if first_process():
             claim_folder(run)
@@ -117,10 +128,22 @@ def open_run(config: PretrainConfig, pictures: Pictures) -> Start:
     notes = compare_configs(values, config)
     length = {key: values["trainer"][key] for key in LENGTH}
     before = config.model_copy(update={"trainer": config.trainer.model_copy(update=length)})
+    steps, steps_before = (make_plan(each, len(pictures)).total_steps for each in (config, before))
+    if steps < steps_before:
+        raise UserError(
+            f"run.extend_to_epochs={run.extend_to_epochs} is {steps:,} steps, and the run has {steps_before:,} already"
+        )
     pictures, more = compare_pictures(run, pictures)
     found = newest(run.path / "checkpoints")
     if found is None:
+        if (run.path / "backbone.safetensors").exists():
+            raise UserError(
+                f"{run.path}: its checkpoints are gone. Put one back into checkpoints/ to go on; run.overwrite=true "
+                "deletes all and starts anew, run.name=OTHER starts beside it"
+            )
         return Start(pictures, None, 0, before, [*notes, *more, "Nothing had been saved: the run starts anew"])
+    if found.path.name != LAST and not found.damaged:
+        notes.append(f"{LAST} is gone: {found.path.name} is taken")
     for path in found.damaged:
         notes.append(f"{path} is damaged: the one before it is taken")
         if first_process():  # or it would be kept as the one before
@@ -130,7 +153,10 @@ def open_run(config: PretrainConfig, pictures: Pictures) -> Start:
 
 
 def begin_run(config: PretrainConfig, pictures: Pictures) -> None:
-    """Write down what the run is of: from here on the folder holds a run, which nothing overwrites unasked."""
+    """Write down what the run is of: from here on the folder holds a run, which nothing overwrites unasked.
+
+    The run that it replaces is deleted only now.
+    """
     folder = config.run.path
     if isinstance(pictures, FilePictures):
         pictures.names.save(folder / PICTURES)
@@ -138,21 +164,38 @@ def begin_run(config: PretrainConfig, pictures: Pictures) -> None:
     write_json(folder / DATA, data)
     with durable(folder / CONFIG) as file:
         file.write(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).encode())
+    _settle(config.run)
 
 
 def claim_folder(run: FolderConfig) -> None:
-    """See to it that the run folder holds no run; one that may be overwritten is deleted.
+    """See to it that the run folder holds no run; one that may be overwritten steps aside until `begin_run`.
 
     Raises:
         UserError: It holds a run that may not be overwritten.
     """
-    if (run.path / CONFIG).exists():
+    if (run.path / CONFIG).exists() or any((run.path / "checkpoints").glob("*.ckpt")):
         if not run.overwrite:
             raise UserError(
                 f"{run.path} holds a run already. Three ways on: run.resume=true continues it, run.overwrite=true "
                 "deletes it and starts anew, run.name=OTHER starts beside it"
             )
-        shutil.rmtree(run.path)
+        run.path.rename(_aside(run))
+
+
+def _aside(run: FolderConfig) -> Path:
+    """Where a run is that another one is about to replace."""
+    return run.folder / f".{run.name}.replaced"
+
+
+def _settle(run: FolderConfig) -> None:
+    """Delete the run that stepped aside if another one has begun in its place, else put it back."""
+    if not _aside(run).is_dir():
+        return
+    if (run.path / CONFIG).exists():
+        shutil.rmtree(_aside(run))
+    else:
+        shutil.rmtree(run.path, ignore_errors=True)
+        _aside(run).rename(run.path)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -165,8 +208,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         values: dict[str, Any] = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
         if not values["trainer"].keys() >= LENGTH:
             raise ValueError("no configuration of a run")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{folder / CONFIG} is damaged: {' '.join(str(error).split())}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
+        raise UserError(
+            f"{folder / CONFIG} is damaged: put it back, as the run had it, to go on; `ssl-vit pretrain ... --cfg` "
+            "prints the configuration of a command"
+        ) from None
     return values
 
 
@@ -182,12 +228,19 @@ def compare_configs(before: dict[str, Any], now: PretrainConfig) -> list[str]:
     changed = {key: f"{key}: {old[key]} -> {new[key]}" for key in old if key in new and old[key] != new[key]}
     length = {f"trainer.{key}" for key in LENGTH}
     extended = now.run.extend_to_epochs is not None
+    alone = now.method.name == "sit" and not now.method.contrastive.gather  # negatives are those of a process
     harmful = [
-        text for key, text in changed.items() if not key.startswith(HARMLESS) and not (extended and key in length)
+        text
+        for key, text in changed.items()
+        if not (key.startswith(HARMLESS) or (extended and key in length))
+        or (alone and key in ("trainer.devices", "trainer.nodes"))
     ]
     if harmful:
         head = "run.resume=true: these keys differ from the run's config.yaml; set them back"
-        hint = ["(run.extend_to_epochs=N makes a run longer)"] if length & changed.keys() and not extended else []
+        epochs = before["trainer"]["max_epochs"]
+        was_extended = epochs > now.trainer.max_epochs and not extended
+        way = f"run.extend_to_epochs={epochs} goes on" if was_extended else "run.extend_to_epochs=N makes a run longer"
+        hint = [f"({way})"] if length & changed.keys() and not extended else []
         raise UserError("\n  ".join([head, *harmful, *hint]))
     return [f"Changed: {text}" for key, text in changed.items() if not key.startswith("run.")]
 
@@ -212,13 +265,13 @@ def compare_pictures(run: RunConfig, found: Pictures) -> tuple[Pictures, list[st
     except (OSError, ValueError):
         names = None
     if names is None or not isinstance(found, FilePictures):
-        raise UserError(f"{head}. {began}")
+        raise UserError(f"{head}. {began}; give it these, or start beside it with run.name=OTHER")
     old, new = set(names), set(found.names)
     difference = f"gone: {_some(old - new)}; new: {_some(new - old)}"
     if not run.keep_pictures:
         raise UserError(
-            f"{head}. {difference}. Put them back, or run.keep_pictures=true goes on with the list that the run began "
-            "with: those gone are skipped and counted, new ones left out"
+            f"{head}. {difference}. Restore the folder, or run.keep_pictures=true goes on with the list that the run "
+            "began with: those gone are skipped and counted, new ones left out"
         )
     return found.with_names(names), [f"The pictures have changed ({difference}); the run keeps its own list"]
 

@@ -7,19 +7,21 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from types import FrameType
 
 import lightning as L
 
-ASKING = [signal.SIGINT, signal.SIGTERM]
-if os.name == "posix":
-    ASKING += [signal.SIGUSR1, signal.SIGUSR2]  # sent before the time of a job is up: by SLURM, and by submitit
+from ssl_vit.processes import STOP_SIGNALS
+
+_ECHO_S = 2.0  # launchers pass a signal on that their processes have received already
 
 
 class StopSignals(L.Callback):
     """Remembers that a signal asked to stop; the Keeper saves and stops after the step at hand.
 
-    A second Ctrl-C stops at once. When training has ended the handlers of before are back.
+    The same signal again, later than an echo, does what it always does: a second Ctrl-C stops at once. When training
+    has ended the handlers of before are back.
     """
 
     def __init__(self) -> None:
@@ -27,7 +29,7 @@ class StopSignals(L.Callback):
         self._before: dict[signal.Signals, object] = {}
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._before = {number: signal.signal(number, self._remember) for number in ASKING}
+        self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         for number, handler in self._before.items():
@@ -38,8 +40,11 @@ class StopSignals(L.Callback):
         self.on_train_end(trainer, module)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = self.received or signal.Signals(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.received is None:
+            self.received, self._at = signal.Signals(number), time.monotonic()
+        elif number == self.received and time.monotonic() - self._at > _ECHO_S:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def pass_on(self) -> str | None:
         """After the run has been saved: put a SLURM job back into the queue, or let submitit do so.

@@ -68,7 +68,7 @@ class SkippedSteps(L.Callback):
             self.step - 1,
             process=rank(),
             epoch=trainer.current_epoch,
-            loss=str(float(outputs["loss"])),  # type: ignore[index]
+            loss=str(float(outputs["loss"]) * trainer.accumulate_grad_batches),  # type: ignore[index]
             parameters=module.skipped.parameters,
             pictures=[{"index": index, "name": self.pictures.name(index), "key": key} for index, key in seen],
         )
