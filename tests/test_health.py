@@ -61,7 +61,7 @@ def test_what_can_be_seen_from_the_configuration(pretrain_config, words, picture
 def test_the_verdicts_stand_before_the_run(pretrain_config, capsys):
     run = pretrain(pretrain_config("method.teacher.temperature=0.3", "method.teacher.momentum=[0.5,1.0]"))
     told = [json.loads(line)["name"] for line in (run / "health.jsonl").open()]
-    assert told == ["short-epochs", "hot-teacher"]
+    assert told == ["short-epochs", "hot-teacher", "slow-teacher"]
     output = capsys.readouterr().out
     assert "Health: [hot-teacher] a teacher temperature of 0.3 is above 0.07" in output
     assert "Health: [short-epochs] an epoch is only 12 steps, so method.freeze_last_layer=1 epochs" in output
