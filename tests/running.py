@@ -13,13 +13,15 @@ def environment(**more):
     return {**os.environ, "OMP_NUM_THREADS": "1", **more}
 
 
-def command(words):
-    return [sys.executable, "-m", "ssl_vit", "pretrain", *words]
+def command(words, launcher=()):
+    return [sys.executable, *launcher, "-m", "ssl_vit", "pretrain", *words]
 
 
-def run_command(words, **more):
+def run_command(words, *, launcher=(), **more):
     """To its end; `returncode`, `stdout` and `stderr`."""
-    return subprocess.run(command(words), capture_output=True, text=True, env=environment(**more), timeout=240)
+    return subprocess.run(
+        command(words, launcher), capture_output=True, text=True, env=environment(**more), timeout=240
+    )
 
 
 def start_command(words, **more):

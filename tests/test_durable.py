@@ -1,6 +1,9 @@
 """A file is whole or not there; what stood there before outlives a failure."""
 
 import errno
+import os
+import stat
+from pathlib import Path
 
 import pytest
 
@@ -34,3 +37,20 @@ def test_the_left_over_of_a_killed_process_is_overwritten(tmp_path):
     with durable(tmp_path / "a.bin") as file:
         file.write(b"new")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.bin", b"new")]
+
+
+def test_the_content_is_on_the_disk_before_the_name_and_the_name_before_the_end(tmp_path, monkeypatch):
+    """Else a power loss leaves an empty file under the good name."""
+    path, order = tmp_path / "a.bin", []
+    fsync, replace = os.fsync, Path.replace
+
+    def seen_fsync(descriptor):
+        kind = "folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "content"
+        order.append(f"{kind}, {'named' if path.exists() else 'not named yet'}, {os.fstat(descriptor).st_size >= 4}")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", seen_fsync)
+    monkeypatch.setattr(Path, "replace", lambda self, target: (order.append("rename"), replace(self, target))[1])
+    with durable(path) as file:
+        file.write(b"four")
+    assert order == ["content, not named yet, True", "rename", "folder, named, True"]

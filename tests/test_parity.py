@@ -6,8 +6,6 @@ import csv
 import multiprocessing
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +22,7 @@ from parity_table import (
     steps_of_all,
     views_of,
 )
+from running import run_command
 from torch.multiprocessing.spawn import start_processes
 
 from ssl_vit.commands.pretrain import pretrain
@@ -142,14 +141,8 @@ def test_three_steps_of_a_sharded_network_are_those_of_a_whole_one(pretrain_conf
     torch.testing.assert_close(whole(images).cls, sharded(images).cls, rtol=1e-4, atol=1e-5)
 
 
-def run_command(launcher: list[str], words: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "ssl_vit", "pretrain", *words],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
+def train(words, launcher=()):
+    done = run_command(words, launcher=launcher)
     assert done.returncode == 0, done.stderr
 
 
@@ -159,10 +152,10 @@ def test_lightnings_launch_and_torchrun_train_the_same(pretrain_words, tmp_path,
     """Two processes, and four; each against one, and the two ways of starting against each other."""
     words = pretrain_words(*THREE_STEPS, f"method={method}")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run_command([], [*words, "run.name=one"])
-    run_command([], [*words, "run.name=two", "trainer.devices=2"])
-    run_command([], [*words, "run.name=four", "trainer.devices=4"])
-    run_command(torchrun, [*words, "run.name=torchrun", "trainer.devices=2"])
+    train([*words, "run.name=one"])
+    train([*words, "run.name=two", "trainer.devices=2"])
+    train([*words, "run.name=four", "trainer.devices=4"])
+    train([*words, "run.name=torchrun", "trainer.devices=2"], torchrun)
     runs = tmp_path / "runs"
     assert_same_training(runs / "one", runs / "two")
     assert_same_training(runs / "one", runs / "four")

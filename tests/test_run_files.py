@@ -1,17 +1,11 @@
 """metrics.csv and checkpoints survive what happens to them."""
 
-import csv
-
 import pytest
+from running import rows
 
 from ssl_vit.commands.pretrain import pretrain
 from ssl_vit.errors import UserError
 from ssl_vit.training.metrics import MetricsCSV
-
-
-def rows(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_metrics_of_one_step_share_a_row_and_new_columns_may_come_later(tmp_path):
@@ -23,7 +17,7 @@ def test_metrics_of_one_step_share_a_row_and_new_columns_may_come_later(tmp_path
     metrics.log_metrics({"knn": 0.5, "loss": 1.0}, step=2)
     metrics.save()
     metrics.save()
-    assert [(r["step"], r["loss"], r["speed"], r["knn"]) for r in rows(path)] == [
+    assert [(r["step"], r["loss"], r["speed"], r["knn"]) for r in rows(tmp_path)] == [
         ("0", "3.0", "7.0", ""),
         ("1", "2.0", "", ""),
         ("2", "1.0", "", "0.5"),
@@ -40,8 +34,8 @@ def test_metrics_go_on_behind_the_steps_that_are_done(tmp_path):
     for step in range(4, 8):
         resumed.log_metrics({"loss": 10.0 + step}, step=step)
     resumed.save()
-    assert [row["step"] for row in rows(path)] == list("01234567")
-    assert [row["loss"] for row in rows(path)] == ["0.0", "1.0", "2.0", "3.0", "14.0", "15.0", "16.0", "17.0"]
+    assert [row["step"] for row in rows(tmp_path)] == list("01234567")
+    assert [row["loss"] for row in rows(tmp_path)] == ["0.0", "1.0", "2.0", "3.0", "14.0", "15.0", "16.0", "17.0"]
 
 
 def test_a_folder_without_readable_pictures_leaves_no_run_behind(pretrain_config, tmp_path):

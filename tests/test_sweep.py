@@ -1,10 +1,7 @@
 """Many runs from one command: every combination, each in its folder, here or through a launcher."""
 
-import subprocess
-import sys
-
 import pytest
-from running import environment, rows, state
+from running import rows, run_command, state
 
 from ssl_vit.cli import main
 from ssl_vit.commands.sweep import combinations
@@ -48,16 +45,11 @@ def test_a_launcher_without_multirun_is_told(pretrain_words, capsys):
     assert "add --multirun" in capsys.readouterr().err
 
 
-def run(words):
-    command = [sys.executable, "-m", "ssl_vit", "pretrain", "--multirun", *words]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=240)
-
-
 def test_every_combination_runs_and_a_failed_one_does_not_stop_the_rest(pretrain_words, tmp_path):
     """A value that only the network refuses."""
     words = pretrain_words("trainer.max_steps=2", "backbone.name=resnet50,vit_tiny_patch16_224")
     words.append("run.name=on-${backbone.name}")
-    done = run(words)
+    done = run_command(["--multirun", *words])
     assert done.returncode == 2
     assert "1 of 2 runs failed" in done.stderr
     assert state(tmp_path / "runs" / "on-vit_tiny_patch16_224")[1] == 2
@@ -68,7 +60,7 @@ def test_every_combination_runs_and_a_failed_one_does_not_stop_the_rest(pretrain
 @pytest.mark.parametrize("launcher", ["basic", "submitit_local"])
 def test_a_launcher_of_hydra_starts_the_jobs(pretrain_words, tmp_path, launcher):
     words = pretrain_words("trainer.max_steps=2", "seed=0,1", "run.name=s${seed}", f"hydra/launcher={launcher}")
-    done = run(words)
+    done = run_command(["--multirun", *words])
     assert done.returncode == 0, done.stderr
     first, second = (rows(tmp_path / "runs" / name) for name in ("s0", "s1"))
     assert len(first) == len(second) == 2
