@@ -21,7 +21,7 @@ class SameStart(L.Callback):
         self.parts = {
             "pictures (data.root must be the same folder on every machine)": start.pictures.fingerprint(sizes=False),
             "checkpoints (run.folder must be the same folder on every machine)": f"{start.checkpoint} {start.done}",
-            "configurations": config.model_dump_json(),
+            "configurations": repr(config),
         }
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -82,8 +82,10 @@ class Keeper(L.Callback):
             trainer.should_stop = True
 
     def _save(self, trainer: L.Trainer, module: L.LightningModule, kept_name: str | None) -> None:
-        values = [value.detach() for value in (*module.parameters(), *module.buffers()) if value.is_floating_point()]
-        (broken,) = any_process(not norms(values).isfinite().all(), device=trainer.strategy.root_device)
+        parameters = [parameter.detach() for parameter in module.parameters()]
+        buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        broken = any(not norms(values).isfinite().all() for values in (parameters, buffers) if values)
+        (broken,) = any_process(broken, device=trainer.strategy.root_device)
         if broken:
             self.diverged = trainer.should_stop = True
             return
