@@ -44,7 +44,8 @@ def write_json(path: Path, content: object) -> None:
         OSError: The disk is full, or `path` cannot be written to.
     """
     with durable(path) as file:
-        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        file.write(text.encode("utf-8", "backslashreplace"))  # of a file name's odd bytes, JSON's own escape
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,13 +1,14 @@
 """A file is whole or not there; what stood there before outlives a failure."""
 
 import errno
+import json
 import os
 import stat
 from pathlib import Path
 
 import pytest
 
-from ssl_vit.durable import durable
+from ssl_vit.durable import durable, write_json
 
 
 def test_a_file_appears_whole_and_replaces_the_old_one(tmp_path):
@@ -54,3 +55,9 @@ def test_the_content_is_on_the_disk_before_the_name_and_the_name_before_the_end(
     with durable(path) as file:
         file.write(b"four")
     assert order == ["content, not named yet, True", "rename", "folder, named, True"]
+
+
+def test_json_keeps_any_file_name(tmp_path):
+    content = {"path": os.fsdecode(b"caf\xe9 \xf0\x9f\x98\x80\n"), "n": [1, None, 0.5]}
+    write_json(tmp_path / "a.json", content)
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == content
