@@ -40,6 +40,11 @@ def test_mistakes_are_told_before_the_first_run(pretrain_words, tmp_path, capsys
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_help_of_pretrain_speaks_of_sweeps(capsys):
+    assert main(["pretrain", "--help"]) == 0
+    assert "--multirun" in capsys.readouterr().out
+
+
 def test_a_launcher_without_multirun_is_told(pretrain_words, capsys):
     assert main(["pretrain", *pretrain_words("hydra/launcher=submitit_slurm")]) == 2
     assert "add --multirun" in capsys.readouterr().err

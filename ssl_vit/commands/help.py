@@ -31,6 +31,8 @@ def help_text(command: str, summary: str, example: str, words: list[str]) -> str
         "Lists are written 'key=[1,2]', in quotes. --cfg prints the composed configuration and stops.",
         "--config-dir=FOLDER adds your own files, laid out as FOLDER/<group>/<option>.yaml.",
     ]
+    if command == "pretrain":
+        lines.append("--multirun makes a run of every combination: seed=0,1,2 'run.name=photos-${seed}'.")
     return "\n".join(lines)
 
 
