@@ -37,6 +37,19 @@ def test_stopped_and_resumed_equals_uninterrupted(pretrain_config, stop_at, meth
     assert_same_run(whole, parts)
 
 
+@pytest.mark.parametrize("stops", [(12, 24), (7, 12, 24, 25, 36), (24, 36, 48)])
+def test_stopped_again_and_again_equals_uninterrupted(pretrain_config, stop_at, stops):
+    """At the ends of the epochs, too: Lightning alone repeats the one after the second."""
+    words = ("trainer.max_steps=50",)
+    whole = pretrain(pretrain_config(*words, "run.name=whole"))
+    for stop in stops:
+        with stop_at(stop):
+            parts = pretrain(pretrain_config(*words, "run.name=parts", "run.resume=auto"))
+        assert state(parts)[1] == stop
+    pretrain(pretrain_config(*words, "run.name=parts", "run.resume=true"))
+    assert_same_run(whole, parts)
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(pretrain_config, stop_at, capsys):
     words = (*FULL, "trainer.checkpoint_every=0s")
     whole = pretrain(pretrain_config(*words, "run.name=whole"))
@@ -313,14 +326,15 @@ def test_changed_pictures_are_refused_with_the_difference_or_left_as_they_were(
     words += [f"data.root={moved}", "run.resume=true"]
     names = json.loads((tmp_path / "runs" / "dino" / "data.json").read_text())
     assert names["count"] == 48
-    new = next(moved.rglob("*.png")).with_name("new one.png")
-    shutil.copy(next(moved.rglob("*.png")), new)
+    old = next(moved.rglob("*.png"))
+    for i in range(16):  # another step per epoch
+        shutil.copy(old, old.with_name(f"new one {i}.png"))
     capsys.readouterr()
     assert main(["pretrain", *words]) == 2
     message = capsys.readouterr().err
-    assert "from 48 to 49" in message
-    assert "gone: none; new: 1" in message
-    assert "new one.png" in message
+    assert "from 48 to 64" in message
+    assert "gone: none; new: 16" in message
+    assert "new one 0.png" in message
     assert main(["pretrain", *words, "run.keep_pictures=true"]) == 0
     assert "keeps its own list" in capsys.readouterr().out
     assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "dino")

@@ -55,7 +55,11 @@ def pretrain(config: PretrainConfig) -> Path:
     plan = make_plan(config, len(pictures))
     method = build_method(config, plan)
     with locked(config.run):
-        return train(config, plan, method, open_run(config, pictures))
+        start = open_run(config, pictures)
+        if len(start.pictures) != len(pictures):  # run.keep_pictures
+            plan = make_plan(config, len(start.pictures))
+            method = build_method(config, plan)
+        return train(config, plan, method, start)
 
 
 def train(config: PretrainConfig, plan: Plan, method: SSLMethod, start: Start) -> Path:

@@ -203,6 +203,12 @@ class SSLMethod(L.LightningModule):
             self.after_optimizer_step(step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Resumed at the end of an epoch, Lightning 2.6 counts the next one as not begun, and a checkpoint of its end
+        # would repeat it. The counts follow from the step.
+        epoch = (self.global_step - 1) // self.plan.steps_per_epoch  # that the last step belongs to
+        counts = {"ready": epoch + 1, "started": epoch + 1, "processed": epoch, "completed": epoch}
+        for progress in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+            progress.update(counts)
         checkpoint[CHECKPOINT_KEY] = {
             "version": __version__,
             "method": self.config.name,
