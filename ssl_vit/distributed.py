@@ -22,6 +22,13 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def disband() -> None:
+    """Let the processes part, once they all have come here; those that end connected may abort one another."""
+    if world_size() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def all_sum(value: Tensor) -> Tensor:
     """The sum of `value` over all processes, without gradient."""
     if world_size() > 1:

@@ -13,6 +13,7 @@ from ssl_vit.config import PretrainConfig
 from ssl_vit.data.find import find_pictures
 from ssl_vit.data.loading import training_loader
 from ssl_vit.data.pictures import SkippedPictures
+from ssl_vit.distributed import disband
 from ssl_vit.durable import durable
 from ssl_vit.errors import UserError
 from ssl_vit.methods import METHODS
@@ -108,6 +109,7 @@ def train(config: PretrainConfig, plan: Plan, method: SSLMethod, start: Start) -
         print(introduction(config, plan, method, start, verdicts), flush=True)
     with named_faults(keeper):
         trainer.fit(method, loader, ckpt_path=start.checkpoint, weights_only=True)
+    disband()
     refuse_divergence(keeper, steps, trainer.global_step)
 
     if trainer.is_global_zero:
