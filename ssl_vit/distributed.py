@@ -37,22 +37,23 @@ def all_sum(value: Tensor) -> Tensor:
     return value
 
 
-def any_process(*flags: bool, device: torch.device) -> list[bool]:
-    """For each flag, whether it is set in any process; `device` is the one that this process computes on."""
-    if world_size() == 1:
-        return list(flags)
-    votes = torch.tensor(flags, dtype=torch.int32, device=device)
-    dist.all_reduce(votes, dist.ReduceOp.MAX)
-    return votes.bool().tolist()
+def all_max(value: Tensor) -> Tensor:
+    """The largest of each element of `value` in all processes."""
+    if world_size() > 1:
+        value = value.clone()
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value
 
 
-def agree(text: str, device: torch.device) -> bool:
+def any_process(*flags: bool) -> list[bool]:
+    """For each flag, whether it is set in any process. The CPUs settle it among themselves: no device waits."""
+    return all_max(torch.tensor(flags, dtype=torch.int32)).bool().tolist()
+
+
+def agree(text: str) -> bool:
     """Whether `text` is the same in all processes."""
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
-    ends = torch.tensor([number, -number], device=device)
-    if world_size() > 1:
-        dist.all_reduce(ends, dist.ReduceOp.MAX)
-    return ends.tolist() == [number, -number]
+    return all_max(torch.tensor([number, -number])).tolist() == [number, -number]
 
 
 def all_mean(value: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "distributed": (CONFIG, HEAVY | {"timm"}),
     "precision": (set(), HEAVY | {"timm"}),
     "transforms": (CONFIG | {"transforms"}, HEAVY),
-    "models": (CONFIG | {"distributed", "precision", "transforms.randomness", "models"}, HEAVY),
+    "models": (CONFIG | {"distributed", "precision", "transforms.randomness", "models", "losses.logits"}, HEAVY),
     "losses": (CONFIG | {"distributed", "precision", "losses"}, HEAVY),
     "data": (CONFIG | {"distributed", "transforms", "data"}, HYDRA | {"wandb", "timm"}),
     "methods": (TENSORS | {"training", "methods"}, HYDRA | {"wandb"}),

@@ -108,10 +108,14 @@ DRIVEN = {
 @pytest.mark.parametrize("name", DRIVEN)
 def test_a_run_driven_into_trouble_is_told(pretrain_config, capsys, monkeypatch, name):
     if name == "single-collapse":
+        from ssl_vit.losses.logits import Logits
         from ssl_vit.models.heads import Prototypes
 
-        def one_wins(self, z):  # whatever the picture
-            return torch.nn.functional.linear(z, self.weight_v) + 100 * torch.eye(len(self.weight_v))[0]
+        def one_wins(self, z):  # whatever the picture: the first logit is 100 higher
+            constant, first = torch.ones(len(z), 1), 100 * torch.eye(len(self.weight_v))[:, :1]
+            return Logits(
+                torch.cat([z, constant], dim=1), torch.cat([self.weight_v, first], dim=1), self.weight_g.squeeze(1)
+            )
 
         monkeypatch.setattr(Prototypes, "forward", one_wins)
     words = ("trainer.max_steps=24", "method.optimizer.warmup=0steps", *DRIVEN[name])

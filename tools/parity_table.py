@@ -127,7 +127,7 @@ def steps_of(words: tuple[str, ...]) -> list[Step]:
         steps.append(Step(all_mean(total), gradient))
         vector_to_parameters(parameters_to_vector(parameters).detach() - LEARNING_RATE * gradient, parameters)
         method.zero_grad()
-        method.after_optimizer_step(step)
+        method.after_optimizer_step(step, torch.tensor(True))
     return steps
 
 

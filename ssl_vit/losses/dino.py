@@ -3,33 +3,135 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ssl_vit.distributed import all_mean, all_sum, world_size
-from ssl_vit.precision import at_least_float32
+from ssl_vit.losses.logits import Logits
 
 
-def dino_loss(student_logits: Tensor, teacher_probabilities: Tensor, *, temperature: float) -> Tensor:
+class Targets(NamedTuple):
+    """What the teacher says: the probabilities q = softmax((logits - center) / temperature) over K prototypes."""
+
+    logits: Logits  # (G·B, K), without gradient, one global view after the other
+    center: Tensor  # (K,)
+    temperature: float  # above 0
+
+    def columns(self, part: slice) -> Tensor:
+        """(logits - center) / temperature for some prototypes: (G·B, k) in float32 or more."""
+        return self.logits.columns(part).sub_(self.center[part]).div_(self.temperature)
+
+
+def dino_loss(student: Logits, targets: Targets, *, views: int, temperature: float) -> Tensor:
     """Mean cross-entropy between the teacher's view i and the student's view v, over all pairs with i ≠ v.
 
+    With the student's logits s = z Wᵀ, the pairs' sum over teachers i comes apart into
+
+        Σ_v [ n_v · logsumexp(s_v / τ) - ⟨Σ_{i≠v} q_i W, z_v⟩ / τ ],   n_v = the number of i ≠ v,
+
+    so that logits are needed only inside of sums over K. Those are taken block by block, forward and again backward:
+    memory does not grow with K.
+
     Args:
-        student_logits: (V, B, K), the global views first.
-        teacher_probabilities: (G, B, K), softmaxed, without gradient; G ≤ V global views.
-        temperature: Of the student, above 0.
+        student: (V·B, K), one view after the other, the global views first.
+        targets: (G·B, K); G ≤ V global views.
+        views: V.
+        temperature: τ, of the student, above 0.
 
     Returns:
         Scalar, in float32 or more. With V views there are G·V - G pairs.
     """
-    log_p = F.log_softmax(at_least_float32(student_logits) / temperature, dim=-1)  # (V, B, K)
-    globals_, (views, batch, _) = len(teacher_probabilities), log_p.shape
-    every_teacher = teacher_probabilities.sum(dim=0)  # (B, K)
-    other_teachers = every_teacher - teacher_probabilities  # (G, B, K): a global view is not compared with itself
-    log_likelihood = (other_teachers * log_p[:globals_]).sum() + (every_teacher * log_p[globals_:]).sum()
-    return -log_likelihood / (batch * (globals_ * views - globals_))
+    loss: Tensor = _CrossEntropy.apply(*student, targets, views, temperature)
+    return loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 - torch's, which takes any attribute
+        z: Tensor,
+        v: Tensor,
+        scale: Tensor,
+        targets: Targets,
+        views: int,
+        temperature: float,
+    ) -> Tensor:
+        student = Logits(z, v, scale)
+        lse, target_lse = LogSumExp(len(z), scale), LogSumExp(len(targets.logits.z), scale)
+        expected = scale.new_zeros(len(targets.logits.z), z.shape[1])  # (G·B, D): Σ_k e^(target - top) W_k
+        with torch.autocast(z.device.type, enabled=False):
+            for part in student.blocks():
+                lse.add(student.columns(part).div_(temperature))
+                weight, shrunk = target_lse.add(targets.columns(part))  # (G·B, k), (G·B,)
+                expected.mul_(shrunk[:, None]).add_(weight.mul_(scale[part]).to(v.dtype) @ v[part])
+        batch = len(z) // views
+        globals_ = len(expected) // batch
+        expected.div_(target_lse.sum[:, None])
+        others = _others(expected.view(globals_, batch, -1), views)  # (V, B, D)
+        partners = _partners(globals_, views, scale)  # (V, 1)
+        pairs = batch * globals_ * (views - 1)
+        ctx.save_for_backward(z, v, scale, *targets.logits, targets.center, lse.value, target_lse.value, partners)
+        ctx.target_temperature, ctx.temperature, ctx.pairs = targets.temperature, temperature, pairs
+        cross = (others * z.view(views, batch, -1)).sum(dim=-1)  # (V, B)
+        return (partners * lse.value.view(views, batch) - cross / temperature).sum() / pairs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        z, v, scale, target_z, target_v, target_scale, center, lse, target_lse, partners = ctx.saved_tensors
+        student, temperature = Logits(z, v, scale), ctx.temperature
+        targets = Targets(Logits(target_z, target_v, target_scale), center, ctx.target_temperature)
+        views = len(partners)
+        batch = len(z) // views
+        factor = grad / (ctx.pairs * temperature)
+        z_grad, v_grad, scale_grad = torch.zeros_like(z, dtype=scale.dtype), torch.empty_like(v), scale.clone()
+        for part in student.blocks():
+            cosines = (z @ v[part].T).to(scale.dtype)  # (V·B, k), not yet scaled
+            p = (cosines * (scale[part] / temperature)).sub_(lse[:, None]).exp_().view(views, batch, -1)
+            q = targets.columns(part).sub_(target_lse[:, None]).exp_().view(-1, batch, p.shape[-1])  # (G, B, k)
+            slope = p.mul_(partners[..., None]).sub_(_others(q, views)).mul_(factor).flatten(0, 1)  # d loss / d logits
+            torch.linalg.vecdot(slope, cosines, dim=0, out=scale_grad[part])
+            slope = slope.mul_(scale[part]).to(v.dtype)
+            z_grad += slope @ v[part]
+            torch.mm(slope.T, z, out=v_grad[part])
+        return z_grad.to(z.dtype), v_grad, scale_grad, None, None, None
+
+
+class LogSumExp:
+    """The logarithm of a sum of exponentials over columns (N, k) that come block by block; nothing overflows."""
+
+    def __init__(self, rows: int, like: Tensor) -> None:
+        self.top = like.new_full((rows,), -math.inf)  # (N,)
+        self.sum = like.new_zeros(rows)  # (N,) of e^(column - top)
+
+    def add(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Take a block in: it becomes e^(columns - top). Also returns by what (N,) all before it have shrunk."""
+        top = torch.maximum(self.top, columns.amax(dim=1))
+        shrunk = (self.top - top).exp_()
+        columns.sub_(top[:, None]).exp_()
+        self.sum.mul_(shrunk).add_(columns.sum(dim=1))
+        self.top = top
+        return columns, shrunk
+
+    @property
+    def value(self) -> Tensor:
+        """(N,)."""
+        return self.top + self.sum.log()
+
+
+def _others(teachers: Tensor, views: int) -> Tensor:
+    """For each of V views the sum (V, B, ...) over the teachers (G, B, ...) that saw another view."""
+    total = teachers.sum(dim=0)
+    return torch.cat([total - teachers, total.expand(views - len(teachers), *total.shape)])
+
+
+def _partners(globals_: int, views: int, like: Tensor) -> Tensor:
+    """How many teachers each view is compared with (V, 1)."""
+    view = torch.arange(views, device=like.device)[:, None]
+    return (globals_ - (view < globals_).to(like.dtype)).to(like.dtype)
 
 
 class Center(nn.Module):
@@ -52,27 +154,23 @@ class Center(nn.Module):
         self.register_buffer("count", torch.zeros(()), persistent=False)
 
     @torch.no_grad()
-    def observe(self, teacher_logits: Tensor) -> None:
-        """Add the logits (G, B, K) of a micro-batch."""
-        self.seen += teacher_logits.sum(dim=(0, 1), dtype=self.seen.dtype)
-        self.count += teacher_logits.shape[0] * teacher_logits.shape[1]
+    def observe(self, teacher: Logits) -> None:
+        """Add the logits (G·B, K) of a micro-batch; linear in z, they need not be multiplied out."""
+        total = Logits(teacher.z.sum(dim=0, keepdim=True), teacher.v, teacher.scale)
+        with torch.autocast(self.seen.device.type, enabled=False):
+            self.seen += total.columns(slice(None)).squeeze(0)
+        self.count += len(teacher.z)
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the center by what was observed since the last update."""
-        mean = all_sum(self.seen) / (self.count * world_size())
-        self.value.lerp_(mean, 1 - self.momentum)
-        self.forget()
+    def update(self, taken: Tensor) -> None:
+        """Move the center by what was observed since the last update, and forget that.
 
-    def forget(self) -> None:
-        """Drop what was observed since the last update."""
+        Where the optimizer step was not `taken`, () bool, it is only forgotten.
+        """
+        mean = all_sum(self.seen) / (self.count * world_size())
+        self.value.copy_(torch.where(taken, self.value.lerp(mean, 1 - self.momentum), self.value))
         self.seen.zero_()
         self.count.zero_()
-
-
-def sharpen(teacher_logits: Tensor, center: Tensor, temperature: float) -> Tensor:
-    """softmax((logits - center) / temperature) over K, in float32 or more, without gradient: (G, B, K)."""
-    return F.softmax((at_least_float32(teacher_logits.detach()) - center) / temperature, dim=-1)
 
 
 class Assignment(NamedTuple):
@@ -83,14 +181,23 @@ class Assignment(NamedTuple):
     information: Tensor  # entropy of the mean assignment - entropy; 0 = the same answer for every picture: collapse
 
 
-def assignment(teacher_probabilities: Tensor) -> Assignment:
-    """Entropy of the teacher's probabilities (G, B, K) and the information that they carry about the picture.
+@torch.no_grad()
+def assignment(targets: Targets) -> Assignment:
+    """Entropy of the teacher's probabilities (G·B, K) and the information that they carry about the picture.
 
     In both collapses, to the uniform answer and to a single prototype, the information goes to 0. It is at most
     ln(G·B), because it is estimated on one batch, that of all processes together. Entropy and divergence are this
     process's own: their mean over processes is that of the whole batch.
     """
-    p = teacher_probabilities.flatten(0, 1)  # (G·B, K)
-    entropy = torch.special.entr(p).sum(-1).mean()
-    information = torch.special.entr(all_mean(p.mean(0))).sum() - entropy
-    return Assignment(entropy, math.log(p.shape[-1]) - entropy, information)
+    lse = LogSumExp(len(targets.logits.z), targets.logits.scale)
+    with torch.autocast(targets.center.device.type, enabled=False):
+        for part in targets.logits.blocks():
+            lse.add(targets.columns(part))
+        mean, entropy = torch.empty_like(targets.logits.scale), lse.value.new_zeros(())
+        for part in targets.logits.blocks():
+            p = targets.columns(part).sub_(lse.value[:, None]).exp_()  # (G·B, k)
+            mean[part] = p.mean(dim=0)
+            entropy += torch.special.entr(p).sum()
+    entropy /= len(targets.logits.z)
+    information = torch.special.entr(all_mean(mean)).sum() - entropy
+    return Assignment(entropy, math.log(len(targets.center)) - entropy, information)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from typing import Any, NamedTuple
 
@@ -14,8 +13,9 @@ from torch.optim import AdamW, Optimizer
 
 from ssl_vit import __version__
 from ssl_vit.config import BackboneConfig, DINOConfig, PretrainConfig, SiTConfig
-from ssl_vit.distributed import all_mean, any_process, gather, norms
+from ssl_vit.distributed import all_mean, gather, norms
 from ssl_vit.losses.diversity import effective_rank, spread
+from ssl_vit.methods.finite import StepCheck, clip_each
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.fsdp import shard
 from ssl_vit.models.weights import CHECKPOINT_KEY
@@ -49,17 +49,11 @@ class StepResult(NamedTuple):
     logs: dict[str, Tensor]  # scalars
 
 
-class Skipped(NamedTuple):
-    """An optimizer step that was left out because its loss or a gradient was not finite in some process."""
-
-    parameters: list[str]  # those whose gradient was not finite
-    expected: bool  # while 16-mixed looks for its loss scale
-
-
 class SSLMethod(L.LightningModule):
     """A method is a `step`; everything around it is here. All schedules are functions of the optimizer step."""
 
     finite: Tensor
+    check: StepCheck  # of the last optimizer step
 
     def __init__(self, config: DINOConfig | SiTConfig, plan: Plan) -> None:
         super().__init__()
@@ -67,7 +61,6 @@ class SSLMethod(L.LightningModule):
         self.plan = plan
         self.photometric = Photometric(config.views)
         self.logged = torch.empty(0)
-        self.skipped: Skipped | None = None  # the last optimizer step, if it was left out
         self.register_buffer("finite", torch.ones((), dtype=torch.bool), persistent=False)  # the step's losses so far
         self.warmup_steps = config.optimizer.warmup.steps(plan.steps_per_epoch, plan.total_steps)
         self.schedules = self.make_schedules(config, plan)
@@ -110,11 +103,11 @@ class SSLMethod(L.LightningModule):
         """The learning rate at the end of the warm-up."""
         return self.schedules["lr"](self.warmup_steps)
 
-    def after_optimizer_step(self, step: int) -> None:
-        """Called once per optimizer step, after it; `step` counts from 0."""
+    def after_optimizer_step(self, step: int, taken: Tensor) -> None:
+        """Called once per optimizer step, after it; `step` counts from 0, `taken` () bool says if it was not left out.
 
-    def after_skipped_step(self) -> None:
-        """Called instead when the step was skipped: forget what its micro-batches left behind."""
+        `taken` lies on the device: use it there, as to read it would make the device wait.
+        """
 
     def scheduled(self, name: str) -> float:
         """The value of a schedule at the step at hand."""
@@ -175,32 +168,27 @@ class SSLMethod(L.LightningModule):
                 group["weight_decay"] = self.scheduled("weight_decay")
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *_: object, **__: object) -> None:
-        """Clip each gradient, or skip the step in all processes: without gradients AdamW changes nothing."""
+        """Clip each gradient, and leave the step out, in all processes, if a number is not finite in one."""
         precision = self.trainer.precision_plugin
         scaler = precision.scaler if isinstance(precision, MixedPrecision) else None
         if scaler:
             # Fused AdamW takes the loss scale out by itself, but only after the clipping.
             scaler.unscale_(optimizer)
         gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
-        sizes = norms(list(gradients.values())).tolist()
-        broken = [name for name, size in zip(gradients, sizes, strict=True) if not math.isfinite(size)]
-        loss_broken, gradient_broken = any_process(not self.finite, bool(broken), device=self.device)
+        sizes = norms(list(gradients.values()))
+        loss_scale = scaler.get_scale() if scaler else None
+        self.check = StepCheck(list(gradients), sizes, self.finite, loss_scale=loss_scale)
         self.finite.fill_(True)
-        self.skipped = None
-        if loss_broken or gradient_broken:
-            # A loss scale that is too high is found by such steps; they are part of 16-bit training.
-            self.skipped = Skipped(broken, expected=not loss_broken and scaler is not None and scaler.get_scale() > 1)
-            optimizer.zero_grad()
-        elif self.config.optimizer.clip:
+        if self.config.optimizer.clip:
             clip_each(list(gradients.values()), sizes, self.config.optimizer.clip)
+        optimizer.found_inf = (~self.check.taken).float()  # type: ignore[attr-defined] # fused AdamW then does nothing
+        if scaler and self.check.skipped():  # which has a mark of its own there
+            optimizer.zero_grad()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         step = self.global_step
         super().optimizer_step(*args, **kwargs)
-        if self.skipped:
-            self.after_skipped_step()
-        else:
-            self.after_optimizer_step(step)
+        self.after_optimizer_step(step, self.check.taken)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Resumed at the end of an epoch, Lightning 2.6 counts the next one as not begun, and a checkpoint of its end
@@ -216,19 +204,6 @@ class SSLMethod(L.LightningModule):
             "mean": self.config.views.mean,
             "std": self.config.views.std,
         }
-
-
-def clip_each(gradients: list[Tensor], sizes: list[float], limit: float) -> None:
-    """Scale each parameter's gradient down to an L2 norm of at most `limit`, one by one (DINO, `clip_gradients`).
-
-    Not the norm of all gradients together: that is another algorithm.
-
-    Args:
-        gradients: N of them, changed in place.
-        sizes: Their norms.
-        limit: Above 0.
-    """
-    torch._foreach_mul_(gradients, [min(1.0, limit / (size + 1e-6)) for size in sizes])
 
 
 def by_view(views: Tensor) -> Tensor:

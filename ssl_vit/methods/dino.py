@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ssl_vit.config import BackboneConfig, DINOConfig
-from ssl_vit.losses.dino import Center, assignment, dino_loss, sharpen
+from ssl_vit.losses.dino import Center, Targets, assignment, dino_loss
+from ssl_vit.losses.logits import Logits
 from ssl_vit.methods.base import Plan, SSLMethod, StepResult, by_view, make_backbone
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.heads import DINOHead
@@ -25,7 +26,7 @@ class DINONetwork(nn.Module):
         self.backbone = backbone
         self.head = DINOHead(backbone.embed_dim, **config.head.model_dump())
 
-    def forward(self, *resolutions: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, *resolutions: Tensor, key: Tensor | None = None) -> tuple[Logits, Tensor]:
         """Logits (Σ V·B, K) and [CLS] tokens (Σ V·B, D) of images (V·B, C, H, W), one argument per resolution.
 
         `key` (Σ V·B,) holds the keys of all images, from which drop path is drawn in training.
@@ -72,13 +73,12 @@ class DINO(SSLMethod):
         images = [by_view(global_views)] + ([by_view(local_views)] if local_views.shape[1] else [])
 
         with torch.no_grad():
-            teacher_logits, teacher_cls = self.teacher(images[0])
-            teacher_logits = teacher_logits.unflatten(0, (2, -1))  # (2, B, K)
-            targets = sharpen(teacher_logits, self.center.value, self.scheduled("teacher_temperature"))  # (2, B, K)
-            self.center.observe(teacher_logits)
+            teacher, teacher_cls = self.teacher(images[0])  # (2·B, K), (2·B, D)
+            targets = Targets(teacher, self.center.value, self.scheduled("teacher_temperature"))
+            self.center.observe(teacher)
 
-        student_logits, _ = self.student(*images, key=view_keys(batch.key, 0, views).T.flatten())
-        loss = dino_loss(student_logits.unflatten(0, (views, -1)), targets, temperature=self.config.student_temperature)
+        student, _ = self.student(*images, key=view_keys(batch.key, 0, views).T.flatten())  # (V·B, K)
+        loss = dino_loss(student, targets, views=views, temperature=self.config.student_temperature)
         logs: dict[str, Tensor] = {}
         if self.at_log_step:
             entropy, kl, information = assignment(targets)
@@ -96,12 +96,9 @@ class DINO(SSLMethod):
             for parameter in self.student.head.last_layer.parameters():
                 parameter.grad = None  # not requires_grad: that would change the graph under DDP
 
-    def after_optimizer_step(self, step: int) -> None:
-        follow(self.teacher, self.student, self.schedules["teacher_momentum"](step))
-        self.center.update()
-
-    def after_skipped_step(self) -> None:
-        self.center.forget()
+    def after_optimizer_step(self, step: int, taken: Tensor) -> None:
+        follow(self.teacher, self.student, self.schedules["teacher_momentum"](step), taken)
+        self.center.update(taken)
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """All but biases and one-dimensional parameters; positions and tokens do decay, as in the official code."""

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssl_vit.losses.logits import Logits
 from ssl_vit.precision import at_least_float32
 
 
 class Prototypes(nn.Module):
-    """Weight-normalised linear layer without bias: logits (B, K) = z (B, D) · (g v/‖v‖)ᵀ.
+    """Weight-normalised linear layer without bias: logits (B, K) = z (B, D) · (g v/‖v‖)ᵀ, not yet multiplied out.
 
     The parameters keep the official names and shapes, weight_g (K, 1) and weight_v (K, D), and torch's default
     initialisation of a linear layer for v. With `norm_last_layer` g stays at 1 and the logits of unit vectors are
@@ -24,8 +25,12 @@ class Prototypes(nn.Module):
         self.weight_v = nn.Parameter(nn.Linear(dim, prototypes, bias=False).weight.detach())  # (K, D)
         self.weight_g = nn.Parameter(torch.ones(prototypes, 1), requires_grad=not norm_last_layer)  # (K, 1)
 
-    def forward(self, z: Tensor) -> Tensor:  # (B, D) -> (B, K)
-        return F.linear(z, self.weight_g * F.normalize(self.weight_v, dim=1))
+    def forward(self, z: Tensor) -> Logits:  # (B, D) -> (B, K)
+        device = z.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else z.dtype
+        scale = self.weight_g.squeeze(1) / torch.linalg.vector_norm(self.weight_v, dim=1)  # (K,)
+        # A copy: sharded over processes, the weights are whole only until the network's forward pass is over.
+        return Logits(z.to(dtype), self.weight_v.to(dtype, copy=True), scale)
 
 
 class DINOHead(nn.Module):
@@ -48,9 +53,9 @@ class DINOHead(nn.Module):
         self.mlp = mlp([embed_dim, *[hidden_dim] * (layers - 1), bottleneck_dim])
         self.last_layer = Prototypes(bottleneck_dim, prototypes, norm_last_layer=norm_last_layer)
 
-    def forward(self, cls: Tensor) -> Tensor:  # (B, D) -> (B, K)
+    def forward(self, cls: Tensor) -> Logits:  # (B, D) -> (B, K)
         bottleneck = at_least_float32(self.mlp(cls))  # a norm in bfloat16 is off by up to 0.3 %, and the logits with it
-        logits: Tensor = self.last_layer(F.normalize(bottleneck, dim=-1))
+        logits: Logits = self.last_layer(F.normalize(bottleneck, dim=-1))
         return logits
 
 

@@ -13,12 +13,15 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @torch.no_grad()
-def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+def follow(teacher: nn.Module, student: nn.Module, momentum: float, taken: Tensor) -> None:
     """Teacher ← momentum · teacher + (1 - momentum) · student, over all parameters, in place.
 
-    Call it once per optimizer step. Buffers are not touched, as in DINO.
+    Call it once per optimizer step; where the step was not `taken`, () bool, nothing changes. Buffers are not touched,
+    as in DINO.
     """
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+    theirs, ours = ([p.detach() for p in network.parameters()] for network in (teacher, student))
+    weight = taken.to(ours[0].dtype) * (1 - momentum)
+    torch._foreach_lerp_(theirs, ours, [weight] * len(ours))
 
 
 def start_teacher(teacher: ModuleT, student: nn.Module) -> ModuleT:

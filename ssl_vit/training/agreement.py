@@ -26,5 +26,5 @@ class SameStart(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         for what, text in self.parts.items():
-            if trainer.world_size > 1 and not agree(text, trainer.strategy.root_device):
+            if trainer.world_size > 1 and not agree(text):
                 raise SharedError(f"the processes see different {what}")

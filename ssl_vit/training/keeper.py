@@ -75,7 +75,7 @@ class Keeper(L.Callback):
         asked = self.signals.received is not None or now - self.started > self.max_time
         wait = self.every / 10 if trainer.is_last_batch and self.saved_step else self.every
         due = now - self.saved > wait or (trainer.is_last_batch and not self.saved_step)
-        stop, due = any_process(asked, due, device=trainer.strategy.root_device)
+        stop, due = any_process(asked, due)
         if stop or keep or due or trainer.global_step == trainer.max_steps:
             self._save(trainer, module, f"epoch_{epoch:04d}.ckpt" if keep else None)
         if stop:
@@ -85,7 +85,7 @@ class Keeper(L.Callback):
         parameters = [parameter.detach() for parameter in module.parameters()]
         buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
         broken = any(not norms(values).isfinite().all() for values in (parameters, buffers) if values)
-        (broken,) = any_process(broken, device=trainer.strategy.root_device)
+        (broken,) = any_process(broken)
         if broken:
             self.diverged = trainer.should_stop = True
             return
@@ -93,7 +93,7 @@ class Keeper(L.Callback):
             for logger in trainer.loggers:
                 logger.save()  # the rows of metrics up to here, before the checkpoint that they belong to
         trainer.save_checkpoint(self.folder / LAST)
-        (failed,) = any_process(self.files.failure is not None, device=trainer.strategy.root_device)
+        (failed,) = any_process(self.files.failure is not None)
         if failed:
             reason = self.files.failure.strerror if self.files.failure else "the first process could not write it"
             raise SharedError(

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import deque
+from typing import Any, NamedTuple
 
 import lightning as L
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
 
 from ssl_vit.data.pictures import Pictures
 from ssl_vit.distributed import rank
 from ssl_vit.methods.base import SSLMethod
+from ssl_vit.methods.finite import StepCheck
 from ssl_vit.training.journal import Journal
 from ssl_vit.transforms.batch import Batch
+
+
+class _Step(NamedTuple):
+    number: int
+    epoch: int
+    loss: Tensor  # ()
+    seen: list[tuple[int, int]]  # index and key of its pictures
+    check: StepCheck
 
 
 class SkippedSteps(L.Callback):
@@ -29,7 +40,8 @@ class SkippedSteps(L.Callback):
         self.pictures = pictures
         self.budget = budget
         self.total = self.in_a_row = 0
-        self._seen: list[tuple[int, int]] = []  # index and key of the step's pictures
+        self._pictures: list[tuple[int, int]] = []  # index and key of the pictures of the step at hand
+        self._open: deque[_Step] = deque()  # steps of which the CPU does not know yet whether they were taken
 
     @property
     def exhausted(self) -> bool:
@@ -38,6 +50,7 @@ class SkippedSteps(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The counts."""
+        self._settle()
         return {"total": self.total, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -54,23 +67,35 @@ class SkippedSteps(L.Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        self._seen += zip(batch.index.tolist(), batch.key.tolist(), strict=True)
+        self._pictures += zip(batch.index.tolist(), batch.key.tolist(), strict=True)
         if trainer.global_step == self.step:  # still accumulating
             return
-        self.step = trainer.global_step
-        seen, self._seen = self._seen, []
-        if module.skipped is None or module.skipped.expected:
-            self.in_a_row = 0
-            return
-        self.total += 1
-        self.in_a_row += 1
-        self.journal.write(
-            self.step - 1,
-            process=rank(),
-            epoch=trainer.current_epoch,
-            loss=str(float(outputs["loss"]) * trainer.accumulate_grad_batches),  # type: ignore[index]
-            parameters=module.skipped.parameters,
-            pictures=[{"index": index, "name": self.pictures.name(index), "key": key} for index, key in seen],
-        )
+        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches  # type: ignore[index]
+        self._open.append(_Step(self.step, trainer.current_epoch, loss, self._pictures, module.check))
+        self.step, self._pictures = trainer.global_step, []
+        # A GPU is left one step behind: asked for the step at hand, it would have to finish it while the CPU waits.
+        self._settle(but=1 if loss.is_cuda else 0)
         if self.exhausted:
             trainer.should_stop = True
+
+    def on_train_end(self, *_: object) -> None:
+        self._settle()
+
+    def _settle(self, *, but: int = 0) -> None:
+        """Count the steps that are open, but for the newest ones, and write down those that were left out."""
+        while len(self._open) > but:
+            step = self._open.popleft()
+            skipped = step.check.skipped()
+            if skipped is None or skipped.expected:
+                self.in_a_row = 0
+                continue
+            self.total += 1
+            self.in_a_row += 1
+            self.journal.write(
+                step.number,
+                process=rank(),
+                epoch=step.epoch,
+                loss=str(float(step.loss)),
+                parameters=skipped.parameters,
+                pictures=[{"index": index, "name": self.pictures.name(index), "key": key} for index, key in step.seen],
+            )

@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from ssl_vit.config import PretrainConfig, TrainerConfig
 from ssl_vit.errors import UserError
@@ -39,7 +39,7 @@ def make_trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=settings.devices,
         num_nodes=settings.nodes,
-        strategy=make_strategy(settings),
+        strategy=make_strategy(settings, device),
         precision=precision,
         max_steps=plan.total_steps,
         accumulate_grad_batches=settings.accumulate,
@@ -54,14 +54,19 @@ def make_trainer(
     )
 
 
-def make_strategy(settings: TrainerConfig) -> Strategy | str:
+def make_strategy(settings: TrainerConfig, device: torch.device) -> Strategy | str:
     """How the processes share the work: each with the whole network, or with a part of it."""
     processes = settings.devices * settings.nodes
+    # The CPUs talk among themselves as well, so that they can agree without waiting for their GPUs.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if settings.strategy == "fsdp":
         return ModelParallelStrategy(
-            data_parallel_size=processes, tensor_parallel_size=1, save_distributed_checkpoint=False
+            data_parallel_size=processes,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=backend,
         )
-    return "ddp" if processes > 1 else "auto"
+    return DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True) if processes > 1 else "auto"
 
 
 def quiet_lightning() -> None:

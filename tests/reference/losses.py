@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
+from torch import Tensor
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -22,6 +24,14 @@ def dino(student, teacher, center, student_temperature, teacher_temperature) -> 
             total += np.mean([-np.sum(q[b] * np.log(p[b])) for b in range(q.shape[0])])
             terms += 1
     return total / terms
+
+
+def dino_dense(student: Tensor, teacher: Tensor, center: Tensor, student_temperature, teacher_temperature) -> Tensor:
+    """The same with all logits at hand, for its gradient."""
+    q = torch.softmax((teacher - center) / teacher_temperature, dim=-1)
+    log_p = torch.log_softmax(student / student_temperature, dim=-1)
+    pairs = [(g, v) for g in range(len(teacher)) for v in range(len(student)) if v != g]
+    return torch.stack([-(q[g] * log_p[v]).sum(-1).mean() for g, v in pairs]).mean()
 
 
 def nt_xent(first, second, temperature) -> float:
