@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from ssl_vit.commands.compose import load_config
 from ssl_vit.config import KNNConfig
 from ssl_vit.evaluation.features import Features
 from ssl_vit.evaluation.knn import NEAR_DUPLICATE, KNNResult, Labelled, knn
@@ -21,9 +20,9 @@ from ssl_vit.evaluation.study import Study
 from ssl_vit.training.hardware import best_device
 
 
-def main(words: list[str]) -> None:
+def main(config: KNNConfig) -> None:
     """Run the command."""
-    record, path = measure(load_config("knn", words, KNNConfig))
+    record, path = measure(config)
     print(f"{record.table()}\n\n{path}")
 
 
