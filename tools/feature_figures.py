@@ -2,9 +2,10 @@
 
     python tools/feature_figures.py
 
-`extract` on pictures in memory (random, of the network's size), batches of 256 (64 at 224 pixels), bfloat16 where the CPU has it, one
-thread. All ways in turn, three rounds; a row holds the median of pictures per second of processor time, the ratio to
-the first row, and the share of what the product of two 2048 x 2048 bfloat16 matrices reaches in the same rounds.
+`extract` on pictures in memory (random, of the network's size), batches of 256 (64 at 224 pixels), bfloat16 where the
+CPU has it, one thread. All ways in turn, three rounds; a row holds the median of pictures per second of processor time,
+the ratio to the first row, and the share of what the product of two 2048 x 2048 bfloat16 matrices reaches in the same
+rounds.
 FLOPs: 2 per multiply-add of the patch projection, the linear layers, and both products of the attention.
 """
 
