@@ -17,7 +17,7 @@ from ssl_vit.processes import first_process
 
 
 class Command(NamedTuple):
-    """What the overview says of a command; its code is `ssl_vit/commands/<name>.py`."""
+    """What the overview says of a command; its code is `main` of `ssl_vit/commands/<name>.py`."""
 
     summary: str
     example: str
@@ -72,8 +72,15 @@ def main(words: list[str] | None = None) -> int:
             return 0
         # What Pillow warns of is read all the same, or ends as a skipped picture.
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        command = "sweep" if name == "pretrain" and "--multirun" in rest else name
-        importlib.import_module(f"ssl_vit.commands.{command}").main(rest)
+        if name == "pretrain" and "--multirun" in rest:
+            importlib.import_module("ssl_vit.commands.sweep").main(rest)
+            return 0
+        from ssl_vit.commands.compose import MODELS, load_config
+
+        config = load_config(
+            name, rest, MODELS[name]
+        )  # mistakes are told before torch is imported, which takes seconds
+        importlib.import_module(f"ssl_vit.commands.{name}").main(config)
     except UserError as error:
         if first_process() or not isinstance(error, SharedError):
             print(f"ssl-vit {name}: {error}", file=sys.stderr)

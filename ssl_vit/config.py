@@ -391,7 +391,7 @@ class EvaluationConfig(Section):
 class KNNConfig(EvaluationConfig):
     k: Annotated[list[Count], Field(min_length=1)]
     temperature: Positive
-    engine: Literal["torch", "faiss"]
+    engine: Literal["auto", "torch", "faiss"]
 
 
 class LinearConfig(EvaluationConfig):

@@ -12,7 +12,7 @@ import yaml
 from ssl_vit import __version__
 from ssl_vit.cli import COMMANDS
 from ssl_vit.cli import main as ssl_vit
-from ssl_vit.commands.compose import compose_values
+from ssl_vit.commands.compose import MODELS, compose_values
 
 
 def run(*words, **options):
@@ -52,6 +52,23 @@ def test_nothing_heavy_is_imported_before_a_command_runs(words):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_wrong_key_is_told_before_torch_is_imported(command):
+    """In a fraction of a second, that is."""
+    code = (
+        f"import sys; from ssl_vit.cli import main; code = main([{command!r}, 'sede=1'])\n"
+        "heavy = {'torch', 'lightning', 'timm', 'torchvision', 'wandb', 'faiss'} & sys.modules.keys()\n"
+        "sys.exit(f'imported: {heavy}' if heavy else code)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "sede: unknown key" in result.stderr
+    assert result.returncode == 2, result.stderr
+
+
+def test_every_command_has_its_configuration():
+    assert MODELS.keys() == COMMANDS.keys()
 
 
 @pytest.mark.parametrize("words", [[], ["pretrain", "--help"], ["pretrain", "--cfg"]])

@@ -64,7 +64,8 @@ def test_record_and_table_of_a_run(command, words, run, sample, capsys):
             assert metric["n"] == 48
             assert metric["low"] <= metric["value"] <= metric["high"]
             assert 0.0 <= metric["value"] <= 0.6 or metric["name"].startswith("top-5")  # nothing was trained
-    assert set(record["environment"]) == {"torch", "timm", "device", "forward", "threads"}
+    engines = {"knn"} if command == "knn" else set()
+    assert set(record["environment"]) == {"torch", "timm", "device", "forward", "threads"} | engines
     printed = capsys.readouterr().out
     assert "raw pixels" in printed
     assert str(path) in printed
@@ -81,12 +82,17 @@ def test_the_same_seed_gives_the_same_record(command, words, run, sample, tmp_pa
 
 
 def test_engines_give_the_same_scores(run, sample, tmp_path):
-    scores = []
-    for engine in ("torch", "faiss"):
+    records = {}
+    for engine in ("torch", "faiss", "auto"):
         out = tmp_path / f"{engine}.json"
         measured("knn", f"checkpoint={run}", f"data.root={sample}", f"out={out}", f"engine={engine}")
-        scores.append(json.loads(out.read_text())["score"])
-    assert scores[0] == scores[1]
+        records[engine] = json.loads(out.read_text())
+    for record in records.values():
+        assert record["score"] == records["torch"]["score"]
+        assert record["protocol_hash"] == records["torch"]["protocol_hash"]  # they may be compared
+    used = {engine: record["environment"]["knn"] for engine, record in records.items()}
+    assert (used["torch"], used["faiss"]) == ("torch", "faiss")
+    assert used["auto"] in ("torch", "faiss")
 
 
 def test_one_folder_is_left_one_out(run, sample):

@@ -81,6 +81,17 @@ def test_features_are_the_tokens_of_the_network(loaded, pictures, skipped, in_fl
     assert not found.cls.is_inference()  # a probe can be trained on it
 
 
+def test_passes_of_few_pictures_give_the_same_features(loaded, pictures, skipped, in_float32, monkeypatch):
+    found = []
+    for tokens in (1, 40, 10**6):  # one picture at a time, uneven passes, whole batches
+        monkeypatch.setattr(module, "_TOKENS", tokens)
+        found.append(extract(loaded, pictures, transform(), blocks=2, batch_size=7, workers=0, skipped=skipped))
+    for other in found[1:]:
+        torch.testing.assert_close(other.cls, found[0].cls, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(other.patch_mean, found[0].patch_mean, rtol=1e-4, atol=1e-5)
+        assert torch.equal(other.index, found[0].index)
+
+
 def test_bfloat16_stays_near_float32(loaded, pictures, skipped, monkeypatch):
     both = []
     for dtype in (None, torch.bfloat16):

@@ -5,8 +5,10 @@ import pytest
 import torch
 from reference import probes
 
-from ssl_vit.evaluation import knn as module
-from ssl_vit.evaluation.knn import Labelled, Neighbours, knn, knn_accuracy, nearest, rank_of, votes
+from ssl_vit.evaluation import knn as voting
+from ssl_vit.evaluation import search as module
+from ssl_vit.evaluation.knn import Labelled, knn, knn_accuracy, rank_of, votes
+from ssl_vit.evaluation.search import Neighbours, nearest
 
 TEMPERATURE = 0.07
 
@@ -48,10 +50,10 @@ def small_blocks(monkeypatch):
     """Searches of a few rows are cut into many blocks."""
     monkeypatch.setattr(module, "_QUERIES", 7)
     monkeypatch.setattr(module, "_BANK", 11)
-    monkeypatch.setattr(module, "_VOTES", 40)
+    monkeypatch.setattr(voting, "_VOTES", 40)
 
 
-@pytest.mark.parametrize("engine", ["torch", "faiss"])
+@pytest.mark.parametrize("engine", ["auto", "torch", "faiss"])
 @pytest.mark.parametrize(
     ("labels", "test_labels"),
     [
@@ -70,7 +72,7 @@ def test_equals_the_textbook_picture_by_picture(engine, labels, test_labels, n_t
     assert list(result.k_effective.items()) == [(1, 1), (5, 5), (20, 20), (100, 100)]
 
 
-@pytest.mark.parametrize("engine", ["torch", "faiss"])
+@pytest.mark.parametrize("engine", ["auto", "torch", "faiss"])
 def test_leave_one_out_equals_the_textbook(engine):
     bank = clouds(80, 0)
     result = knn(bank, None, ks=[3, 20], temperature=TEMPERATURE, engine=engine)
@@ -121,12 +123,101 @@ def test_blocks_do_not_change_the_neighbours(monkeypatch):
         assert torch.equal(found.place, whole.place)
 
 
-def test_engines_agree_on_many_neighbours():
-    bank, queries = clouds(3000, 0, dim=96), clouds(200, 1, dim=96)
-    ours, theirs = (nearest(queries.features, bank.features, k=200, engine=engine) for engine in ("torch", "faiss"))
+@pytest.fixture
+def by_bfloat16(monkeypatch):
+    """Small searches too begin in bfloat16, and none that does falls back on all products."""
+    monkeypatch.setattr(module, "autocast_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(module, "_ROOMY", 2)
+    monkeypatch.setattr(module, "_plain", lambda *_: pytest.fail("all products were computed"))
+
+
+def unlike(bank, queries):
+    return bank, queries
+
+
+def far_from_the_origin(bank, queries):
+    return bank + 3, queries + 3
+
+
+def of_any_length(bank, queries):
+    return bank * torch.linspace(0.1, 10, len(bank))[:, None], queries * 100
+
+
+def every_row_twice(bank, queries):
+    return bank[: len(bank) // 2].repeat(2, 1), queries
+
+
+@pytest.mark.parametrize("geometry", [unlike, far_from_the_origin, of_any_length, every_row_twice])
+@pytest.mark.parametrize("block", [1500, 65536])
+@pytest.mark.parametrize("one_set", [True, False])
+def test_a_search_that_begins_in_bfloat16_finds_the_nearest_in_float64(
+    geometry, block, one_set, by_bfloat16, monkeypatch
+):
+    """Rows a rounding error of float32 apart may change places, no others."""
+    monkeypatch.setattr(module, "_BANK", block)
+    bank, queries = geometry(clouds(3000, 0, dim=48).features, clouds(300, 1, dim=48).features)
+    own = torch.arange(300) if one_set else None
+    queries = bank[:300] if one_set else queries
+    found = nearest(queries, bank, k=40, own=own)
+
+    products = queries.double() @ bank.double().T
+    if one_set:
+        products[own, own] = -torch.inf
+    rounding = 1e-6 * queries.norm(dim=1).max() * bank.norm(dim=1).max()
+    torch.testing.assert_close(found.similarity.double(), products.gather(1, found.place), rtol=0, atol=float(rounding))
+    best = products.topk(40, dim=1).values
+    torch.testing.assert_close(found.similarity.double(), best, rtol=0, atol=float(rounding))
+    assert all(len(set(row)) == 40 for row in found.place.tolist())
+    equal = found.similarity[:, 1:] == found.similarity[:, :-1]
+    assert (found.place[:, 1:] > found.place[:, :-1])[equal].all()
+    assert equal.any() or geometry is not every_row_twice
+
+
+def test_rows_too_alike_for_bfloat16_are_told_apart_all_the_same(monkeypatch):
+    monkeypatch.setattr(module, "autocast_dtype", lambda device: torch.bfloat16)
+    g = torch.Generator().manual_seed(0)
+    bank = torch.nn.functional.normalize(1 + 1e-3 * torch.randn(3000, 16, generator=g), dim=1)
+    queries = bank[:50] + 1e-3 * torch.randn(50, 16, generator=g)
+    found = nearest(queries, bank, k=20)
+    best = (queries.double() @ bank.double().T).topk(20, dim=1).values
+    torch.testing.assert_close(found.similarity.double(), best, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("one_set", [True, False])
+def test_engines_agree_on_many_neighbours(one_set):
+    bank, queries = clouds(5000, 0, dim=96).features, clouds(200, 1, dim=96).features
+    queries, own = (bank[:200], torch.arange(200)) if one_set else (queries, None)
+    ours, theirs = (nearest(queries, bank, k=100, own=own, engine=engine) for engine in ("torch", "faiss"))
     torch.testing.assert_close(ours.similarity, theirs.similarity, rtol=1e-6, atol=1e-4)
     equal = (ours.place == theirs.place).float().mean()
     assert equal > 0.999  # neighbours a rounding error apart may change places
+
+
+@pytest.mark.parametrize("engine", ["torch", "faiss"])
+def test_engines_agree_on_copies(engine):
+    """Each row stands in the bank four times: its copies come in the bank's order, also across the k-th place."""
+    unit = torch.nn.functional.normalize(clouds(1000, 0, dim=32).features, dim=1)
+    found = nearest(unit[:50], unit.repeat(4, 1), k=10, engine=engine)
+    expected = nearest(unit[:50], unit, k=3).place
+    copies = expected[:, :, None] + 1000 * torch.arange(4)  # (50, 3, 4)
+    assert torch.equal(found.place, copies.flatten(1)[:, :10])
+
+
+def test_the_engine_follows_from_the_device(monkeypatch):
+    for dtype, device, expected in [(torch.bfloat16, "cpu", "torch"), (None, "cpu", "faiss"), (None, "cuda", "torch")]:
+        monkeypatch.setattr(module, "autocast_dtype", lambda _, dtype=dtype: dtype)
+        assert module.choose_engine("auto", torch.device(device)) == expected
+        assert [module.choose_engine(name, torch.device(device)) for name in ("torch", "faiss")] == ["torch", "faiss"]
+
+
+def test_answers_are_those_of_dinos_evaluation():
+    bank, queries = clouds(4000, 0, dim=32), clouds(250, 1, dim=32)
+    known, asked = (torch.nn.functional.normalize(part.features, dim=1) for part in (bank, queries))
+    ks = [10, 20, 100, 200]
+    theirs = probes.chunked_knn(known, bank.labels, asked, 7, ks=ks, temperature=TEMPERATURE)
+    ours = knn(bank, queries, ks=ks, temperature=TEMPERATURE).ranks
+    for k in ks:
+        assert torch.equal(ours[k] == 0, theirs[k] == queries.labels)
 
 
 @pytest.mark.parametrize("engine", ["torch", "faiss"])

@@ -23,7 +23,6 @@ from ssl_vit.attention.record import write_ious, write_record
 from ssl_vit.attention.stream import attend
 from ssl_vit.attention.summary import Result, Summary, iou_table
 from ssl_vit.attention.truth import MaskFolder, NoMask
-from ssl_vit.commands.compose import load_config
 from ssl_vit.config import AttentionConfig
 from ssl_vit.data.files import FilePictures, folder_pictures
 from ssl_vit.data.names import Names
@@ -46,9 +45,8 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def main(words: list[str]) -> None:
+def main(config: AttentionConfig) -> None:
     """Run the command."""
-    config = load_config("attention", words, AttentionConfig)
     outcome = segment(config)
     if outcome.results:
         print(iou_table(outcome.results, mass=config.mass))

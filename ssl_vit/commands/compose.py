@@ -21,10 +21,32 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from ssl_vit.commands.folders import conf_dir, recipes_dir
-from ssl_vit.config import Section
+from ssl_vit.config import (
+    AttentionConfig,
+    DemoConfig,
+    ExportConfig,
+    KNNConfig,
+    LinearConfig,
+    PretrainConfig,
+    ScanConfig,
+    Section,
+    ShardConfig,
+)
 from ssl_vit.errors import SharedError, UserError
 
 ConfigT = TypeVar("ConfigT", bound=Section)
+
+# What the configuration of each command is made of.
+MODELS: dict[str, type[Section]] = {
+    "attention": AttentionConfig,
+    "demo": DemoConfig,
+    "export": ExportConfig,
+    "knn": KNNConfig,
+    "linear": LinearConfig,
+    "pretrain": PretrainConfig,
+    "scan": ScanConfig,
+    "shard": ShardConfig,
+}
 
 # Names and paths: `run.name=2024` is a text, and so is a folder called [old].
 TEXTS = {"run.name", "run.folder", "data.root", "data.train", "data.test", "backbone.name", "logger.project"} | {

@@ -21,9 +21,8 @@ from ssl_vit.training.checkpoints import newest
 from ssl_vit.training.runs import claim_folder, locked
 
 
-def main(words: list[str]) -> None:
+def main(config: DemoConfig) -> None:
     """Run the command."""
-    config = load_config("demo", words, DemoConfig)
     start = time.perf_counter()
     folder = config.run.path
     pictures = folder / "pictures"

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 
-from ssl_vit.commands.compose import load_config
 from ssl_vit.config import ExportConfig
 from ssl_vit.errors import UserError
 from ssl_vit.models.weights import export_backbone, load_backbone
 
 
-def main(words: list[str]) -> None:
+def main(config: ExportConfig) -> None:
     """Run the command."""
-    config = load_config("export", words, ExportConfig)
     if config.out.suffix != ".safetensors":
         raise UserError(f"out={config.out}: name a file that ends in .safetensors")
     loaded = load_backbone(config.checkpoint, config.weights)

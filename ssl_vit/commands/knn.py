@@ -11,18 +11,18 @@ from pathlib import Path
 
 import torch
 
-from ssl_vit.commands.compose import load_config
 from ssl_vit.config import KNNConfig
 from ssl_vit.evaluation.features import Features
 from ssl_vit.evaluation.knn import NEAR_DUPLICATE, KNNResult, Labelled, knn
 from ssl_vit.evaluation.records import Record, Score, accuracies
+from ssl_vit.evaluation.search import choose_engine
 from ssl_vit.evaluation.study import Study
 from ssl_vit.training.hardware import best_device
 
 
-def main(words: list[str]) -> None:
+def main(config: KNNConfig) -> None:
     """Run the command."""
-    record, path = measure(load_config("knn", words, KNNConfig))
+    record, path = measure(config)
     print(f"{record.table()}\n\n{path}")
 
 
@@ -54,6 +54,7 @@ def measure(config: KNNConfig) -> tuple[Record, Path]:
         train_labels=bank.labels,
         test_labels=bank.labels if queries is None else queries.labels,
         findings={"near_duplicates": near_duplicates},
+        engines={"knn": choose_engine(config.engine, device)},
         warnings=[*results[0].warnings, *_leak(near_duplicates, one_set=queries is None)],
     )
     return record, study.out

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from ssl_vit.commands.compose import load_config
 from ssl_vit.config import LinearConfig
 from ssl_vit.errors import UserError
 from ssl_vit.evaluation.features import Features
@@ -23,9 +22,9 @@ from ssl_vit.training.hardware import best_device
 TEST_SHARE = 0.2  # of each class, where there is but one set of pictures
 
 
-def main(words: list[str]) -> None:
+def main(config: LinearConfig) -> None:
     """Run the command."""
-    record, path = measure(load_config("linear", words, LinearConfig))
+    record, path = measure(config)
     print(f"{record.table()}\n\n{path}")
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from lightning.pytorch.loggers import Logger
 
-from ssl_vit.commands.compose import load_config
 from ssl_vit.config import PretrainConfig
 from ssl_vit.data.find import find_pictures
 from ssl_vit.data.loading import training_loader
@@ -39,9 +38,9 @@ from ssl_vit.training.trainer import make_trainer, quiet_lightning
 from ssl_vit.transforms.crops import MultiCrop
 
 
-def main(words: list[str]) -> None:
+def main(config: PretrainConfig) -> None:
     """Run the command."""
-    pretrain(load_config("pretrain", words, PretrainConfig))
+    pretrain(config)
 
 
 def pretrain(config: PretrainConfig) -> Path:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from ssl_vit.commands.compose import load_config
 from ssl_vit.config import ScanConfig
 from ssl_vit.data.files import folder_pictures, listed_pictures
 from ssl_vit.data.scan import scan_files
 from ssl_vit.durable import write_json
 
 
-def main(words: list[str]) -> None:
+def main(config: ScanConfig) -> None:
     """Run the command."""
-    config = load_config("scan", words, ScanConfig)
     find = {"folder": folder_pictures, "list": listed_pictures}[config.data.source]
     report = scan_files(find(config.data.root))
     print(report.as_text())

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from ssl_vit.commands.compose import load_config
 from ssl_vit.config import ShardConfig
 from ssl_vit.data.files import folder_pictures, listed_pictures
 from ssl_vit.data.sharding import write_shards
 
 
-def main(words: list[str]) -> None:
+def main(config: ShardConfig) -> None:
     """Run the command."""
-    config = load_config("shard", words, ShardConfig)
     find = {"folder": folder_pictures, "list": listed_pictures}[config.data.source]
     pictures = find(config.data.root)
     print(pictures.describe())

@@ -18,6 +18,7 @@ from ssl_vit.models.weights import LoadedBackbone
 from ssl_vit.training.hardware import autocast_dtype, best_device, fused_attention_pays
 from ssl_vit.transforms.evaluation import EvalTransform
 
+_TOKENS = 2500  # of a forward pass on a CPU: its activations stay in the cache
 COLLAPSED = 1e-3  # spread below which features only tell rounding errors apart
 
 
@@ -53,7 +54,7 @@ def extract(
         pictures: What to describe.
         transform: Makes the pictures one size and normalises them.
         blocks: How many last blocks to keep the [CLS] token of.
-        batch_size: Pictures per forward pass.
+        batch_size: Pictures loaded together, and on a GPU described together; a CPU takes fewer at a time.
         workers: Loading processes.
         skipped: Takes the pictures that cannot be read.
         show: Draw a progress bar on a terminal.
@@ -68,6 +69,8 @@ def extract(
     loader = eval_loader(
         pictures, transform, batch_size=batch_size, workers=workers, channels=channels, skipped=skipped
     )
+    patches = (transform.image_size // network.patch_size) ** 2
+    at_once = max(1, _TOKENS // patches) if device.type == "cpu" else batch_size
     # Made outside of inference mode, so that a probe may be trained on them.
     cls = torch.empty(len(pictures), blocks, network.embed_dim)
     patch_mean = torch.empty(len(pictures), network.embed_dim)
@@ -79,13 +82,14 @@ def extract(
         _bar(f"features of {loaded.source}", len(pictures), show=show) as bar,
     ):
         for batch, places in loader:
-            tokens = network.last_blocks(transform.normalise(batch.to(device, non_blocking=True)), blocks)
-            rows = slice(done, done + len(places))
-            cls[rows] = torch.stack([block.cls for block in tokens], dim=1).float().cpu()
-            patch_mean[rows] = tokens[-1].patches.float().mean(dim=1).cpu()
-            index[rows] = places
-            done += len(places)
-            bar.update(len(places))
+            index[done : done + len(places)] = places
+            for images in torch.split(batch.to(device, non_blocking=True), at_once):
+                tokens = network.last_blocks(transform.normalise(images), blocks)
+                rows = slice(done, done + len(images))
+                cls[rows] = torch.stack([block.cls for block in tokens], dim=1).float().cpu()
+                patch_mean[rows] = tokens[-1].patches.float().mean(dim=1).cpu()
+                done += len(images)
+                bar.update(len(images))
     return Features(cls[:done], patch_mean[:done], pictures.labels[index[:done]], index[:done])
 
 

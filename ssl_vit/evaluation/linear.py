@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from ssl_vit.errors import UserError
 from ssl_vit.evaluation.features import Features
-from ssl_vit.evaluation.knn import full_precision, rank_of
+from ssl_vit.evaluation.knn import rank_of
+from ssl_vit.evaluation.search import full_precision
 
 _PATH_TOLERANCE, _FINAL_TOLERANCE = 1e-6, 1e-8  # change of the loss per step at which the solver stops
 _MOST_STEPS = 500

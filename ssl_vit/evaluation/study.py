@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -97,6 +97,7 @@ class Study:
         test_labels: Tensor,
         findings: dict[str, Any],
         warnings: Sequence[str],
+        engines: Mapping[str, str] | None = None,
     ) -> Record:
         """Write the record to `out`.
 
@@ -107,6 +108,7 @@ class Study:
             test_labels: Of those that were tested on.
             findings: What else was found out about the pictures.
             warnings: What a reader of the numbers must know.
+            engines: Which of several ways to the same numbers was taken, by what for.
         """
         transform = self.transform.describe()
         normalisation = {name: transform.pop(name) for name in ("mean", "std")}
@@ -133,7 +135,7 @@ class Study:
             score=scores[0],
             baselines=list(scores[1:]),
             seconds=round(time.perf_counter() - self.started, 1),
-            environment=environment(best_device()),
+            environment={**environment(best_device()), **(engines or {})},
             warnings=[*self._skip_warnings(skipped), *_unknown_classes(train_labels, test_labels), *warnings],
         )
         record.write(self.out)

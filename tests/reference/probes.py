@@ -29,6 +29,27 @@ def knn_classes(queries, bank, labels, k, temperature, *, leave_one_out=False) -
     return answers
 
 
+def chunked_knn(bank, labels, queries, classes, *, ks, temperature, chunks=100) -> dict[int, torch.Tensor]:
+    """The classes (Q,) that DINO's evaluation answers, the way it goes about it: for each k anew, chunk by chunk.
+
+    Per chunk of queries the product with the whole transposed bank, its k largest, and the sum over neighbours of
+    their one-hot classes (q, k, classes) times exp(similarity / temperature). `bank` (N, D) and `queries` have length
+    1; there are at least as many queries as chunks.
+    """
+    columns = bank.T.contiguous()
+    answers = {}
+    for k in ks:
+        parts = []
+        for chunk in queries.split(len(queries) // chunks):
+            similarity, place = (chunk @ columns).topk(k, dim=1)
+            one_hot = torch.zeros(len(chunk) * k, classes).scatter_(1, labels[place].view(-1, 1), 1.0)
+            weight = (similarity / temperature).exp()
+            votes = (one_hot.view(len(chunk), k, classes) * weight[:, :, None]).sum(dim=1)
+            parts.append(votes.sort(dim=1, descending=True).indices[:, 0])
+        answers[k] = torch.cat(parts)
+    return answers
+
+
 def logistic_loss(x, labels, classes, l2, *, steps=50) -> float:
     """The least mean cross-entropy + l2 / 2 |W|² over weights of standardised features and a bias, by Newton."""
     x = torch.as_tensor(x, dtype=torch.float64)
