@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ssl_vit.config import BackboneConfig
 from ssl_vit.errors import UserError
 from ssl_vit.models.drop_path import choose_paths, use_keyed_drop_paths
+from ssl_vit.models.recompute import recompute_activations
 
 
 class Tokens(NamedTuple):
@@ -45,6 +46,7 @@ class Backbone(nn.Module):
         self.config = config
         self.vit = _create(config)
         self.drop_paths = use_keyed_drop_paths(self.vit)
+        self.compiled = False
 
     @property
     def embed_dim(self) -> int:
@@ -86,6 +88,19 @@ class Backbone(nn.Module):
         """Choose between torch's fused attention and the plain matrix form; both compute the same."""
         for block in self.vit.blocks:
             block.attn.fused_attn = fused
+
+    def compile_blocks(self) -> None:
+        """Let torch compile each block, once per shape of its input; the weights keep their names.
+
+        For training. Where shapes vary, as in evaluation, `torch.compiler.set_stance("force_eager")` leaves it out.
+        """
+        for block in self.vit.blocks:
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        self.compiled = True
+
+    def recompute_activations(self) -> None:
+        """Keep fewer activations for the backward pass, which takes a little longer."""
+        recompute_activations(self.vit.blocks, all_of_them=self.compiled)
 
     def train(self, mode: bool = True) -> Backbone:
         """As `nn.Module.train`; a frozen backbone stays in evaluation mode."""

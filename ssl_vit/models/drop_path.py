@@ -13,8 +13,7 @@ from ssl_vit.transforms.randomness import Stream, fold, uniform
 class DropPath(nn.Module):
     """In training leaves a residual branch out for some pictures, and scales it up for the others.
 
-    `choose_paths` says for which, before every pass. Nothing is recomputed in the backward pass: with activation
-    checkpointing the pictures of a later pass would count.
+    `choose_paths` says for which, before every pass.
     """
 
     def __init__(self, drop_prob: float) -> None:

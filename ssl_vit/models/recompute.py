@@ -1,0 +1,57 @@
+"""Less memory for activations: a block keeps what its linear layers gave, and computes the rest again when it needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
+
+from ssl_vit.models.drop_path import DropPath
+
+_KEPT = {torch.ops.aten.addmm.default, torch.ops.aten.mm.default}
+
+
+def recompute_activations(blocks: Iterable[Block], *, all_of_them: bool) -> None:
+    """Change blocks so that their backward pass computes norms, attention and GELU again; in place.
+
+    Args:
+        blocks: To be changed. Their results stay the same.
+        all_of_them: Compute the linear layers again as well: compiled blocks can only be computed again as a whole.
+    """
+    contexts = noop_context_fn if all_of_them else partial(create_selective_checkpoint_contexts, _keep_linear_layers)
+    for block in blocks:
+        paths = [module for module in block.modules() if isinstance(module, DropPath)]
+        block.forward = partial(_recomputing, block.forward, paths, contexts)
+
+
+def _recomputing(forward: Callable[[Tensor], Tensor], paths: list[DropPath], contexts: Callable, x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return forward(x)
+
+    def run(x: Tensor, *scales: Tensor) -> Tensor:
+        for path, scale in zip(paths, scales, strict=True):
+            path.scale = scale  # by then a later pass may have chosen other paths
+        device = x.device.type
+        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        # Weights that autocast had cast for an earlier pass would be missing when this one is computed again.
+        with torch.autocast(device, dtype, enabled=enabled, cache_enabled=False):
+            return forward(x)
+
+    result: Tensor = checkpoint(
+        run, x, *[path.scale for path in paths], use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+    )
+    return result
+
+
+def _keep_linear_layers(_: SelectiveCheckpointContext, operation: object, *args: object, **kwargs: object) -> object:
+    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
