@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from ssl_vit.data.pictures import BrokenPicture, Pictures, SkippedPictures
 from ssl_vit.data.sampler import Pick
 from ssl_vit.errors import UserError
 from ssl_vit.transforms.batch import Batch
-from ssl_vit.transforms.crops import MultiCrop
+from ssl_vit.transforms.crops import Draws, MultiCrop
 from ssl_vit.transforms.evaluation import EvalTransform
 
 
@@ -21,17 +23,25 @@ class CroppedPictures(Dataset[Batch | UserError]):
     """Views, cropped picture by picture; an error of the user's comes as a batch, which `TrainingLoader` raises.
 
     Args:
-        read: Gives the picture of an index as (C, H, W) uint8, or raises BrokenPicture.
+        read: Given an index and `shrink=` (see `Shrink`), the picture as (C, H, W) uint8, or raises BrokenPicture.
         labels: Of all pictures (N,).
+        channels: C.
         multicrop: Makes the views.
         skipped: Takes the broken pictures.
     """
 
     def __init__(
-        self, read: Callable[[int], Tensor], labels: Tensor, *, multicrop: MultiCrop, skipped: SkippedPictures
+        self,
+        read: Callable[..., Tensor],
+        labels: Tensor,
+        *,
+        channels: int,
+        multicrop: MultiCrop,
+        skipped: SkippedPictures,
     ) -> None:
         self.read = read
         self.labels = labels
+        self.channels = channels
         self.multicrop = multicrop
         self.skipped = skipped
         self._broken: set[int] = set()
@@ -42,17 +52,25 @@ class CroppedPictures(Dataset[Batch | UserError]):
     def __getitems__(self, picks: list[Pick]) -> Batch | UserError:
         """The batch of these pictures; in place of a broken one, the next good one."""
         wanted, key = torch.tensor(picks).unbind(1)  # (B,) each
+        draws = self.multicrop.draw(key)
+        global_views, local_views = map(_empty, self.multicrop.shapes(len(picks), self.channels))
+        found = []
         try:
-            found = [self.first_readable(index) for index in wanted.tolist()]
+            for place, index in enumerate(wanted.tolist()):
+                views = [*global_views[place], *local_views[place]]
+                found.append(self.first_readable(index, partial(self._cut, draws, place, views)))
         except UserError as error:
             return error
-        views = [self.multicrop.one(picture, own_key) for (_, picture), own_key in zip(found, key, strict=True)]
-        global_views, local_views = map(torch.stack, zip(*views, strict=True))
-        index = torch.tensor([index for index, _ in found])
+        index = torch.tensor(found)
         return Batch(global_views, local_views, self.labels[index], index, key)
 
-    def first_readable(self, wanted: int) -> tuple[int, Tensor]:
-        """The first picture from `wanted` on that can be read, and its index; behind the last comes the first.
+    def _cut(self, draws: Draws, place: int, views: Sequence[Tensor], index: int) -> None:
+        """Fill the views at a place of the batch from the picture of this index."""
+        cut = self.multicrop.cut(draws, place)
+        cut.into(self.read(index, shrink=cut.shrink), views)
+
+    def first_readable(self, wanted: int, use: Callable[[int], object]) -> int:
+        """The index of the first picture from `wanted` on that can be used; behind the last comes the first.
 
         Raises:
             UserError: There is none.
@@ -62,11 +80,21 @@ class CroppedPictures(Dataset[Batch | UserError]):
             if index in self._broken:
                 continue
             try:
-                return index, self.read(index)
+                use(index)
+                return index
             except BrokenPicture as broken:
                 self._broken.add(index)
                 self.skipped.record(broken)
         raise UserError(f"none of the {len(self):,} pictures can be read; {self.skipped.path} says why")
+
+
+def _empty(shape: tuple[int, ...]) -> Tensor:
+    """Memory for uint8; of a loading process, such that the training process shares it and nothing is copied."""
+    count = math.prod(shape)
+    if get_worker_info() is None or not count:
+        return torch.empty(shape, dtype=torch.uint8)
+    shared = torch.UntypedStorage._new_shared(count)  # type: ignore[no-untyped-call] # as torch's collating
+    return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
 
 
 class WholeBatch(NamedTuple):
@@ -91,7 +119,7 @@ class WholePictures(Dataset[WholeBatch]):
     def __getitems__(self, indices: list[int]) -> WholeBatch:
         """The batch of these pictures."""
         size = self.transform.image_size
-        pictures = torch.empty(len(indices), self.channels, size, size, dtype=torch.uint8)
+        pictures = _empty((len(indices), self.channels, size, size))
         good: list[int] = []
         broken: list[BrokenPicture] = []
         for index in indices:

@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as tv
+from torch.nn.functional import interpolate
 
 from ssl_vit.config import CropsConfig, ViewsConfig
 from ssl_vit.transforms.randomness import Stream, fold, uniform, view_keys
-from ssl_vit.transforms.separable import apply, resampling_weights
+from ssl_vit.transforms.separable import resampling_weights
+from ssl_vit.transforms.transfer import sent
 
 _ATTEMPTS = 10
+_SHRINKS = 8, 4, 2  # by which a picture may be decoded smaller, see `data.decode`
+
+Floats = npt.NDArray[np.float64]
+
+
+class Draws(NamedTuple):
+    """What is random in views (...), drawn before their pictures' sizes are known."""
+
+    area: Floats  # (..., attempts), shares of the picture's
+    ratio: Floats  # (..., attempts), width / height
+    top: Floats  # (...), in [0, 1)
+    left: Floats  # (...), in [0, 1)
+    flip: npt.NDArray[np.bool_]  # (...)
+    limits: Floats  # (..., 2), of width / height
 
 
 class Boxes(NamedTuple):
@@ -27,11 +44,72 @@ class Boxes(NamedTuple):
     flip: Tensor  # bool
 
 
+class Cut:
+    """The views of one picture, which may be decoded smaller if the boxes allow; for one picture only.
+
+    Args:
+        draws: Of its views (V,).
+        sizes: Of the views, in pixels.
+    """
+
+    def __init__(self, draws: Draws, sizes: Sequence[int]) -> None:
+        self.draws = draws
+        self.sizes = sizes
+        self._whole: tuple[int, int] | None = None  # its height and width, if it is decoded smaller
+        self._shrink = 1
+
+    def shrink(self, height: int, width: int) -> int:
+        """The largest of 1, 2, 4, 8 by which this picture may be shrunk and no box be smaller than its view.
+
+        Args:
+            height: Of the whole picture, in pixels.
+            width: Of the whole picture, in pixels.
+        """
+        if min(height, width) >= _SHRINKS[-1] * max(self.sizes):
+            boxes = boxes_in(self.draws, height, width)
+            room = int((torch.minimum(boxes.height, boxes.width) // torch.tensor(self.sizes)).min())
+            self._whole, self._shrink = (height, width), next((by for by in _SHRINKS if by <= room), 1)
+        return self._shrink
+
+    def into(self, picture: Tensor, views: Sequence[Tensor]) -> None:
+        """Fill the views (C, S, S) from the picture (C, H, W), smaller by what `shrink` said if that was asked.
+
+        In a smaller picture the boxes' edges lie on its own pixels, at most half of one beside the true place; a pixel
+        of a view is never smaller than one of these.
+        """
+        boxes = boxes_in(self.draws, *(self._whole or picture.shape[1:]))
+        if self._shrink > 1:
+            boxes = _shrunk(boxes, self._shrink)
+        for box, view in zip(_one_by_one(boxes), views, strict=True):
+            _cut(picture, box, view)
+
+
 class MultiCrop:
     """Global and local views of a picture; the same key gives the same boxes and flips in `one` and in `batch`."""
 
     def __init__(self, views: ViewsConfig) -> None:
         self.views = views
+        kinds = views.global_crops, views.local_crops
+        self.sizes = [crops.size for crops in kinds for _ in range(crops.count)]
+
+    def draw(self, keys: Tensor) -> Draws:
+        """What is random in the views (B, G + L) of samples (B,), the global ones first."""
+        views = self.views
+        kinds = (views.global_crops, 0), (views.local_crops, views.global_crops.count)
+        drawn = [_draw(view_keys(keys, first, crops.count), crops=crops, flip=views.flip) for crops, first in kinds]
+        return Draws(*(np.concatenate(parts, axis=1) for parts in zip(*drawn, strict=True)))
+
+    def cut(self, draws: Draws, place: int) -> Cut:
+        """The views of the picture at a place (of B) of draws."""
+        return Cut(Draws(*(part[place] for part in draws)), self.sizes)
+
+    def shapes(self, count: int, channels: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the global views (B, G, C, S, S) and the local views (B, L, C, s, s) of so many pictures."""
+        big, small = self.views.global_crops, self.views.local_crops
+        return (
+            (count, big.count, channels, big.size, big.size),
+            (count, small.count, channels, small.size, small.size),
+        )
 
     def one(self, picture: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Views of one picture of any size.
@@ -43,52 +121,36 @@ class MultiCrop:
         Returns:
             Global views (G, C, S, S) and local views (L, C, s, s), uint8.
         """
-        kinds = self.views.global_crops, self.views.local_crops
-        first_view = 0, kinds[0].count
-        global_views, local_views = (
-            self._one(picture, view_keys(key, first, crops.count), crops)
-            for crops, first in zip(kinds, first_view, strict=True)
-        )
-        return global_views, local_views
+        global_views, local_views = self.batch(picture[None], key[None])
+        return global_views[0], local_views[0]
 
     def batch(self, pictures: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of pictures of one size, together; for small pictures far faster than one by one.
+        """Views of pictures of one size, where these lie.
 
         Args:
-            pictures: (B, C, H, W) uint8.
-            keys: The samples' keys (B,) int64.
+            pictures: (B, C, H, W) uint8, on any device.
+            keys: The samples' keys (B,) int64, on the CPU, which does not wait for the device.
 
         Returns:
-            Global views (B, G, C, S, S) and local views (B, L, C, s, s), uint8.
+            Global views (B, G, C, S, S) and local views (B, L, C, s, s), uint8, on the pictures' device. A GPU
+            resamples in float, a CPU in fixed point: values may differ by one level.
         """
-        kinds = self.views.global_crops, self.views.local_crops
-        first_view = 0, kinds[0].count
-        x = pictures.float()
+        count, channels, height, width = pictures.shape
+        boxes = boxes_in(self.draw(keys), height, width)  # (B, V)
+        shapes = self.shapes(count, channels)
+        if pictures.device.type == "cpu":
+            global_views, local_views = (torch.empty(shape, dtype=torch.uint8) for shape in shapes)
+            box = _one_by_one(Boxes(*(part.flatten() for part in boxes)))
+            for picture, *kinds in zip(pictures, global_views, local_views, strict=True):
+                for view in (view for kind in kinds for view in kind):
+                    _cut(picture, next(box), view)
+            return global_views, local_views
+        table = sent(torch.stack(boxes, dim=0), pictures.device)  # (5, B, V)
+        parts = torch.split(table, [shape[1] for shape in shapes], dim=2)
         global_views, local_views = (
-            self._batch(x, view_keys(keys, first, crops.count), crops)
-            for crops, first in zip(kinds, first_view, strict=True)
+            cut_together(pictures, Boxes(*part), size=shape[-1]) for part, shape in zip(parts, shapes, strict=True)
         )
         return global_views, local_views
-
-    def _one(self, picture: Tensor, keys: Tensor, crops: CropsConfig) -> Tensor:
-        """Views (V, C, S, S) of one picture, for keys (V,)."""
-        channels, height, width = picture.shape
-        boxes = draw_boxes(keys, height, width, crops=crops, flip=self.views.flip)
-        views = picture.new_empty(len(keys), channels, crops.size, crops.size)
-        for i, (*box, flip) in enumerate(zip(*(part.tolist() for part in boxes), strict=True)):
-            view = tv.resized_crop(picture, *box, [crops.size, crops.size], InterpolationMode.BICUBIC, antialias=True)
-            views[i] = tv.horizontal_flip(view) if flip else view
-        return views
-
-    def _batch(self, x: Tensor, keys: Tensor, crops: CropsConfig) -> Tensor:
-        """Views (B, V, C, S, S) uint8 of pictures (B, C, H, W) float, for keys (B, V)."""
-        (batch, count), (channels, height, width), size = keys.shape, x.shape[1:], crops.size
-        boxes = draw_boxes(keys.flatten(), height, width, crops=crops, flip=self.views.flip)
-        top, left, tall, wide, flip = (part.to(x.device, non_blocking=True) for part in boxes)  # (B*V,)
-        rows = resampling_weights(top, tall, torch.zeros_like(flip), source=height, size=size)
-        cols = resampling_weights(left, wide, flip, source=width, size=size)
-        views = apply(x.repeat_interleave(count, dim=0), rows, cols, between=(0, 255))
-        return views.round_().clamp_(0, 255).to(torch.uint8).view(batch, count, channels, size, size)
 
 
 def draw_boxes(keys: Tensor, height: int, width: int, *, crops: CropsConfig, flip: float) -> Boxes:
@@ -104,33 +166,77 @@ def draw_boxes(keys: Tensor, height: int, width: int, *, crops: CropsConfig, fli
         crops: Range of the share of area, and range of width / height.
         flip: Probability.
     """
-    draws = uniform(fold(keys, Stream.CROP), 2 * _ATTEMPTS + 3).double()
-    area_draw, ratio_draw, place_draw = torch.split(
-        draws, [_ATTEMPTS, _ATTEMPTS, 3], dim=-1
-    )  # (..., attempts), (..., 3)
-    top_draw, left_draw, flip_draw = place_draw.unbind(-1)
-    (low, high), (narrow, broad) = crops.scale, crops.ratio
-    area = height * width * (low + (high - low) * area_draw)  # (..., attempts)
-    ratio = torch.exp(math.log(narrow) + (math.log(broad) - math.log(narrow)) * ratio_draw)
-    wide = torch.sqrt(area * ratio).round()
-    tall = torch.sqrt(area / ratio).round()
+    return boxes_in(_draw(keys, crops=crops, flip=flip), height, width)
+
+
+def boxes_in(draws: Draws, height: int, width: int) -> Boxes:
+    """The boxes of views (...) in a picture of so many pixels."""
+    area = height * width * draws.area  # (..., attempts)
+    wide = np.rint(np.sqrt(area * draws.ratio))
+    tall = np.rint(np.sqrt(area / draws.ratio))
     fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
-    first = fits.int().argmax(dim=-1, keepdim=True)
-    found = fits.any(dim=-1)
+    first = fits.argmax(axis=-1, keepdims=True)
+    found = fits.any(axis=-1)
+    tall, wide = (np.take_along_axis(side, first, axis=-1)[..., 0] for side in (tall, wide))  # (...)
+    top, left = draws.top * (height - tall + 1), draws.left * (width - wide + 1)
+    if not found.all():
+        narrow, broad = np.moveaxis(draws.limits, -1, 0)
+        central_tall = np.where(width / height < narrow, np.maximum(1, np.rint(width / narrow)), height)
+        central_wide = np.where(width / height > broad, np.maximum(1, np.rint(height * broad)), width)
+        tall, wide = np.where(found, tall, central_tall), np.where(found, wide, central_wide)
+        top = np.where(found, top, (height - central_tall) // 2)
+        left = np.where(found, left, (width - central_wide) // 2)
+    pixels = (np.asarray(part, dtype=np.int64) for part in (top, left, tall, wide))
+    return Boxes(*map(torch.from_numpy, (*pixels, draws.flip)))
 
-    central_tall, central_wide = _central_box(height, width, crops.ratio)
-    tall = torch.where(found, tall.gather(-1, first).squeeze(-1), central_tall)
-    wide = torch.where(found, wide.gather(-1, first).squeeze(-1), central_wide)
-    top = torch.where(found, top_draw * (height - tall + 1), (height - central_tall) // 2)
-    left = torch.where(found, left_draw * (width - wide + 1), (width - central_wide) // 2)
-    return Boxes(top.long(), left.long(), tall.long(), wide.long(), flip_draw < flip)
+
+def cut_together(pictures: Tensor, boxes: Boxes, *, size: int) -> Tensor:
+    """Views (B, V, C, S, S) uint8 of pictures (B, C, H, W) uint8 by matrix products, which a GPU likes best.
+
+    Args:
+        pictures: On the boxes' device.
+        boxes: (B, V), of int64 all.
+        size: S.
+    """
+    (batch, count), (channels, height, width) = boxes.top.shape, pictures.shape[1:]
+    top, left, tall, wide, flip = (part.flatten() for part in boxes)
+    rows = resampling_weights(top, tall, torch.zeros_like(flip, dtype=torch.bool), source=height, size=size)
+    cols = resampling_weights(left, wide, flip.bool(), source=width, size=size)
+    with torch.autocast(pictures.device.type, enabled=False):  # bfloat16 has fewer digits than a pixel
+        across = pictures.float().flatten(1, 2) @ cols.view(batch, count * size, width).mT  # (B, C*H, V*S)
+        across = across.clamp_(0, 255).view(batch, channels, height, count, size).permute(0, 3, 1, 2, 4)
+        views = rows.view(batch, count, 1, size, height) @ across
+    return views.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int]:
-    """Height and width of the largest box whose width / height lies within `ratio`, at least one pixel each."""
-    narrow, broad = ratio
-    if width / height < narrow:
-        return max(1, round(width / narrow)), width
-    if width / height > broad:
-        return height, max(1, round(height * broad))
-    return height, width
+def _draw(keys: Tensor, *, crops: CropsConfig, flip: float) -> Draws:
+    """What is random in views of one kind, in the keys' shape."""
+    draws = uniform(fold(keys, Stream.CROP), 2 * _ATTEMPTS + 3).double()
+    area_draw, ratio_draw, place_draw = torch.split(draws, [_ATTEMPTS, _ATTEMPTS, 3], dim=-1)
+    top, left, flip_draw = place_draw.unbind(-1)
+    (low, high), (narrow, broad) = crops.scale, crops.ratio
+    area = low + (high - low) * area_draw
+    ratio = torch.exp(math.log(narrow) + (math.log(broad) - math.log(narrow)) * ratio_draw)
+    limits = np.broadcast_to(np.array(crops.ratio), (*keys.shape, 2))
+    return Draws(area.numpy(), ratio.numpy(), top.numpy(), left.numpy(), (flip_draw < flip).numpy(), limits)
+
+
+def _shrunk(boxes: Boxes, by: int) -> Boxes:
+    """The boxes in a picture decoded smaller, their edges on its nearest pixels."""
+    top, left, bottom, right = (
+        (edge + by // 2) // by for edge in (boxes.top, boxes.left, boxes.top + boxes.height, boxes.left + boxes.width)
+    )
+    return Boxes(top, left, bottom - top, right - left, boxes.flip)
+
+
+def _one_by_one(boxes: Boxes) -> zip[tuple[int, int, int, int, bool]]:
+    """Boxes (N,) as Python's numbers."""
+    return zip(*(part.tolist() for part in boxes), strict=True)
+
+
+def _cut(picture: Tensor, box: tuple[int, int, int, int, bool], view: Tensor) -> None:
+    """Fill a view (C, S, S) with a box of a picture (C, H, W), bicubic with antialias, as torchvision resizes it."""
+    top, left, tall, wide, flip = box
+    part = picture[None, :, top : top + tall, left : left + wide].contiguous(memory_format=torch.channels_last)
+    resized = interpolate(part, size=view.shape[1:], mode="bicubic", antialias=True)[0]
+    view.copy_(resized.flip(-1) if flip else resized)
