@@ -12,7 +12,8 @@ from torchvision.transforms.v2 import functional as tv
 
 from ssl_vit.commands.compose import load_config
 from ssl_vit.config import CropsConfig, PretrainConfig, ViewsConfig
-from ssl_vit.transforms.crops import MultiCrop, draw_boxes
+from ssl_vit.transforms.boxes import draw_boxes
+from ssl_vit.transforms.crops import MultiCrop
 from ssl_vit.transforms.randomness import sample_keys
 from ssl_vit.transforms.separable import apply, resampling_weights
 

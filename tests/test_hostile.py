@@ -25,7 +25,7 @@ from ssl_vit.data.find import find_pictures
 from ssl_vit.data.pictures import BrokenPicture
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.weights import export_backbone, load_backbone
-from ssl_vit.transforms.crops import draw_boxes
+from ssl_vit.transforms.boxes import draw_boxes
 
 pytestmark = pytest.mark.filterwarnings(r"ignore::UserWarning:PIL\.", "ignore::PIL.Image.DecompressionBombWarning")
 

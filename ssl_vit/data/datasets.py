@@ -15,7 +15,8 @@ from ssl_vit.data.pictures import BrokenPicture, Pictures, SkippedPictures
 from ssl_vit.data.sampler import Pick
 from ssl_vit.errors import UserError
 from ssl_vit.transforms.batch import Batch
-from ssl_vit.transforms.crops import Draws, MultiCrop
+from ssl_vit.transforms.boxes import Draws
+from ssl_vit.transforms.crops import MultiCrop
 from ssl_vit.transforms.evaluation import EvalTransform
 
 

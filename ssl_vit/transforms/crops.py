@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ssl_vit.config import CropsConfig, ViewsConfig
-from ssl_vit.transforms.randomness import Stream, fold, uniform, view_keys
+from ssl_vit.config import ViewsConfig
+from ssl_vit.transforms.boxes import Boxes, Draws, boxes_in, draw, shrunk
+from ssl_vit.transforms.randomness import view_keys
+from ssl_vit.transforms.resampling import cut_together, looked_up_weights
 from ssl_vit.transforms.separable import resampling_weights
 from ssl_vit.transforms.transfer import sent
 
-_ATTEMPTS = 10
 _SHRINKS = 8, 4, 2  # by which a picture may be decoded smaller, see `data.decode`
-
-Floats = npt.NDArray[np.float64]
-
-
-class Draws(NamedTuple):
-    """What is random in views (...), drawn before their pictures' sizes are known."""
-
-    area: Floats  # (..., attempts), shares of the picture's
-    ratio: Floats  # (..., attempts), width / height
-    top: Floats  # (...), in [0, 1)
-    left: Floats  # (...), in [0, 1)
-    flip: npt.NDArray[np.bool_]  # (...)
-    limits: Floats  # (..., 2), of width / height
-
-
-class Boxes(NamedTuple):
-    """What is cut out of a picture, in pixels, one box per key and in the keys' shape."""
-
-    top: Tensor  # int64
-    left: Tensor  # int64
-    height: Tensor  # int64
-    width: Tensor  # int64
-    flip: Tensor  # bool
+_SMALL = 48  # pixels of pictures and views: up to here a CPU cuts many at once faster than one by one
+_AT_ONCE = 16  # of such pictures: what fits a core's cache
 
 
 class Cut:
@@ -55,7 +32,7 @@ class Cut:
     def __init__(self, draws: Draws, sizes: Sequence[int]) -> None:
         self.draws = draws
         self.sizes = sizes
-        self._whole: tuple[int, int] | None = None  # its height and width, if it is decoded smaller
+        self._whole: tuple[int, int] | None = None  # its height and width, if `shrink` was asked
         self._shrink = 1
 
     def shrink(self, height: int, width: int) -> int:
@@ -65,27 +42,27 @@ class Cut:
             height: Of the whole picture, in pixels.
             width: Of the whole picture, in pixels.
         """
+        self._whole = height, width
         if min(height, width) >= _SHRINKS[-1] * max(self.sizes):
             boxes = boxes_in(self.draws, height, width)
             room = int((torch.minimum(boxes.height, boxes.width) // torch.tensor(self.sizes)).min())
-            self._whole, self._shrink = (height, width), next((by for by in _SHRINKS if by <= room), 1)
+            self._shrink = next((by for by in _SHRINKS if by <= room), 1)
         return self._shrink
 
     def into(self, picture: Tensor, views: Sequence[Tensor]) -> None:
         """Fill the views (C, S, S) from the picture (C, H, W), smaller by what `shrink` said if that was asked.
 
-        In a smaller picture the boxes' edges lie on its own pixels, at most half of one beside the true place; a pixel
-        of a view is never smaller than one of these.
+        In a smaller picture the boxes' edges lie on its own pixels, at most half of one beside their true places. A
+        view's pixels are never smaller than those, so that this is at most half a pixel of the view.
         """
         boxes = boxes_in(self.draws, *(self._whole or picture.shape[1:]))
         if self._shrink > 1:
-            boxes = _shrunk(boxes, self._shrink)
-        for box, view in zip(_one_by_one(boxes), views, strict=True):
-            _cut(picture, box, view)
+            boxes = shrunk(boxes, self._shrink)
+        _cut_each(picture, boxes, views)
 
 
 class MultiCrop:
-    """Global and local views of a picture; the same key gives the same boxes and flips in `one` and in `batch`."""
+    """Global and local views of a picture; the same key gives the same boxes and flips, however they are cut."""
 
     def __init__(self, views: ViewsConfig) -> None:
         self.views = views
@@ -94,9 +71,8 @@ class MultiCrop:
 
     def draw(self, keys: Tensor) -> Draws:
         """What is random in the views (B, G + L) of samples (B,), the global ones first."""
-        views = self.views
-        kinds = (views.global_crops, 0), (views.local_crops, views.global_crops.count)
-        drawn = [_draw(view_keys(keys, first, crops.count), crops=crops, flip=views.flip) for crops, first in kinds]
+        kinds = (self.views.global_crops, 0), (self.views.local_crops, self.views.global_crops.count)
+        drawn = [draw(view_keys(keys, first, crops.count), crops=crops, flip=self.views.flip) for crops, first in kinds]
         return Draws(*(np.concatenate(parts, axis=1) for parts in zip(*drawn, strict=True)))
 
     def cut(self, draws: Draws, place: int) -> Cut:
@@ -106,10 +82,7 @@ class MultiCrop:
     def shapes(self, count: int, channels: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of the global views (B, G, C, S, S) and the local views (B, L, C, s, s) of so many pictures."""
         big, small = self.views.global_crops, self.views.local_crops
-        return (
-            (count, big.count, channels, big.size, big.size),
-            (count, small.count, channels, small.size, small.size),
-        )
+        return (count, big.count, channels, big.size, big.size), (count, small.count, channels, small.size, small.size)
 
     def one(self, picture: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Views of one picture of any size.
@@ -121,122 +94,62 @@ class MultiCrop:
         Returns:
             Global views (G, C, S, S) and local views (L, C, s, s), uint8.
         """
-        global_views, local_views = self.batch(picture[None], key[None])
-        return global_views[0], local_views[0]
+        views = [torch.empty(shape[1:], dtype=torch.uint8) for shape in self.shapes(1, len(picture))]
+        self.cut(self.draw(key[None]), 0).into(picture, [*views[0], *views[1]])
+        return views[0], views[1]
 
     def batch(self, pictures: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of pictures of one size, where these lie.
+        """Views of pictures of one size, cut where these lie.
+
+        Small pictures on the CPU and all on a GPU are resampled in float, larger ones on the CPU in fixed point, as in
+        `one`: values may differ by one level.
 
         Args:
             pictures: (B, C, H, W) uint8, on any device.
             keys: The samples' keys (B,) int64, on the CPU, which does not wait for the device.
 
         Returns:
-            Global views (B, G, C, S, S) and local views (B, L, C, s, s), uint8, on the pictures' device. A GPU
-            resamples in float, a CPU in fixed point: values may differ by one level.
+            Global views (B, G, C, S, S) and local views (B, L, C, s, s), uint8, on the pictures' device.
         """
         count, channels, height, width = pictures.shape
         boxes = boxes_in(self.draw(keys), height, width)  # (B, V)
-        shapes = self.shapes(count, channels)
-        if pictures.device.type == "cpu":
-            global_views, local_views = (torch.empty(shape, dtype=torch.uint8) for shape in shapes)
-            box = _one_by_one(Boxes(*(part.flatten() for part in boxes)))
-            for picture, *kinds in zip(pictures, global_views, local_views, strict=True):
-                for view in (view for kind in kinds for view in kind):
-                    _cut(picture, next(box), view)
-            return global_views, local_views
-        table = sent(torch.stack(boxes, dim=0), pictures.device)  # (5, B, V)
-        parts = torch.split(table, [shape[1] for shape in shapes], dim=2)
+        if pictures.device.type != "cpu":
+            return self.together(pictures, Boxes(*sent(torch.stack(boxes), pictures.device)))
+        views = [torch.empty(shape, dtype=torch.uint8) for shape in self.shapes(count, channels)]
+        if max(height, width, *self.sizes) > _SMALL:
+            for picture, *kinds, own in zip(pictures, *views, zip(*boxes, strict=True), strict=True):
+                _cut_each(picture, Boxes(*own), [view for kind in kinds for view in kind])
+        else:
+            for start in range(0, count, _AT_ONCE):
+                some = slice(start, start + _AT_ONCE)
+                parts = self.together(pictures[some], Boxes(*(part[some] for part in boxes)), look_up=True)
+                for kind, part in zip(views, parts, strict=True):
+                    kind[some] = part
+        return views[0], views[1]
+
+    def together(self, pictures: Tensor, boxes: Boxes, *, look_up: bool = False) -> tuple[Tensor, Tensor]:
+        """Views of pictures (B, C, H, W) from boxes (B, V) on the same device, all at once.
+
+        Args:
+            pictures: uint8.
+            boxes: The flips may be 0 and 1.
+            look_up: Keep the weights of all boxes that a picture of this size may have: for small ones only.
+        """
+        kinds = self.views.global_crops, self.views.local_crops
+        counts = [crops.count for crops in kinds]
+        split = zip(*(torch.split(part, counts, dim=1) for part in boxes), strict=True)
+        weights = looked_up_weights if look_up else resampling_weights
         global_views, local_views = (
-            cut_together(pictures, Boxes(*part), size=shape[-1]) for part, shape in zip(parts, shapes, strict=True)
+            cut_together(pictures, Boxes(*own), size=crops.size, weights=weights)
+            for crops, own in zip(kinds, split, strict=True)
         )
         return global_views, local_views
 
 
-def draw_boxes(keys: Tensor, height: int, width: int, *, crops: CropsConfig, flip: float) -> Boxes:
-    """One random box and flip per key, distributed as torchvision's RandomResizedCrop and RandomHorizontalFlip.
-
-    Area uniform in crops.scale times the picture's, log(width / height) uniform in log(crops.ratio), place uniform.
-    When ten attempts do not fit into the picture: the largest central box of an allowed ratio.
-
-    Args:
-        keys: One key per view, any shape, int64.
-        height: Of the picture, in pixels.
-        width: Of the picture, in pixels.
-        crops: Range of the share of area, and range of width / height.
-        flip: Probability.
-    """
-    return boxes_in(_draw(keys, crops=crops, flip=flip), height, width)
-
-
-def boxes_in(draws: Draws, height: int, width: int) -> Boxes:
-    """The boxes of views (...) in a picture of so many pixels."""
-    area = height * width * draws.area  # (..., attempts)
-    wide = np.rint(np.sqrt(area * draws.ratio))
-    tall = np.rint(np.sqrt(area / draws.ratio))
-    fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
-    first = fits.argmax(axis=-1, keepdims=True)
-    found = fits.any(axis=-1)
-    tall, wide = (np.take_along_axis(side, first, axis=-1)[..., 0] for side in (tall, wide))  # (...)
-    top, left = draws.top * (height - tall + 1), draws.left * (width - wide + 1)
-    if not found.all():
-        narrow, broad = np.moveaxis(draws.limits, -1, 0)
-        central_tall = np.where(width / height < narrow, np.maximum(1, np.rint(width / narrow)), height)
-        central_wide = np.where(width / height > broad, np.maximum(1, np.rint(height * broad)), width)
-        tall, wide = np.where(found, tall, central_tall), np.where(found, wide, central_wide)
-        top = np.where(found, top, (height - central_tall) // 2)
-        left = np.where(found, left, (width - central_wide) // 2)
-    pixels = (np.asarray(part, dtype=np.int64) for part in (top, left, tall, wide))
-    return Boxes(*map(torch.from_numpy, (*pixels, draws.flip)))
-
-
-def cut_together(pictures: Tensor, boxes: Boxes, *, size: int) -> Tensor:
-    """Views (B, V, C, S, S) uint8 of pictures (B, C, H, W) uint8 by matrix products, which a GPU likes best.
-
-    Args:
-        pictures: On the boxes' device.
-        boxes: (B, V), of int64 all.
-        size: S.
-    """
-    (batch, count), (channels, height, width) = boxes.top.shape, pictures.shape[1:]
-    top, left, tall, wide, flip = (part.flatten() for part in boxes)
-    rows = resampling_weights(top, tall, torch.zeros_like(flip, dtype=torch.bool), source=height, size=size)
-    cols = resampling_weights(left, wide, flip.bool(), source=width, size=size)
-    with torch.autocast(pictures.device.type, enabled=False):  # bfloat16 has fewer digits than a pixel
-        across = pictures.float().flatten(1, 2) @ cols.view(batch, count * size, width).mT  # (B, C*H, V*S)
-        across = across.clamp_(0, 255).view(batch, channels, height, count, size).permute(0, 3, 1, 2, 4)
-        views = rows.view(batch, count, 1, size, height) @ across
-    return views.round_().clamp_(0, 255).to(torch.uint8)
-
-
-def _draw(keys: Tensor, *, crops: CropsConfig, flip: float) -> Draws:
-    """What is random in views of one kind, in the keys' shape."""
-    draws = uniform(fold(keys, Stream.CROP), 2 * _ATTEMPTS + 3).double()
-    area_draw, ratio_draw, place_draw = torch.split(draws, [_ATTEMPTS, _ATTEMPTS, 3], dim=-1)
-    top, left, flip_draw = place_draw.unbind(-1)
-    (low, high), (narrow, broad) = crops.scale, crops.ratio
-    area = low + (high - low) * area_draw
-    ratio = torch.exp(math.log(narrow) + (math.log(broad) - math.log(narrow)) * ratio_draw)
-    limits = np.broadcast_to(np.array(crops.ratio), (*keys.shape, 2))
-    return Draws(area.numpy(), ratio.numpy(), top.numpy(), left.numpy(), (flip_draw < flip).numpy(), limits)
-
-
-def _shrunk(boxes: Boxes, by: int) -> Boxes:
-    """The boxes in a picture decoded smaller, their edges on its nearest pixels."""
-    top, left, bottom, right = (
-        (edge + by // 2) // by for edge in (boxes.top, boxes.left, boxes.top + boxes.height, boxes.left + boxes.width)
-    )
-    return Boxes(top, left, bottom - top, right - left, boxes.flip)
-
-
-def _one_by_one(boxes: Boxes) -> zip[tuple[int, int, int, int, bool]]:
-    """Boxes (N,) as Python's numbers."""
-    return zip(*(part.tolist() for part in boxes), strict=True)
-
-
-def _cut(picture: Tensor, box: tuple[int, int, int, int, bool], view: Tensor) -> None:
-    """Fill a view (C, S, S) with a box of a picture (C, H, W), bicubic with antialias, as torchvision resizes it."""
-    top, left, tall, wide, flip = box
-    part = picture[None, :, top : top + tall, left : left + wide].contiguous(memory_format=torch.channels_last)
-    resized = interpolate(part, size=view.shape[1:], mode="bicubic", antialias=True)[0]
-    view.copy_(resized.flip(-1) if flip else resized)
+def _cut_each(picture: Tensor, boxes: Boxes, views: Iterable[Tensor]) -> None:
+    """Fill each view (C, S, S) with its box (V,) of a picture (C, H, W), as torchvision resizes a crop."""
+    for *box, flip, view in zip(*(part.tolist() for part in boxes), views, strict=True):
+        top, left, tall, wide = box
+        part = picture[None, :, top : top + tall, left : left + wide].contiguous(memory_format=torch.channels_last)
+        resized = interpolate(part, size=view.shape[1:], mode="bicubic", antialias=True)[0]
+        view.copy_(resized.flip(-1) if flip else resized)
