@@ -310,15 +310,6 @@ def test_large_jpegs_from_workers_and_from_shards(camera, multicrop, skipped, tm
         assert all(torch.equal(a, b) for a, b in zip(here, other, strict=True))
 
 
-def test_batches_of_loading_processes_lie_in_shared_memory_from_the_start(tmp_path, multicrop, skipped, monkeypatch):
-    pictures = put(tmp_path / "mixed", [(40, 40), (50, 30)] * 8)
-    monkeypatch.setattr(torch.UntypedStorage, "share_memory_", lambda self: pytest.fail("copied"))
-    loader = load(pictures, multicrop, skipped, memory_gb=0, workers=1)
-    for batch in loader:
-        for views in (batch.global_views, batch.local_views):
-            assert views.is_shared() and views.is_contiguous()
-
-
 # --- on a GPU --------------------------------------------------------------------------------------------------
 
 

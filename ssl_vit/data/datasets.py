@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from ssl_vit.data.pictures import BrokenPicture, Pictures, SkippedPictures
 from ssl_vit.data.sampler import Pick
@@ -54,7 +53,8 @@ class CroppedPictures(Dataset[Batch | UserError]):
         """The batch of these pictures; in place of a broken one, the next good one."""
         wanted, key = torch.tensor(picks).unbind(1)  # (B,) each
         draws = self.multicrop.draw(key)
-        global_views, local_views = map(_empty, self.multicrop.shapes(len(picks), self.channels))
+        shapes = self.multicrop.shapes(len(picks), self.channels)
+        global_views, local_views = (torch.empty(shape, dtype=torch.uint8) for shape in shapes)
         found = []
         try:
             for place, index in enumerate(wanted.tolist()):
@@ -89,15 +89,6 @@ class CroppedPictures(Dataset[Batch | UserError]):
         raise UserError(f"none of the {len(self):,} pictures can be read; {self.skipped.path} says why")
 
 
-def _empty(shape: tuple[int, ...]) -> Tensor:
-    """Memory for uint8; of a loading process, such that the training process shares it and nothing is copied."""
-    count = math.prod(shape)
-    if get_worker_info() is None or not count:
-        return torch.empty(shape, dtype=torch.uint8)
-    shared = torch.UntypedStorage._new_shared(count)  # type: ignore[no-untyped-call] # as torch's collating
-    return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
-
-
 class WholeBatch(NamedTuple):
     """Whole pictures, transformed for evaluation."""
 
@@ -120,7 +111,7 @@ class WholePictures(Dataset[WholeBatch]):
     def __getitems__(self, indices: list[int]) -> WholeBatch:
         """The batch of these pictures."""
         size = self.transform.image_size
-        pictures = _empty((len(indices), self.channels, size, size))
+        pictures = torch.empty(len(indices), self.channels, size, size, dtype=torch.uint8)
         good: list[int] = []
         broken: list[BrokenPicture] = []
         for index in indices:
