@@ -18,7 +18,7 @@ from ssl_vit.transforms.transfer import sent
 
 _SHRINKS = 8, 4, 2  # by which a picture may be decoded smaller, see `data.decode`
 _SMALL = 48  # pixels of pictures and views: up to here a CPU cuts many at once faster than one by one
-_AT_ONCE = 16  # of such pictures: what fits a core's cache
+_AT_ONCE, _AT_ONCE_GPU = 16, 128  # pictures: what fits a core's cache; what leaves a GPU's memory to the network
 
 
 class Cut:
@@ -113,19 +113,20 @@ class MultiCrop:
         """
         count, channels, height, width = pictures.shape
         boxes = boxes_in(self.draw(keys), height, width)  # (B, V)
-        if pictures.device.type != "cpu":
-            return self.together(pictures, Boxes(*sent(torch.stack(boxes), pictures.device)))
-        views = [torch.empty(shape, dtype=torch.uint8) for shape in self.shapes(count, channels)]
-        if max(height, width, *self.sizes) > _SMALL:
+        on_cpu = pictures.device.type == "cpu"
+        if on_cpu and max(height, width, *self.sizes) > _SMALL:
+            views = [torch.empty(shape, dtype=torch.uint8) for shape in self.shapes(count, channels)]
             for picture, *kinds, own in zip(pictures, *views, zip(*boxes, strict=True), strict=True):
                 _cut_each(picture, Boxes(*own), [view for kind in kinds for view in kind])
-        else:
-            for start in range(0, count, _AT_ONCE):
-                some = slice(start, start + _AT_ONCE)
-                parts = self.together(pictures[some], Boxes(*(part[some] for part in boxes)), look_up=True)
-                for kind, part in zip(views, parts, strict=True):
-                    kind[some] = part
-        return views[0], views[1]
+            return views[0], views[1]
+        table = sent(torch.stack(boxes, dim=1), pictures.device)  # (B, 5, V)
+        at_once = _AT_ONCE if on_cpu else _AT_ONCE_GPU
+        made = [
+            self.together(some, Boxes(*own.unbind(1)), look_up=on_cpu)
+            for some, own in zip(torch.split(pictures, at_once), torch.split(table, at_once), strict=True)
+        ]
+        global_views, local_views = map(torch.cat, zip(*made, strict=True))
+        return global_views, local_views
 
     def together(self, pictures: Tensor, boxes: Boxes, *, look_up: bool = False) -> tuple[Tensor, Tensor]:
         """Views of pictures (B, C, H, W) from boxes (B, V) on the same device, all at once.
