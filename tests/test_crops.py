@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
 import torch
-from reference.augmentations import kolmogorov_smirnov, photograph
+from reference.augmentations import kolmogorov_smirnov, photograph, textbook_views
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
 from ssl_vit.commands.compose import load_config
 from ssl_vit.config import CropsConfig, PretrainConfig, ViewsConfig
-from ssl_vit.transforms.crops import MultiCrop, draw_boxes
-from ssl_vit.transforms.randomness import sample_keys
+from ssl_vit.transforms.boxes import Boxes, boxes_in, draw_boxes, shrunk
+from ssl_vit.transforms.crops import MultiCrop
+from ssl_vit.transforms.photometric import Photometric
+from ssl_vit.transforms.randomness import sample_keys, view_keys
+from ssl_vit.transforms.resampling import looked_up_weights
 from ssl_vit.transforms.separable import apply, resampling_weights
 
 KS_LIMIT = 1.95  # p = .001
@@ -140,3 +145,116 @@ def test_no_local_crops():
 def test_grey_pictures_keep_one_channel(views: ViewsConfig):
     assert MultiCrop(views).one(torch.zeros(1, 30, 50, dtype=torch.uint8), keys(1)[0])[0].shape == (2, 1, 48, 48)
     assert MultiCrop(views).batch(torch.zeros(2, 1, 30, 50, dtype=torch.uint8), keys(2))[1].shape == (2, 3, 1, 24, 24)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "scale", "sums"),
+    [
+        (263, 376, (0.4, 1.0), (2107700, 8120599, 28935321, 31062845, 65205)),
+        (32, 32, (0.05, 0.4), (1095531, 1098688, 1847963, 1864036, 65205)),
+        (10, 100, (0.3, 1.0), (0, 5385750, 1252500, 1628250, 65205)),
+    ],
+)
+def test_boxes_are_those_of_earlier_versions(height, width, scale, sums):
+    """So that a run resumes with the views it would have seen."""
+    boxes = draw_boxes(keys(500), height, width, crops=crops(scale), flip=0.5)
+    assert tuple(int((part.long() * torch.arange(1, 501)).sum()) for part in boxes) == sums
+
+
+def test_a_view_is_torchvisions_crop_to_the_bit(views: ViewsConfig, photos: Path):
+    crop = MultiCrop(views)
+    kinds = (views.global_crops, 0), (views.local_crops, views.global_crops.count)
+    for file, key in zip(sorted(photos.iterdir())[:10], keys(10), strict=True):
+        picture = photograph(file)
+        for made, (kind, first) in zip(crop.one(picture, key), kinds, strict=True):
+            boxes = draw_boxes(view_keys(key, first, kind.count), *picture.shape[1:], crops=kind, flip=views.flip)
+            for view, *box, flip in zip(made, *(part.tolist() for part in boxes), strict=True):
+                theirs = tv.resized_crop(picture, *box, [kind.size] * 2, InterpolationMode.BICUBIC, antialias=True)
+                assert torch.equal(view, tv.horizontal_flip(theirs) if flip else theirs)
+
+
+def test_larger_pictures_are_cut_alike_alone_and_together(views: ViewsConfig, photos: Path):
+    pictures = torch.stack([tv.resize(photograph(file), [90, 110]) for file in sorted(photos.iterdir())[:6]])
+    crop = MultiCrop(views)
+    together = crop.batch(pictures, keys(6))
+    alone = [crop.one(picture, key) for picture, key in zip(pictures, keys(6), strict=True)]
+    for kind, made in zip(together, zip(*alone, strict=True), strict=True):
+        assert torch.equal(kind, torch.stack(made))
+
+
+def test_weights_looked_up_are_those_computed():
+    length, start = torch.meshgrid(torch.arange(1, 21), torch.arange(20), indexing="ij")
+    fits = start + length <= 20
+    stretch = start[fits], length[fits]
+    for flip in (torch.zeros(210, dtype=torch.bool), torch.ones(210, dtype=torch.bool)):
+        computed = resampling_weights(*stretch, flip, source=20, size=7)
+        assert torch.equal(looked_up_weights(*stretch, flip, source=20, size=7), computed)
+
+
+# --- pictures decoded smaller ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 5000), (95, 95), (150, 200), (263, 376), (768, 1024), (3000, 4001)])
+def test_a_picture_may_shrink_as_far_as_no_box_gets_smaller_than_its_view(views: ViewsConfig, height, width):
+    crop = MultiCrop(views)
+    draws = crop.draw(keys(60))
+    sizes = torch.tensor(crop.sizes)
+    answers = set()
+    for place, boxes in enumerate(zip(*boxes_in(draws, height, width), strict=True)):
+        by = crop.cut(draws, place).shrink(height, width)
+        answers.add(by)
+        small = shrunk(Boxes(*boxes), by)
+        if by > 1:
+            assert (small.height >= sizes).all() and (small.width >= sizes).all()
+        if by < 8:
+            assert (boxes[2] < 2 * by * sizes).any() or (boxes[3] < 2 * by * sizes).any()
+    assert max(answers) == {40: 1, 95: 1, 150: 2, 263: 4, 768: 8, 3000: 8}[height]
+
+
+@pytest.mark.parametrize("by", [2, 4, 8])
+def test_boxes_in_a_smaller_picture_are_those_to_half_a_pixel(by):
+    whole = draw_boxes(keys(2000), 301, 403, crops=crops((0.05, 1.0)), flip=0.5)
+    small = shrunk(whole, by)
+    for start, length, last in ((0, 2, -(-301 // by)), (1, 3, -(-403 // by))):
+        edges = torch.stack([whole[start], whole[start] + whole[length]])
+        moved = torch.stack([small[start], small[start] + small[length]])
+        assert ((moved * by - edges).abs() <= by / 2).all()
+        assert (moved >= 0).all() and (moved <= last).all()
+    assert torch.equal(small.flip, whole.flip)
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_read_back_from_a_gpu(views: ViewsConfig):
+    """On a pretended one, where reading a value is an error."""
+    crop = MultiCrop(views)
+    with FakeTensorMode():
+        pictures = torch.empty(6, 3, 40, 50, dtype=torch.uint8, device="cuda")
+        boxes = Boxes(*torch.ones(5, 6, len(crop.sizes), dtype=torch.int64, device="cuda"))
+        made = crop.together(pictures, boxes)
+        with pytest.raises(DataDependentOutputException):
+            bool(boxes.flip.any())
+    assert [tuple(kind.shape) for kind in made] == list(crop.shapes(6, 3))
+    assert {kind.device.type for kind in made} == {"cuda"}
+
+
+# --- the whole augmentation ------------------------------------------------------------------------------------
+
+
+def test_views_look_like_a_textbooks(photos: Path):
+    """Crops and photometric transforms together: the distribution of the views' brightness and contrast."""
+    torch.manual_seed(0)
+    random.seed(0)
+    views = make_views("method.views.local_crops.size=48", "method.views.local_crops.count=4")
+    crop, photometric = MultiCrop(views), Photometric(views)
+    files = sorted(photos.iterdir())[::2]
+    theirs = [textbook_views(file, views) for file in files]
+    ours = [crop.one(photograph(file), key) for file, key in zip(files, keys(len(files)), strict=True)]
+    global_views, local_views = (torch.stack(kind) for kind in zip(*ours, strict=True))
+    made = photometric(global_views, keys(len(files))), photometric(local_views, keys(len(files)), first_view=2)
+    for kind, first, last in ((made[0], 0, 2), (made[1], 2, 6)):
+        reference = torch.stack([torch.stack(each[first:last]) for each in theirs])
+        assert kind.shape == reference.shape
+        for statistic in (lambda x: x.mean(dim=(2, 3, 4)), lambda x: x.std(dim=(2, 3, 4))):
+            assert kolmogorov_smirnov(statistic(kind), statistic(reference)) < KS_LIMIT

@@ -3,11 +3,13 @@
 import os
 import struct
 import zlib
+from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import avg_pool2d
 
 from ssl_vit.data import decode as decoding
 from ssl_vit.data.decode import MAX_PIXELS, decode
@@ -244,3 +246,86 @@ def test_reading_leaves_pillows_settings_alone(tmp_path):
     Image.new("L", (3, 2)).save(tmp_path / "a.png")
     decode(tmp_path / "a.png")
     assert before == (Image.MAX_IMAGE_PIXELS, decoding.ImageFile.LOAD_TRUNCATED_IMAGES)
+
+
+# --- decoded smaller -------------------------------------------------------------------------------------------
+
+
+def averaged(picture, by):
+    """The means of squares of so many pixels."""
+    return avg_pool2d(picture.float(), by, ceil_mode=True)
+
+
+def photograph(photos, *, side=(256, 384)):
+    """A real one, of this height and width."""
+    return Image.open(sorted(photos.iterdir())[3]).convert("RGB").resize(side[::-1], Image.Resampling.BICUBIC)
+
+
+def with_orientation(value):
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return exif
+
+
+KINDS = {
+    "plain": ("RGB", {}),
+    "progressive": ("RGB", {"progressive": True}),
+    "full colour": ("RGB", {"subsampling": 0}),
+    "grey": ("L", {}),
+    "cmyk": ("CMYK", {}),
+    **{f"orientation {value}": ("RGB", {"exif": with_orientation(value)}) for value in range(2, 9)},
+}
+
+
+@pytest.mark.parametrize("by", [2, 4, 8])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_jpeg_decoded_smaller_is_the_whole_one_averaged(photos, kind, channels, by):
+    mode, options = KINDS[kind]
+    photograph(photos).convert(mode).save(file := BytesIO(), "JPEG", quality=92, **options)
+    asked = []
+    smaller = decode(file, channels, lambda *sides: asked.append(sides) or by)
+    whole = decode(file, channels)
+    assert asked == [tuple(whole.shape[1:])]
+    assert smaller.shape == (channels, whole.shape[1] // by, whole.shape[2] // by)
+    difference = (smaller - averaged(whole, by)).abs()
+    assert difference.mean() < 1
+    assert difference.flatten().quantile(0.999) < 8
+    assert torch.equal(decode(file, channels, lambda height, width: 1), whole)
+
+
+def test_sides_are_rounded_up(photos, tmp_path):
+    photograph(photos, side=(123, 205)).save(tmp_path / "a.jpg", quality=92)
+    whole = decode(tmp_path / "a.jpg")
+    for by in (2, 4, 8):
+        smaller = decode(tmp_path / "a.jpg", 3, lambda height, width, by=by: by)
+        assert smaller.shape == (3, -(-123 // by), -(-205 // by))
+        inner = slice(0, 123 // by - 1), slice(0, 205 // by - 1)
+        assert (smaller - averaged(whole, by)).abs()[:, *inner].mean() < 1
+
+
+def test_a_turned_jpeg_of_incomplete_blocks_is_decoded_whole(photos, tmp_path):
+    photograph(photos, side=(120, 205)).save(tmp_path / "a.jpg", exif=with_orientation(6))
+    assert decode(tmp_path / "a.jpg", 3, lambda height, width: pytest.fail("asked")).shape == (3, 205, 120)
+
+
+@pytest.mark.parametrize("ending", ["png", "webp", "bmp", "tif", "gif", "ppm"])
+def test_other_formats_are_decoded_whole(tmp_path, ending):
+    Image.fromarray(smooth(64, 64)).save(tmp_path / f"a.{ending}")
+    assert decode(tmp_path / f"a.{ending}", 3, lambda height, width: pytest.fail("asked")).shape == (3, 64, 64)
+
+
+def test_of_a_jpeg_with_several_pictures_the_first(photos, tmp_path):
+    """As telephones write them: behind the photograph a preview or a map of depths."""
+    first = photograph(photos)
+    first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", first.size)])
+    smaller = decode(tmp_path / "a.jpg", 3, lambda height, width: 4)
+    assert smaller.shape == (3, 64, 96)
+    assert (smaller - averaged(decode(tmp_path / "a.jpg"), 4)).abs().mean() < 1
+
+
+def test_a_broken_jpeg_is_broken_at_any_size(photos, tmp_path):
+    cut(np.asarray(photograph(photos)), tmp_path / "a.jpg", 0.5)
+    for by in (1, 2, 4, 8):
+        with pytest.raises(BrokenPicture, match="truncated"):
+            decode(tmp_path / "a.jpg", 3, lambda height, width, by=by: by)

@@ -25,7 +25,7 @@ from ssl_vit.data.find import find_pictures
 from ssl_vit.data.pictures import BrokenPicture
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.weights import export_backbone, load_backbone
-from ssl_vit.transforms.crops import draw_boxes
+from ssl_vit.transforms.boxes import draw_boxes
 
 pytestmark = pytest.mark.filterwarnings(r"ignore::UserWarning:PIL\.", "ignore::PIL.Image.DecompressionBombWarning")
 
@@ -199,11 +199,11 @@ def test_a_folder_that_changes_during_the_run(folder, tmp_path, pretrain_words, 
         picture(seed=i).save(folder / str(i % 4) / f"{i}.png")
     read, reads, moment = FilePictures.read, [], 100 if way and everything else 30  # in the second epoch, or before
 
-    def reading(pictures, index, channels):
+    def reading(pictures, index, channels, shrink=None):
         reads.append(index)
         if len(reads) == moment:  # of this process
             shutil.rmtree(folder, ignore_errors=True) if everything else change(folder)
-        return read(pictures, index, channels)
+        return read(pictures, index, channels, shrink)
 
     monkeypatch.setattr(FilePictures, "read", reading)
     length = ("trainer.max_steps=24" if everything else "trainer.max_steps=8", "trainer.checkpoint_every=0.01s")

@@ -5,18 +5,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssl_vit.commands.compose import load_config
 from ssl_vit.config import PretrainConfig, PretrainDataConfig
-from ssl_vit.data import parallel
+from ssl_vit.data import decode as decoding
+from ssl_vit.data import loading, parallel
 from ssl_vit.data.arrays import ArrayPictures
+from ssl_vit.data.files import folder_pictures
 from ssl_vit.data.find import find_pictures
 from ssl_vit.data.loading import ResidentLoader, eval_loader, training_loader
-from ssl_vit.data.memory import decode_all
+from ssl_vit.data.memory import decode_all, home
 from ssl_vit.data.parallel import in_threads, loading_workers, usable_cores
 from ssl_vit.data.pictures import BrokenPicture, SkippedPictures
 from ssl_vit.data.sampler import EpochBatches
+from ssl_vit.data.sharding import write_shards
 from ssl_vit.errors import UserError
+from ssl_vit.transforms import crops
 from ssl_vit.transforms.crops import MultiCrop
 from ssl_vit.transforms.evaluation import EvalTransform
 from ssl_vit.transforms.randomness import sample_keys
@@ -243,6 +248,107 @@ def test_lightning_sees_every_epoch_and_resumes_within_one(tmp_path, multicrop, 
     assert resumed == expected[8 * stop :]
 
 
+# --- large JPEGs -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def camera(tmp_path, photos):
+    """JPEGs far larger than their views; the first cannot be read, the second is no JPEG, one stands on its side."""
+    root = tmp_path / "camera"
+    root.mkdir()
+    for i, file in enumerate(sorted(photos.iterdir())[:12]):
+        enlarged = Image.open(file).convert("RGB").resize((480 + 16 * i, 320), Image.Resampling.BICUBIC)
+        exif = Image.Exif()
+        exif[0x0112] = 6 if i == 5 else 1
+        enlarged.save(root / f"{i:03}.jpg", quality=92, exif=exif)
+        if i == 1:
+            enlarged.save(root / f"{i:03}.jpg", "PNG")
+    (root / "000.jpg").write_bytes((root / "000.jpg").read_bytes()[:5000])
+    return root
+
+
+def sizes_read(monkeypatch):
+    """A list that gets the shape of each picture that is decoded from now on."""
+    shapes = []
+    original = decoding.to_tensor
+
+    def spy(picture, channels):
+        pixels = original(picture, channels)
+        shapes.append(tuple(pixels.shape))
+        return pixels
+
+    monkeypatch.setattr(decoding, "to_tensor", spy)
+    return shapes
+
+
+def test_large_jpegs_are_decoded_smaller_and_show_the_same_views(camera, multicrop, skipped, monkeypatch):
+    pictures = find_pictures("folder", camera)
+    shapes = sizes_read(monkeypatch)
+    (smaller,) = load(pictures, multicrop, skipped, batch_size=12, memory_gb=0)
+    assert {height for _, height, _ in shapes[1:]} >= {40, 80}
+    monkeypatch.setattr(decoding, "JpegImageFile", type(None))
+    shapes.clear()
+    (whole,) = load(pictures, multicrop, skipped, batch_size=12, memory_gb=0)
+    assert min(height for _, height, _ in shapes) == 320
+    assert torch.equal(smaller.index, whole.index)
+    assert 0 not in smaller.index
+    for name in ("global_views", "local_views"):
+        difference = (getattr(smaller, name).float() - getattr(whole, name).float()).abs()
+        assert difference[smaller.index == 1].max() == 0  # the PNG
+        assert 0 < difference.mean() < 4
+        assert difference.flatten().quantile(0.999) < 60  # of edges, which lie up to half a pixel elsewhere
+
+
+def test_large_jpegs_from_workers_and_from_shards(camera, multicrop, skipped, tmp_path):
+    pictures = find_pictures("folder", camera)
+    (here,) = load(pictures, multicrop, skipped, batch_size=12, memory_gb=0)
+    (there,) = load(pictures, multicrop, skipped, batch_size=12, memory_gb=0, workers=1)
+    write_shards(folder_pictures(camera), tmp_path / "shards", shard_bytes=10**8)
+    shards = find_pictures("shards", tmp_path / "shards")
+    (sharded,) = load(shards, multicrop, skipped, batch_size=12, memory_gb=0)
+    for other in (there, sharded):
+        assert all(torch.equal(a, b) for a, b in zip(here, other, strict=True))
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------
+
+
+def test_pictures_of_one_size_lie_and_are_cropped_on_the_device(tmp_path, multicrop, skipped, monkeypatch):
+    """On a pretended GPU, where reading a value back is an error; labels, indices and keys are the CPU's."""
+    pictures = put(tmp_path / "same", [(40, 50)] * 16, broken=(3,))
+    here = list(load(pictures, multicrop, skipped))
+    mode = FakeTensorMode()
+
+    def sent(values, device):
+        assert values.device.type == "cpu" and device.type == "cuda"
+        with mode:
+            return torch.empty(values.shape, dtype=values.dtype, device=device)
+
+    def together(self, pictures, boxes, *, look_up):
+        assert not look_up  # of tables on the CPU
+        with mode:
+            return original(self, pictures, boxes, look_up=look_up)
+
+    original = MultiCrop.together
+    monkeypatch.setattr(MultiCrop, "together", together)
+    monkeypatch.setattr(crops, "sent", sent)
+    monkeypatch.setattr(loading, "sent", sent)
+    monkeypatch.setattr(loading, "home", sent)
+    batches = list(load(pictures, multicrop, skipped, device=torch.device("cuda")))
+    for batch, same in zip(batches, here, strict=True):
+        for views, there in ((batch.global_views, same.global_views), (batch.local_views, same.local_views)):
+            assert views.device.type == "cuda" and views.shape == there.shape and views.dtype == there.dtype
+        for name in ("label", "index", "key"):
+            assert torch.equal(getattr(batch, name), getattr(same, name))
+
+
+def test_pictures_too_many_for_the_device_stay_where_they_are(monkeypatch):
+    images = torch.zeros(10, 3, 8, 8, dtype=torch.uint8)
+    assert home(images, torch.device("cpu")) is images
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * images.nbytes - 1, 10**9))
+    assert home(images, torch.device("cuda")) is images
+
+
 # --- whole pictures --------------------------------------------------------------------------------------------
 
 
@@ -308,6 +414,13 @@ def test_workers_follow_the_cores_one_may_use(monkeypatch, tmp_path):
     for text, cores in {"max 100000": 64, "250000 100000": 3, "50000 100000": 1}.items():
         (tmp_path / "cpu.max").write_text(text + "\n")
         assert parallel._container_cores(tmp_path, 64) == cores
+    (tmp_path / "own").write_text("12:cpu:/elsewhere\n0::/job/step\n")
+    (tmp_path / "job/step").mkdir(parents=True)
+    (tmp_path / "job/cpu.max").write_text("200000 100000\n")
+    groups = parallel._control_groups(tmp_path / "own", tmp_path)
+    assert groups == [tmp_path / "job/step", tmp_path / "job", tmp_path]
+    assert [parallel._container_cores(group, 64) for group in groups] == [64, 2, 1]
+    assert parallel._control_groups(tmp_path / "none", tmp_path) == [tmp_path]
     (tmp_path / "cpu.max").unlink()
     assert parallel._container_cores(tmp_path, 64) == 64
     (tmp_path / "cpu").mkdir()

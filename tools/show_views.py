@@ -27,8 +27,9 @@ from ssl_vit.config import PretrainConfig, SiTConfig, ViewsConfig
 from ssl_vit.data.find import find_pictures
 from ssl_vit.data.pictures import BrokenPicture, Pictures
 from ssl_vit.errors import UserError
+from ssl_vit.transforms.boxes import draw_boxes
 from ssl_vit.transforms.corruption import Corruption, rotate
-from ssl_vit.transforms.crops import MultiCrop, draw_boxes
+from ssl_vit.transforms.crops import MultiCrop
 from ssl_vit.transforms.photometric import Photometric
 from ssl_vit.transforms.randomness import fold, sample_keys, uniform, view_keys
 

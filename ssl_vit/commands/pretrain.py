@@ -99,6 +99,7 @@ def train(config: PretrainConfig, plan: Plan, method: SSLMethod, start: Start) -
         first_step=start.done,
         skipped=skipped,
         local_world=config.trainer.devices,
+        device=trainer.strategy.root_device,
     )
     if trainer.is_global_zero:
         begin_run(config, start.pictures)

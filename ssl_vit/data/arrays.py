@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
-from ssl_vit.data.pictures import printable
+from ssl_vit.data.pictures import Shrink, printable
 from ssl_vit.errors import UserError
 
 ArraySource = Literal["cifar10", "cifar100", "stl10"]
@@ -42,8 +42,8 @@ class ArrayPictures:
         """The picture's number."""
         return f"{self.title} {index}"
 
-    def read(self, index: int, channels: int) -> Tensor:
-        """The picture as (C, H, W) uint8."""
+    def read(self, index: int, channels: int, shrink: Shrink | None = None) -> Tensor:
+        """The picture as (C, H, W) uint8, always whole."""
         return self.images[index] if channels == 3 else luma(self.images[index])
 
     def all(self, channels: int) -> Tensor:

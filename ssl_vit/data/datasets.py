@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from ssl_vit.data.pictures import BrokenPicture, Pictures, SkippedPictures
 from ssl_vit.data.sampler import Pick
 from ssl_vit.errors import UserError
 from ssl_vit.transforms.batch import Batch
+from ssl_vit.transforms.boxes import Draws
 from ssl_vit.transforms.crops import MultiCrop
 from ssl_vit.transforms.evaluation import EvalTransform
 
@@ -21,17 +23,25 @@ class CroppedPictures(Dataset[Batch | UserError]):
     """Views, cropped picture by picture; an error of the user's comes as a batch, which `TrainingLoader` raises.
 
     Args:
-        read: Gives the picture of an index as (C, H, W) uint8, or raises BrokenPicture.
+        read: Given an index and `shrink=` (see `Shrink`), the picture as (C, H, W) uint8, or raises BrokenPicture.
         labels: Of all pictures (N,).
+        channels: C.
         multicrop: Makes the views.
         skipped: Takes the broken pictures.
     """
 
     def __init__(
-        self, read: Callable[[int], Tensor], labels: Tensor, *, multicrop: MultiCrop, skipped: SkippedPictures
+        self,
+        read: Callable[..., Tensor],
+        labels: Tensor,
+        *,
+        channels: int,
+        multicrop: MultiCrop,
+        skipped: SkippedPictures,
     ) -> None:
         self.read = read
         self.labels = labels
+        self.channels = channels
         self.multicrop = multicrop
         self.skipped = skipped
         self._broken: set[int] = set()
@@ -42,17 +52,26 @@ class CroppedPictures(Dataset[Batch | UserError]):
     def __getitems__(self, picks: list[Pick]) -> Batch | UserError:
         """The batch of these pictures; in place of a broken one, the next good one."""
         wanted, key = torch.tensor(picks).unbind(1)  # (B,) each
+        draws = self.multicrop.draw(key)
+        shapes = self.multicrop.shapes(len(picks), self.channels)
+        global_views, local_views = (torch.empty(shape, dtype=torch.uint8) for shape in shapes)
+        found = []
         try:
-            found = [self.first_readable(index) for index in wanted.tolist()]
+            for place, index in enumerate(wanted.tolist()):
+                views = [*global_views[place], *local_views[place]]
+                found.append(self.first_readable(index, partial(self._cut, draws, place, views)))
         except UserError as error:
             return error
-        views = [self.multicrop.one(picture, own_key) for (_, picture), own_key in zip(found, key, strict=True)]
-        global_views, local_views = map(torch.stack, zip(*views, strict=True))
-        index = torch.tensor([index for index, _ in found])
+        index = torch.tensor(found)
         return Batch(global_views, local_views, self.labels[index], index, key)
 
-    def first_readable(self, wanted: int) -> tuple[int, Tensor]:
-        """The first picture from `wanted` on that can be read, and its index; behind the last comes the first.
+    def _cut(self, draws: Draws, place: int, views: Sequence[Tensor], index: int) -> None:
+        """Fill the views at a place of the batch from the picture of this index."""
+        cut = self.multicrop.cut(draws, place)
+        cut.into(self.read(index, shrink=cut.shrink), views)
+
+    def first_readable(self, wanted: int, use: Callable[[int], object]) -> int:
+        """The index of the first picture from `wanted` on that can be used; behind the last comes the first.
 
         Raises:
             UserError: There is none.
@@ -62,7 +81,8 @@ class CroppedPictures(Dataset[Batch | UserError]):
             if index in self._broken:
                 continue
             try:
-                return index, self.read(index)
+                use(index)
+                return index
             except BrokenPicture as broken:
                 self._broken.add(index)
                 self.skipped.record(broken)

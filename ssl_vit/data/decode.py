@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
-from ssl_vit.data.pictures import BrokenPicture, printable
+from ssl_vit.data.pictures import BrokenPicture, Shrink, printable
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 EXTENSIONS = frozenset(
@@ -43,9 +44,11 @@ _UPRIGHT = {  # what undoes each EXIF orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_FIRST_ON_ITS_SIDE = 5  # of the orientations: from here on, height and width change places
+_BLOCK = 8  # pixels of a JPEG's block, along a side
 
 
-def decode(path: Path | BytesIO, channels: int = 3) -> Tensor:
+def decode(path: Path | BytesIO, channels: int = 3, shrink: Shrink | None = None) -> Tensor:
     """Read a JPEG, PNG, WebP, BMP, TIFF, GIF (first frame) or PPM file; the content tells which, not the name.
 
     EXIF orientation is applied. Transparent parts are laid on white, as most viewers show them. Grey of 16 bits, 32
@@ -55,6 +58,8 @@ def decode(path: Path | BytesIO, channels: int = 3) -> Tensor:
     Args:
         path: The file, or its bytes.
         channels: 3 for RGB, 1 for grey (ITU-R 601 luma).
+        shrink: By how much the picture may be decoded smaller. Only JPEGs are: from fewer coefficients of each block
+            of 8 x 8 pixels, in a fraction of the time, about as if the pixels of the whole picture had been averaged.
 
     Returns:
         (C, H, W) uint8, channels last in memory: crops of it resize twice as fast so.
@@ -64,6 +69,8 @@ def decode(path: Path | BytesIO, channels: int = 3) -> Tensor:
             pixels or MAX_SCANS scans.
     """
     with opened(path) as picture:
+        if shrink is not None and isinstance(picture, JpegImageFile):
+            _decode_smaller(picture, shrink)
         return to_tensor(picture, channels)
 
 
@@ -99,11 +106,23 @@ def _scans(picture: ImageFile.ImageFile) -> int:
     return picture.fp.read().count(b"\xff\xda")
 
 
+def _decode_smaller(picture: JpegImageFile, shrink: Shrink) -> None:
+    """Let the picture be loaded by `shrink` smaller; each of its pixels then stands for a square of so many."""
+    width, height = picture.size
+    turn = orientation(picture)
+    if turn != 1 and (width % _BLOCK or height % _BLOCK):  # turned, an incomplete square would come first
+        return
+    by = shrink(width, height) if turn >= _FIRST_ON_ITS_SIDE else shrink(height, width)
+    picture.draft(None, (width // by, height // by))
+
+
 def to_tensor(picture: Image.Image, channels: int) -> Tensor:
     """The pixels (C, H, W) uint8 of an opened picture, upright, with 1 or 3 channels; see `decode`."""
     picture.load()  # TIFF turns itself upright here
     turn = _UPRIGHT.get(orientation(picture))
-    flat = _flattened(picture).convert("RGB" if channels == 3 else "L")
+    flat, mode = _flattened(picture), "RGB" if channels == 3 else "L"
+    if flat.mode != mode:
+        flat = flat.convert(mode)
     if turn is not None:
         flat = flat.transpose(turn)
     return torch.from_numpy(np.array(flat).reshape(flat.height, flat.width, channels)).permute(2, 0, 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ssl_vit.data.decode import EXTENSIONS, decode
 from ssl_vit.data.index import find_below
 from ssl_vit.data.names import Names
-from ssl_vit.data.pictures import BrokenPicture, printable
+from ssl_vit.data.pictures import BrokenPicture, Shrink, printable
 from ssl_vit.errors import UserError
 
 SPLITS = frozenset({"train", "val", "test"})  # folders of these names are parts of a data set, not classes
@@ -47,14 +47,14 @@ class FilePictures:
         """The file's path relative to the root, printable."""
         return printable(self.names[index])
 
-    def read(self, index: int, channels: int) -> Tensor:
-        """The picture as (C, H, W) uint8.
+    def read(self, index: int, channels: int, shrink: Shrink | None = None) -> Tensor:
+        """The picture as (C, H, W) uint8, a JPEG smaller where `shrink` allows.
 
         Raises:
             BrokenPicture: It cannot be read.
         """
         try:
-            return decode(self.path(index), channels)
+            return decode(self.path(index), channels, shrink)
         except BrokenPicture as broken:
             raise BrokenPicture(self.name(index), broken.reason) from broken
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from ssl_vit.config import PretrainDataConfig, Workers
 from ssl_vit.data.arrays import ArrayPictures
 from ssl_vit.data.datasets import CroppedPictures, WholeBatch, WholePictures
-from ssl_vit.data.memory import decode_all
+from ssl_vit.data.memory import decode_all, home
 from ssl_vit.data.parallel import loading_workers
 from ssl_vit.data.pictures import Pictures, SkippedPictures
 from ssl_vit.data.sampler import EpochBatches
@@ -24,17 +24,22 @@ from ssl_vit.processes import STOP_SIGNALS
 from ssl_vit.transforms.batch import Batch
 from ssl_vit.transforms.crops import MultiCrop
 from ssl_vit.transforms.evaluation import EvalTransform
+from ssl_vit.transforms.transfer import sent
 
 T = TypeVar("T")
+
+_CPU = torch.device("cpu")
 
 log = logging.getLogger(__name__)
 
 
 class ResidentLoader:
-    """Batches from pictures of one size in memory, cropped together in the training process.
+    """Batches from pictures of one size in memory, cropped where they lie, without the CPU waiting for a GPU.
+
+    Labels, indices and keys stay on the CPU.
 
     Args:
-        images: The readable pictures (M, C, H, W) uint8.
+        images: The readable pictures (M, C, H, W) uint8, on the CPU or a GPU.
         good: Their indices (M,), ascending; a picture that is missing here is replaced by the next one.
         labels: Of all pictures (N,).
         multicrop: Makes the views.
@@ -57,7 +62,8 @@ class ResidentLoader:
         for picks in self.batch_sampler:
             wanted, key = torch.tensor(picks).T.contiguous().unbind(0)  # (B,) each
             row = torch.searchsorted(self.good, wanted) % len(self.good)
-            global_views, local_views = self.multicrop.batch(self.images[row].contiguous(), key)
+            pictures = self.images.index_select(0, sent(row, self.images.device))
+            global_views, local_views = self.multicrop.batch(pictures, key)
             index = self.good[row]
             yield Batch(global_views, local_views, self.labels[index], index, key)
 
@@ -85,12 +91,14 @@ def training_loader(
     first_step: int,
     skipped: SkippedPictures,
     local_world: int | None = None,
+    device: torch.device = _CPU,
 ) -> ResidentLoader | TrainingLoader:
     """The batches of training process `rank` of `world`; each iteration is one epoch.
 
-    Pictures of one size that fit into memory are cropped there, a batch at once. Of different sizes, they are kept
+    Pictures of one size that fit into memory lie on the device and are cropped there. Of different sizes, they are kept
     decoded, and loading processes crop them. All others are read from disk by loading processes. Either way the same
-    boxes are cut from the same pictures, and a broken picture is replaced by the next good one.
+    boxes are cut from the same pictures (to a pixel from JPEGs that are decoded smaller than they are), and a broken
+    picture is replaced by the next good one.
 
     Args:
         pictures: To be learned from.
@@ -104,6 +112,7 @@ def training_loader(
         first_step: Optimizer steps already done; the batches go on behind them, within an epoch if need be.
         skipped: Takes the broken pictures.
         local_world: Training processes on this machine, which share its cores; None: all are.
+        device: That trains; pictures of one size lie and are cropped there, if half of its free memory holds them.
 
     Raises:
         UserError: No picture can be read.
@@ -116,17 +125,17 @@ def training_loader(
             f"{len(pictures)} pictures are fewer than one step holds (data.batch_size={config.batch_size}): each is "
             f"seen up to {batches.repeats} times per epoch"
         )
-    read: Callable[[int], Tensor] = partial(pictures.read, channels=channels)
+    read: Callable[..., Tensor] = partial(pictures.read, channels=channels)
     resident = partial(ResidentLoader, labels=pictures.labels, multicrop=multicrop, batch_sampler=batches)
     if isinstance(pictures, ArrayPictures):
-        return resident(pictures.all(channels), torch.arange(len(pictures)))
+        return resident(home(pictures.all(channels), device), torch.arange(len(pictures)))
     if budget := int(config.memory_gb * 1e9):
         kept = decode_all(pictures, channels, budget=budget, skipped=skipped, show=rank == 0)
         if kept and (images := kept.as_one()) is not None:
-            return resident(images, kept.good)
+            return resident(home(images, device), kept.good)
         read = kept.read if kept else read
-    crops = CroppedPictures(read, pictures.labels, multicrop=multicrop, skipped=skipped)
-    crops.first_readable(0)  # so that unreadable data sets fail here, not in a loading process
+    crops = CroppedPictures(read, pictures.labels, channels=channels, multicrop=multicrop, skipped=skipped)
+    crops.first_readable(0, read)  # so that unreadable data sets fail here, not in a loading process
     workers = loading_workers(config.workers, processes=local_world or world)
     return TrainingLoader(crops, **_how(workers), batch_sampler=batches, persistent_workers=workers > 0)
 

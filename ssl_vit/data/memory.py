@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ssl_vit.data.parallel import in_threads
-from ssl_vit.data.pictures import BrokenPicture, Pictures, SkippedPictures
+from ssl_vit.data.pictures import BrokenPicture, Pictures, Shrink, SkippedPictures
 
 _SAMPLE = 64  # pictures whose size stands for that of all
+_SHARE = 0.5  # of a GPU's free memory
 _RESERVE = 2  # address space per estimated byte; memory is only taken as it is filled
 
 
@@ -36,8 +37,8 @@ class DecodedPictures:
         """Indices (M,) of the readable pictures, ascending."""
         return self.sizes[:, 0].nonzero().squeeze(1)
 
-    def read(self, index: int) -> Tensor:
-        """The picture as (C, H, W) uint8.
+    def read(self, index: int, shrink: Shrink | None = None) -> Tensor:
+        """The picture as (C, H, W) uint8, always whole.
 
         Raises:
             BrokenPicture: It could not be read.
@@ -91,6 +92,13 @@ def decode_all(
         used += picture.numel()
         sizes[index] = torch.tensor(picture.shape[1:])
     return DecodedPictures(buffer[:used], sizes, channels, broken)
+
+
+def home(images: Tensor, device: torch.device) -> Tensor:
+    """The pictures where they are cropped: on the device, if they take no more than half of the memory free there."""
+    if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] * _SHARE:
+        return images
+    return images.to(device)
 
 
 def _estimated_bytes(pictures: Pictures, channels: int) -> int:

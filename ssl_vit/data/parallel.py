@@ -26,7 +26,8 @@ Item = TypeVar("Item")
 def usable_cores() -> int:
     """The cores that the scheduler and the container leave to this process, at least 1."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, min(cores, _container_cores(Path("/sys/fs/cgroup"), cores)))
+    groups = _control_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    return max(1, min(_container_cores(group, cores) for group in groups))
 
 
 def loading_workers(workers: Workers, *, processes: int) -> int:
@@ -94,11 +95,18 @@ def _bar(count: int, label: str, show: bool) -> tqdm:
     return tqdm(total=count, desc=label, unit="", delay=PATIENCE, leave=False, disable=None if show else True)
 
 
+def _control_groups(listing: Path, root: Path) -> list[Path]:
+    """This process's control group (version 2) and those around it, each of which may have a quota, up to the root."""
+    lines = listing.read_text(encoding="utf-8").splitlines() if listing.is_file() else []
+    own = Path(next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), ""))
+    return [root / group for group in (own, *own.parents)]
+
+
 def _container_cores(group: Path, cores: int) -> int:
     """The CPU quota of the control group (version 2, else 1) in whole cores, rounded up; `cores` without a quota."""
     files = [group / "cpu.max"], [group / "cpu/cpu.cfs_quota_us", group / "cpu/cpu.cfs_period_us"]
     for parts in files:
         if all(part.is_file() for part in parts):
             quota, period = " ".join(part.read_text() for part in parts).split()
-            return cores if quota in ("max", "-1") else -(-int(quota) // int(period))
+            return cores if quota in ("max", "-1") else min(cores, -(-int(quota) // int(period)))
     return cores

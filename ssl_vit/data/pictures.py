@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from filelock import FileLock
 from torch import Tensor
+
+# Told a picture's upright height and width in pixels: by which of 1, 2, 4, 8 it may be decoded smaller. It is asked
+# only where that is done; the decoded picture's height is then ceil(height / answer), its width likewise.
+Shrink = Callable[[int, int], int]
 
 
 class BrokenPicture(Exception):  # noqa: N818 - no error of the program: the picture is skipped and counted
@@ -35,8 +40,8 @@ class Pictures(Protocol):
         """How reports call the picture: its relative path, as one line of printable text."""
         ...
 
-    def read(self, index: int, channels: int) -> Tensor:
-        """The picture as (C, H, W) uint8, grey for 1 channel and RGB for 3.
+    def read(self, index: int, channels: int, shrink: Shrink | None = None) -> Tensor:
+        """The picture as (C, H, W) uint8, grey for 1 channel and RGB for 3; decoded smaller where that saves time.
 
         Raises:
             BrokenPicture: It cannot be read.
@@ -109,9 +114,9 @@ class Subset:
         """As in the larger set."""
         return self.pictures.name(int(self.places[index]))
 
-    def read(self, index: int, channels: int) -> Tensor:
+    def read(self, index: int, channels: int, shrink: Shrink | None = None) -> Tensor:
         """As in the larger set."""
-        return self.pictures.read(int(self.places[index]), channels)
+        return self.pictures.read(int(self.places[index]), channels, shrink)
 
     def fingerprint(self, *, sizes: bool) -> str:
         """Of the larger set and the places."""

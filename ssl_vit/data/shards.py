@@ -21,7 +21,7 @@ from ssl_vit.data.decode import decode
 from ssl_vit.data.files import counts, unlabelled
 from ssl_vit.data.names import Names
 from ssl_vit.data.parallel import in_processes
-from ssl_vit.data.pictures import BrokenPicture, printable
+from ssl_vit.data.pictures import BrokenPicture, Shrink, printable
 from ssl_vit.data.shard_listing import Listing, joined, read_listing, read_manifest
 from ssl_vit.data.tars import Integers, list_tar, refusal
 from ssl_vit.errors import UserError
@@ -75,8 +75,8 @@ class ShardPictures:
         tar = self.listing.tars[self.listing.tar[index]]
         return printable(tar + b"/" + self.listing.names[index])
 
-    def read(self, index: int, channels: int) -> Tensor:
-        """The picture as (C, H, W) uint8.
+    def read(self, index: int, channels: int, shrink: Shrink | None = None) -> Tensor:
+        """The picture as (C, H, W) uint8, a JPEG smaller where `shrink` allows.
 
         Raises:
             BrokenPicture: It cannot be read, or its tar file cannot.
@@ -90,7 +90,7 @@ class ShardPictures:
         if len(content) < size:
             raise BrokenPicture(self.name(index), f"{printable(path.name)} has become shorter")
         try:
-            return decode(BytesIO(content), channels)
+            return decode(BytesIO(content), channels, shrink)
         except BrokenPicture as broken:
             raise BrokenPicture(self.name(index), broken.reason) from broken
 

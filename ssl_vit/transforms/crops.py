@@ -2,36 +2,87 @@
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as tv
+from torch.nn.functional import interpolate
 
-from ssl_vit.config import CropsConfig, ViewsConfig
-from ssl_vit.transforms.randomness import Stream, fold, uniform, view_keys
-from ssl_vit.transforms.separable import apply, resampling_weights
+from ssl_vit.config import ViewsConfig
+from ssl_vit.transforms.boxes import Boxes, Draws, boxes_in, draw, shrunk
+from ssl_vit.transforms.randomness import view_keys
+from ssl_vit.transforms.resampling import cut_together, looked_up_weights
+from ssl_vit.transforms.separable import resampling_weights
+from ssl_vit.transforms.transfer import sent
 
-_ATTEMPTS = 10
+_SHRINKS = 8, 4, 2  # by which a picture may be decoded smaller, see `data.decode`
+_SMALL = 48  # pixels of pictures and views: up to here a CPU cuts many at once faster than one by one
+_AT_ONCE, _AT_ONCE_GPU = 16, 128  # pictures: what fits a core's cache; what leaves a GPU's memory to the network
 
 
-class Boxes(NamedTuple):
-    """What is cut out of a picture, in pixels, one box per key and in the keys' shape."""
+class Cut:
+    """The views of one picture, which may be decoded smaller if the boxes allow; for one picture only.
 
-    top: Tensor  # int64
-    left: Tensor  # int64
-    height: Tensor  # int64
-    width: Tensor  # int64
-    flip: Tensor  # bool
+    Args:
+        draws: Of its views (V,).
+        sizes: Of the views, in pixels.
+    """
+
+    def __init__(self, draws: Draws, sizes: Sequence[int]) -> None:
+        self.draws = draws
+        self.sizes = sizes
+        self._whole: tuple[int, int] | None = None  # its height and width, if `shrink` was asked
+        self._shrink = 1
+
+    def shrink(self, height: int, width: int) -> int:
+        """The largest of 1, 2, 4, 8 by which this picture may be shrunk and no box be smaller than its view.
+
+        Args:
+            height: Of the whole picture, in pixels.
+            width: Of the whole picture, in pixels.
+        """
+        self._whole = height, width
+        if min(height, width) >= _SHRINKS[-1] * max(self.sizes):
+            boxes = boxes_in(self.draws, height, width)
+            room = int((torch.minimum(boxes.height, boxes.width) // torch.tensor(self.sizes)).min())
+            self._shrink = next((by for by in _SHRINKS if by <= room), 1)
+        return self._shrink
+
+    def into(self, picture: Tensor, views: Sequence[Tensor]) -> None:
+        """Fill the views (C, S, S) from the picture (C, H, W), smaller by what `shrink` said if that was asked.
+
+        In a smaller picture the boxes' edges lie on its own pixels, at most half of one beside their true places. A
+        view's pixels are never smaller than those, so that this is at most half a pixel of the view.
+        """
+        boxes = boxes_in(self.draws, *(self._whole or picture.shape[1:]))
+        if self._shrink > 1:
+            boxes = shrunk(boxes, self._shrink)
+        _cut_each(picture, boxes, views)
 
 
 class MultiCrop:
-    """Global and local views of a picture; the same key gives the same boxes and flips in `one` and in `batch`."""
+    """Global and local views of a picture; the same key gives the same boxes and flips, however they are cut."""
 
     def __init__(self, views: ViewsConfig) -> None:
         self.views = views
+        kinds = views.global_crops, views.local_crops
+        self.sizes = [crops.size for crops in kinds for _ in range(crops.count)]
+
+    def draw(self, keys: Tensor) -> Draws:
+        """What is random in the views (B, G + L) of samples (B,), the global ones first."""
+        kinds = (self.views.global_crops, 0), (self.views.local_crops, self.views.global_crops.count)
+        drawn = [draw(view_keys(keys, first, crops.count), crops=crops, flip=self.views.flip) for crops, first in kinds]
+        return Draws(*(np.concatenate(parts, axis=1) for parts in zip(*drawn, strict=True)))
+
+    def cut(self, draws: Draws, place: int) -> Cut:
+        """The views of the picture at a place (of B) of draws."""
+        return Cut(Draws(*(part[place] for part in draws)), self.sizes)
+
+    def shapes(self, count: int, channels: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the global views (B, G, C, S, S) and the local views (B, L, C, s, s) of so many pictures."""
+        big, small = self.views.global_crops, self.views.local_crops
+        return (count, big.count, channels, big.size, big.size), (count, small.count, channels, small.size, small.size)
 
     def one(self, picture: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Views of one picture of any size.
@@ -43,94 +94,63 @@ class MultiCrop:
         Returns:
             Global views (G, C, S, S) and local views (L, C, s, s), uint8.
         """
-        kinds = self.views.global_crops, self.views.local_crops
-        first_view = 0, kinds[0].count
-        global_views, local_views = (
-            self._one(picture, view_keys(key, first, crops.count), crops)
-            for crops, first in zip(kinds, first_view, strict=True)
-        )
-        return global_views, local_views
+        views = [torch.empty(shape[1:], dtype=torch.uint8) for shape in self.shapes(1, len(picture))]
+        self.cut(self.draw(key[None]), 0).into(picture, [*views[0], *views[1]])
+        return views[0], views[1]
 
     def batch(self, pictures: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of pictures of one size, together; for small pictures far faster than one by one.
+        """Views of pictures of one size, cut where these lie.
+
+        Small pictures on the CPU and all on a GPU are resampled in float, larger ones on the CPU in fixed point, as in
+        `one`: values may differ by one level.
 
         Args:
-            pictures: (B, C, H, W) uint8.
-            keys: The samples' keys (B,) int64.
+            pictures: (B, C, H, W) uint8, on any device.
+            keys: The samples' keys (B,) int64, on the CPU, which does not wait for the device.
 
         Returns:
-            Global views (B, G, C, S, S) and local views (B, L, C, s, s), uint8.
+            Global views (B, G, C, S, S) and local views (B, L, C, s, s), uint8, on the pictures' device.
+        """
+        count, channels, height, width = pictures.shape
+        boxes = boxes_in(self.draw(keys), height, width)  # (B, V)
+        on_cpu = pictures.device.type == "cpu"
+        if on_cpu and max(height, width, *self.sizes) > _SMALL:
+            views = [torch.empty(shape, dtype=torch.uint8) for shape in self.shapes(count, channels)]
+            for picture, *kinds, own in zip(pictures, *views, zip(*boxes, strict=True), strict=True):
+                _cut_each(picture, Boxes(*own), [view for kind in kinds for view in kind])
+            return views[0], views[1]
+        table = sent(torch.stack(boxes, dim=1), pictures.device)  # (B, 5, V)
+        at_once = _AT_ONCE if on_cpu else _AT_ONCE_GPU
+        made = [
+            self.together(some, Boxes(*own.unbind(1)), look_up=on_cpu)
+            for some, own in zip(torch.split(pictures, at_once), torch.split(table, at_once), strict=True)
+        ]
+        global_views, local_views = map(torch.cat, zip(*made, strict=True))
+        return global_views, local_views
+
+    def together(self, pictures: Tensor, boxes: Boxes, *, look_up: bool = False) -> tuple[Tensor, Tensor]:
+        """Views of pictures (B, C, H, W) from boxes (B, V) on the same device, all at once.
+
+        Args:
+            pictures: uint8.
+            boxes: The flips may be 0 and 1.
+            look_up: Keep the weights of all boxes that a picture of this size may have: for small ones only.
         """
         kinds = self.views.global_crops, self.views.local_crops
-        first_view = 0, kinds[0].count
-        x = pictures.float()
+        counts = [crops.count for crops in kinds]
+        split = zip(*(torch.split(part, counts, dim=1) for part in boxes), strict=True)
+        weights = looked_up_weights if look_up else resampling_weights
         global_views, local_views = (
-            self._batch(x, view_keys(keys, first, crops.count), crops)
-            for crops, first in zip(kinds, first_view, strict=True)
+            cut_together(pictures, Boxes(*own), size=crops.size, weights=weights)
+            for crops, own in zip(kinds, split, strict=True)
         )
         return global_views, local_views
 
-    def _one(self, picture: Tensor, keys: Tensor, crops: CropsConfig) -> Tensor:
-        """Views (V, C, S, S) of one picture, for keys (V,)."""
-        channels, height, width = picture.shape
-        boxes = draw_boxes(keys, height, width, crops=crops, flip=self.views.flip)
-        views = picture.new_empty(len(keys), channels, crops.size, crops.size)
-        for i, (*box, flip) in enumerate(zip(*(part.tolist() for part in boxes), strict=True)):
-            view = tv.resized_crop(picture, *box, [crops.size, crops.size], InterpolationMode.BICUBIC, antialias=True)
-            views[i] = tv.horizontal_flip(view) if flip else view
-        return views
 
-    def _batch(self, x: Tensor, keys: Tensor, crops: CropsConfig) -> Tensor:
-        """Views (B, V, C, S, S) uint8 of pictures (B, C, H, W) float, for keys (B, V)."""
-        (batch, count), (channels, height, width), size = keys.shape, x.shape[1:], crops.size
-        boxes = draw_boxes(keys.flatten(), height, width, crops=crops, flip=self.views.flip)
-        top, left, tall, wide, flip = (part.to(x.device, non_blocking=True) for part in boxes)  # (B*V,)
-        rows = resampling_weights(top, tall, torch.zeros_like(flip), source=height, size=size)
-        cols = resampling_weights(left, wide, flip, source=width, size=size)
-        views = apply(x.repeat_interleave(count, dim=0), rows, cols, between=(0, 255))
-        return views.round_().clamp_(0, 255).to(torch.uint8).view(batch, count, channels, size, size)
-
-
-def draw_boxes(keys: Tensor, height: int, width: int, *, crops: CropsConfig, flip: float) -> Boxes:
-    """One random box and flip per key, distributed as torchvision's RandomResizedCrop and RandomHorizontalFlip.
-
-    Area uniform in crops.scale times the picture's, log(width / height) uniform in log(crops.ratio), place uniform.
-    When ten attempts do not fit into the picture: the largest central box of an allowed ratio.
-
-    Args:
-        keys: One key per view, any shape, int64.
-        height: Of the picture, in pixels.
-        width: Of the picture, in pixels.
-        crops: Range of the share of area, and range of width / height.
-        flip: Probability.
-    """
-    draws = uniform(fold(keys, Stream.CROP), 2 * _ATTEMPTS + 3).double()
-    area_draw, ratio_draw, place_draw = torch.split(
-        draws, [_ATTEMPTS, _ATTEMPTS, 3], dim=-1
-    )  # (..., attempts), (..., 3)
-    top_draw, left_draw, flip_draw = place_draw.unbind(-1)
-    (low, high), (narrow, broad) = crops.scale, crops.ratio
-    area = height * width * (low + (high - low) * area_draw)  # (..., attempts)
-    ratio = torch.exp(math.log(narrow) + (math.log(broad) - math.log(narrow)) * ratio_draw)
-    wide = torch.sqrt(area * ratio).round()
-    tall = torch.sqrt(area / ratio).round()
-    fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
-    first = fits.int().argmax(dim=-1, keepdim=True)
-    found = fits.any(dim=-1)
-
-    central_tall, central_wide = _central_box(height, width, crops.ratio)
-    tall = torch.where(found, tall.gather(-1, first).squeeze(-1), central_tall)
-    wide = torch.where(found, wide.gather(-1, first).squeeze(-1), central_wide)
-    top = torch.where(found, top_draw * (height - tall + 1), (height - central_tall) // 2)
-    left = torch.where(found, left_draw * (width - wide + 1), (width - central_wide) // 2)
-    return Boxes(top.long(), left.long(), tall.long(), wide.long(), flip_draw < flip)
-
-
-def _central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int]:
-    """Height and width of the largest box whose width / height lies within `ratio`, at least one pixel each."""
-    narrow, broad = ratio
-    if width / height < narrow:
-        return max(1, round(width / narrow)), width
-    if width / height > broad:
-        return height, max(1, round(height * broad))
-    return height, width
+def _cut_each(picture: Tensor, boxes: Boxes, views: Iterable[Tensor]) -> None:
+    """Fill each view (C, S, S) with its box (V,) of a picture (C, H, W), as torchvision resizes a crop."""
+    for *box, flip, view in zip(*(part.tolist() for part in boxes), views, strict=True):
+        top, left, tall, wide = box
+        part = picture[None, :, top : top + tall, left : left + wide].contiguous(memory_format=torch.channels_last)
+        resized = interpolate(part, size=view.shape[1:], mode="bicubic", antialias=True)[0]
+        view.copy_(resized.flip(-1) if flip else resized)

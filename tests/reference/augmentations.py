@@ -12,6 +12,8 @@ from torch import Tensor
 from torchvision import transforms as tv1
 from torchvision.transforms.v2 import functional as tv
 
+from ssl_vit.config import ViewsConfig
+
 
 def photograph(file: Path) -> Tensor:
     """A picture file as (3, H, W) uint8."""
@@ -31,6 +33,24 @@ def dino_view(
     if random.random() < solarize:
         view = ImageOps.solarize(view)
     return view
+
+
+def textbook_views(file: Path, views: ViewsConfig) -> list[Tensor]:
+    """All views of a picture file, global ones first, as a plain data set of torchvision's transforms gives them.
+
+    One after the other from one decoded picture: box, flip, jitter, grey, blur and solarize of the DINO paper with
+    `dino_view`'s strengths, then a normalised float tensor (3, S, S).
+    """
+    picture = Image.open(file).convert("RGB")
+    normalise = tv1.Compose([tv1.ToTensor(), tv1.Normalize(views.mean, views.std)])
+    kinds = [(views.global_crops, i) for i in range(views.global_crops.count)]
+    kinds += [(views.local_crops, 2)] * views.local_crops.count
+    return [
+        normalise(
+            dino_view(picture, size=kind.size, scale=kind.scale, blur=views.blur.p[i], solarize=views.solarize[i])
+        )
+        for kind, i in kinds
+    ]
 
 
 def jittered(x: Tensor, order: list[int], factor: list[float], hue: float) -> Tensor:
