@@ -100,6 +100,8 @@ class TrainerConfig(Section):
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
     accumulate: Count
     fused_attention: Literal["auto"] | bool
+    compile: Literal["auto"] | bool
+    recompute_activations: bool
     log_every: Count
     checkpoint_every: WallTime
     keep_every_epochs: Count | None

@@ -22,7 +22,7 @@ from ssl_vit.models.weights import export_backbone, load_backbone
 from ssl_vit.processes import first_process
 from ssl_vit.training.agreement import SameStart
 from ssl_vit.training.faults import named_faults, refuse_divergence
-from ssl_vit.training.hardware import best_device, fused_attention_pays
+from ssl_vit.training.hardware import best_device, compiling_pays, fused_attention_pays
 from ssl_vit.training.health import HealthMonitor
 from ssl_vit.training.journal import Journal
 from ssl_vit.training.keeper import Keeper
@@ -125,18 +125,21 @@ def train(config: PretrainConfig, plan: Plan, method: SSLMethod, start: Start) -
 
 
 def build_method(config: PretrainConfig, plan: Plan) -> SSLMethod:
-    """The Lightning module, its attention in the form that the device is good at."""
+    """The Lightning module, its backbones in the form that the device is good at."""
     torch.manual_seed(config.seed)
     try:
         method = METHODS[config.method.name](config.method, config.backbone, plan)  # type: ignore[arg-type]
     except ValueError as error:  # of the schedules: a warm-up longer than the run
         raise UserError(f"method.{config.method.name}: {error}") from None
-    fused = config.trainer.fused_attention
-    for module in method.modules():
-        if isinstance(module, Backbone):
-            module.set_fused_attention(
-                fused_attention_pays(best_device(config.trainer.accelerator)) if fused == "auto" else fused
-            )
+    settings, device = config.trainer, best_device(config.trainer.accelerator)
+    fused = fused_attention_pays(device) if settings.fused_attention == "auto" else settings.fused_attention
+    compiled = compiling_pays(device) if settings.compile == "auto" else settings.compile
+    for backbone in (module for module in method.modules() if isinstance(module, Backbone)):
+        backbone.set_fused_attention(fused)
+        if compiled:
+            backbone.compile_blocks()
+        if settings.recompute_activations:
+            backbone.recompute_activations()
     return method
 
 

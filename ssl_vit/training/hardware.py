@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Literal
 
 import torch
@@ -34,3 +35,8 @@ def fused_attention_pays(device: torch.device) -> bool:
     It takes their features about 1.2 times as fast, too (tools/feature_figures.py).
     """
     return device.type == "cuda"
+
+
+def compiling_pays(device: torch.device) -> bool:
+    """On GPUs, if there is a C compiler, which torch.compile needs; on CPUs it gains a tenth after minutes."""
+    return device.type == "cuda" and any(map(shutil.which, ("cc", "gcc", "clang")))

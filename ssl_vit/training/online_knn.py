@@ -58,7 +58,8 @@ class OnlineKNN(L.Callback):
         training = backbone.training
         backbone.eval()
         try:
-            bank, queries = (self._features(backbone, pictures) for pictures in (self.bank, self.queries))
+            with torch.compiler.set_stance("force_eager"):  # its batches have sizes of their own
+                bank, queries = (self._features(backbone, pictures) for pictures in (self.bank, self.queries))
         except UserError as error:  # the pictures are gone from the disk, and training may go on from memory
             log.warning(f"no kNN at step {step:,}: {error}")
             return
