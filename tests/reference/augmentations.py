@@ -62,8 +62,10 @@ def blurred(x: Tensor, sigma: float, *, reach: int, radius: int | None = None) -
     return F.conv2d(F.conv2d(x, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1)).squeeze(1)
 
 
-def photometric(config: ViewsConfig, views: Tensor, key: Tensor, first_view: int = 0) -> Tensor:
-    """Views (B, V, C, H, W) float64 after the changes, one view after another, by torchvision's operations."""
+def photometric(
+    config: ViewsConfig, views: Tensor, key: Tensor, first_view: int = 0, *, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Views (B, V, C, H, W) float after the changes, one view after another, by torchvision's operations."""
     low, high = config.blur.sigma
     strength = torch.tensor([config.jitter.brightness, config.jitter.contrast, config.jitter.saturation])
     out = []
@@ -74,7 +76,7 @@ def photometric(config: ViewsConfig, views: Tensor, key: Tensor, first_view: int
             jitter, blur, grey, solarize = (
                 draws[stream] for stream in (Stream.JITTER, Stream.BLUR, Stream.GRAYSCALE, Stream.SOLARIZE)
             )
-            x = view.double() / 255
+            x = view.to(dtype) / 255
             if jitter[0] < config.jitter.p:
                 least = (1 - strength).clamp(min=0)
                 factor = least + (1 + strength - least) * jitter[1:4]
