@@ -284,15 +284,17 @@ def test_a_view_does_not_depend_on_what_is_changed_together_with_it(dino, monkey
     assert torch.equal(Photometric(dino)(pictures, keys(24)), expected)
 
 
-def test_a_view_does_not_depend_on_the_number_of_threads(dino):
+def test_the_number_of_threads_changes_nothing_and_stays(dino):
     pictures = noise(2, 2, 3, 224, 224)
-    expected = Photometric(dino)(pictures, keys(2))
-    before = torch.get_num_threads()
-    torch.set_num_threads(3 - min(before, 2))
+    before, found = torch.get_num_threads(), []
     try:
-        assert torch.equal(Photometric(dino)(pictures, keys(2)), expected)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(Photometric(dino)(pictures, keys(2)))
+            assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize(("size", "count"), [(224, 2), (96, 8)])

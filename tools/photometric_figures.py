@@ -107,7 +107,7 @@ def place(photos: Path, rounds: int) -> None:
     """Print pictures per second with photometrics in the main process, and in the worker."""
     torch.set_num_threads(2)
     views = load_config("pretrain", ["data.root=."], PretrainConfig).method.views
-    photometric, batch, count = Photometric(views), 16, 256
+    photometric, batch, count = Photometric(views), 16, 128
     a = torch.randn(1024, 1024)
     products = max(1, round(STEP_MS * batch / 1000 / min(seconds(lambda: a @ a) for _ in range(50))))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ssl_vit.config import CorruptionConfig
 from ssl_vit.transforms.randomness import Stream, fold, normal, uniform
 from ssl_vit.transforms.separable import blur, blur_weights
+from ssl_vit.transforms.threads import one_thread
 
 _SMALLEST_SIDE = 0.05  # of the grey and the blurred block, share of the picture's side
 _MOST_BLOCKS = 64  # of noise and of other pictures; 29 are the most seen at 32 px with the default sides
@@ -47,10 +48,14 @@ class Corruption:
                 same lender in both views the network could tell the pair by its blocks. Without a picture at that
                 place nothing is replaced.
         """
-        most = max(4, _BLOCK // x[0].numel() // 4 * 4) if x.device.type == "cpu" else len(x)
         corrupted = Corrupted(torch.empty_like(x), torch.empty_like(x[:, :1], dtype=torch.bool))
-        for parts in zip(*(torch.split(each, most) for each in (x, key, *corrupted)), strict=True):
-            self._corrupt(*parts, view=view)
+        if x.device.type != "cpu":
+            self._corrupt(x, key, *corrupted, view=view)
+            return corrupted
+        most = max(4, _BLOCK // x[0].numel() // 4 * 4)
+        with one_thread():
+            for part in zip(*(torch.split(each, most) for each in (x, key, *corrupted)), strict=True):
+                self._corrupt(*part, view=view)
         return corrupted
 
     def _corrupt(self, x: Tensor, key: Tensor, out: Tensor, mask: Tensor, *, view: int) -> None:

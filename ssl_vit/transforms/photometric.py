@@ -14,6 +14,7 @@ from torch import Tensor
 from ssl_vit.config import JitterConfig, ViewsConfig
 from ssl_vit.transforms.randomness import Stream, fold, uniform, view_keys
 from ssl_vit.transforms.separable import BlurWeights, blur, blur_weights
+from ssl_vit.transforms.threads import one_thread
 
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 _LUMA = (0.2989, 0.587, 0.114)
@@ -78,19 +79,24 @@ class Photometric:
         if views.device.type != "cpu":
             return self._change(flat, draws, self._blur_weights(flat, draws)).view(views.shape)
 
-        out = torch.empty(flat.shape)
-        places, blocks = _blocks(draws, most=max(1, _BLOCK // math.prod(flat.shape[1:])))
+        with one_thread():
+            return self._by_blocks(flat, draws).view(views.shape)
+
+    def _by_blocks(self, views: Tensor, draws: Draws) -> Tensor:
+        """Change and normalise views (N, C, H, W), as many at once as the cache holds."""
+        out = torch.empty(views.shape)
+        places, blocks = _blocks(draws, most=max(1, _BLOCK // math.prod(views.shape[1:])))
         draws = draws.of(places)
-        rows, cols = self._blur_weights(flat, draws)
+        rows, cols = self._blur_weights(views, draws)
         done = 0  # of the blurred ones
         for block in blocks:
             some = draws.of(block)
             now = slice(done, done + int(some.blurred.sum()))
-            changed = self._change(flat.index_select(0, places[block]), some, (rows.of(now), cols.of(now)))
+            changed = self._change(views.index_select(0, places[block]), some, (rows.of(now), cols.of(now)))
             for place, view in zip(places[block].tolist(), changed, strict=True):
-                out[place] = view  # five times as fast as all of a block by their places
+                out[place] = view  # three times as fast as all of a block by their places
             done = now.stop
-        return out.view(views.shape)
+        return out
 
     def _draw(self, keys: Tensor, kind: Tensor, *, colour: bool) -> Draws:
         """Decide for views with keys (N,), of kind (N,) 0, 1 or 2, what happens to them."""
