@@ -6,12 +6,15 @@ import random
 
 import pytest
 import torch
+from reference.augmentations import corruption as textbook
 from reference.augmentations import kolmogorov_smirnov, sit_union
+from reference.fake_gpu import FakeGPU
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from ssl_vit.commands.compose import load_config
 from ssl_vit.config import CorruptionConfig, PretrainConfig
+from ssl_vit.transforms import corruption
 from ssl_vit.transforms.corruption import Corrupted, Corruption, rotate
 from ssl_vit.transforms.randomness import sample_keys
 
@@ -189,3 +192,35 @@ def test_rotation_is_clockwise_and_comes_back():
         assert torch.equal(turned[i], torch.rot90(x[i], -int(quarter[i]), (1, 2)))
     assert torch.equal(turned[1], tv.rotate(x[1], -90))
     assert torch.equal(rotate(turned, (4 - quarter) % 4), x)
+
+
+def test_a_gpu_is_never_waited_for(sit):
+    with FakeGPU():
+        out, mask = Corruption(sit)(
+            torch.empty(16, 3, 64, 64, device="cuda"), sample_keys(0, 0, torch.arange(16)), view=1
+        )
+        assert out.device.type == mask.device.type == "cuda"
+
+
+@pytest.mark.parametrize("size", [16, 32, 96, 224])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_corruption_is_the_textbooks(sit, size, channels):
+    """Noise and other pictures to the last bit."""
+    count = {16: 64, 32: 40, 96: 12, 224: 5}[size]
+    x = pictures(count, channels, size, size)
+    for view in (0, 1):
+        ours, hidden = corrupt(sit, x, view=view)
+        theirs, theirs_hidden = textbook(sit, x, sample_keys(0, 0, torch.arange(count)), view=view)
+        assert torch.equal(hidden, theirs_hidden)
+        assert torch.equal(ours.where(hidden, 0), theirs.where(hidden, 0))
+        torch.testing.assert_close(ours, theirs, atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [24, 25])
+def test_pictures_do_not_depend_on_what_is_corrupted_together_with_them(sit, monkeypatch, size):
+    x = pictures(14, 3, size, size)
+    expected = corrupt(sit, x)
+    for values in (1, 8 * 3 * size**2, 1 << 30):
+        monkeypatch.setattr(corruption, "_BLOCK", values)
+        out, mask = corrupt(sit, x)
+        assert torch.equal(out, expected.pictures) and torch.equal(mask, expected.mask)

@@ -5,26 +5,30 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
-from reference.augmentations import dino_view, jittered, kolmogorov_smirnov, photograph, uniformity
+from reference.augmentations import blurred, dino_view, jittered, kolmogorov_smirnov, photograph, uniformity
+from reference.augmentations import photometric as textbook
+from reference.fake_gpu import FakeGPU
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from ssl_vit.commands.compose import load_config
 from ssl_vit.config import BlurConfig, JitterConfig, PretrainConfig, ViewsConfig
+from ssl_vit.transforms import photometric
 from ssl_vit.transforms.crops import MultiCrop
-from ssl_vit.transforms.photometric import JitterDraws, Photometric, draw_jitter, jitter, luma, shift_hue, solarize
+from ssl_vit.transforms.photometric import JitterDraws, Photometric, draw_jitter, jitter, luma, solarize, turn_hue
 from ssl_vit.transforms.randomness import sample_keys
-from ssl_vit.transforms.separable import apply, blur_weights
+from ssl_vit.transforms.separable import blur, blur_weights
 
 KS_LIMIT = 1.95  # p = .001
 NO_JITTER = JitterConfig(p=0, brightness=0, contrast=0, saturation=0, hue=0)
 NO_BLUR = BlurConfig(p=(0, 0, 0), sigma=(0.1, 2.0))
+OFF = {"jitter": NO_JITTER, "grayscale": 0.0, "blur": NO_BLUR, "solarize": (0.0, 0.0, 0.0)}
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +39,7 @@ def dino() -> ViewsConfig:
 @pytest.fixture
 def bare(dino: ViewsConfig) -> ViewsConfig:
     """DINO's views with every photometric change off and no normalisation: pixels in [0, 1]."""
-    off = {"jitter": NO_JITTER, "grayscale": 0.0, "blur": NO_BLUR, "solarize": (0.0, 0.0, 0.0)}
-    return dino.model_copy(update={**off, "mean": [0.0] * 3, "std": [1.0] * 3})
+    return dino.model_copy(update={**OFF, "mean": [0.0] * 3, "std": [1.0] * 3})
 
 
 def keys(count: int, seed: int = 0) -> Tensor:
@@ -71,7 +74,7 @@ def test_jitter_is_torchvisions_in_every_order(channels):
             for picture, *how in zip(x, orders, factor, hue, strict=True)
         ]
     )
-    jitter(x, JitterDraws(torch.arange(24), orders, factor, hue))
+    jitter(x, JitterDraws(torch.ones(24, dtype=torch.bool), orders, factor, hue))
     torch.testing.assert_close(x, expected, atol=2e-5, rtol=0)
 
 
@@ -79,7 +82,8 @@ def test_hue_of_grey_black_and_pure_colours():
     x = torch.tensor([[0, 0, 0], [1, 1, 1], [0.5, 0.5, 0.5], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]])
     x = x[:, :, None, None].float()
     for shift in (-0.5, -0.1, 0.0, 1 / 3):
-        ours = shift_hue(x, torch.full((7,), shift))
+        ours = x.clone()
+        turn_hue(ours, torch.full((7,), shift))
         torch.testing.assert_close(ours, tv.adjust_hue(x, shift), atol=1e-6, rtol=0)
 
 
@@ -88,16 +92,25 @@ def test_grey_and_solarize_are_torchvisions():
     torch.testing.assert_close(luma(x), tv.rgb_to_grayscale(x))
     levels = torch.arange(256, dtype=torch.uint8).view(16, 16)
     pil = tv.pil_to_tensor(ImageOps.solarize(Image.fromarray(levels.numpy())))
-    assert torch.equal((solarize(levels / 255) * 255).round().to(torch.uint8), pil[0])
+    ours = levels / 255
+    solarize(ours)
+    assert torch.equal((ours * 255).round().to(torch.uint8), pil[0])
 
 
-@pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.0])
-def test_blur_is_a_gaussian_that_repeats_the_border(sigma):
-    x = torch.rand(2, 3, 20, 30, generator=torch.Generator().manual_seed(0))
-    rows, cols = (blur_weights(torch.full((2,), sigma), size=size, reach=8) for size in (20, 30))
-    padded = F.pad(x, [8] * 4, mode="replicate")
-    expected = tv.gaussian_blur(padded, [17, 17], [sigma, sigma])[..., 8:-8, 8:-8]
-    torch.testing.assert_close(apply(x, rows, cols), expected, atol=1e-5, rtol=0)
+@pytest.mark.parametrize("shape", [(3, 20, 30), (1, 16, 100), (3, 5, 33), (1, 1, 96)])
+def test_blur_is_a_gaussian_that_repeats_the_border(shape):
+    """Each picture with its own sigma and radius, whether narrower than the kernel or many bands wide."""
+    sigma, radius = torch.tensor([0.1, 0.5, 1.0, 2.0]), torch.tensor([8, 1, 3, 8])
+    x = torch.rand(4, *shape, generator=torch.Generator().manual_seed(0))
+    ours = x.clone()
+    blur(ours, *(blur_weights(sigma, size=size, reach=8, radius=radius) for size in shape[1:]))
+    for i, picture in enumerate(x.double()):
+        expected = blurred(picture, float(sigma[i]), reach=8, radius=int(radius[i]))
+        torch.testing.assert_close(ours[i].double(), expected, atol=1e-6, rtol=0)
+        padded = tv.pad(picture, 8, padding_mode="edge")
+        if radius[i] == 8:
+            theirs = tv.gaussian_blur(padded, [17, 17], [float(sigma[i])] * 2)[..., 8:-8, 8:-8]
+            torch.testing.assert_close(expected, theirs, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("sigma", "levels"), [(0.1, 0.1), (0.3, 2.0), (0.5, 1.0), (1.0, 1.0), (1.5, 1.0), (2.0, 1.0)])
@@ -107,10 +120,46 @@ def test_blur_is_close_to_pillows(photos: Path, sigma: float, levels: float):
     for file in sorted(photos.iterdir())[:6]:
         picture = Image.open(file).convert("RGB").resize((96, 96))
         weights = blur_weights(torch.tensor([sigma]), size=96, reach=8)
-        ours = apply(tv.pil_to_tensor(picture)[None].float(), weights, weights)
+        ours = tv.pil_to_tensor(picture)[None].contiguous().float()
+        blur(ours, weights, weights)
         pillows = tv.pil_to_tensor(picture.filter(ImageFilter.GaussianBlur(sigma)))
         distances.append((ours - pillows).abs().mean())
     assert torch.stack(distances).mean() < levels
+
+
+# --- all together --------------------------------------------------------------------------------------------
+
+
+def in_pixels(views: ViewsConfig, out: Tensor) -> Tensor:
+    """Normalised views in double precision as pixels in [0, 1] again."""
+    mean, std = (torch.tensor(each, dtype=torch.double).view(-1, 1, 1) for each in (views.mean, views.std))
+    return out.double() * std + mean
+
+
+@pytest.mark.parametrize(("size", "count"), [(16, 24), (32, 16), (96, 8), (224, 2)])
+@pytest.mark.parametrize("channels", [3, 1])
+def test_views_are_the_textbooks(dino: ViewsConfig, photos: Path, size: int, count: int, channels: int):
+    statistics = {"mean": dino.mean[:channels], "std": dino.std[:channels]}
+    views = dino.model_copy(update=statistics)
+    picture = photograph(sorted(photos.iterdir())[3])
+    crops = [tv.resized_crop(picture, 3 * i, 5 * i, 120, 100 + i, [size, size]) for i in range(4 * count)]
+    pictures = torch.stack(crops)[:, :channels].view(count, 4, channels, size, size)
+    ours, theirs = (
+        in_pixels(views, of(pictures, keys(count))) for of in (Photometric(views), partial(textbook, views))
+    )
+    torch.testing.assert_close(ours, theirs, atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize("hue", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_views_are_the_textbooks_at_the_ends_of_probabilities(dino: ViewsConfig, p: float, hue: float):
+    jitter = dino.jitter.model_copy(update={"p": p, "hue": hue})
+    for more in ({"grayscale": p, "blur": BlurConfig(p=(p, p, p), sigma=(0, 3))}, {"solarize": (p, p, p)}):
+        views = dino.model_copy(update={**OFF, "jitter": jitter, **more})
+        pictures = noise(12, 3, 3, 20, 20)
+        ours = in_pixels(views, Photometric(views)(pictures, keys(12), first_view=1))
+        theirs = in_pixels(views, textbook(views, pictures, keys(12), first_view=1))
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
 # --- probabilities and ranges --------------------------------------------------------------------------------
@@ -224,6 +273,52 @@ def test_a_view_does_not_depend_on_its_batch(dino: ViewsConfig):
     torch.testing.assert_close(last[:, 0], together[:, 2], atol=1e-5, rtol=0)
     assert torch.equal(photometric(pictures, keys(16)), together)
     assert not torch.equal(photometric(pictures, keys(16, seed=1)), together)
+
+
+@pytest.mark.parametrize("values", [1, 100_000, 1 << 30])
+def test_a_view_does_not_depend_on_what_is_changed_together_with_it(dino, monkeypatch, values):
+    """To the last bit."""
+    pictures = noise(24, 4, 3, 96, 96)
+    expected = Photometric(dino)(pictures, keys(24))
+    monkeypatch.setattr(photometric, "_BLOCK", values)
+    assert torch.equal(Photometric(dino)(pictures, keys(24)), expected)
+
+
+def test_the_number_of_threads_changes_nothing_and_stays(dino):
+    pictures = noise(2, 2, 3, 224, 224)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(Photometric(dino)(pictures, keys(2)))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(("size", "count"), [(224, 2), (96, 8)])
+def test_a_gpu_is_never_waited_for(dino, size, count):
+    with FakeGPU():
+        views = torch.empty(16, count, 3, size, size, dtype=torch.uint8, device="cuda")
+        out = Photometric(dino)(views, keys(16), first_view=2 if size == 96 else 0)
+        assert out.shape == views.shape and out.device.type == "cuda"
+
+
+def test_what_a_gpu_would_be_waited_for_is_found():
+    with FakeGPU():
+        x = torch.rand(4, device="cuda")
+        for wait in (
+            lambda: x.sum().item(),
+            lambda: x.cpu(),
+            lambda: x.nonzero(),
+            lambda: x[torch.arange(2)],
+            lambda: x + torch.ones(4),
+            lambda: torch.tensor([1.0], device="cuda"),
+        ):
+            with pytest.raises(Exception, match=r"waits|scalar_dense|nonzero"):
+                wait()
+        assert (x + torch.arange(4).to("cuda", non_blocking=True)).device.type == "cuda"
 
 
 def test_normalisation_and_untouched_input(bare: ViewsConfig, dino: ViewsConfig):

@@ -130,3 +130,11 @@ def test_step_seeds_differ_and_fit_a_generator():
     assert len(seeds) == 600
     assert all(0 <= seed < 2**63 for seed in seeds)
     torch.Generator().manual_seed(max(seeds))
+
+
+@pytest.mark.parametrize("count", [1, 7, 3072])
+def test_normals_drawn_only_where_they_matter_are_the_same(count):
+    keys = sample_keys(0, 0, torch.arange(6)).view(2, 3)
+    everywhere = normal(keys, count)
+    where = uniform(keys, count) < 0.3
+    assert torch.equal(normal(keys, count, where=where), everywhere.where(where, 0))

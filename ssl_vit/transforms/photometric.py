@@ -3,27 +3,49 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_vit.config import JitterConfig, ViewsConfig
 from ssl_vit.transforms.randomness import Stream, fold, uniform, view_keys
-from ssl_vit.transforms.separable import apply, blur_weights
+from ssl_vit.transforms.separable import BlurWeights, blur, blur_weights
+from ssl_vit.transforms.threads import one_thread
 
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 _LUMA = (0.2989, 0.587, 0.114)
-_SOLARIZE_FROM = 128 / 255
+_SOLARIZE_ABOVE = 128 / 255 - 2.0**-24  # the float32 before 128/255
+_LEAST_CHROMA = 1e-9  # for grey pixels, that no one divides by 0
+_BLOCK = 1 << 19  # values that a CPU changes at once: of 2^14 to 2^20 the fastest with 1 MiB of cache per core
 
 
 class JitterDraws(NamedTuple):
-    """How n of N views are jittered."""
+    """How n views are jittered, by those operations that are on."""
 
-    chosen: Tensor  # (n,) int64, their places
-    order: Tensor  # (n, 4) int64: which of brightness 0, contrast 1, saturation 2 and hue 3 comes first, second, ...
+    chosen: Tensor  # (n,) bool: whether at all
+    order: (
+        Tensor  # (n, operations) int64: which of brightness 0, contrast 1, saturation 2 and hue 3 comes 1st, 2nd, ...
+    )
     factor: Tensor  # (n, 3) of brightness, contrast and saturation
     hue: Tensor  # (n,) share of the colour circle
+
+
+class Draws(NamedTuple):
+    """What n views undergo; on the CPU."""
+
+    jitter: JitterDraws
+    grey: Tensor  # (n,) bool
+    blurred: Tensor  # (n,) bool
+    sigma: Tensor  # (n,) pixels
+    solarized: Tensor  # (n,) bool
+
+    def of(self, views: Tensor | slice) -> Draws:
+        """The draws of some of the views."""
+        return Draws(JitterDraws(*(part[views] for part in self.jitter)), *(part[views] for part in self[1:]))
 
 
 class Photometric:
@@ -31,7 +53,7 @@ class Photometric:
 
     What happens to a view follows from its sample's key and its number alone, not from the batch that it is in.
     Parameters are drawn on the CPU, the same for every device; give keys that are there, and the CPU never waits for
-    a GPU.
+    a GPU. A GPU changes all views at once, a CPU those with the same order of jitter, as many as its cache holds.
     """
 
     def __init__(self, views: ViewsConfig) -> None:
@@ -49,138 +71,191 @@ class Photometric:
         Returns:
             Views (B, V, C, H, W) float32, normalised.
         """
-        batch, count = views.shape[:2]
+        batch, count, channels = views.shape[:3]
         keys = view_keys(key.cpu(), first_view, count).flatten()  # (N,), N = B*V
         kind = torch.arange(first_view, first_view + count).clamp(max=2).repeat(batch)  # (N,)
-        x = views.flatten(0, 1).float().div_(255)  # (N, C, H, W)
-        self._jitter(x, keys)
-        self._grayscale(x, keys)
-        self._blur(x, keys, kind)
-        self._solarize(x, keys, kind)
+        draws = self._draw(keys, kind, colour=channels == 3)
+        flat = views.flatten(0, 1)  # (N, C, H, W)
+        if views.device.type != "cpu":
+            return self._change(flat, draws, self._blur_weights(flat, draws)).view(views.shape)
+
+        with one_thread():
+            return self._by_blocks(flat, draws).view(views.shape)
+
+    def _by_blocks(self, views: Tensor, draws: Draws) -> Tensor:
+        """Change and normalise views (N, C, H, W), as many at once as the cache holds."""
+        out = torch.empty(views.shape)
+        places, blocks = _blocks(draws, most=max(1, _BLOCK // math.prod(views.shape[1:])))
+        draws = draws.of(places)
+        rows, cols = self._blur_weights(views, draws)
+        done = 0  # of the blurred ones
+        for block in blocks:
+            some = draws.of(block)
+            now = slice(done, done + int(some.blurred.sum()))
+            changed = self._change(views.index_select(0, places[block]), some, (rows.of(now), cols.of(now)))
+            for place, view in zip(places[block].tolist(), changed, strict=True):
+                out[place] = view  # three times as fast as all of a block by their places
+            done = now.stop
+        return out
+
+    def _draw(self, keys: Tensor, kind: Tensor, *, colour: bool) -> Draws:
+        """Decide for views with keys (N,), of kind (N,) 0, 1 or 2, what happens to them."""
+        jitter, (low, high) = self.views.jitter, self.views.blur.sigma
+        if not colour:
+            jitter = jitter.model_copy(update={"saturation": 0, "hue": 0})
+        blur_draws = uniform(fold(keys, Stream.BLUR), 2)  # (N, 2)
+        grey, solarized = (uniform(fold(keys, stream), 1)[:, 0] for stream in (Stream.GRAYSCALE, Stream.SOLARIZE))
+        return Draws(
+            jitter=draw_jitter(keys, jitter),
+            grey=grey < (self.views.grayscale if colour else 0),
+            blurred=blur_draws[:, 0] < torch.tensor(self.views.blur.p)[kind],
+            sigma=low + (high - low) * blur_draws[:, 1],
+            solarized=solarized < torch.tensor(self.views.solarize)[kind],
+        )
+
+    def _blur_weights(self, views: Tensor, draws: Draws) -> tuple[BlurWeights, BlurWeights]:
+        """Weights for rows and columns of the blurred ones of views (N, C, H, W); cut off at 4 of the largest sigma."""
+        sigma = draws.sigma[draws.blurred].to(views.device, non_blocking=True)
+        reach = math.ceil(4 * self.views.blur.sigma[1])
+        height, width = views.shape[2:]
+        rows = blur_weights(sigma, size=height, reach=reach)
+        return rows, rows if width == height else blur_weights(sigma, size=width, reach=reach)
+
+    def _change(self, views: Tensor, draws: Draws, weights: tuple[BlurWeights, BlurWeights]) -> Tensor:
+        """Views (n, C, H, W) uint8 as float32, changed and normalised."""
+        x = views.contiguous().float().div_(255)
+        jitter(x, draws.jitter)
+        _change_some(x, draws.grey, lambda some: some.copy_(luma(some).expand_as(some)))
+        _change_some(x, draws.blurred, lambda some: blur(some, *weights))
+        _change_some(x, draws.solarized, solarize)
         statistics = torch.tensor([self.views.mean, self.views.std]).to(x.device, non_blocking=True)
         mean, std = statistics.view(2, -1, 1, 1)
-        return x.sub_(mean).div_(std).view(views.shape)
-
-    def _jitter(self, x: Tensor, keys: Tensor) -> None:
-        """Change brightness, contrast, saturation and hue, in an order that each view draws for itself; in place."""
-        drawn = draw_jitter(keys, self.views.jitter)
-        chosen = drawn.chosen.to(x.device, non_blocking=True)
-        picked = x[chosen]
-        jitter(picked, drawn)
-        x[chosen] = picked
-
-    def _grayscale(self, x: Tensor, keys: Tensor) -> None:
-        """Replace the channels by their luma; in place."""
-        if x.shape[1] == 3:
-            draws = uniform(fold(keys, Stream.GRAYSCALE), 1)[:, 0]
-            chosen = _choose(draws, self.views.grayscale).to(x.device, non_blocking=True)
-            x[chosen] = luma(x[chosen]).expand(-1, 3, -1, -1)
-
-    def _blur(self, x: Tensor, keys: Tensor, kind: Tensor) -> None:
-        """Gaussian blur with a sigma of its own for each view, cut off at four times the largest sigma; in place."""
-        blur = self.views.blur
-        low, high = blur.sigma
-        draws = uniform(fold(keys, Stream.BLUR), 2)
-        chosen = _choose(draws[:, 0], torch.tensor(blur.p)[kind])
-        sigma = (low + (high - low) * draws[chosen, 1]).to(x.device, non_blocking=True)
-        chosen = chosen.to(x.device, non_blocking=True)
-        rows, cols = (blur_weights(sigma, size=size, reach=math.ceil(4 * high)) for size in x.shape[2:])
-        x[chosen] = apply(x[chosen], rows, cols)
-
-    def _solarize(self, x: Tensor, keys: Tensor, kind: Tensor) -> None:
-        """Invert the bright half of the values; in place."""
-        draws = uniform(fold(keys, Stream.SOLARIZE), 1)[:, 0]
-        chosen = _choose(draws, torch.tensor(self.views.solarize)[kind]).to(x.device, non_blocking=True)
-        x[chosen] = solarize(x[chosen])
+        return x.mul_(1 / std).sub_(mean / std)
 
 
 def draw_jitter(keys: Tensor, config: JitterConfig) -> JitterDraws:
     """Decide for views with keys (N,) whether, in which order and how far they are jittered.
 
-    Factors are uniform in [max(0, 1 - x), 1 + x], hue shifts in [-h, h], the 24 orders equally likely.
+    Factors are uniform in [max(0, 1 - x), 1 + x], hue shifts in [-h, h], all orders equally likely.
     """
     draws = uniform(fold(keys, Stream.JITTER), 9)  # (N, 9)
-    chosen = _choose(draws[:, 0], config.p)
-    draws = draws[chosen]
-    strength = torch.tensor([config.brightness, config.contrast, config.saturation])
-    low, high = (1 - strength).clamp(min=0), 1 + strength
+    most = torch.tensor([config.brightness, config.contrast, config.saturation, config.hue])
+    low, high = (1 - most[:3]).clamp(min=0), 1 + most[:3]
+    on = most.nonzero().squeeze(1)
     return JitterDraws(
-        chosen=chosen,
-        order=draws[:, 5:].argsort(dim=1),
+        chosen=draws[:, 0] < config.p,
+        order=on[draws[:, 5 + on].argsort(dim=1)],
         factor=low + (high - low) * draws[:, 1:4],
         hue=config.hue * (2 * draws[:, 4] - 1),
     )
 
 
 def jitter(x: Tensor, drawn: JitterDraws) -> None:
-    """Jitter each of n pictures (n, C, H, W) in [0, 1] in its own order; in place, clamped after each operation.
+    """Jitter the chosen ones of n pictures (n, C, H, W) in [0, 1], each in its own order; in place.
 
-    One channel has no colour: saturation and hue leave it as it is.
+    Values are clamped after each operation. One channel has no colour: saturation and hue leave it as it is.
     """
     colour = x.shape[1] == 3
-    for operation in drawn.order.unbind(dim=1):  # (n,)
-        _blend(x, operation, drawn.factor)
-        turning = (operation == _HUE).nonzero().squeeze(1)
-        if colour and drawn.hue.any():
-            where = turning.to(x.device, non_blocking=True)
-            x[where] = shift_hue(x[where], drawn.hue[turning].to(x.device, non_blocking=True))
+    for operations in drawn.order.where(drawn.chosen[:, None], -1).unbind(dim=1):  # (n,)
+        present = set(operations.tolist())
+        for operation in sorted(present - {-1}):
+            if operation >= _SATURATION and not colour:
+                continue
+            amount = drawn.hue if operation == _HUE else drawn.factor[:, operation]  # (n,)
+            if len(present) == 1:
+                _OPERATIONS[operation](x, amount.to(x.device, non_blocking=True))
+                continue
+            places = (operations == operation).nonzero().squeeze(1)
+            amount, places = (part.to(x.device, non_blocking=True) for part in (amount[places], places))
+            some = x.index_select(0, places)
+            _OPERATIONS[operation](some, amount)
+            x.index_copy_(0, places, some)
 
 
 def luma(x: Tensor) -> Tensor:
     """Brightness (N, 1, H, W) of pictures (N, C, H, W) of three channels (ITU-R 601) or one."""
     if x.shape[1] == 1:
         return x
-    red, green, blue = x.unbind(dim=1)
-    return (_LUMA[0] * red).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2]).unsqueeze(1)
+    red, green, blue = torch.split(x, 1, dim=1)
+    return (_LUMA[0] * red).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
 
 
-def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the colours of RGB pictures (N, 3, H, W) in [0, 1] by `shift` (N,), a share of the colour circle.
+def change_brightness(x: Tensor, factor: Tensor) -> None:
+    """Scale pictures (N, C, H, W) by factors (N,), clamped to [0, 1]; in place."""
+    x.mul_(factor.view(-1, 1, 1, 1)).clamp_(0, 1)
 
-    Brightest value and chroma stay; with hue h in sixths of the circle, channel n = 5, 3, 1 of the result is
-    max - chroma * clamp(min(k, 4 - k), 0, 1), where k = (n + h) mod 6 (Smith, SIGGRAPH 1978).
+
+def change_contrast(x: Tensor, factor: Tensor) -> None:
+    """Scale the distance of pictures (N, C, H, W) to their mean luma by factors (N,), clamped to [0, 1]; in place."""
+    factor = factor.view(-1, 1, 1, 1)
+    mean = luma(x.mean(dim=(2, 3), keepdim=True))  # (N, 1, 1, 1)
+    x.mul_(factor).add_(mean.mul_(1 - factor)).clamp_(0, 1)
+
+
+def change_saturation(x: Tensor, factor: Tensor) -> None:
+    """Scale the distance of pictures (N, 3, H, W) to their pixels' luma by factors (N,), clamped; in place."""
+    factor = factor.view(-1, 1, 1, 1)
+    grey = luma(x).mul_(1 - factor)  # (N, 1, H, W)
+    x.mul_(factor).add_(grey).clamp_(0, 1)
+
+
+def turn_hue(x: Tensor, shift: Tensor) -> None:
+    """Turn the colours of RGB pictures (N, 3, H, W) in [0, 1] by `shift` (N,), a share of the colour circle; in place.
+
+    Least value and chroma stay (Smith, SIGGRAPH 1978). Hues and their distances are in sixths of the circle, red at 0,
+    green at 2, blue at 4. A channel is the least value + chroma * clamp(2 - d, 0, 1), where d is the distance of the
+    hue from the channel's own; around the circle, for e in [-6, 6], 2 - d is abs(abs(e) - 3) - 1. There is no case for
+    which channel is brightest: with u = (red - least) / chroma and q = (green - blue) / chroma, one of u = 0, u = 1
+    and abs(q) = 1 holds, and in all three the hue lies u of the way from (3 - abs(q)) * sign(q) to q.
     """
-    red, green, blue = x.unbind(dim=1)  # (N, H, W)
-    top = x.amax(dim=1)
-    chroma = top - x.amin(dim=1)
-    safe = torch.where(chroma == 0, 1, chroma)
-    hue = torch.where(
-        top == red,
-        (green - blue) / safe,
-        torch.where(top == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
-    )
-    sixths = hue + 6 * shift[:, None, None]  # (N, H, W)
-    start = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)
-    k = (start + sixths[:, None]).remainder_(6)  # (N, 3, H, W)
-    return top[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+    red, green, blue = x.unbind(dim=1)  # (N, H, W) each
+    least = torch.minimum(red, green)
+    torch.minimum(least, blue, out=least)
+    chroma = torch.maximum(red, green)
+    torch.maximum(chroma, blue, out=chroma).sub_(least).clamp_(min=_LEAST_CHROMA)
+    u = (red - least).div_(chroma)
+    q = (green - blue).div_(chroma)
+    opposite = torch.copysign(torch.tensor(3.0), q, out=red).sub_(q)
+    hue = torch.lerp(opposite, q, u, out=q)  # (N, H, W), -3 to 3
+    own = torch.arange(0, 6, 2, device=x.device) - 6 * shift[:, None]  # (N, 3): of the channels, turned the other way
+    own.add_(3).remainder_(6).sub_(3)  # -3 to 3
+    torch.sub(hue.unsqueeze(1), own[..., None, None], out=x)
+    x.abs_().sub_(3).abs_().clamp_(1, 2)  # 1 more than the share of the chroma
+    torch.addcmul(least.sub_(chroma).unsqueeze(1), x, chroma.unsqueeze(1), out=x)
 
 
-def solarize(x: Tensor) -> Tensor:
-    """Invert the values of 128/255 and above, of pictures in [0, 1]."""
-    return torch.where(x >= _SOLARIZE_FROM, 1 - x, x)
+_OPERATIONS = (change_brightness, change_contrast, change_saturation, turn_hue)
 
 
-def _choose(draws: Tensor, probability: Tensor | float) -> Tensor:
-    """Places (n,) of the draws (N,) in [0, 1) that fall below the probability (N,) or ()."""
-    return (draws < probability).nonzero().squeeze(1)
+def solarize(x: Tensor) -> None:
+    """Invert the values of 128/255 and above, of pictures in [0, 1]; in place."""
+    bright = F.threshold(x, _SOLARIZE_ABOVE, 0.5)  # where it is not: 1/2, its own inverse
+    x.add_(bright.mul_(-2).add_(1))
 
 
-def _blend(x: Tensor, operation: Tensor, factor: Tensor) -> None:
-    """Apply each picture's brightness, contrast or saturation, whichever `operation` says; in place.
+def _change_some(x: Tensor, chosen: Tensor, change: Callable[[Tensor], object]) -> None:
+    """Change some of the pictures (N, C, H, W), chosen (N,) bool on the CPU, in place by a function that does so."""
+    places = chosen.nonzero().squeeze(1)
+    if len(places) == 0:
+        return
+    run = slice(int(places[0]), int(places[-1]) + 1)
+    if len(places) == run.stop - run.start:
+        change(x[run])
+        return
+    places = places.to(x.device, non_blocking=True)
+    some = x.index_select(0, places)
+    change(some)
+    x.index_copy_(0, places, some)
 
-    All three scale the distance to a reference: black, the mean luma of the picture, the luma of the pixel. One pass
-    over the batch serves them; other operations get factor 1, which changes nothing.
 
-    Args:
-        x: Pictures (N, C, H, W) in [0, 1].
-        operation: (N,) int64, on the CPU.
-        factor: Factors (N, 3) of brightness, contrast and saturation, on the CPU.
+def _blocks(draws: Draws, *, most: int) -> tuple[Tensor, list[slice]]:
+    """An order of views (N,) int64, and its runs of at most `most` views with the same order of jitter.
+
+    In it, of those with the same order of jitter the blurred ones come last.
     """
-    changes = operation < (_SATURATION + 1 if x.shape[1] == 3 else _SATURATION)
-    scale = torch.where(changes, factor.gather(1, operation.clamp(max=_SATURATION)[:, None]).squeeze(1), 1)
-    to_mean, to_luma = (torch.where(operation == which, 1 - scale, 0) for which in (_CONTRAST, _SATURATION))
-    table = torch.stack([scale, to_mean, to_luma]).to(x.device, non_blocking=True)
-    scale, to_mean, to_luma = table[..., None, None, None]  # (N, 1, 1, 1) each
-    grey = luma(x)
-    pull = to_luma * grey + to_mean * grey.mean(dim=(1, 2, 3), keepdim=True)  # (N, 1, H, W)
-    x.mul_(scale).add_(pull).clamp_(0, 1)
+    digits = 5 ** torch.arange(draws.jitter.order.shape[1])
+    code = (draws.jitter.order + 1).where(draws.jitter.chosen[:, None], 0) @ digits  # (N,)
+    places = (2 * code + draws.blurred).argsort(stable=True)
+    ends = [0, *code.bincount().cumsum(0).tolist()]
+    starts = [range(start, end, most) for start, end in pairwise(ends)]
+    return places, [slice(at, min(at + most, some.stop)) for some in starts for at in some]

@@ -79,25 +79,38 @@ def uniform_between(key: Tensor, low: float, high: float) -> Tensor:
     return low + (high - low) * uniform(key, 1).squeeze(-1)
 
 
-def normal(key: Tensor, count: int) -> Tensor:
+def normal(key: Tensor, count: int, *, where: Tensor | None = None) -> Tensor:
     """Draw (*key.shape, count) float32, standard normal, two from each 64 bits (Box & Muller, 1958); at most 6.7.
 
     Runs on the device of `key`. Devices agree to rounding.
+
+    Args:
+        key: Any shape, int64.
+        count: Draws per key.
+        where: (*key.shape, count) bool: which of the draws matter. On the CPU the others are 0 and cost nothing.
     """
     pairs = -(-count // 2)
+    if where is not None and key.device.type == "cpu":
+        drawn = torch.zeros(key.numel(), count)
+        where = where.reshape(drawn.shape)
+        for wave, half in ((torch.cos, slice(0, pairs)), (torch.sin, slice(pairs, count))):
+            row, place = where[:, half].nonzero(as_tuple=True)
+            radius, angle = _polar(key.flatten()[row] + (place + 1) * _GOLDEN)
+            drawn[:, half][row, place] = radius * wave(angle)
+        return drawn.view(*key.shape, count)
     at_once = 1 << (17 if key.device.type == "cpu" else 24)  # what fits a core's cache; what keeps a GPU busy
     counter = torch.arange(1, pairs + 1, device=key.device) * _GOLDEN
     keys = torch.split(key.flatten(), max(1, at_once // pairs))
-    drawn = [_normal_pairs(some.unsqueeze(-1) + counter) for some in keys]
-    return torch.cat(drawn)[:, :count].view(*key.shape, count)
+    polar = [_polar(some.unsqueeze(-1) + counter) for some in keys]
+    drawn = torch.cat([torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1) for radius, angle in polar])
+    return drawn[:, :count].view(*key.shape, count)
 
 
-def _normal_pairs(state: Tensor) -> Tensor:
-    """Normals (B, 2·n) from counters (B, n)."""
+def _polar(state: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance from 0 and angle of points in the plane, normal in both coordinates, from counters of any shape."""
     bits = _mix(state)
     radius = (_shift(bits, 32) + 1).float().mul_(2.0**-32).log_().mul_(-2).sqrt_()
-    angle = (bits & 0xFFFFFFFF).float().mul_(2 * math.pi * 2.0**-32)
-    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)
+    return radius, (bits & 0xFFFFFFFF).float().mul_(2 * math.pi * 2.0**-32)
 
 
 def step_seed(*numbers: int) -> int:

@@ -1,18 +1,21 @@
-"""Slow textbook forms of the transforms: DINO's PIL pipeline, colour jitter one by one, SiT's blocks in a loop."""
+"""Slow textbook forms of the transforms: DINO's PIL pipeline, photometrics view by view, SiT's blocks one by one."""
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torchvision import transforms as tv1
 from torchvision.transforms.v2 import functional as tv
 
-from ssl_vit.config import ViewsConfig
+from ssl_vit.config import CorruptionConfig, ViewsConfig
+from ssl_vit.transforms.randomness import Stream, fold, normal, uniform, view_keys
 
 
 def photograph(file: Path) -> Tensor:
@@ -66,6 +69,48 @@ def jittered(x: Tensor, order: list[int], factor: list[float], hue: float) -> Te
     return x
 
 
+def blurred(x: Tensor, sigma: float, *, reach: int, radius: int | None = None) -> Tensor:
+    """A picture (C, H, W) after a Gaussian blur, the same for rows and columns, that goes on past its border."""
+    offset = torch.arange(-reach, reach + 1, dtype=x.dtype)
+    kernel = torch.exp(-0.5 * (offset / max(sigma, 1e-3)) ** 2) * (
+        offset.abs() <= (reach if radius is None else radius)
+    )
+    kernel /= kernel.sum()
+    x = F.pad(x.unsqueeze(1), [reach] * 4, mode="replicate")
+    return F.conv2d(F.conv2d(x, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1)).squeeze(1)
+
+
+def photometric(
+    config: ViewsConfig, views: Tensor, key: Tensor, first_view: int = 0, *, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Views (B, V, C, H, W) float after the changes, one view after another, by torchvision's operations."""
+    low, high = config.blur.sigma
+    strength = torch.tensor([config.jitter.brightness, config.jitter.contrast, config.jitter.saturation])
+    out = []
+    for views_of_one, keys in zip(views, view_keys(key, first_view, views.shape[1]), strict=True):
+        for number, (view, one) in enumerate(zip(views_of_one, keys, strict=True), start=first_view):
+            kind = min(number, 2)
+            draws = {stream: uniform(fold(one, stream), 9) for stream in Stream}
+            jitter, blur, grey, solarize = (
+                draws[stream] for stream in (Stream.JITTER, Stream.BLUR, Stream.GRAYSCALE, Stream.SOLARIZE)
+            )
+            x = view.to(dtype) / 255
+            if jitter[0] < config.jitter.p:
+                least = (1 - strength).clamp(min=0)
+                factor = least + (1 + strength - least) * jitter[1:4]
+                x = jittered(
+                    x, jitter[5:].argsort().tolist(), factor.tolist(), config.jitter.hue * float(2 * jitter[4] - 1)
+                )
+            if grey[0] < config.grayscale and len(x) == 3:
+                x = tv.rgb_to_grayscale(x, num_output_channels=3)
+            if blur[0] < config.blur.p[kind]:
+                x = blurred(x, float(low + (high - low) * blur[1]), reach=math.ceil(4 * high))
+            if solarize[0] < config.solarize[kind]:
+                x = torch.where(x.float() >= 128 / 255, 1 - x, x)
+            out.append(tv.normalize(x, config.mean, config.std))
+    return torch.stack(out).view(views.shape)
+
+
 def sit_union(size: int, *, max_area: float, side: tuple[float, float], rng: random.Random) -> np.ndarray:
     """SiT v1's loop: a mask (size, size) of blocks, added until their areas, counted one by one, reach the target."""
     shortest, longest = int(side[0] * size), int(side[1] * size)
@@ -77,6 +122,61 @@ def sit_union(size: int, *, max_area: float, side: tuple[float, float], rng: ran
         mask[top:bottom, left:right] = True
         total += (bottom - top) * (right - left)
     return mask
+
+
+def rectangles(
+    draws: Tensor,
+    size: tuple[int, int],
+    *,
+    p: float,
+    side: tuple[float, float] = (0.05, 1.0),
+    max_area: float | None = None,
+) -> Tensor:
+    """A mask (height, width) of random rectangles from draws in [0, 1), one after another."""
+    mask, total = torch.zeros(size, dtype=torch.bool), 0
+    if draws[0] >= p:
+        return mask
+    blocks = draws[2:].view(2, 2, -1).tolist()
+    for k in range(len(blocks[0][0])):
+        if max_area is not None and total >= float(draws[1]) * max_area * size[0] * size[1]:
+            break
+        edges = []
+        for (place, length), pixels in zip(blocks, size, strict=True):
+            shortest = max(1, int(side[0] * pixels))
+            longest = max(shortest + 1, int(side[1] * pixels))
+            start = int(place[k] * (pixels - shortest))
+            edges.append((start, min(start + shortest + int(length[k] * (longest - shortest)), pixels)))
+        (top, bottom), (left, right) = edges
+        mask[top:bottom, left:right] = True
+        total += (bottom - top) * (right - left)
+    return mask
+
+
+def corruption(config: CorruptionConfig, x: Tensor, key: Tensor, *, view: int) -> tuple[Tensor, Tensor]:
+    """SiT's corruption of pictures (B, C, H, W), one after another; and what it hides (B, 1, H, W)."""
+    size = x.shape[2], x.shape[3]
+    pictures, masks = [], []
+    for i, (clean, one) in enumerate(zip(x, key, strict=True)):
+        grey, blur = (
+            rectangles(uniform(fold(one, stream), 6), size, p=p)
+            for stream, p in ((Stream.GREY_BLOCK, config.grey), (Stream.BLUR_BLOCK, config.blur))
+        )
+        noisy, replaced = (
+            rectangles(uniform(fold(one, stream), 2 + 4 * 64), size, p=many.p, side=many.side, max_area=many.max_area)
+            for stream, many in ((Stream.NOISE_BLOCKS, config.noise), (Stream.REPLACE_BLOCKS, config.replace))
+        )
+        picture = clean.where(~grey, clean.mean(dim=0))
+        sigma, radius = uniform(fold(one, Stream.BLUR_SIGMA), 2).tolist()
+        picture = picture.where(~blur, blurred(picture, 0.1 + 5 * sigma, reach=7, radius=int(3 + 13 * radius) // 2))
+        picture = picture.where(~noisy, normal(fold(one, Stream.NOISE), clean.numel()).view_as(clean))
+        lender = i ^ (1 << view)
+        if lender < len(x):
+            picture = picture.where(~replaced, x[lender])
+        else:
+            replaced[:] = False
+        pictures.append(picture)
+        masks.append(noisy | replaced)
+    return torch.stack(pictures), torch.stack(masks).unsqueeze(1)
 
 
 def kolmogorov_smirnov(a: Tensor, b: Tensor) -> float:
