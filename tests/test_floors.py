@@ -15,7 +15,7 @@ HEAVY = HYDRA | {"lightning", "pytorch_lightning", "wandb"}
 SMALL = HEAVY | {"torch", "timm"}
 
 CONFIG = {"__init__", "errors", "durable", "processes", "config", "training.schedules"}
-TENSORS = CONFIG | {"distributed", "precision", "transforms", "models", "losses"}
+TENSORS = CONFIG | {"distributed", "precision", "timing", "transforms", "models", "losses"}
 MEASURING = TENSORS | {"data", "evaluation", "training.hardware"}
 
 # What each part of the package may import of the package, and which libraries it may not import.
@@ -29,6 +29,7 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "config": (CONFIG, SMALL),
     "distributed": (CONFIG, HEAVY | {"timm"}),
     "precision": (set(), HEAVY | {"timm"}),
+    "timing": (set(), HEAVY | {"timm"}),
     "transforms": (CONFIG | {"transforms"}, HEAVY),
     "models": (CONFIG | {"distributed", "precision", "transforms.randomness", "models"}, HEAVY),
     "losses": (CONFIG | {"distributed", "precision", "losses"}, HEAVY),

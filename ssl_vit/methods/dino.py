@@ -76,9 +76,12 @@ class DINO(SSLMethod):
             teacher_logits = teacher_logits.unflatten(0, (2, -1))  # (2, B, K)
             targets = sharpen(teacher_logits, self.center.value, self.scheduled("teacher_temperature"))  # (2, B, K)
             self.center.observe(teacher_logits)
+        self.laps.lap("teacher")
 
         student_logits, _ = self.student(*images, key=view_keys(batch.key, 0, views).T.flatten())
+        self.laps.lap("student")
         loss = dino_loss(student_logits.unflatten(0, (views, -1)), targets, temperature=self.config.student_temperature)
+        self.laps.lap("loss")
         logs: dict[str, Tensor] = {}
         if self.at_log_step:
             entropy, kl, information = assignment(targets)
