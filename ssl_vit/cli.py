@@ -39,6 +39,10 @@ COMMANDS = {
     ),
     "export": Command("weights that bare timm loads", "ssl-vit export checkpoint=runs/photos out=backbone.safetensors"),
     "scan": Command("what is in a picture folder, broken files included", "ssl-vit scan data.root=photos"),
+    "bench": Command(
+        "how fast a configuration trains here, where the time goes, and how two compare",
+        "ssl-vit bench data.root=photos 'versus=[trainer.precision=32-true]'",
+    ),
     "shard": Command("tar shards of a picture folder (WebDataset layout)", "ssl-vit shard data.root=photos out=shards"),
 }
 

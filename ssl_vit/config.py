@@ -44,6 +44,16 @@ def _ascending(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
+def _words(value: object) -> object:
+    """`[a=1,b=[2,3]]`, which Hydra leaves a text, as the words of a command line."""
+    if not isinstance(value, str):
+        return value
+    commas_between_words = r",(?![^\[]*\])"
+    inside = value.strip().removeprefix("[").removesuffix("]")
+    return [word.strip() for word in re.split(commas_between_words, inside) if word.strip()]
+
+
+Words = Annotated[list[str], BeforeValidator(_words)]
 WallTime = Annotated[timedelta, BeforeValidator(_seconds), PlainSerializer(lambda t: f"{t.total_seconds():.15g}s")]
 Span = Annotated[Duration, BeforeValidator(_duration), PlainSerializer(str)]
 Interval = Annotated[tuple[NonNegative, NonNegative], AfterValidator(_ascending)]
@@ -318,15 +328,14 @@ MethodConfig = Annotated[DINOConfig | SiTConfig, Field(discriminator="name")]
 # --- commands --------------------------------------------------------------------------------------------------
 
 
-class PretrainConfig(Section):
+class TrainingConfig(Section):
+    """What `pretrain` trains and `bench` measures."""
+
     seed: Seed
-    run: RunConfig
     data: PretrainDataConfig
     backbone: BackboneConfig
     method: MethodConfig
     trainer: TrainerConfig
-    logger: LoggerConfig
-    online_knn: OnlineKNNConfig
 
     @model_validator(mode="after")
     def _channels_agree(self) -> Self:
@@ -350,8 +359,6 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _fsdp_has_limits(self) -> Self:
-        if self.trainer.strategy == "fsdp" and self.online_knn.every_epochs:
-            raise ValueError("trainer.strategy=fsdp needs online_knn.every_epochs=null: no process has it whole")
         if self.trainer.strategy == "fsdp" and self.trainer.precision == "16-mixed":
             raise ValueError("trainer.strategy=fsdp has no 16-mixed: choose trainer.precision=bf16-mixed or 32-true")
         return self
@@ -374,6 +381,36 @@ class PretrainConfig(Section):
                 "other blocks in fours"
             )
         return self
+
+
+class PretrainConfig(TrainingConfig):
+    run: RunConfig
+    logger: LoggerConfig
+    online_knn: OnlineKNNConfig
+
+    @model_validator(mode="after")
+    def _knn_needs_a_whole_network(self) -> Self:
+        if self.trainer.strategy == "fsdp" and self.online_knn.every_epochs:
+            raise ValueError("trainer.strategy=fsdp needs online_knn.every_epochs=null: no process has it whole")
+        return self
+
+
+class BenchRunConfig(Section):
+    name: str
+
+
+class BenchDataConfig(PretrainDataConfig):
+    root: Path | None  # type: ignore[assignment]
+
+
+class BenchConfig(TrainingConfig):
+    run: BenchRunConfig
+    data: BenchDataConfig
+    seconds: Positive
+    versus: Words
+    row: Literal["full", "synthetic"]
+    rounds: Count
+    out: Path
 
 
 Which = Literal["teacher", "student"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from ssl_vit import __version__
-from ssl_vit.config import BackboneConfig, DINOConfig, PretrainConfig, SiTConfig
+from ssl_vit.config import BackboneConfig, DINOConfig, SiTConfig, TrainingConfig
 from ssl_vit.distributed import all_mean, any_process, gather, norms
 from ssl_vit.losses.diversity import effective_rank, spread
 from ssl_vit.models.backbone import Backbone
@@ -35,7 +35,7 @@ class Plan(NamedTuple):
     seed: int
 
 
-def make_plan(config: PretrainConfig, pictures: int) -> Plan:
+def make_plan(config: TrainingConfig, pictures: int) -> Plan:
     """The run's length in optimizer steps."""
     steps_per_epoch = max(1, pictures // config.data.batch_size)
     total_steps = config.trainer.max_steps or config.trainer.max_epochs * steps_per_epoch
