@@ -33,11 +33,12 @@ from ssl_vit.training.bench_report import (
     table,
 )
 from ssl_vit.training.hardware import measure_matmul
+from ssl_vit.training.report import counted
 from ssl_vit.training.trainer import quiet_lightning
 
 PHOTOS = 128  # that are made where there are none
 EPOCH = 10_000  # times that each of them comes in an epoch: those of a large data set are long
-STEP = 0.25  # of `seconds`, that a step may take
+STEP = 2.5  # seconds that a step may take
 
 
 def main(words: list[str]) -> None:
@@ -82,7 +83,7 @@ def bench(configs: list[BenchConfig]) -> None:
         print(f"pictures: {pictures_said}\n\n{table(subject)}")
     print(f"\n{comparison or bottleneck(found[0], subjects[0].device)}")
     if count:
-        print(f"{count:,} pictures could not be read and were left out; ssl-vit scan names them")
+        print(f"{counted(count, 'picture')} could not be read and left out; ssl-vit scan names them")
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with durable(config.out) as file:
         file.write(json.dumps(as_values(found, comparison, described, environment), indent=1).encode())
@@ -109,7 +110,7 @@ def measure(subjects: list[Subject], config: BenchConfig) -> tuple[list[Measured
     networks = [subject.check() for subject in subjects]
     peaks = [matmul(subject, network.precision) for subject, network in zip(subjects, networks, strict=True)]
     tell("how many pictures a step can have")
-    possible = [subject.largest_batch(STEP * config.seconds) for subject in subjects]
+    possible = [subject.largest_batch(STEP) for subject in subjects]
     for subject in subjects:
         subject.shrink(min(possible))
     names, rounds = ([config.row], config.rounds) if config.versus else (list(ROWS), 1)
@@ -133,7 +134,7 @@ def measure(subjects: list[Subject], config: BenchConfig) -> tuple[list[Measured
 
 def matmul(subject: Subject, precision: str) -> float:
     """FLOP/s of a matrix product now."""
-    return measure_matmul(subject.device.type, precision, seconds=1)
+    return measure_matmul(subject.device.type, precision, seconds=min(1.0, subject.seconds))
 
 
 def batch_said(subject: Measured, original: BenchConfig) -> str:

@@ -52,9 +52,8 @@ class Network(NamedTuple):
 class Stopwatch(ProgressBar):
     """Reads the laps of a method step by step, and ends its training when `seconds` have been measured.
 
-    The first steps are left out, unless a single one takes longer than `seconds`: then it is all that is measured. On a
-    GPU some steps are read together, so that the CPU stays ahead of it. To Lightning this is a progress bar: it would
-    draw its own otherwise.
+    The first steps are left out; of steps that take longer than `seconds`, the first. On a GPU some steps are read
+    together, so that the CPU stays ahead of it. To Lightning this is a progress bar: it would draw its own otherwise.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -85,7 +84,7 @@ class Stopwatch(ProgressBar):
         self.steps.append(steps)
         self.read_step, self.read_at = trainer.global_step, now
         times = [steps * sum(reading.values()) for steps, reading in zip(self.steps, self.readings, strict=True)]
-        if max(sum(times[WARM_UP:]), times[-1]) >= self.seconds:
+        if len(times) > 1 and max(sum(times[WARM_UP:]), times[-1]) >= self.seconds:
             trainer.should_stop = True
 
 
@@ -122,6 +121,7 @@ class Subject:
         self.skipped = skipped
         self.seconds = seconds
         self.device = best_device(config.trainer.accelerator)
+        self.tried: dict[int, Row] = {}  # the synthetic row of a batch size
 
     def check(self) -> Network:
         """Build the method once, for what it is and for the mistakes that only this finds.
@@ -154,9 +154,11 @@ class Subject:
             if self.device.type == "cuda" or possible >= self._micro_batch:
                 return _ENDLESS
             tried = possible
-            trial = Subject(self.config, self.pictures, self.skipped, seconds=step / 2)
+            trial = Subject(self.config, self.pictures, self.skipped, seconds=min(step, self.seconds) / 2)
             trial.shrink(tried)
-            possible = int(step * trial.row("synthetic").images_per_s)
+            row = trial.row("synthetic")
+            self.tried = {tried: row}
+            possible = int(step * row.images_per_s)
         return max(possible, 2)
 
     def row(self, name: str) -> Row:
@@ -179,6 +181,8 @@ class Subject:
 
     def _synthetic(self) -> Row:
         """Training on a batch that is there already: medians over the steps."""
+        if row := self.tried.pop(self.config.data.batch_size, None):
+            return row  # its steps are so long that another try would find no more
         return self._train(Repeated(make_batch(self.config, self._micro_batch, self.device)), median)
 
     def _full(self) -> Row:
@@ -186,20 +190,21 @@ class Subject:
         return self._train(self._loader(), mean)
 
     def _train(self, batches: Iterable[Batch], typical: Callable[[list[float]], float]) -> Row:
-        method, watch = self._method(), Stopwatch(self.seconds)
-        trainer = self._trainer(watch)
-        forget_peak_memory(self.device)
-        try:
-            trainer.fit(method, batches)
-        except SystemExit:  # Lightning's answer to Ctrl-C
-            raise KeyboardInterrupt from None
-        readings, steps = watch.readings[watch.measured], sum(watch.steps[watch.measured])
+        readings, count = self._readings(batches)
+        gc.collect()  # of the network, or the next row's memory has this one's in it
         step = typical([sum(reading.values()) for reading in readings])
         parts = {part: typical([reading[part] for reading in readings]) for part in PARTS if part in readings[0]}
-        row = Row(self.config.data.batch_size / step, steps, parts, peak_memory(self.device))
-        del method, trainer
-        gc.collect()  # or the next row's memory has this one's in it
-        return row
+        return Row(self.config.data.batch_size / step, count, parts, peak_memory(self.device))
+
+    def _readings(self, batches: Iterable[Batch]) -> tuple[list[dict[str, float]], int]:
+        """Train; the parts of each step, or of a few at a time, and how many steps they are."""
+        watch = Stopwatch(self.seconds)
+        forget_peak_memory(self.device)
+        try:
+            self._trainer(watch).fit(self._method(), batches)
+        except SystemExit:  # Lightning's answer to Ctrl-C
+            raise KeyboardInterrupt from None
+        return watch.readings[watch.measured], sum(watch.steps[watch.measured])
 
     @property
     def _grain(self) -> int:

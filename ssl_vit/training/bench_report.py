@@ -21,6 +21,7 @@ from ssl_vit.training.hardware import autocast_dtype
 
 SCHEMA = 1  # of the file
 WAITING = 0.1  # share of a step from which on data are the bottleneck
+SLOWED = 0.8  # of the speed without data, below which loading takes cores from the step
 BUSY = 0.4  # share of the matmul peak from which on a network is what the machine gives
 
 ROWS = {"data": "data only", "synthetic": "synthetic", "full": "full"}
@@ -160,6 +161,8 @@ def bottleneck(subject: Measured, device: torch.device) -> str:
     said = (
         f"Bottleneck: {part}, {parts[part] / step:.0%} of a step ({1000 * parts[part]:,.4g} of {1000 * step:,.4g} ms)"
     )
+    if (speed := subject.typical("full") / training) < SLOWED:
+        said += f", which loading slows down to {speed:.0%} of its speed without"
     if part in _LESS_OF_IT:
         return f"{said}; {_LESS_OF_IT[part]}."
     share = subject.share("full")
