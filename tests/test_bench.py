@@ -125,7 +125,7 @@ def test_steps_that_take_too_long_get_fewer_pictures(tmp_path, method, batch_siz
     subject.shrink(16)
     assert subject.config.trainer.accumulate == 2
     few = subject.largest_batch(1e-4)
-    assert few in (2, 4)
+    assert few in (0, 1, 2)
     subject.shrink(5)
     assert subject.config.data.batch_size == batch_size
     assert subject.config.trainer.accumulate == 1
@@ -133,7 +133,7 @@ def test_steps_that_take_too_long_get_fewer_pictures(tmp_path, method, batch_siz
 
 
 def test_ctrl_c_ends_it_without_a_trace(tmp_path):
-    words = [*QUICK, "seconds=60", "data.workers=1"]
+    words = [*QUICK, "seconds=60", "data.batch_size=2", "row=synthetic", "versus=[seed=1]"]
     process = subprocess.Popen(
         [sys.executable, "-m", "ssl_vit", "bench", *words],
         stdout=subprocess.PIPE,
@@ -142,7 +142,7 @@ def test_ctrl_c_ends_it_without_a_trace(tmp_path):
         env={**os.environ, "TMPDIR": str(tmp_path / "tmp"), "OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
-    while "how many pictures" not in process.stderr.readline():
+    while "synthetic, A" not in process.stderr.readline():
         assert process.poll() is None
     time.sleep(1)  # it trains
     os.killpg(process.pid, signal.SIGINT)
@@ -167,7 +167,7 @@ def measured(config, **parts):
         ({"data": 0.5, "backward": 0.5}, ["data, 50% of a step", "100 images/s", "data.workers"]),
         ({"data": 0.01, "photometrics": 0.6, "backward": 0.39}, ["photometrics, 60%", "600 of 1,000 ms", "blur"]),
         ({"data": 0.01, "loss": 0.6, "backward": 0.39}, ["loss, 60%", "prototypes"]),
-        ({"data": 0.01, "backward": 0.99}, ["backward, 99%", "30% of the matmul peak", "larger data.batch_size"]),
+        ({"data": 0.01, "backward": 0.99}, ["backward, 99%", "30% of the matmul peak", "more pictures in a step"]),
     ],
 )
 def test_the_bottleneck_has_a_name_numbers_and_a_remedy(parts, told):

@@ -149,7 +149,7 @@ class Subject:
 
         So many that they are no limit where all of the configuration are possible, and on a GPU.
         """
-        tried, possible = 0, max(2, self._grain)
+        tried, possible = 0, self._grain
         while possible >= 4 * tried:  # few pictures at once take longer each
             if self.device.type == "cuda" or possible >= self._micro_batch:
                 return _ENDLESS
@@ -159,7 +159,7 @@ class Subject:
             row = trial.row("synthetic")
             self.tried = {tried: row}
             possible = int(step * row.images_per_s)
-        return max(possible, 2)
+        return possible
 
     def row(self, name: str) -> Row:
         """Measure `data`, `synthetic` or `full`."""

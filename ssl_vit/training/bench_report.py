@@ -125,7 +125,7 @@ def table(subject: Measured) -> str:
     for name, rounds in subject.rows.items():
         speed, steps = subject.typical(name), sum(row.steps for row in rounds)
         rate = f"{speed * flops.total / 1e12:>10.3g}{subject.share(name):>9.0%}" if name != "data" else f"{'':>19}"
-        lines.append(f"{ROWS[name]:<14}{speed:>12,.4g}{rate}{steps:>7,}")
+        lines.append(f"{ROWS[name]:<14}{_short(speed):>12}{rate}{steps:>7,}")
     name, rounds = list(subject.rows.items())[-1]
     parts = {part: median(row.parts[part] for row in rounds) for part in rounds[0].parts}
     step = sum(parts.values())
@@ -135,8 +135,8 @@ def table(subject: Measured) -> str:
     places = {"host_gb": "host (without loading processes)", "device_gb": "device"}
     lines += [
         "",
-        f"{flops.total / 1e9:,.4g} GFLOP per picture: teacher {flops.teacher / 1e9:,.4g}, student "
-        f"{flops.student / 1e9:,.4g}, its head {flops.head / 1e9:,.4g}",
+        f"{_short(flops.total / 1e9)} GFLOP per picture: teacher {_short(flops.teacher / 1e9)}, student "
+        f"{_short(flops.student / 1e9)}, its head {_short(flops.head / 1e9)}",
         f"matmul peak {subject.peak / 1e12:.3g} TFLOP/s in {subject.network.precision.removesuffix('-mixed')}",
         "peak memory: " + ", ".join(f"{gb:.2f} GB {places[place]}" for place, gb in memory.items()),
     ]
@@ -150,17 +150,15 @@ def bottleneck(subject: Measured, device: torch.device) -> str:
     waiting = parts["data"] / step
     loader, training = subject.typical("data"), subject.typical("synthetic")
     if waiting > WAITING:
-        enough = loader > training
         return (
-            f"Bottleneck: data, {waiting:.0%} of a step: the loader alone gives {loader:,.4g} images/s, training alone "
-            f"takes {training:,.4g}"
-            + (", and the two share the cores" if enough else "")
+            f"Bottleneck: data, {waiting:.0%} of a step: the loader alone gives {_short(loader)} images/s, the training "
+            f"alone takes {_short(training)}"
+            + (", and the two share the cores" if loader > training else "")
             + "; more data.workers where there are cores, smaller files, or data.memory_gb for all of them help."
         )
     part = max(parts, key=parts.__getitem__)
-    said = (
-        f"Bottleneck: {part}, {parts[part] / step:.0%} of a step ({1000 * parts[part]:,.4g} of {1000 * step:,.4g} ms)"
-    )
+    took = f"{_short(1000 * parts[part])} of {_short(1000 * step)} ms"
+    said = f"Bottleneck: {part}, {parts[part] / step:.0%} of a step ({took})"
     if (speed := subject.typical("full") / training) < SLOWED:
         said += f", which loading slows down to {speed:.0%} of its speed without"
     if part in _LESS_OF_IT:
@@ -170,7 +168,7 @@ def bottleneck(subject: Measured, device: torch.device) -> str:
     if subject.network.precision == "32-true" and autocast_dtype(device):
         return f"{said}; this machine computes faster with trainer.precision=bf16-mixed."
     if share < BUSY:
-        return f"{said}; a larger data.batch_size uses the machine better."
+        return f"{said}; more pictures in a step use the machine better."
     return f"{said}; only a smaller backbone or fewer views make it faster here."
 
 
@@ -181,3 +179,8 @@ def describe(config: TrainingConfig) -> str:
     return (
         f"{config.method.name} on {config.backbone.name}, patches of {config.backbone.patch_size}, {' + '.join(crops)}"
     )
+
+
+def _short(number: float) -> str:
+    """Three digits, and all before the point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
