@@ -7,7 +7,6 @@ ssl-vit bench data.root=photos 'versus=[trainer.precision=32-true]'
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +18,7 @@ from ssl_vit.config import BenchConfig
 from ssl_vit.data.find import find_pictures
 from ssl_vit.data.photos import HEIGHT, WIDTH, make_photos
 from ssl_vit.data.pictures import Pictures, SkippedPictures, Subset
-from ssl_vit.durable import durable
+from ssl_vit.durable import write_json
 from ssl_vit.errors import UserError
 from ssl_vit.training.bench import Row, Subject
 from ssl_vit.training.bench_report import (
@@ -38,6 +37,7 @@ from ssl_vit.training.trainer import quiet_lightning
 
 PHOTOS = 128  # that are made where there are none
 EPOCH = 10_000  # times that each of them comes in an epoch: those of a large data set are long
+BUSY = 0.5  # of the cores, from which on other work is told of
 STEP = 2.5  # seconds that a step may take
 
 
@@ -73,11 +73,15 @@ def bench(configs: list[BenchConfig]) -> None:
             each, pictures, said = with_pictures(each, folder / str(number))
             subjects.append(Subject(each, pictures, skipped, seconds=config.seconds))
             described.append(said)
-        found, comparison = measure(subjects, config)
         environment = machine(subjects[0].device)
+        found, comparison = measure(subjects, config)
         count = skipped.count()
 
-    print(f"{environment['threads']} threads of {environment['cpu']}, on {environment['device']}")
+    print(f"{counted(environment['threads'], 'thread')} of {environment['cpu']}, on {environment['device']}")
+    if (environment["load"] or 0) > BUSY * environment["cores"]:
+        print(
+            f"Other work had a load of {environment['load']:.1f} on {environment['cores']} cores: the figures are low"
+        )
     for letter, subject, pictures_said, original in zip("AB", found, described, configs, strict=False):
         print(f"\n{letter + ': ' if comparison else ''}{describe(subject.config)}, {batch_said(subject, original)}")
         print(f"pictures: {pictures_said}\n\n{table(subject)}")
@@ -85,8 +89,7 @@ def bench(configs: list[BenchConfig]) -> None:
     if count:
         print(f"{counted(count, 'picture')} could not be read and left out; ssl-vit scan names them")
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    with durable(config.out) as file:
-        file.write(json.dumps(as_values(found, comparison, described, environment), indent=1).encode())
+    write_json(config.out, as_values(found, comparison, described, environment))
     print(f"Everything: {config.out}")
 
 

@@ -216,7 +216,8 @@ class Subject:
         return self.config.data.batch_size // self.config.trainer.accumulate
 
     def _plan(self) -> Plan:
-        return make_plan(self.config, len(self.pictures))._replace(total_steps=_ENDLESS)
+        log_every = self.config.trainer.log_every if self._micro_batch > 1 else _ENDLESS  # a single one has no spread
+        return make_plan(self.config, len(self.pictures))._replace(total_steps=_ENDLESS, log_every=log_every)
 
     def _method(self) -> SSLMethod:
         return build_method(self.config, self._plan())

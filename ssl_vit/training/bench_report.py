@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import sys
@@ -70,7 +71,7 @@ class Comparison(NamedTuple):
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on beside the configuration."""
+    """What the figures depend on beside the configuration; to be asked before they are measured."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.+)$", info.read_text(), flags=re.M) if info.exists() else []
     return {
@@ -79,6 +80,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cpu": names[0] if names else platform.processor(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0] if sys.platform != "win32" else None,  # processes that wanted a core, last minute
         "torch": torch.__version__,
         "lightning": lightning.__version__,
         "timm": timm.__version__,
@@ -151,7 +153,7 @@ def bottleneck(subject: Measured, device: torch.device) -> str:
     loader, training = subject.typical("data"), subject.typical("synthetic")
     if waiting > WAITING:
         return (
-            f"Bottleneck: data, {waiting:.0%} of a step: the loader alone gives {_short(loader)} images/s, the training "
+            f"Bottleneck: data, {waiting:.0%} of a step: the loader alone gives {_short(loader)} images/s, training "
             f"alone takes {_short(training)}"
             + (", and the two share the cores" if loader > training else "")
             + "; more data.workers where there are cores, smaller files, or data.memory_gb for all of them help."
