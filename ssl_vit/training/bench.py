@@ -21,7 +21,7 @@ from ssl_vit.methods.base import Plan, SSLMethod, make_plan
 from ssl_vit.timing import PARTS
 from ssl_vit.training.checkpoints import DurableIO
 from ssl_vit.training.flops import Flops, flops_per_picture
-from ssl_vit.training.hardware import best_device, forget_peak_memory, peak_memory
+from ssl_vit.training.hardware import best_device, forget_peak_memory, peak_memory, wait_for
 from ssl_vit.training.schedules import Duration
 from ssl_vit.training.trainer import build_method, make_trainer
 from ssl_vit.transforms.batch import Batch
@@ -172,11 +172,14 @@ class Subject:
         ready = loader.num_workers * (loader.prefetch_factor or 0) if isinstance(loader, TrainingLoader) else 0
         first, arrivals = WARM_UP + ready, list[float]()
         for _ in itertools.chain.from_iterable(itertools.repeat(loader)):
+            if len(arrivals) == first:
+                wait_for(self.device)  # which may be where the pictures are cropped
             arrivals.append(time.perf_counter())
             if len(arrivals) > first + 1 and arrivals[-1] - arrivals[first] >= self.seconds:
                 break
+        wait_for(self.device)
         count = len(arrivals) - 1 - first
-        seconds = (arrivals[-1] - arrivals[first]) / count
+        seconds = (time.perf_counter() - arrivals[first]) / count
         return Row(self._micro_batch / seconds, count, {"data": seconds}, peak_memory(self.device))
 
     def _synthetic(self) -> Row:

@@ -69,14 +69,15 @@ def measure_matmul(device_type: str, precision: str, *, seconds: float) -> float
 
 
 def _seconds_of(a: torch.Tensor, b: torch.Tensor) -> float:
-    _wait_for(a.device)
+    wait_for(a.device)
     start = time.perf_counter()
     torch.mm(a, b)
-    _wait_for(a.device)
+    wait_for(a.device)
     return time.perf_counter() - start
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Until a GPU has done all that it was asked to."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
