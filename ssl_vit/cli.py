@@ -39,6 +39,10 @@ COMMANDS = {
     ),
     "export": Command("weights that bare timm loads", "ssl-vit export checkpoint=runs/photos out=backbone.safetensors"),
     "scan": Command("what is in a picture folder, broken files included", "ssl-vit scan data.root=photos"),
+    "bench": Command(
+        "how fast a configuration trains here, where the time goes, and how two compare",
+        "ssl-vit bench data.root=photos 'versus=[trainer.precision=32-true]'",
+    ),
     "shard": Command("tar shards of a picture folder (WebDataset layout)", "ssl-vit shard data.root=photos out=shards"),
 }
 
@@ -72,14 +76,13 @@ def main(words: list[str] | None = None) -> int:
             return 0
         # What Pillow warns of is read all the same, or ends as a skipped picture.
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        if name == "pretrain" and "--multirun" in rest:
-            importlib.import_module("ssl_vit.commands.sweep").main(rest)
+        command = "sweep" if name == "pretrain" and "--multirun" in rest else name
+        if command in ("bench", "sweep"):  # they make several configurations of the words
+            importlib.import_module(f"ssl_vit.commands.{command}").main(rest)
             return 0
         from ssl_vit.commands.compose import MODELS, load_config
 
-        config = load_config(
-            name, rest, MODELS[name]
-        )  # mistakes are told before torch is imported, which takes seconds
+        config = load_config(name, rest, MODELS[name])  # mistakes are told before torch is imported, seconds later
         importlib.import_module(f"ssl_vit.commands.{name}").main(config)
     except UserError as error:
         if first_process() or not isinstance(error, SharedError):

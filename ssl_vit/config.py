@@ -2,52 +2,24 @@
 
 from __future__ import annotations
 
-import re
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ssl_vit.training.schedules import Duration
-
-Probability = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-
-
-def _seconds(value: object) -> object:
-    """`90s`, `20m`, `1.5h` and `2d` as a timedelta."""
-    units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
-    if isinstance(value, str) and (match := re.fullmatch(r"([\d.]+) ?([smhd])", value.strip())):
-        return timedelta(**{units[match[2]]: float(match[1])})
-    if value is None or isinstance(value, timedelta):
-        return value
-    raise ValueError("write a time as 90s, 20m, 1.5h or 2d")
-
-
-def _duration(value: object) -> object:
-    return value if isinstance(value, Duration) else Duration.parse(str(value))
-
-
-def _resume(value: object) -> object:
-    if value not in (True, False, "auto"):
-        raise ValueError("write true, false or auto")
-    return value
-
-
-def _ascending(value: tuple[float, float]) -> tuple[float, float]:
-    if value[0] > value[1]:
-        raise ValueError(f"write the smaller end first, as [{value[1]}, {value[0]}]")
-    return value
-
-
-WallTime = Annotated[timedelta, BeforeValidator(_seconds), PlainSerializer(lambda t: f"{t.total_seconds():.15g}s")]
-Span = Annotated[Duration, BeforeValidator(_duration), PlainSerializer(str)]
-Interval = Annotated[tuple[NonNegative, NonNegative], AfterValidator(_ascending)]
-Ratio = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
+from ssl_vit.config_values import (
+    Count,
+    Interval,
+    NonNegative,
+    Positive,
+    Probability,
+    Ratio,
+    ResumeChoice,
+    Seed,
+    Span,
+    WallTime,
+    Words,
+)
 
 
 class Section(BaseModel):
@@ -78,7 +50,7 @@ class FolderConfig(Section):
 
 
 class RunConfig(FolderConfig):
-    resume: Annotated[bool | Literal["auto"], BeforeValidator(_resume)]  # type: ignore[assignment]
+    resume: ResumeChoice  # type: ignore[assignment]
     extend_to_epochs: Count | None
     keep_pictures: bool
 
@@ -320,15 +292,14 @@ MethodConfig = Annotated[DINOConfig | SiTConfig, Field(discriminator="name")]
 # --- commands --------------------------------------------------------------------------------------------------
 
 
-class PretrainConfig(Section):
+class TrainingConfig(Section):
+    """What `pretrain` trains and `bench` measures."""
+
     seed: Seed
-    run: RunConfig
     data: PretrainDataConfig
     backbone: BackboneConfig
     method: MethodConfig
     trainer: TrainerConfig
-    logger: LoggerConfig
-    online_knn: OnlineKNNConfig
 
     @model_validator(mode="after")
     def _channels_agree(self) -> Self:
@@ -352,8 +323,6 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _fsdp_has_limits(self) -> Self:
-        if self.trainer.strategy == "fsdp" and self.online_knn.every_epochs:
-            raise ValueError("trainer.strategy=fsdp needs online_knn.every_epochs=null: no process has it whole")
         if self.trainer.strategy == "fsdp" and self.trainer.precision == "16-mixed":
             raise ValueError("trainer.strategy=fsdp has no 16-mixed: choose trainer.precision=bf16-mixed or 32-true")
         return self
@@ -376,6 +345,36 @@ class PretrainConfig(Section):
                 "other blocks in fours"
             )
         return self
+
+
+class PretrainConfig(TrainingConfig):
+    run: RunConfig
+    logger: LoggerConfig
+    online_knn: OnlineKNNConfig
+
+    @model_validator(mode="after")
+    def _knn_needs_a_whole_network(self) -> Self:
+        if self.trainer.strategy == "fsdp" and self.online_knn.every_epochs:
+            raise ValueError("trainer.strategy=fsdp needs online_knn.every_epochs=null: no process has it whole")
+        return self
+
+
+class BenchRunConfig(Section):
+    name: str
+
+
+class BenchDataConfig(PretrainDataConfig):
+    root: Path | None  # type: ignore[assignment]
+
+
+class BenchConfig(TrainingConfig):
+    run: BenchRunConfig
+    data: BenchDataConfig
+    seconds: Positive
+    versus: Words
+    row: Literal["full", "synthetic"]
+    rounds: Count
+    out: Path
 
 
 Which = Literal["teacher", "student"]

@@ -159,6 +159,7 @@ def test_a_command_without_what_it_needs_says_so(words, capsys):
         ["export", "checkpoint=nowhere"],
         ["scan", "data.root=nowhere"],
         ["shard", "data.root=nowhere"],
+        ["bench", "data.root=nowhere"],
     ],
     ids=lambda words: words[0],
 )

@@ -23,6 +23,7 @@ NEEDED = {
     "attention": (models.AttentionConfig, ["checkpoint=runs/x", "images=pictures"]),
     "export": (models.ExportConfig, ["checkpoint=runs/x"]),
     "scan": (models.ScanConfig, ["data.root=pictures"]),
+    "bench": (models.BenchConfig, []),
     "shard": (models.ShardConfig, ["data.root=pictures"]),
 }
 OPTIONS = sorted(f"{file.parent.name}={file.stem}" for file in conf_dir().glob("*/*.yaml"))

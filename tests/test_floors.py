@@ -14,8 +14,8 @@ HYDRA = {"hydra", "omegaconf"}
 HEAVY = HYDRA | {"lightning", "pytorch_lightning", "wandb"}
 SMALL = HEAVY | {"torch", "timm"}
 
-CONFIG = {"__init__", "errors", "durable", "processes", "config", "training.schedules"}
-TENSORS = CONFIG | {"distributed", "precision", "transforms", "models", "losses"}
+CONFIG = {"__init__", "errors", "durable", "processes", "config", "config_values", "training.schedules"}
+TENSORS = CONFIG | {"distributed", "precision", "timing", "transforms", "models", "losses"}
 MEASURING = TENSORS | {"data", "evaluation", "training.hardware"}
 
 # What each part of the package may import of the package, and which libraries it may not import.
@@ -27,8 +27,10 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "processes": (set(), SMALL),
     "training.schedules": (set(), SMALL),
     "config": (CONFIG, SMALL),
+    "config_values": ({"training.schedules"}, SMALL),
     "distributed": (CONFIG, HEAVY | {"timm"}),
     "precision": (set(), HEAVY | {"timm"}),
+    "timing": (set(), HEAVY | {"timm"}),
     "transforms": (CONFIG | {"transforms"}, HEAVY),
     "models": (CONFIG | {"distributed", "precision", "transforms.randomness", "models", "losses.logits"}, HEAVY),
     "losses": (CONFIG | {"distributed", "precision", "losses"}, HEAVY),

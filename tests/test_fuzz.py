@@ -22,13 +22,14 @@ from test_backbone import tiny
 from test_config import NEEDED
 
 from ssl_vit.commands.compose import compose_values, load_config
-from ssl_vit.commands.pretrain import build_method, make_plan
 from ssl_vit.config import PretrainConfig
 from ssl_vit.data.decode import MAX_PIXELS, decode
 from ssl_vit.data.pictures import BrokenPicture
 from ssl_vit.errors import UserError
+from ssl_vit.methods.base import make_plan
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.weights import LoadedBackbone, load_backbone
+from ssl_vit.training.trainer import build_method
 from ssl_vit.transforms.crops import MultiCrop
 from ssl_vit.transforms.photometric import Photometric
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from running import rows, state
 
-from ssl_vit.commands.pretrain import build_method, pretrain
+from ssl_vit.commands.pretrain import pretrain
 from ssl_vit.losses.diversity import effective_rank, spread
 from ssl_vit.methods.base import make_plan
 from ssl_vit.models.teacher import distance
 from ssl_vit.training.health import judge
 from ssl_vit.training.outlook import outlook
+from ssl_vit.training.trainer import build_method
 
 HEALTHY = {
     "train/loss": 4.0,

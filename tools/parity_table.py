@@ -20,10 +20,10 @@ from torch.multiprocessing.spawn import start_processes
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from ssl_vit.commands.compose import load_config
-from ssl_vit.commands.pretrain import build_method, make_plan, quiet_lightning
 from ssl_vit.config import PretrainConfig
 from ssl_vit.distributed import all_mean, rank, world_size
-from ssl_vit.methods.base import SSLMethod
+from ssl_vit.methods.base import SSLMethod, make_plan
+from ssl_vit.training.trainer import build_method, quiet_lightning
 from ssl_vit.transforms.batch import Batch
 from ssl_vit.transforms.randomness import sample_keys
 

@@ -15,17 +15,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from reference.dino_step import TextbookDINO
 from torch import Tensor
 
 from ssl_vit.commands.compose import load_config
-from ssl_vit.commands.pretrain import build_method
 from ssl_vit.config import DINOConfig, PretrainConfig
 from ssl_vit.methods.base import SSLMethod, make_plan
 from ssl_vit.training.flops import flops_per_picture
-from ssl_vit.training.hardware import matmul_peak
+from ssl_vit.training.hardware import measure_matmul
+from ssl_vit.training.trainer import build_method
 from ssl_vit.transforms.batch import Batch
 from ssl_vit.transforms.randomness import sample_keys
 
@@ -39,22 +40,20 @@ SETTINGS = {
 SHARED = ("data.root=.", "method.head.prototypes=65536", "backbone.drop_path=0.0", "trainer.accelerator=cpu")
 
 
-def ours(config: PretrainConfig) -> Callable[[], None]:
-    """A step of the method as training runs it, photometrics included."""
+def ours(config: PretrainConfig) -> tuple[Callable[[], None], float]:
+    """A step of the method as training runs it, photometrics included, and its FLOP."""
     method = build_method(config, make_plan(config, 10_000))
-    type(method).global_step = property(lambda self: 5_000)  # type: ignore[assignment,method-assign]
+    SSLMethod.global_step = property(lambda self: 5_000)  # type: ignore[assignment,method-assign]
     SSLMethod.at_log_step = property(lambda self: False)  # type: ignore[assignment,method-assign]
+    method._trainer = SimpleNamespace(precision_plugin=None)  # type: ignore[assignment]
+    method.laps.start(torch.device("cpu"))
     optimizer = method.configure_optimizers()
-    global_views, local_views = (
-        (pixels * 255).to(torch.uint8).transpose(0, 1).contiguous() for pixels in views_of(config)
-    )
+    crops = [(pixels * 255).to(torch.uint8).transpose(0, 1).contiguous() for pixels in views_of(config)]
     index = torch.arange(config.data.batch_size)
-    batch = Batch(global_views, local_views, index, index, sample_keys(0, 0, index))
-    precision = type("NoScaler", (), {})()
-    method._trainer = type("NoTrainer", (), {"precision_plugin": precision})()
+    batch = Batch(*crops, index, index, sample_keys(0, 0, index))
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.trainer.precision == "bf16-mixed"):
+        with torch.autocast("cpu", torch.bfloat16):
             loss = method.training_step(batch, 0)
         loss.backward()
         method.on_before_optimizer_step(optimizer)
@@ -63,7 +62,7 @@ def ours(config: PretrainConfig) -> Callable[[], None]:
         method.after_optimizer_step(5_000, method.check.taken)
         optimizer.zero_grad()
 
-    return step
+    return step, flops_per_picture(config.method, method.target).total * len(index)
 
 
 def textbook(config: PretrainConfig, *, fused_attention: bool, mixed: bool) -> Callable[[], None]:
@@ -88,50 +87,62 @@ def views_of(config: PretrainConfig) -> list[Tensor]:
     return [torch.rand(c.count, batch, 3, c.size, c.size) for c in (views.global_crops, views.local_crops)]
 
 
-def make(which: str, name: str, words: list[str]) -> tuple[Callable[[], None], PretrainConfig]:
+def make(which: str, name: str, words: list[str]) -> Callable[[], None]:
     """The step that is called `ours` or `textbook`."""
-    config = load_config("pretrain", [*SHARED, *SETTINGS[which], "trainer.precision=bf16-mixed", *words], PretrainConfig)
+    config = configured(which, words)
     if name == "ours":
-        return ours(config), config
-    return textbook(config, fused_attention=which == "t4", mixed=which == "s16"), config
+        return ours(config)[0]
+    return textbook(config, fused_attention=which == "t4", mixed=which == "s16")
 
 
-def peak_gb() -> float:
-    """Most memory that this process has held so far, in GB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024 / 1e9
+def configured(which: str, words: list[str]) -> PretrainConfig:
+    """The settings that both steps have."""
+    return load_config("pretrain", [*SHARED, *SETTINGS[which], *words], PretrainConfig)
 
 
-def memory(which: str, name: str, words: list[str]) -> None:
-    """Print the memory after one step's state is there, and the peak of three steps (in a process of its own)."""
-    step, _ = make(which, name, words)
+def held_gb(which: str, name: str, words: list[str]) -> str:
+    """Most memory in GB that a process of its own holds for three steps, and what it holds before the first."""
+    command = [sys.executable, __file__, "memory", which, name, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def print_held(which: str, name: str, words: list[str]) -> None:
+    """Print what `held_gb` gives."""
+    step = make(which, name, words)
+    before = held("VmRSS")
     for _ in range(3):
         step()
-    print(f"{peak_gb():.2f}")
+    print(f"{held('VmHWM'):.2f} GB ({before:.2f} before the first step)")
+
+
+def held(field: str) -> float:
+    """Of this process's memory in GB: VmRSS now, VmHWM at most so far."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024 / 1e9
 
 
 def main(which: str = "s16", rounds: str = "7", *words: str) -> None:
     """Print the table."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    steps, (_, config) = {name: make(which, name, list(words))[0] for name in ("textbook", "ours")}, make(which, "ours", list(words))
+    threads = torch.get_num_threads()
+    clock = time.process_time if threads == 1 else time.perf_counter
+    our_step, flops = ours(configured(which, list(words)))
+    steps = {"textbook": make(which, "textbook", list(words)), "ours": our_step}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     peak = 0.0
     for number in range(int(rounds) + 1):
-        peak = max(peak, matmul_peak(torch.device("cpu"), torch.bfloat16))
+        peak = max(peak, measure_matmul("cpu", "bf16-mixed", seconds=0.3))
         for name, step in steps.items():
             start = clock()
             step()
             if number:  # the first one warms up
                 seconds[name].append(clock() - start)
-    flops = flops_per_picture(config).total * config.data.batch_size
-    print(f"{which}, {torch.get_num_threads()} threads, {rounds} rounds; matmul peak in bf16 {peak / 1e9:.0f} GFLOP/s")
+    print(f"{which}, {threads} threads, {rounds} rounds; matmul peak in bf16 {peak / 1e9:.0f} GFLOP/s")
     for name, each in seconds.items():
-        median = statistics.median(each)
-        command = [sys.executable, __file__, "memory", which, name, *words]
-        held = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        median, best = statistics.median(each), min(each)
         print(
-            f"{name:9} {median:6.3f} s a step ({min(each):.3f} to {max(each):.3f}), {flops / median / 1e9:4.0f} GFLOP/s, "
-            f"{flops / median / peak:4.0%} of the peak, best {flops / min(each) / peak:.0%}, peak memory {held} GB"
+            f"{name:8} {median:6.3f} s a step ({best:.3f} to {max(each):.3f}): {flops / median / 1e9:.0f} GFLOP/s, "
+            f"{flops / median / peak:.0%} of the peak (at best {flops / best / peak:.0%}); "
+            f"memory {held_gb(which, name, list(words))}"
         )
     ratios = [a / b for a, b in zip(seconds["textbook"], seconds["ours"], strict=True)]
     print(f"textbook / ours: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
@@ -139,6 +150,6 @@ def main(which: str = "s16", rounds: str = "7", *words: str) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["memory"]:
-        memory(sys.argv[2], sys.argv[3], sys.argv[4:])
+        print_held(sys.argv[2], sys.argv[3], sys.argv[4:])
     else:
         main(*sys.argv[1:])

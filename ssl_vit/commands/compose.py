@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from ssl_vit.commands.folders import conf_dir, recipes_dir
 from ssl_vit.config import (
     AttentionConfig,
+    BenchConfig,
     DemoConfig,
     ExportConfig,
     KNNConfig,
@@ -39,6 +40,7 @@ ConfigT = TypeVar("ConfigT", bound=Section)
 # What the configuration of each command is made of.
 MODELS: dict[str, type[Section]] = {
     "attention": AttentionConfig,
+    "bench": BenchConfig,
     "demo": DemoConfig,
     "export": ExportConfig,
     "knn": KNNConfig,

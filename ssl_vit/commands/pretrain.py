@@ -5,7 +5,6 @@ from __future__ import annotations
 import uuid
 from pathlib import Path
 
-import torch
 from lightning.pytorch.loggers import Logger
 
 from ssl_vit.config import PretrainConfig
@@ -14,15 +13,11 @@ from ssl_vit.data.loading import training_loader
 from ssl_vit.data.pictures import SkippedPictures
 from ssl_vit.distributed import disband
 from ssl_vit.durable import durable
-from ssl_vit.errors import UserError
-from ssl_vit.methods import METHODS
 from ssl_vit.methods.base import Plan, SSLMethod, make_plan
-from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.weights import export_backbone, load_backbone
 from ssl_vit.processes import first_process
 from ssl_vit.training.agreement import SameStart
 from ssl_vit.training.faults import named_faults, refuse_divergence
-from ssl_vit.training.hardware import best_device, compiling_pays, fused_attention_pays
 from ssl_vit.training.health import HealthMonitor
 from ssl_vit.training.journal import Journal
 from ssl_vit.training.keeper import Keeper
@@ -34,7 +29,7 @@ from ssl_vit.training.report import conclusion, introduction
 from ssl_vit.training.runs import Start, begin_run, locked, open_run, with_extension
 from ssl_vit.training.signals import StopSignals
 from ssl_vit.training.skipping import SkippedSteps
-from ssl_vit.training.trainer import make_trainer, quiet_lightning
+from ssl_vit.training.trainer import build_method, make_trainer, quiet_lightning
 from ssl_vit.transforms.crops import MultiCrop
 
 
@@ -86,7 +81,7 @@ def train(config: PretrainConfig, plan: Plan, method: SSLMethod, start: Start) -
     progress = RunProgress(plan.total_steps, plan.batch_size, every=plan.log_every)
     online_knn = OnlineKNN(config, start.pictures, skipped)
     callbacks = [signals, SameStart(config, start), steps, progress, health, online_knn, keeper]
-    trainer = make_trainer(config, plan, make_loggers(config, start.done), callbacks, keeper.files)
+    trainer = make_trainer(config, plan, make_loggers(config, start.done), callbacks, keeper.files, folder)
     loader = training_loader(
         start.pictures,
         MultiCrop(config.method.views),
@@ -122,25 +117,6 @@ def train(config: PretrainConfig, plan: Plan, method: SSLMethod, start: Start) -
         if outcome := signals.pass_on():
             print(outcome)
     return folder
-
-
-def build_method(config: PretrainConfig, plan: Plan) -> SSLMethod:
-    """The Lightning module, its backbones in the form that the device is good at."""
-    torch.manual_seed(config.seed)
-    try:
-        method = METHODS[config.method.name](config.method, config.backbone, plan)  # type: ignore[arg-type]
-    except ValueError as error:  # of the schedules: a warm-up longer than the run
-        raise UserError(f"method.{config.method.name}: {error}") from None
-    settings, device = config.trainer, best_device(config.trainer.accelerator)
-    fused = fused_attention_pays(device) if settings.fused_attention == "auto" else settings.fused_attention
-    compiled = compiling_pays(device) if settings.compile == "auto" else settings.compile
-    for backbone in (module for module in method.modules() if isinstance(module, Backbone)):
-        backbone.set_fused_attention(fused)
-        if compiled:
-            backbone.compile_blocks()
-        if settings.recompute_activations:
-            backbone.recompute_activations()
-    return method
 
 
 def make_loggers(config: PretrainConfig, done: int) -> list[Logger]:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from ssl_vit import __version__
-from ssl_vit.config import BackboneConfig, DINOConfig, PretrainConfig, SiTConfig
+from ssl_vit.config import BackboneConfig, DINOConfig, SiTConfig, TrainingConfig
 from ssl_vit.distributed import all_mean, gather, norms
 from ssl_vit.losses.diversity import effective_rank, spread
 from ssl_vit.methods.finite import StepCheck, clip_each
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.fsdp import shard
 from ssl_vit.models.weights import CHECKPOINT_KEY
+from ssl_vit.timing import Laps
 from ssl_vit.training.schedules import Schedule, cosine
 from ssl_vit.transforms.batch import Batch
 from ssl_vit.transforms.photometric import Photometric
@@ -34,7 +35,7 @@ class Plan(NamedTuple):
     seed: int
 
 
-def make_plan(config: PretrainConfig, pictures: int) -> Plan:
+def make_plan(config: TrainingConfig, pictures: int) -> Plan:
     """The run's length in optimizer steps."""
     steps_per_epoch = max(1, pictures // config.data.batch_size)
     total_steps = config.trainer.max_steps or config.trainer.max_epochs * steps_per_epoch
@@ -60,6 +61,7 @@ class SSLMethod(L.LightningModule):
         self.config = config
         self.plan = plan
         self.photometric = Photometric(config.views)
+        self.laps = Laps()
         self.logged = torch.empty(0)
         self.register_buffer("finite", torch.ones((), dtype=torch.bool), persistent=False)  # the step's losses so far
         self.warmup_steps = config.optimizer.warmup.steps(plan.steps_per_epoch, plan.total_steps)
@@ -114,9 +116,11 @@ class SSLMethod(L.LightningModule):
         return self.schedules[name](self.global_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.laps.lap("other")
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             global_views = self.photometric(batch.global_views, batch.key)
             local_views = self.photometric(batch.local_views, batch.key, first_view=batch.global_views.shape[1])
+        self.laps.lap("photometrics")
         result = self.step(global_views, local_views, batch)
         self.finite &= result.loss.detach().isfinite()
         if self.at_log_step:
@@ -161,7 +165,23 @@ class SSLMethod(L.LightningModule):
             fused=True,
         )
 
+    def on_train_start(self) -> None:
+        self.laps.start(self.device)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        self.laps.lap("other")
+
+    def on_after_backward(self) -> None:
+        self.laps.lap("backward")
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.laps.lap("other")
+
+    def on_train_epoch_start(self) -> None:
+        self.laps.lap("other")
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self.laps.lap("data")
         for group in self.optimizers().param_groups:  # type: ignore[union-attr]
             group["lr"] = self.scheduled("lr")
             if group["decays"]:
@@ -184,11 +204,14 @@ class SSLMethod(L.LightningModule):
         optimizer.found_inf = (~self.check.taken).float()  # type: ignore[attr-defined] # fused AdamW then does nothing
         if scaler and self.check.skipped():  # which has a mark of its own there
             optimizer.zero_grad()
+        self.laps.lap("clip")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         step = self.global_step
         super().optimizer_step(*args, **kwargs)
+        self.laps.lap("optimizer")
         self.after_optimizer_step(step, self.check.taken)
+        self.laps.lap("ema")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Resumed at the end of an epoch, Lightning 2.6 counts the next one as not begun, and a checkpoint of its end

@@ -76,9 +76,12 @@ class DINO(SSLMethod):
             teacher, teacher_cls = self.teacher(images[0])  # (2·B, K), (2·B, D)
             targets = Targets(teacher, self.center.value, self.scheduled("teacher_temperature"))
             self.center.observe(teacher)
+        self.laps.lap("teacher")
 
         student, _ = self.student(*images, key=view_keys(batch.key, 0, views).T.flatten())  # (V·B, K)
+        self.laps.lap("student")
         loss = dino_loss(student, targets, views=views, temperature=self.config.student_temperature)
+        self.laps.lap("loss")
         logs: dict[str, Tensor] = {}
         if self.at_log_step:
             entropy, kl, information = assignment(targets)

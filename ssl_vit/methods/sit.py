@@ -86,8 +86,10 @@ class SiT(SSLMethod):
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             clean, quarter = self.rotated(global_views, batch.key)  # (2B, C, H, W), (2B,)
             corrupted, mask = self.corrupted(clean, batch.key)  # (2B, C, H, W), (2B, 1, H, W) bool
+        self.laps.lap("corruption")
 
         tokens, outputs = self.student(corrupted, view_keys(batch.key, 0, 2).T.flatten())
+        self.laps.lap("student")
 
         losses, logs = {}, dict[str, Tensor]()
         if "rotation" in outputs:
@@ -103,6 +105,7 @@ class SiT(SSLMethod):
             on = mask if self.config.reconstruction.loss_on == "corrupted" else None
             losses["reconstruction"] = l1(outputs["reconstruction"], clean, on)
         total = self.weights(losses)
+        self.laps.lap("loss")
         logs |= {name: loss.detach() for name, loss in losses.items()}
         if isinstance(self.weights, UncertaintyWeights):
             logs |= {f"weight_{name}": self.weights.weight(name).detach() for name in losses}

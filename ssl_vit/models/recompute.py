@@ -1,9 +1,11 @@
-"""Less memory for activations: a block keeps what its linear layers gave, and computes the rest again when it needs it."""
+"""Less memory for activations: blocks keep what their linear layers gave, and compute the rest again when needed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
@@ -18,6 +20,8 @@ from torch.utils.checkpoint import (
 
 from ssl_vit.models.drop_path import DropPath
 
+Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]  # of the two passes
+
 _KEPT = {torch.ops.aten.addmm.default, torch.ops.aten.mm.default}
 
 
@@ -28,13 +32,15 @@ def recompute_activations(blocks: Iterable[Block], *, all_of_them: bool) -> None
         blocks: To be changed. Their results stay the same.
         all_of_them: Compute the linear layers again as well: compiled blocks can only be computed again as a whole.
     """
-    contexts = noop_context_fn if all_of_them else partial(create_selective_checkpoint_contexts, _keep_linear_layers)
+    contexts: Contexts = (
+        noop_context_fn if all_of_them else partial(create_selective_checkpoint_contexts, _keep_linear_layers)
+    )
     for block in blocks:
         paths = [module for module in block.modules() if isinstance(module, DropPath)]
         block.forward = partial(_recomputing, block.forward, paths, contexts)
 
 
-def _recomputing(forward: Callable[[Tensor], Tensor], paths: list[DropPath], contexts: Callable, x: Tensor) -> Tensor:
+def _recomputing(forward: Callable[[Tensor], Tensor], paths: list[DropPath], contexts: Contexts, x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return forward(x)
 

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from ssl_vit.config import BackboneConfig, Positive, Section
+from ssl_vit.config import BackboneConfig, Section
+from ssl_vit.config_values import Positive
 from ssl_vit.durable import durable, write_json
 from ssl_vit.errors import UserError
 from ssl_vit.models.backbone import Backbone, timm_arguments

@@ -1,22 +1,25 @@
-"""The rows of metrics, and one progress bar for the whole run: loss, images/s, time left, share of waiting for data."""
+"""The rows of metrics, and one progress bar for the whole run: loss, images/s, share of the peak, waiting for data."""
 
 from __future__ import annotations
 
 import sys
-import time
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
+from ssl_vit.methods.base import SSLMethod
+from ssl_vit.training.flops import flops_per_picture
+from ssl_vit.training.hardware import matmul_peak, peak_memory
+
 _OF_A_STEP = ("train/", "schedule/")
 
 
 class RunProgress(ProgressBar):
-    """Measures the speed of the run, logs it with the step's other metrics, and draws it.
+    """Logs the speed of the run with the step's other metrics, and draws it.
 
     Lightning logs a step only after the callbacks have seen its end; here its row is written before they save a
-    checkpoint of it. Waiting for data is the time between the end of one step and the start of the next.
+    checkpoint of it. The time is that of the method's laps, and all of it is counted.
 
     Args:
         total_steps: Optimizer steps of the whole run.
@@ -34,10 +37,10 @@ class RunProgress(ProgressBar):
     def disable(self) -> None:
         """Lightning calls it on every process but the first; there is no bar to take away."""
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: SSLMethod) -> None:  # type: ignore[override]
         self.step = self.window_step = trainer.global_step
-        self.waited = 0.0
-        self.window_start = self.last_end = time.perf_counter()
+        self.flops = flops_per_picture(module.config, module.target).total * self.batch_size  # per optimizer step
+        self.peak = matmul_peak(module.device.type, str(trainer.precision)) * trainer.world_size  # FLOP/s
         if trainer.is_global_zero:
             self.bar = tqdm(
                 total=self.total_steps,
@@ -48,36 +51,44 @@ class RunProgress(ProgressBar):
             )
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.last_end = time.perf_counter()
-        if self.step == self.window_step:  # what came before the first step is not part of its time
-            self.window_start = self.last_end
         if self.bar:
             self.bar.set_description(f"epoch {trainer.current_epoch + 1}", refresh=False)
 
-    def on_train_batch_start(self, *_: object) -> None:
-        self.waited += time.perf_counter() - self.last_end
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
-        self.last_end = time.perf_counter()
+    def on_train_batch_end(self, trainer: L.Trainer, module: SSLMethod, *_: object) -> None:  # type: ignore[override]
         if trainer.global_step > self.step:
             self.step = trainer.global_step
             if self.bar:
                 self.bar.update(1)
             if self.step % self.every == 0:
-                self._report(trainer)
+                self._report(trainer, module)
 
-    def _report(self, trainer: L.Trainer) -> None:
-        elapsed = self.last_end - self.window_start
-        speed = (self.step - self.window_step) * self.batch_size / elapsed
-        wait = self.waited / elapsed
+    def _report(self, trainer: L.Trainer, module: SSLMethod) -> None:
+        speed = self._speed(module)
         row = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(_OF_A_STEP)}
-        row |= {"epoch": trainer.current_epoch, "speed/images_per_s": speed, "speed/data_wait": wait}
+        row |= {"epoch": trainer.current_epoch, **{f"speed/{name}": value for name, value in speed.items()}}
         for logger in trainer.loggers:
             logger.log_metrics(row, step=self.step - 1)
         if self.bar:
-            loss = row["train/loss"]
-            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} img/s, data wait {wait:.0%}", refresh=False)
-        self.window_start, self.window_step, self.waited = self.last_end, self.step, 0.0
+            self.bar.set_postfix_str(
+                f"loss {row['train/loss']:.3f}, {speed['images_per_s']:.0f} img/s, {speed['peak_share']:.0%} of peak, "
+                f"data wait {speed['data_wait']:.0%}",
+                refresh=False,
+            )
+
+    def _speed(self, module: SSLMethod) -> dict[str, float]:
+        """Since the last report; times per optimizer step."""
+        steps, self.window_step = self.step - self.window_step, self.step
+        seconds = module.laps.totals()
+        elapsed = sum(seconds.values())
+        flops = self.flops * steps / elapsed  # per second, of all processes
+        return {
+            "images_per_s": self.batch_size * steps / elapsed,
+            "data_wait": seconds["data"] / elapsed,
+            **{f"{part}_ms": 1000 * total / steps for part, total in seconds.items()},
+            "tflops": flops / 1e12,
+            "peak_share": flops / self.peak,
+            **peak_memory(module.device),
+        }
 
     def on_train_end(self, *_: object) -> None:
         if self.bar:

@@ -1,9 +1,10 @@
-"""Lightning's Trainer, set up for us: devices, precision, the way processes share the work, and no chatter."""
+"""Lightning's Trainer and module, set up for us: devices, precision, the way processes share the work, no chatter."""
 
 from __future__ import annotations
 
 import logging
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,17 +13,43 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
-from ssl_vit.config import PretrainConfig, TrainerConfig
+from ssl_vit.config import TrainerConfig, TrainingConfig
 from ssl_vit.errors import UserError
-from ssl_vit.methods.base import Plan
+from ssl_vit.methods import METHODS
+from ssl_vit.methods.base import Plan, SSLMethod
+from ssl_vit.models.backbone import Backbone
 from ssl_vit.training.checkpoints import DurableIO
-from ssl_vit.training.hardware import autocast_dtype, best_device
+from ssl_vit.training.hardware import autocast_dtype, best_device, compiling_pays, fused_attention_pays
+
+
+def build_method(config: TrainingConfig, plan: Plan) -> SSLMethod:
+    """The Lightning module, its backbones in the form that the device is good at."""
+    torch.manual_seed(config.seed)
+    try:
+        method = METHODS[config.method.name](config.method, config.backbone, plan)  # type: ignore[arg-type]
+    except ValueError as error:  # of the schedules: a warm-up longer than the run
+        raise UserError(f"method.{config.method.name}: {error}") from None
+    settings, device = config.trainer, best_device(config.trainer.accelerator)
+    fused = fused_attention_pays(device) if settings.fused_attention == "auto" else settings.fused_attention
+    compiled = compiling_pays(device) if settings.compile == "auto" else settings.compile
+    for backbone in (module for module in method.modules() if isinstance(module, Backbone)):
+        backbone.set_fused_attention(fused)
+        if compiled:
+            backbone.compile_blocks()
+        if settings.recompute_activations:
+            backbone.recompute_activations()
+    return method
 
 
 def make_trainer(
-    config: PretrainConfig, plan: Plan, loggers: list[Logger], callbacks: list[L.Callback], files: DurableIO
+    config: TrainingConfig,
+    plan: Plan,
+    loggers: list[Logger],
+    callbacks: list[L.Callback],
+    files: DurableIO,
+    folder: Path,
 ) -> L.Trainer:
-    """Lightning's Trainer; checkpoints, progress and stopping are the callbacks' work."""
+    """Lightning's Trainer for a run in `folder`; checkpoints, progress and stopping are the callbacks' work."""
     settings = config.trainer
     device = best_device(settings.accelerator)
     if device.type == "cuda" and settings.devices > torch.cuda.device_count():
@@ -47,7 +74,7 @@ def make_trainer(
         logger=loggers,
         callbacks=callbacks,
         plugins=plugins,
-        default_root_dir=config.run.path,
+        default_root_dir=folder,
         use_distributed_sampler=False,  # the loader slices each global batch itself
         enable_checkpointing=False,
         enable_model_summary=False,

@@ -1,0 +1,60 @@
+"""How the values of a configuration are written: numbers in their ranges, times, durations, intervals, words."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
+
+from ssl_vit.training.schedules import Duration
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+def _seconds(value: object) -> object:
+    """`90s`, `20m`, `1.5h` and `2d` as a timedelta."""
+    units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+    if isinstance(value, str) and (match := re.fullmatch(r"([\d.]+) ?([smhd])", value.strip())):
+        return timedelta(**{units[match[2]]: float(match[1])})
+    if value is None or isinstance(value, timedelta):
+        return value
+    raise ValueError("write a time as 90s, 20m, 1.5h or 2d")
+
+
+def _duration(value: object) -> object:
+    return value if isinstance(value, Duration) else Duration.parse(str(value))
+
+
+def _resume(value: object) -> object:
+    if value not in (True, False, "auto"):
+        raise ValueError("write true, false or auto")
+    return value
+
+
+def _ascending(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError(f"write the smaller end first, as [{value[1]}, {value[0]}]")
+    return value
+
+
+def _words(value: object) -> object:
+    """`[a=1,b=[2,3]]`, which Hydra leaves a text, as the words of a command line."""
+    if not isinstance(value, str):
+        return value
+    commas_between_words = r",(?![^\[]*\])"
+    inside = value.strip().removeprefix("[").removesuffix("]")
+    return [word.strip() for word in re.split(commas_between_words, inside) if word.strip()]
+
+
+Words = Annotated[list[str], BeforeValidator(_words)]
+WallTime = Annotated[timedelta, BeforeValidator(_seconds), PlainSerializer(lambda t: f"{t.total_seconds():.15g}s")]
+Span = Annotated[Duration, BeforeValidator(_duration), PlainSerializer(str)]
+Interval = Annotated[tuple[NonNegative, NonNegative], AfterValidator(_ascending)]
+Ratio = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
+ResumeChoice = Annotated[bool | Literal["auto"], BeforeValidator(_resume)]
