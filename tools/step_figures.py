@@ -25,10 +25,12 @@ from ssl_vit.commands.compose import load_config
 from ssl_vit.config import DINOConfig, PretrainConfig
 from ssl_vit.methods.base import SSLMethod, make_plan
 from ssl_vit.training.flops import flops_per_picture
-from ssl_vit.training.hardware import measure_matmul
+from ssl_vit.training.hardware import keep_freed_memory, measure_matmul
 from ssl_vit.training.trainer import build_method
 from ssl_vit.transforms.batch import Batch
 from ssl_vit.transforms.randomness import sample_keys
+
+_WARM_UP = 2  # steps
 
 SETTINGS = {
     "s16": ("backbone=vit_small", "data.batch_size=8"),
@@ -100,19 +102,44 @@ def configured(which: str, words: list[str]) -> PretrainConfig:
     return load_config("pretrain", [*SHARED, *SETTINGS[which], *words], PretrainConfig)
 
 
-def held_gb(which: str, name: str, words: list[str]) -> str:
-    """Most memory in GB that a process of its own holds for three steps, and what it holds before the first."""
-    command = [sys.executable, __file__, "memory", which, name, *words]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+class Steps:
+    """A process of its own that takes a step when it is told to."""
+
+    def __init__(self, which: str, name: str, words: list[str]) -> None:
+        command = [sys.executable, __file__, "serve", which, name, *words]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.before = float(self._line())  # GB in use before the first step
+        self.seconds: list[float] = []
+
+    def step(self) -> None:
+        """Take one and note how long it took."""
+        assert self.process.stdin
+        print(file=self.process.stdin, flush=True)
+        self.seconds.append(float(self._line()))
+
+    def finish(self) -> float:
+        """End the process: the most memory in GB that it has held."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        return float(self._line())
+
+    def _line(self) -> str:
+        assert self.process.stdout
+        return self.process.stdout.readline()
 
 
-def print_held(which: str, name: str, words: list[str]) -> None:
-    """Print what `held_gb` gives."""
+def serve(which: str, name: str, words: list[str]) -> None:
+    """The other side of `Steps`."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    if name == "ours":
+        keep_freed_memory()  # as training does
     step = make(which, name, words)
-    before = held("VmRSS")
-    for _ in range(3):
+    print(held("VmRSS"), flush=True)
+    for _ in sys.stdin:
+        start = clock()
         step()
-    print(f"{held('VmHWM'):.2f} GB ({before:.2f} before the first step)")
+        print(clock() - start, flush=True)
+    print(held("VmHWM"), flush=True)
 
 
 def held(field: str) -> float:
@@ -123,33 +150,29 @@ def held(field: str) -> float:
 
 def main(which: str = "s16", rounds: str = "7", *words: str) -> None:
     """Print the table."""
-    threads = torch.get_num_threads()
-    clock = time.process_time if threads == 1 else time.perf_counter
-    our_step, flops = ours(configured(which, list(words)))
-    steps = {"textbook": make(which, "textbook", list(words)), "ours": our_step}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    _, flops = ours(configured(which, list(words)))
+    both = {name: Steps(which, name, list(words)) for name in ("textbook", "ours")}
     peak = 0.0
-    for number in range(int(rounds) + 1):
+    for _ in range(int(rounds) + _WARM_UP):
         peak = max(peak, measure_matmul("cpu", "bf16-mixed", seconds=0.3))
-        for name, step in steps.items():
-            start = clock()
-            step()
-            if number:  # the first one warms up
-                seconds[name].append(clock() - start)
-    print(f"{which}, {threads} threads, {rounds} rounds; matmul peak in bf16 {peak / 1e9:.0f} GFLOP/s")
-    for name, each in seconds.items():
+        for steps in both.values():
+            steps.step()
+    print(f"{which}, {torch.get_num_threads()} threads, {rounds} rounds; matmul peak in bf16 {peak / 1e9:.0f} GFLOP/s")
+    for name, steps in both.items():
+        each = steps.seconds[_WARM_UP:]
         median, best = statistics.median(each), min(each)
         print(
             f"{name:8} {median:6.3f} s a step ({best:.3f} to {max(each):.3f}): {flops / median / 1e9:.0f} GFLOP/s, "
             f"{flops / median / peak:.0%} of the peak (at best {flops / best / peak:.0%}); "
-            f"memory {held_gb(which, name, list(words))}"
+            f"memory {steps.finish():.2f} GB at most, {steps.before:.2f} before the first step"
         )
-    ratios = [a / b for a, b in zip(seconds["textbook"], seconds["ours"], strict=True)]
+    pairs = zip(*(steps.seconds[_WARM_UP:] for steps in both.values()), strict=True)
+    ratios = [textbook / ours for textbook, ours in pairs]
     print(f"textbook / ours: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["memory"]:
-        print_held(sys.argv[2], sys.argv[3], sys.argv[4:])
+    if sys.argv[1:2] == ["serve"]:
+        serve(sys.argv[2], sys.argv[3], sys.argv[4:])
     else:
         main(*sys.argv[1:])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ssl_vit.losses.logits import Logits
 from ssl_vit.precision import at_least_float32
@@ -28,9 +30,29 @@ class Prototypes(nn.Module):
     def forward(self, z: Tensor) -> Logits:  # (B, D) -> (B, K)
         device = z.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else z.dtype
-        scale = self.weight_g.squeeze(1) / torch.linalg.vector_norm(self.weight_v, dim=1)  # (K,)
+        return Logits(z.to(dtype), *_Directions.apply(self.weight_v, self.weight_g, dtype))
+
+
+class _Directions(torch.autograd.Function):
+    """v (K, D) in another number format, and what makes each row as long as g (K, 1) says: g / ‖v‖ (K,).
+
+    As autograd would do it, but in two passes over v's gradient: there may be more weights here than in the backbone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        length = torch.linalg.vector_norm(v, dim=1)  # (K,)
+        ctx.save_for_backward(v, g, length)
         # A copy: sharded over processes, the weights are whole only until the network's forward pass is over.
-        return Logits(z.to(dtype), self.weight_v.to(dtype, copy=True), scale)
+        return v.to(dtype, copy=True), g.squeeze(1) / length
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cast_grad: Tensor, scale_grad: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401
+        v, g, length = ctx.saved_tensors
+        g_grad = scale_grad / length  # (K,)
+        v_grad = cast_grad.to(v.dtype, copy=True).addcmul_(v, -(g_grad * g.squeeze(1) / length**2)[:, None])
+        return v_grad, g_grad[:, None], None
 
 
 class DINOHead(nn.Module):

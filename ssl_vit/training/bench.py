@@ -240,6 +240,7 @@ class Subject:
             accumulate=self.config.trainer.accumulate,
             first_step=0,
             skipped=self.skipped,
+            device=self.device,
         )
 
 

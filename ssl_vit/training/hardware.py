@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import re
 import shutil
 import sys
@@ -48,6 +50,20 @@ def fused_attention_pays(device: torch.device) -> bool:
 def compiling_pays(device: torch.device) -> bool:
     """On GPUs, if there is a C compiler, which torch.compile needs; on CPUs it gains a tenth after minutes."""
     return device.type == "cuda" and any(map(shutil.which, ("cc", "gcc", "clang")))
+
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's mallopt
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what one step frees for the next, instead of giving it back to the system.
+
+    Otherwise each page of a large tensor is faulted in and cleared anew in every step. Only glibc can be told.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_TRIM_THRESHOLD, -1)
+        libc.mallopt(_MMAP_MAX, 0)
 
 
 _COMPUTES_IN = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}

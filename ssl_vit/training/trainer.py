@@ -19,7 +19,13 @@ from ssl_vit.methods import METHODS
 from ssl_vit.methods.base import Plan, SSLMethod
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.training.checkpoints import DurableIO
-from ssl_vit.training.hardware import autocast_dtype, best_device, compiling_pays, fused_attention_pays
+from ssl_vit.training.hardware import (
+    autocast_dtype,
+    best_device,
+    compiling_pays,
+    fused_attention_pays,
+    keep_freed_memory,
+)
 
 
 def build_method(config: TrainingConfig, plan: Plan) -> SSLMethod:
@@ -54,6 +60,8 @@ def make_trainer(
     device = best_device(settings.accelerator)
     if device.type == "cuda" and settings.devices > torch.cuda.device_count():
         raise UserError(f"trainer.devices={settings.devices}: this machine has {torch.cuda.device_count()} GPUs")
+    if device.type == "cpu":
+        keep_freed_memory()
     if device.type == "cpu" and settings.devices > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // settings.devices))
     precision = settings.precision
