@@ -70,8 +70,11 @@ def test_plain_attention_in_a_network_equals_timms(pictures, autocast):
     ours.set_fused_attention(False)
     for block in timms.vit.blocks:
         block.attn.fused_attn = False
-    (cls, gradients), (expected, theirs) = (pass_of(x, *pictures, autocast=autocast) for x in (ours, timms))
-    tolerance = 0.02 if autocast else 1e-4
+    images, keys = pictures
+    if not autocast:
+        ours, timms, images = ours.double(), timms.double(), [x.double() for x in images]
+    (cls, gradients), (expected, theirs) = (pass_of(x, images, keys, autocast=autocast) for x in (ours, timms))
+    tolerance = 0.05 if autocast else 1e-7  # positions are interpolated in float32
     torch.testing.assert_close(cls, expected, rtol=tolerance, atol=tolerance)
     for name, gradient in theirs.items():
         assert (gradients[name] - gradient).abs().max() <= tolerance * gradient.abs().max().clamp(min=1e-3), name
@@ -202,7 +205,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 first = faults()
 keep_freed_memory()
-torch.ones(8_000_000)
+faults()
 print(first, faults())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
