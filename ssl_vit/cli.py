@@ -76,14 +76,14 @@ def main(words: list[str] | None = None) -> int:
             return 0
         # What Pillow warns of is read all the same, or ends as a skipped picture.
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        command = "sweep" if name == "pretrain" and "--multirun" in rest else name
-        if command in ("bench", "sweep"):  # they make several configurations of the words
-            importlib.import_module(f"ssl_vit.commands.{command}").main(rest)
+        if name == "pretrain" and "--multirun" in rest:
+            importlib.import_module("ssl_vit.commands.sweep").main(rest)
             return 0
         from ssl_vit.commands.compose import MODELS, load_config
 
         config = load_config(name, rest, MODELS[name])  # mistakes are told before torch is imported, seconds later
-        importlib.import_module(f"ssl_vit.commands.{name}").main(config)
+        command = importlib.import_module(f"ssl_vit.commands.{name}")
+        command.main(rest if name == "bench" else config)  # bench makes a second configuration of the words
     except UserError as error:
         if first_process() or not isinstance(error, SharedError):
             print(f"ssl-vit {name}: {error}", file=sys.stderr)

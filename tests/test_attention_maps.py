@@ -36,10 +36,10 @@ def plain_attention(backbone: Backbone, images: torch.Tensor) -> torch.Tensor:
     seen = []
     attention = backbone.vit.blocks[-1].attn
     handle = attention.attn_drop.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
-    backbone.set_fused_attention(False)
+    attention.fused_attn = False
     with torch.no_grad():
         backbone(images)
-    backbone.set_fused_attention(True)
+    attention.fused_attn = True
     handle.remove()
     row = seen[0][:, :, 0, 1 + backbone.config.reg_tokens :]
     return row / row.sum(-1, keepdim=True)

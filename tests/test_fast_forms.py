@@ -10,7 +10,7 @@ from timm.models.vision_transformer import Block
 
 from ssl_vit.config import BackboneConfig
 from ssl_vit.methods.base import make_plan
-from ssl_vit.models.attention import attend, use_plain_products
+from ssl_vit.models.attention import attend, choose_attention
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.heads import Prototypes
 from ssl_vit.training.hardware import keep_freed_memory
@@ -85,8 +85,19 @@ def test_attention_with_parts_of_its_own_keeps_them(extra):
     attention = Attention(16, num_heads=2, **extra).eval()
     x = torch.randn(2, 5, 16)
     before = attention(x)
-    use_plain_products(attention)
-    assert torch.equal(attention(x), before)
+    choose_attention(attention, fused=False)
+    torch.testing.assert_close(attention(x), before)
+
+
+def test_the_choice_can_be_taken_back():
+    backbone = Backbone(tiny())
+    images = torch.randn(2, 3, 32, 32)
+    backbone.set_fused_attention(True)
+    fused = backbone(images).cls
+    backbone.set_fused_attention(False)
+    torch.testing.assert_close(backbone(images).cls, fused, rtol=1e-4, atol=1e-5)
+    backbone.set_fused_attention(True)
+    assert torch.equal(backbone(images).cls, fused)
 
 
 # --- recomputed activations ------------------------------------------------------------------------------------

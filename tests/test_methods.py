@@ -360,7 +360,7 @@ def test_no_part_of_a_step_waits_for_the_gpu(build, monkeypatch, name):
         loss = method.training_step(batch._replace(**crops), 0)
         assert loss.device.type == "cuda"
         if name == "dino":
-            loss.grad_fn(torch.ones((), device="cuda"))  # the loss's own backward; the engine itself needs a GPU
+            loss.grad_fn.apply(torch.ones((), device="cuda"))  # the loss's own backward; the engine itself needs a GPU
         for parameter in method.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         method._trainer = SimpleNamespace(precision_plugin=None)

@@ -117,7 +117,7 @@ class SiT(SSLMethod):
         if not self.config.rotation.enabled:
             return images, torch.zeros(len(images), dtype=torch.int64, device=images.device)
         draws = uniform(fold(view_keys(key, 0, 2), Stream.ROTATION), 1)  # (B, 2, 1)
-        quarter = (draws * 4).long().squeeze(-1).T.flatten().to(views.device)  # (2B,)
+        quarter = (draws * 4).long().squeeze(-1).T.flatten().to(views.device, non_blocking=True)  # (2B,)
         return rotate(images, quarter), quarter
 
     def corrupted(self, clean: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

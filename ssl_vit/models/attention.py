@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-def use_plain_products(attention: nn.Module) -> None:
-    """Let timm's attention compute with `attend`; in place. One with parts of its own stays as it is."""
-    if type(attention) is Attention and _has_no_extras(attention):
+def choose_attention(attention: nn.Module, *, fused: bool) -> None:
+    """Let timm's attention compute by torch's fused kernel, or by `attend` unless it has parts of its own; in place."""
+    vars(attention).pop("forward", None)  # of an earlier choice
+    attention.fused_attn = fused
+    if not fused and type(attention) is Attention and _has_no_extras(attention):
         attention.forward = partial(_forward, attention)
 
 

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssl_vit.config import BackboneConfig
 from ssl_vit.errors import UserError
-from ssl_vit.models.attention import use_plain_products
+from ssl_vit.models.attention import choose_attention
 from ssl_vit.models.drop_path import choose_paths, use_keyed_drop_paths
 from ssl_vit.models.recompute import recompute_activations
 
@@ -88,9 +88,7 @@ class Backbone(nn.Module):
     def set_fused_attention(self, fused: bool) -> None:
         """Choose between torch's fused attention and plain matrix products; both compute the same."""
         for block in self.vit.blocks:
-            block.attn.fused_attn = fused
-            if not fused:
-                use_plain_products(block.attn)
+            choose_attention(block.attn, fused=fused)
 
     def compile_blocks(self) -> None:
         """Let torch compile each block, once per shape of its input; the weights keep their names.
