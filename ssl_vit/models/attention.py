@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-def choose_attention(attention: nn.Module, *, fused: bool) -> None:
+def choose_attention(attention: Attention, *, fused: bool) -> None:
     """Let timm's attention compute by torch's fused kernel, or by `attend` unless it has parts of its own; in place."""
     vars(attention).pop("forward", None)  # of an earlier choice
     attention.fused_attn = fused
