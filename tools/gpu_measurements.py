@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,12 +35,13 @@ from ssl_vit.data.find import find_pictures
 from ssl_vit.data.photos import make_photos
 from ssl_vit.data.pictures import Pictures, SkippedPictures, Subset
 from ssl_vit.durable import write_json
-from ssl_vit.methods.base import SSLMethod
+from ssl_vit.methods.base import SSLMethod, make_plan
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.training.bench import Subject
 from ssl_vit.training.bench_report import machine
+from ssl_vit.training.flops import flops_per_picture
 from ssl_vit.training.hardware import best_device, measure_matmul
-from ssl_vit.training.trainer import quiet_lightning
+from ssl_vit.training.trainer import build_method, quiet_lightning
 
 PHOTOS = 512  # JPEG files that are made
 EPOCH = 2_000_000  # pictures, so that an epoch does not end
@@ -156,6 +158,7 @@ def about(place: Place) -> dict[str, Any]:
     if place.on_gpu:
         found["driver"] = subprocess.run(driver, capture_output=True, text=True).stdout.strip()
         found["cuda"] = torch.version.cuda
+        found["shared_memory_gb"] = shutil.disk_usage("/dev/shm").total / 1e9  # that batches come through
     return found
 
 
@@ -184,8 +187,8 @@ def _speed(place: Place, words: tuple[str, ...], size: int, row: str, photos: bo
         config = config.model_copy(update={"data": config.data.model_copy(update={"memory_gb": 0.0})})
     skipped = SkippedPictures(place.folder / "skipped.txt")
     subject = Subject(config, pictures, skipped, seconds=6.0 if place.on_gpu else 0.1)
-    with torch.device("meta"):
-        network = subject.check()
+    with torch.device("meta"):  # its size is enough
+        flops = flops_per_picture(config.method, build_method(config, make_plan(config, len(pictures))).target).total
     measured = subject.row(row)
     step = sum(measured.parts.values())
     return {
@@ -194,10 +197,9 @@ def _speed(place: Place, words: tuple[str, ...], size: int, row: str, photos: bo
         "steps": measured.steps,
         "parts_ms": {part: 1000 * seconds for part, seconds in measured.parts.items()},
         "shares": {part: seconds / step for part, seconds in measured.parts.items()},
-        "gflop_per_picture": network.flops.total / 1e9,
-        "peak_share": measured.images_per_s * network.flops.total / place.peak if place.peak else None,
+        "gflop_per_picture": flops / 1e9,
+        "peak_share": measured.images_per_s * flops / place.peak if place.peak else None,
         "memory": measured.memory,
-        "precision": network.precision,
         "words": list(words),
     }
 
