@@ -32,7 +32,11 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "precision": (set(), HEAVY | {"timm"}),
     "timing": (set(), HEAVY | {"timm"}),
     "transforms": (CONFIG | {"transforms"}, HEAVY),
-    "models": (CONFIG | {"distributed", "precision", "transforms.randomness", "models", "losses.logits"}, HEAVY),
+    "models": (
+        CONFIG
+        | {"distributed", "precision", "transforms.randomness", "transforms.transfer", "models", "losses.logits"},
+        HEAVY,
+    ),
     "losses": (CONFIG | {"distributed", "precision", "losses"}, HEAVY),
     "data": (CONFIG | {"distributed", "transforms", "data"}, HYDRA | {"wandb", "timm"}),
     "methods": (TENSORS | {"training", "methods"}, HYDRA | {"wandb"}),

@@ -17,6 +17,7 @@ from ssl_vit.precision import at_least_float32
 from ssl_vit.transforms.batch import Batch
 from ssl_vit.transforms.corruption import Corruption, rotate
 from ssl_vit.transforms.randomness import Stream, fold, uniform, view_keys
+from ssl_vit.transforms.transfer import sent
 
 
 class SiTNetwork(nn.Module):
@@ -117,7 +118,7 @@ class SiT(SSLMethod):
         if not self.config.rotation.enabled:
             return images, torch.zeros(len(images), dtype=torch.int64, device=images.device)
         draws = uniform(fold(view_keys(key, 0, 2), Stream.ROTATION), 1)  # (B, 2, 1)
-        quarter = (draws * 4).long().squeeze(-1).T.flatten().to(views.device, non_blocking=True)  # (2B,)
+        quarter = sent((draws * 4).long().squeeze(-1).T.flatten(), views.device)  # (2B,)
         return rotate(images, quarter), quarter
 
     def corrupted(self, clean: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,8 @@ from ssl_vit.models.attention import choose_attention
 from ssl_vit.models.drop_path import choose_paths, use_keyed_drop_paths
 from ssl_vit.models.recompute import recompute_activations
 
+_MOST_GRAPHS = 64  # of all blocks of a process: a network in training has five, and a process may build several
+
 
 class Tokens(NamedTuple):
     """What the backbone says of B pictures, after its final norm."""
@@ -95,6 +97,7 @@ class Backbone(nn.Module):
 
         For training. Where shapes vary, as in evaluation, `torch.compiler.set_stance("force_eager")` leaves it out.
         """
+        torch._dynamo.config.recompile_limit = _MOST_GRAPHS
         for block in self.vit.blocks:
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
         self.compiled = True

@@ -8,6 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ssl_vit.transforms.randomness import Stream, fold, uniform
+from ssl_vit.transforms.transfer import sent
 
 
 class DropPath(nn.Module):
@@ -51,6 +52,6 @@ def choose_paths(paths: list[DropPath], key: Tensor | None, device: torch.device
         raise ValueError("in training with drop_path above 0 the backbone needs the pictures' keys: forward(x, key)")
     draws = uniform(fold(key.cpu(), Stream.DROP_PATH), len(paths)).T  # (2 x blocks, B)
     drop_prob = torch.tensor([path.drop_prob for path in paths])[:, None]
-    scales = ((draws >= drop_prob) / (1 - drop_prob)).to(device, non_blocking=True)
+    scales = sent((draws >= drop_prob) / (1 - drop_prob), device)
     for path, scale in zip(paths, scales, strict=True):
         path.scale = scale

@@ -21,7 +21,12 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: float, taken: Tenso
     """
     theirs, ours = ([p.detach() for p in network.parameters()] for network in (teacher, student))
     weight = taken.to(ours[0].dtype) * (1 - momentum)
-    torch._foreach_lerp_(theirs, ours, [weight] * len(ours))
+    if weight.is_cuda:  # where lerp would take as many launches as there are parameters
+        way = torch._foreach_sub(ours, theirs)
+        torch._foreach_mul_(way, weight)
+        torch._foreach_add_(theirs, way)
+    else:
+        torch._foreach_lerp_(theirs, ours, [weight] * len(ours))
 
 
 def start_teacher(teacher: ModuleT, student: nn.Module) -> ModuleT:

@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import sys
+import sysconfig
 import time
 from functools import cache
 from pathlib import Path
@@ -48,8 +49,10 @@ def fused_attention_pays(device: torch.device) -> bool:
 
 
 def compiling_pays(device: torch.device) -> bool:
-    """On GPUs, if there is a C compiler, which torch.compile needs; on CPUs it gains a tenth after minutes."""
-    return device.type == "cuda" and any(map(shutil.which, ("cc", "gcc", "clang")))
+    """On GPUs, where there is what torch.compile needs: a C compiler and Python's headers. On CPUs it gains nothing."""
+    compiler = any(map(shutil.which, ("cc", "gcc", "clang")))
+    headers = Path(sysconfig.get_paths()["include"], "Python.h")
+    return device.type == "cuda" and compiler and headers.is_file()
 
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's mallopt

@@ -39,6 +39,8 @@ HARMLESS = (
     "trainer.devices",
     "trainer.nodes",
     "trainer.fused_attention",
+    "trainer.compile",
+    "trainer.recompute_activations",
     "trainer.log_every",
     "trainer.checkpoint_every",
     "trainer.keep_every_epochs",

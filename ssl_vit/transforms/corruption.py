@@ -11,6 +11,7 @@ from ssl_vit.config import CorruptionConfig
 from ssl_vit.transforms.randomness import Stream, fold, normal, uniform
 from ssl_vit.transforms.separable import blur, blur_weights
 from ssl_vit.transforms.threads import one_thread
+from ssl_vit.transforms.transfer import sent
 
 _SMALLEST_SIDE = 0.05  # of the grey and the blurred block, share of the picture's side
 _MOST_BLOCKS = 64  # of noise and of other pictures; 29 are the most seen at 32 px with the default sides
@@ -69,7 +70,7 @@ class Corruption:
                 (Stream.REPLACE_BLOCKS, self.config.replace),
             )
         )
-        noise_key = fold(key, Stream.NOISE).to(x.device, non_blocking=True)
+        noise_key = sent(fold(key, Stream.NOISE), x.device)
         noise = normal(noise_key, x[0].numel(), where=noisy.expand(x.shape).flatten(1)).view(x.shape).to(x.dtype)
         place = torch.arange(len(x), device=x.device)
         lender = place ^ (1 << view)
@@ -128,7 +129,7 @@ def _blocks(
         area = (bottom - top) * (right - left)
         shown = shown & (area.cumsum(dim=1) - area < target * max_area * height * width)  # (B, K)
     used = slice(int(shown.sum(dim=1).max()))  # the first ones
-    edges = torch.stack([top, bottom.where(shown, 0), left, right])[..., used].to(x.device, non_blocking=True)
+    edges = sent(torch.stack([top, bottom.where(shown, 0), left, right])[..., used], x.device)
     top, bottom, left, right = edges.unsqueeze(-1)  # (B, K, 1) each
     row, column = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
     rows = (top <= row) & (row < bottom)  # (B, K, H)
@@ -147,7 +148,7 @@ def _stretch(place: Tensor, length: Tensor, *, size: int, side: tuple[float, flo
 
 def _blur(x: Tensor, key: Tensor) -> None:
     """Blur each picture (B, C, H, W) with a sigma and a kernel width of its own; in place."""
-    draws = uniform(key, 2).to(x.device, x.dtype, non_blocking=True)
+    draws = sent(uniform(key, 2).to(x.dtype), x.device)
     low, high = _BLUR_SIGMA
     sigma = low + (high - low) * draws[:, 0]
     radius = (3 + draws[:, 1] * 13).long() // 2  # (B,): kernels of 3, 5, 5, 7, 7, ..., 15, 15 pixels

@@ -15,6 +15,7 @@ from ssl_vit.config import JitterConfig, ViewsConfig
 from ssl_vit.transforms.randomness import Stream, fold, uniform, view_keys
 from ssl_vit.transforms.separable import BlurWeights, blur, blur_weights
 from ssl_vit.transforms.threads import one_thread
+from ssl_vit.transforms.transfer import sent
 
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 _LUMA = (0.2989, 0.587, 0.114)
@@ -115,7 +116,7 @@ class Photometric:
 
     def _blur_weights(self, views: Tensor, draws: Draws) -> tuple[BlurWeights, BlurWeights]:
         """Weights for rows and columns of the blurred ones of views (N, C, H, W); cut off at 4 of the largest sigma."""
-        sigma = draws.sigma[draws.blurred].to(views.device, non_blocking=True)
+        sigma = sent(draws.sigma[draws.blurred], views.device)
         reach = math.ceil(4 * self.views.blur.sigma[1])
         height, width = views.shape[2:]
         rows = blur_weights(sigma, size=height, reach=reach)
@@ -128,7 +129,7 @@ class Photometric:
         _change_some(x, draws.grey, lambda some: some.copy_(luma(some).expand_as(some)))
         _change_some(x, draws.blurred, lambda some: blur(some, *weights))
         _change_some(x, draws.solarized, solarize)
-        statistics = torch.tensor([self.views.mean, self.views.std]).to(x.device, non_blocking=True)
+        statistics = sent(torch.tensor([self.views.mean, self.views.std]), x.device)
         mean, std = statistics.view(2, -1, 1, 1)
         return x.mul_(1 / std).sub_(mean / std)
 
@@ -163,10 +164,10 @@ def jitter(x: Tensor, drawn: JitterDraws) -> None:
                 continue
             amount = drawn.hue if operation == _HUE else drawn.factor[:, operation]  # (n,)
             if len(present) == 1:
-                _OPERATIONS[operation](x, amount.to(x.device, non_blocking=True))
+                _OPERATIONS[operation](x, sent(amount, x.device))
                 continue
             places = (operations == operation).nonzero().squeeze(1)
-            amount, places = (part.to(x.device, non_blocking=True) for part in (amount[places], places))
+            amount, places = (sent(part, x.device) for part in (amount[places], places))
             some = x.index_select(0, places)
             _OPERATIONS[operation](some, amount)
             x.index_copy_(0, places, some)
@@ -242,7 +243,7 @@ def _change_some(x: Tensor, chosen: Tensor, change: Callable[[Tensor], object]) 
     if len(places) == run.stop - run.start:
         change(x[run])
         return
-    places = places.to(x.device, non_blocking=True)
+    places = sent(places, x.device)
     some = x.index_select(0, places)
     change(some)
     x.index_copy_(0, places, some)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pytest import MonkeyPatch
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
@@ -22,6 +23,16 @@ class FakeGPU(FakeTensorMode):
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self.within = False  # an operation, of which this one is a part
+        self.patches: list[MonkeyPatch] = []  # torch enters the mode again and again
+
+    def __enter__(self) -> FakeGPU:
+        self.patches.append(MonkeyPatch())
+        self.patches[-1].setattr(Tensor, "pin_memory", lambda tensor: tensor)  # torch would ask a GPU
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.patches.pop().undo()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
