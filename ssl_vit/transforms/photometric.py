@@ -28,9 +28,7 @@ class JitterDraws(NamedTuple):
     """How n views are jittered, by those operations that are on."""
 
     chosen: Tensor  # (n,) bool: whether at all
-    order: (
-        Tensor  # (n, operations) int64: which of brightness 0, contrast 1, saturation 2 and hue 3 comes 1st, 2nd, ...
-    )
+    order: Tensor  # (n, operations) int64: which comes 1st, 2nd, ... of brightness 0, contrast 1, saturation 2, hue 3
     factor: Tensor  # (n, 3) of brightness, contrast and saturation
     hue: Tensor  # (n,) share of the colour circle
 
