@@ -47,9 +47,16 @@ def _words(value: object) -> object:
     """`[a=1,b=[2,3]]`, which Hydra leaves a text, as the words of a command line."""
     if not isinstance(value, str):
         return value
-    commas_between_words = r",(?![^\[]*\])"
-    inside = value.strip().removeprefix("[").removesuffix("]")
-    return [word.strip() for word in re.split(commas_between_words, inside) if word.strip()]
+    text = value.strip()
+    inside = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    depth, words = 0, [""]
+    for letter in inside:
+        depth += (letter == "[") - (letter == "]")
+        if letter == "," and depth == 0:
+            words.append("")
+        else:
+            words[-1] += letter
+    return [word.strip() for word in words if word.strip()]
 
 
 Words = Annotated[list[str], BeforeValidator(_words)]

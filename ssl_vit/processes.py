@@ -1,8 +1,10 @@
-"""Which of several processes this is, known before they have met, and the signals that ask it to stop."""
+"""A process among others: which of several it is, what asks it to stop, and what it does with freed memory."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import signal
 
 # What asks a run to stop: Ctrl-C, SIGTERM, and the warnings of SLURM and submitit before the time of a job is up.
@@ -17,3 +19,23 @@ def first_process() -> bool:
     Lightning and torchrun tell a process its place through the environment; the first that Lightning starts has none.
     """
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's mallopt
+_GLIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what one training step frees for the next, instead of giving it back to the system.
+
+    Otherwise each page of a large tensor is faulted in and cleared anew in every step. Only glibc can be told.
+    """
+    if _GLIBC:
+        _GLIBC.mallopt(_TRIM_THRESHOLD, -1)
+        _GLIBC.mallopt(_MMAP_MAX, 0)
+
+
+def give_memory_back() -> None:
+    """Give to the system what was kept."""
+    if _GLIBC:
+        _GLIBC.malloc_trim(0)

@@ -253,3 +253,16 @@ def test_cfg_prints_what_composes(capsys):
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed == compose_values("pretrain", ["data.root=x", "backbone=vit_cpu"])
     assert printed["backbone"]["embed_dim"] == 128
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("[]", []),
+        ("[a=1,b=2]", ["a=1", "b=2"]),
+        ("method.teacher.momentum=[0.9,1.0]", ["method.teacher.momentum=[0.9,1.0]"]),
+        ("[a=[[1,2],[3,4]], b=c]", ["a=[[1,2],[3,4]]", "b=c"]),
+    ],
+)
+def test_overrides_to_compare_with_may_hold_lists(written, words):
+    assert load_config("bench", [f"versus={written}"], models.BenchConfig).versus == words

@@ -13,7 +13,7 @@ from ssl_vit.methods.base import make_plan
 from ssl_vit.models.attention import attend, choose_attention
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.heads import Prototypes
-from ssl_vit.training.hardware import keep_freed_memory
+from ssl_vit.processes import keep_freed_memory
 from ssl_vit.training.trainer import build_method
 from ssl_vit.transforms.randomness import sample_keys
 
@@ -78,6 +78,17 @@ def test_plain_attention_in_a_network_equals_timms(pictures, autocast):
     torch.testing.assert_close(cls, expected, rtol=tolerance, atol=tolerance)
     for name, gradient in theirs.items():
         assert (gradients[name] - gradient).abs().max() <= tolerance * gradient.abs().max().clamp(min=1e-3), name
+
+
+def test_plain_attention_works_in_one_number_format_on_a_gpu_too():
+    """There autocast takes a softmax in float32."""
+    from reference.fake_gpu import FakeGPU
+
+    with FakeGPU(), torch.autocast("cuda", torch.bfloat16):
+        qkv = torch.zeros(2, 5, 3, 2, 8, dtype=torch.bfloat16).to("cuda", non_blocking=True).requires_grad_()
+        out = attend(qkv, 0.5)
+        (gradient,) = out.grad_fn.apply(torch.empty_like(out))[:1]
+    assert out.dtype == gradient.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("extra", [{"qk_norm": True, "norm_layer": torch.nn.LayerNorm}, {"gated": True}])
@@ -162,6 +173,10 @@ def test_compiled_blocks_compute_the_same_in_one_graph_per_shape(pictures, recom
     assert not torch._dynamo.utils.counters["graph_break"]
     # The first block has no drop path; the others share their graphs; two resolutions.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
+    for width in (16, 48, 64):  # torch's own limit of graphs would be passed
+        other = Backbone(tiny(drop_path=0.5, embed_dim=width)).train()
+        other.compile_blocks()
+        pass_of(other, *pictures)
 
 
 COMPILE = torch.compile
@@ -208,7 +223,7 @@ def test_freed_memory_is_kept_where_the_c_library_can():
         return
     code = """
 import resource, torch
-from ssl_vit.training.hardware import keep_freed_memory
+from ssl_vit.processes import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5):

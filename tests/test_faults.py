@@ -347,3 +347,51 @@ StopSignals.on_train_batch_end = ask
         if not name.endswith("qkv.bias"):  # the keys' part has no gradient but rounding
             torch.testing.assert_close(value, other["state_dict"][name], rtol=0, atol=1e-5)
     assert [row["step"] for row in rows(run)] == [str(step) for step in range(14)]
+
+
+def test_steps_of_a_gpu_are_counted_one_later_and_a_checkpoint_leaves_one_to_go_on_with(tmp_path):
+    """The last step that is known is not the one at hand; what is saved can be resumed."""
+    from types import SimpleNamespace
+
+    from ssl_vit.methods.finite import Skipped
+    from ssl_vit.training.journal import Journal
+    from ssl_vit.training.skipping import SkippedSteps
+
+    steps = SkippedSteps(Journal(tmp_path / "skipped.jsonl", 0), SimpleNamespace(name=str), budget=2)
+    trainer = SimpleNamespace(global_step=0, current_epoch=0, accumulate_grad_batches=1, should_stop=False)
+
+    class Loss:
+        is_cuda = True
+
+        def detach(self):
+            return self
+
+        def __mul__(self, factor):
+            return self
+
+        def __float__(self):
+            return float("nan")
+
+    batch = SimpleNamespace(index=torch.arange(2), key=torch.arange(2))
+    bad = SimpleNamespace(check=SimpleNamespace(skipped=lambda: Skipped([], expected=False)))
+    steps.on_train_start(trainer, bad)
+    for step in range(1, 4):
+        trainer.global_step = step
+        steps.on_train_batch_end(trainer, bad, {"loss": Loss()}, batch, 0)
+        assert steps.total == step - 1
+    assert not trainer.should_stop
+    assert steps.state_dict() == {"total": 3, "in_a_row": 2}
+    assert steps.exhausted
+    trainer.global_step = 4
+    steps.on_train_batch_end(trainer, bad, {"loss": Loss()}, batch, 0)
+    assert trainer.should_stop
+
+    resumed = SkippedSteps(Journal(tmp_path / "more.jsonl", 0), SimpleNamespace(name=str), budget=2)
+    resumed.load_state_dict(steps.state_dict() | {"in_a_row": 2})
+    good = SimpleNamespace(check=SimpleNamespace(skipped=lambda: None))
+    resumed.on_train_start(SimpleNamespace(global_step=4), good)
+    trainer = SimpleNamespace(global_step=5, current_epoch=0, accumulate_grad_batches=1, should_stop=False)
+    resumed.on_train_batch_end(trainer, good, {"loss": Loss()}, batch, 0)
+    resumed.on_train_end()
+    assert not trainer.should_stop
+    assert not resumed.exhausted

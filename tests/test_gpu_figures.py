@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import gpu_measurements
+import pytest
 from gpu_figures import table
 
 TOOL = Path(__file__).parents[1] / "tools/gpu_figures.py"
@@ -14,6 +15,7 @@ NEEDS_GPU = ["cifar 512 CUDA graphs", "check sync", "check waits"]
 SOME = ["machine", "vit_s full", "cifar 512 K", "cifar 512 C", "check", "sit full", "parts"]
 
 
+@pytest.mark.slow
 def test_figures_and_failures_are_in_the_file_and_the_table(tmp_path):
     out = tmp_path / "figures.json"
     command = [sys.executable, str(TOOL), str(out), "--budget", "60", "--only", *SOME]

@@ -146,6 +146,16 @@ def test_center_is_the_running_mean_over_views_and_micro_batches():
     np.testing.assert_allclose(split.value, whole.value, rtol=1e-5)
 
 
+def test_center_is_exact_though_the_logits_are_multiplied_in_bfloat16():
+    generator = torch.Generator().manual_seed(0)
+    z, v = (torch.nn.functional.normalize(torch.randn(n, 64, generator=generator), dim=1) for n in (256, 3000))
+    center = Center(3000, 0.0)
+    center.observe(Logits(z.bfloat16(), v.bfloat16(), torch.ones(3000)))
+    center.update(TAKEN)
+    exact = (z.bfloat16().double() @ v.bfloat16().double().T).mean(0)
+    torch.testing.assert_close(center.value.double(), exact, rtol=0, atol=1e-7)
+
+
 def test_center_travels_in_the_state_dict():
     center = Center(3, 0.9)
     center.observe(logits(torch.ones(2, 1, 3)))

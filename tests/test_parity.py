@@ -161,3 +161,13 @@ def test_lightnings_launch_and_torchrun_train_the_same(pretrain_words, tmp_path,
     assert_same_training(runs / "one", runs / "four")
     by_lightning, by_torchrun = weights(runs / "two"), weights(runs / "torchrun")
     assert all(torch.equal(by_lightning[name], by_torchrun[name]) for name in by_lightning)
+
+
+def test_the_batch_stays_where_lightning_put_it():
+    """Torch's DDP would move the pictures' keys to the GPU, where the CPU would have to wait for them."""
+    from ssl_vit.config import TrainerConfig
+    from ssl_vit.training.trainer import make_strategy
+
+    strategy = make_strategy(TrainerConfig.model_construct(devices=2, nodes=1, strategy="auto"), torch.device("cuda"))
+    assert strategy.determine_ddp_device_ids() is None
+    assert strategy.process_group_backend == "cpu:gloo,cuda:nccl"

@@ -24,8 +24,9 @@ from torch import Tensor
 from ssl_vit.commands.compose import load_config
 from ssl_vit.config import DINOConfig, PretrainConfig
 from ssl_vit.methods.base import SSLMethod, make_plan
+from ssl_vit.processes import keep_freed_memory
 from ssl_vit.training.flops import flops_per_picture
-from ssl_vit.training.hardware import keep_freed_memory, measure_matmul
+from ssl_vit.training.hardware import measure_matmul
 from ssl_vit.training.trainer import build_method
 from ssl_vit.transforms.batch import Batch
 from ssl_vit.transforms.randomness import sample_keys

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssl_vit.data.parallel import in_threads
 from ssl_vit.data.pictures import BrokenPicture, Pictures, Shrink, SkippedPictures
+from ssl_vit.processes import give_memory_back
 
 _SAMPLE = 64  # pictures whose size stands for that of all
 _SHARE = 0.5  # of a GPU's free memory
@@ -87,6 +88,8 @@ def decode_all(
             skipped.record(picture)
             continue
         if used + picture.numel() > len(buffer):
+            del buffer
+            give_memory_back()
             return None
         buffer[used : used + picture.numel()] = picture.permute(1, 2, 0).flatten()
         used += picture.numel()
@@ -95,8 +98,11 @@ def decode_all(
 
 
 def home(images: Tensor, device: torch.device) -> Tensor:
-    """The pictures where they are cropped: on the device, if they take no more than half of the memory free there."""
-    if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] * _SHARE:
+    """The pictures where they are cropped: on the device, if they take no more than half of its memory.
+
+    Not of what is free at the moment: the same run would be cropped here one time and there another.
+    """
+    if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[1] * _SHARE:
         return images
     return images.to(device)
 

@@ -23,7 +23,10 @@ _ROOMY = 6  # groups per neighbour from which on that pays
 
 
 class Neighbours(NamedTuple):
-    """The k nearest in the bank to each of Q queries: the nearest first, of equally near ones the earlier first."""
+    """The k nearest in the bank to each of Q queries: the nearest first, of equally near ones the earlier first.
+
+    Equally near as float32 computes it: rows of a bank above 65,536 may be multiplied in two ways, a rounding apart.
+    """
 
     similarity: Tensor  # (Q, k) float32
     place: Tensor  # (Q, k) int64, rows of the bank

@@ -156,9 +156,10 @@ class Center(nn.Module):
     @torch.no_grad()
     def observe(self, teacher: Logits) -> None:
         """Add the logits (G·B, K) of a micro-batch; linear in z, they need not be multiplied out."""
-        total = Logits(teacher.z.sum(dim=0, keepdim=True), teacher.v, teacher.scale)
+        total = teacher.z.sum(dim=0, dtype=self.seen.dtype)  # (D,)
         with torch.autocast(self.seen.device.type, enabled=False):
-            self.seen += total.columns(slice(None)).squeeze(0)
+            for part in teacher.blocks():
+                self.seen[part] += (teacher.v[part].to(total.dtype) @ total) * teacher.scale[part]
         self.count += len(teacher.z)
 
     @torch.no_grad()

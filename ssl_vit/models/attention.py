@@ -55,7 +55,8 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, scale: float) -> Tensor:  # noqa: ANN401 - torch's, which takes any attribute
         batch, tokens, _, heads, width = qkv.shape
         q, k, v = qkv.permute(2, 0, 3, 1, 4).reshape(3, batch * heads, tokens, width).unbind()  # (B·H, N, d) each
-        weights = torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=scale).softmax(dim=-1)  # (B·H, N, N)
+        with torch.autocast(qkv.device.type, enabled=False):  # on a GPU it would take the softmax in float32
+            weights = torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=scale).softmax(dim=-1)  # (B·H, N, N)
         ctx.save_for_backward(q, k, v, weights)
         ctx.scale, ctx.shape = scale, qkv.shape
         return torch.bmm(weights, v).view(batch, heads, tokens, width).transpose(1, 2).reshape(batch, tokens, -1)

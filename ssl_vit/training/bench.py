@@ -122,6 +122,7 @@ class Subject:
         self.seconds = seconds
         self.device = best_device(config.trainer.accelerator)
         self.tried: dict[int, Row] = {}  # the synthetic row of a batch size
+        self.resident: ResidentLoader | None = None  # decoded once for all rows
 
     def check(self) -> Network:
         """Build the method once, for what it is and for the mistakes that only this finds.
@@ -229,7 +230,9 @@ class Subject:
         return make_trainer(self.config, self._plan(), [], [watch], DurableIO(), self.skipped.path.parent)
 
     def _loader(self) -> ResidentLoader | TrainingLoader:
-        return training_loader(
+        if self.resident:
+            return self.resident
+        loader = training_loader(
             self.pictures,
             MultiCrop(self.config.method.views),
             self.config.data,
@@ -242,6 +245,9 @@ class Subject:
             skipped=self.skipped,
             device=self.device,
         )
+        if isinstance(loader, ResidentLoader):
+            self.resident = loader
+        return loader
 
 
 def make_batch(config: TrainingConfig, pictures: int, device: torch.device) -> Batch:

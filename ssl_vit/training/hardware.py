@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import platform
 import re
 import shutil
 import sys
@@ -16,6 +14,7 @@ from typing import Literal
 import torch
 
 from ssl_vit.errors import UserError
+from ssl_vit.processes import give_memory_back
 
 if sys.platform != "win32":
     import resource
@@ -55,20 +54,7 @@ def compiling_pays(device: torch.device) -> bool:
     return device.type == "cuda" and compiler and headers.is_file()
 
 
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's mallopt
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what one step frees for the next, instead of giving it back to the system.
-
-    Otherwise each page of a large tensor is faulted in and cleared anew in every step. Only glibc can be told.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_TRIM_THRESHOLD, -1)
-        libc.mallopt(_MMAP_MAX, 0)
-
-
+_SMALLEST_PRODUCT = 256
 _COMPUTES_IN = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -86,10 +72,15 @@ def matmul_peak(device_type: str, precision: str) -> float:
 
 
 def measure_matmul(device_type: str, precision: str, *, seconds: float) -> float:
-    """FLOP/s as `matmul_peak`, measured now and for so long."""
-    side = 8192 if device_type == "cuda" else 2048
-    a, b = torch.rand(2, side, side, device=device_type, dtype=_COMPUTES_IN[precision]).unbind()
-    torch.mm(a, b)  # what is set up at the first call
+    """FLOP/s as `matmul_peak`, measured now and for so long; of smaller products where those would take longer."""
+    dtype, side = _COMPUTES_IN[precision], 8192 if device_type == "cuda" else 2048
+    while True:
+        a, b = torch.rand(2, side, side, device=device_type).to(dtype).unbind()
+        probe = a[: side // 16], b[:, : side // 16]
+        torch.mm(*probe)  # what is set up at the first call
+        if side <= _SMALLEST_PRODUCT or _seconds_of(*probe) * 16**2 < seconds:
+            break
+        side //= 2
     best, end = float("inf"), time.perf_counter() + seconds
     while best == float("inf") or time.perf_counter() < end:
         best = min(best, _seconds_of(a, b))
@@ -129,6 +120,7 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 
 def forget_peak_memory(device: torch.device) -> None:
     """Let `peak_memory` count from now on; on the host only Linux can."""
+    give_memory_back()
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")

@@ -40,18 +40,14 @@ class SkippedSteps(L.Callback):
         self.pictures = pictures
         self.budget = budget
         self.total = self.in_a_row = 0
+        self.exhausted = False  # whether the run has to stop
         self._pictures: list[tuple[int, int]] = []  # index and key of the pictures of the step at hand
         self._open: deque[_Step] = deque()  # steps of which the CPU does not know yet whether they were taken
 
-    @property
-    def exhausted(self) -> bool:
-        """Whether the run has to stop."""
-        return self.in_a_row > self.budget
-
     def state_dict(self) -> dict[str, Any]:
-        """The counts."""
+        """The counts. A run that goes on from a checkpoint has at least one more step of its budget."""
         self._settle()
-        return {"total": self.total, "in_a_row": self.in_a_row}
+        return {"total": self.total, "in_a_row": min(self.in_a_row, self.budget)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.total, self.in_a_row = state_dict["total"], state_dict["in_a_row"]
@@ -91,6 +87,7 @@ class SkippedSteps(L.Callback):
                 continue
             self.total += 1
             self.in_a_row += 1
+            self.exhausted |= self.in_a_row > self.budget
             self.journal.write(
                 step.number,
                 process=rank(),

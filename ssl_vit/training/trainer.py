@@ -18,13 +18,13 @@ from ssl_vit.errors import UserError
 from ssl_vit.methods import METHODS
 from ssl_vit.methods.base import Plan, SSLMethod
 from ssl_vit.models.backbone import Backbone
+from ssl_vit.processes import keep_freed_memory
 from ssl_vit.training.checkpoints import DurableIO
 from ssl_vit.training.hardware import (
     autocast_dtype,
     best_device,
     compiling_pays,
     fused_attention_pays,
-    keep_freed_memory,
 )
 
 
@@ -101,7 +101,12 @@ def make_strategy(settings: TrainerConfig, device: torch.device) -> Strategy | s
             save_distributed_checkpoint=False,
             process_group_backend=backend,
         )
-    return DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True) if processes > 1 else "auto"
+    return _DDP(process_group_backend=backend, gradient_as_bucket_view=True) if processes > 1 else "auto"
+
+
+class _DDP(DDPStrategy):
+    def determine_ddp_device_ids(self) -> None:
+        """None: Lightning has moved the batch. Torch would move its keys to the GPU as well, and the CPU wait there."""
 
 
 def quiet_lightning() -> None:
