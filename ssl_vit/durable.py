@@ -20,8 +20,10 @@ def durable(path: Path) -> Iterator[BinaryIO]:
     Should the block fail, by a full disk say, `path` stays as it was. One process may write a file at a time.
 
     Raises:
-        OSError: The disk is full, or `path` cannot be written to.
+        OSError: The disk is full, or `path` cannot be written to or is no file that could be replaced.
     """
+    if path.exists() and not path.is_file():  # /dev/null, say
+        raise FileExistsError(errno.EEXIST, "this is no file", str(path))
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:

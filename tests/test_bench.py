@@ -87,13 +87,15 @@ def test_two_configurations_are_measured_in_turn(sample, tmp_path, capsys):
     ("words", "told"),
     [
         (["versus=[trainer.precison=32-true]"], "nearest valid one is trainer.precision"),
+        (["versus=[seconds=5]"], "seconds count for both"),
+        (["out=/dev/null"], "out=/dev/null is no file"),
         (["versus=[backbone=vit_huge]"], "backbone=vit_huge: there is no such option"),
         (["versus=[backbone.name=resnet50]"], "resnet50"),
         (["data.root=empty"], "empty"),
         (["data.root=nowhere"], "nowhere"),
         (["data.source=cifar10"], "data.root"),
         (["trainer.devices=2"], "single process"),
-        (["out=empty"], "out=empty is a folder"),
+        (["out=empty"], "out=empty is no file"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_measured(tmp_path, capsys, words, told):
@@ -155,7 +157,7 @@ def measured(config, **parts):
         ({"data": 0.5, "backward": 0.5}, ["data, 50% of a step", "100 images/s", "data.workers"]),
         ({"data": 0.01, "photometrics": 0.6, "backward": 0.39}, ["photometrics, 60%", "600 of 1,000 ms", "blur"]),
         ({"data": 0.01, "loss": 0.6, "backward": 0.39}, ["loss, 60%", "prototypes"]),
-        ({"data": 0.01, "backward": 0.99}, ["backward, 99%", "30% of the matmul peak", "more pictures in a step"]),
+        ({"data": 0.01, "backward": 0.99}, ["backward, 99%", "30% of the matmul peak", "a larger data.batch_size"]),
     ],
 )
 def test_the_bottleneck_has_a_name_numbers_and_a_remedy(parts, told):

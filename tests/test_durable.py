@@ -11,6 +11,14 @@ import pytest
 from ssl_vit.durable import durable, write_json
 
 
+def test_what_is_no_file_is_never_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(FileExistsError, match="this is no file"):
+        write_json(pipe, {})
+    assert pipe.is_fifo()
+
+
 def test_a_file_appears_whole_and_replaces_the_old_one(tmp_path):
     path = tmp_path / "a.bin"
     for content in (b"first", b"second, longer"):

@@ -53,6 +53,8 @@ SOUND = ("trainer.max_steps=2000", "trainer=auto", "trainer.accelerator=cpu")
         (("method.teacher.momentum=[0.0,1.0]",), 1600, ["teacher-is-student"]),
         (("method.teacher.momentum=[0.9996,1.0]",), 1600, ["slow-teacher"]),
         (("method.teacher.momentum=[1.0,1.0]",), 1600, ["slow-teacher"]),
+        (("method.views.local_crops.size=96",), 1600, ["large-locals"]),
+        (("method.views.local_crops.size=96", "method.views.local_crops.count=0"), 1600, []),
     ],
 )
 def test_what_can_be_seen_from_the_configuration(pretrain_config, words, pictures, expected):

@@ -345,7 +345,7 @@ def test_pictures_of_one_size_lie_and_are_cropped_on_the_device(tmp_path, multic
 def test_pictures_too_many_for_the_device_stay_where_they_are(monkeypatch):
     images = torch.zeros(10, 3, 8, 8, dtype=torch.uint8)
     assert home(images, torch.device("cpu")) is images
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * images.nbytes - 1, 10**9))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 2 * images.nbytes - 1))
     assert home(images, torch.device("cuda")) is images
 
 

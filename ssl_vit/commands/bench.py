@@ -7,6 +7,7 @@ ssl-vit bench data.root=photos 'versus=[trainer.precision=32-true]'
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,12 +40,15 @@ PHOTOS = 128  # that are made where there are none
 EPOCH = 10_000  # times that each of them comes in an epoch: those of a large data set are long
 BUSY = 0.5  # of the cores, from which on other work is told of
 STEP = 2.5  # seconds that a step may take
+_OWN = {"seconds", "versus", "row", "rounds", "out"}  # keys of bench itself
 
 
 def main(words: list[str]) -> None:
     """Run the command."""
     config = load_config("bench", words, BenchConfig)
     configs = [config]
+    if own := sorted({_key(word) for word in config.versus} & _OWN):
+        raise UserError(f"versus={config.versus}: {', '.join(own)} count for both; name keys of the training")
     if config.versus:
         changed = {_key(word) for word in config.versus}
         kept = [word for word in words if _key(word) not in changed | {"versus"}]
@@ -59,12 +63,14 @@ def bench(configs: list[BenchConfig]) -> None:
         UserError: Of a configuration or its pictures, before anything is measured.
     """
     quiet_lightning()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no temporary file stays behind
     config = configs[0]
     for each in configs:
         if each.trainer.devices * each.trainer.nodes > 1:
             raise UserError("trainer.devices and trainer.nodes: bench measures a single process, set both to 1")
-    if config.out.is_dir():
-        raise UserError(f"out={config.out} is a folder; name a file")
+    if config.out.exists() and not config.out.is_file():
+        raise UserError(f"out={config.out} is no file; name one")
+    config.out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="ssl-vit-bench-") as name:
         folder = Path(name)
         subjects, described = [], []
@@ -88,7 +94,6 @@ def bench(configs: list[BenchConfig]) -> None:
     print(f"\n{comparison or bottleneck(found[0], subjects[0].device)}")
     if count:
         print(f"{counted(count, 'picture')} could not be read and left out; ssl-vit scan names them")
-    config.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(config.out, as_values(found, comparison, described, environment))
     print(f"Everything: {config.out}")
 
@@ -132,7 +137,8 @@ def measure(subjects: list[Subject], config: BenchConfig) -> tuple[list[Measured
         return found, None
     first, second = (subject.rows[config.row] for subject in found)
     ratios = [b.images_per_s / a.images_per_s for a, b in zip(first, second, strict=True)]
-    return found, Comparison(config.row, config.versus, ratios)
+    batch_sizes = [subject.config.data.batch_size for subject in found]
+    return found, Comparison(config.row, config.versus, batch_sizes, ratios)
 
 
 def matmul(subject: Subject, precision: str) -> float:

@@ -60,13 +60,15 @@ class Comparison(NamedTuple):
 
     row: str
     overrides: list[str]  # of the second
+    batch_sizes: list[int]  # that the two were measured with
     ratios: list[float]  # of images/s, by round
 
     def __str__(self) -> str:
+        sizes = " and ".join(map(str, self.batch_sizes))
         return (
             f"B / A = {median(self.ratios):.2f} in images/s of the {ROWS[self.row]} row, the median of "
             f"{len(self.ratios)} rounds (from {min(self.ratios):.2f} to {max(self.ratios):.2f}); "
-            f"B is A with {' '.join(self.overrides)}"
+            f"B is A with {' '.join(self.overrides)}; measured with batches of {sizes}"
         )
 
 
@@ -151,17 +153,18 @@ def bottleneck(subject: Measured, device: torch.device) -> str:
     step = sum(parts.values())
     waiting = parts["data"] / step
     loader, training = subject.typical("data"), subject.typical("synthetic")
-    if waiting > WAITING:
+    speed = subject.typical("full") / training
+    part = max(parts, key=parts.__getitem__)
+    if part == "data" or (waiting > WAITING and (loader < training or speed < SLOWED)):
         return (
             f"Bottleneck: data, {waiting:.0%} of a step: the loader alone gives {_short(loader)} images/s, training "
             f"alone takes {_short(training)}"
             + (", and the two share the cores" if loader > training else "")
-            + "; more data.workers where there are cores, smaller files, or data.memory_gb for all of them help."
+            + "; more cores, smaller files, or a data.memory_gb that holds all pictures help."
         )
-    part = max(parts, key=parts.__getitem__)
     took = f"{_short(1000 * parts[part])} of {_short(1000 * step)} ms"
     said = f"Bottleneck: {part}, {parts[part] / step:.0%} of a step ({took})"
-    if (speed := subject.typical("full") / training) < SLOWED:
+    if speed < SLOWED:
         said += f", which loading slows down to {speed:.0%} of its speed without"
     if part in _LESS_OF_IT:
         return f"{said}; {_LESS_OF_IT[part]}."
@@ -170,7 +173,7 @@ def bottleneck(subject: Measured, device: torch.device) -> str:
     if subject.network.precision == "32-true" and autocast_dtype(device):
         return f"{said}; this machine computes faster with trainer.precision=bf16-mixed."
     if share < BUSY:
-        return f"{said}; more pictures in a step use the machine better."
+        return f"{said}; a larger data.batch_size may use the machine better."
     return f"{said}; only a smaller backbone or fewer views make it faster here."
 
 

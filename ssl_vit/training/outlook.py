@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ssl_vit.config import DINOConfig, OptimizerConfig, SiTConfig, TeacherConfig
+from ssl_vit.config import DINOConfig, OptimizerConfig, SiTConfig, TeacherConfig, ViewsConfig
 from ssl_vit.methods.base import Plan
 from ssl_vit.training.health import Verdict
 
@@ -22,7 +22,11 @@ def outlook(config: DINOConfig | SiTConfig, plan: Plan, peak_lr: float) -> list[
         plan: Length of the run.
         peak_lr: The learning rate at the end of the warm-up.
     """
-    verdicts = [_short_epochs(config, plan), _learning_rate(config.optimizer, plan, peak_lr)]
+    verdicts = [
+        _short_epochs(config, plan),
+        _learning_rate(config.optimizer, plan, peak_lr),
+        _large_locals(config.views),
+    ]
     if isinstance(config, DINOConfig):
         verdicts += [_hot_teacher(config.teacher), _slow_teacher(config.teacher, plan)]
     return [verdict for verdict in verdicts if verdict]
@@ -52,6 +56,17 @@ def _learning_rate(optimizer: OptimizerConfig, plan: Plan, peak: float) -> Verdi
         "learning-rate",
         f"a learning rate of {made_of} is too {'high' if peak > high else 'low'} for AdamW",
         f"Set method.optimizer.lr so that it lies between {low:g} and {high:g} after scaling.",
+    )
+
+
+def _large_locals(views: ViewsConfig) -> Verdict | None:
+    small, large = views.local_crops, views.global_crops
+    if not small.count or small.size <= large.size:
+        return None
+    return Verdict(
+        "large-locals",
+        f"local views of {small.size} pixels are larger than the global ones of {large.size}, and cost more than these",
+        f"Set method.views.local_crops.size to about {large.size // 2}.",
     )
 
 
