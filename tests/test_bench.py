@@ -1,7 +1,8 @@
 """`ssl-vit bench` measures what it says, on any configuration, and leaves nothing behind but its file."""
 
 import json
-import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from ssl_vit.cli import main
 from ssl_vit.commands.compose import load_config
 from ssl_vit.config import BenchConfig
 from ssl_vit.data.pictures import SkippedPictures
-from ssl_vit.training.bench import Network, Repeated, Row, Stopwatch, Subject, make_batch
+from ssl_vit.training.bench import Network, Repeated, Row, Subject, make_batch
 from ssl_vit.training.bench_report import Measured, bottleneck, table
 from ssl_vit.training.flops import Flops
 
@@ -131,18 +132,27 @@ def test_steps_that_take_too_long_get_fewer_pictures(tmp_path, method, batch_siz
     assert subject.largest_batch(100) > 16
 
 
+INTERRUPTED = """
+import signal, sys, tempfile
+from ssl_vit.cli import main
+from ssl_vit.training.bench import Stopwatch
+tempfile.tempdir = "tmp"
+Stopwatch.on_train_batch_end = lambda *_: signal.raise_signal(signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main(["bench", *sys.argv[1:]]))
+"""
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-def test_ctrl_c_ends_it_without_a_trace(tmp_path, monkeypatch, capsys, workers):
-    handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(Stopwatch, "on_train_batch_end", lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        assert main(["bench", *QUICK, "data.batch_size=1", f"data.workers={workers}", "versus=[seed=1]"]) == 130
-    finally:
-        signal.signal(signal.SIGINT, handler)  # Lightning ignores a second one
-    output = capsys.readouterr()
-    assert "measuring: full, A" in output.err
-    assert output.err.endswith("ssl-vit bench: stopped\n")
-    assert output.out == ""
+def test_ctrl_c_ends_it_without_a_trace(tmp_path, workers):
+    """In a process and a session of its own, so that no one else is interrupted."""
+    words = [*QUICK, "data.batch_size=1", f"data.workers={workers}", "versus=[seed=1]"]
+    command = [sys.executable, "-c", INTERRUPTED, *words]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=120)
+    assert done.returncode == 130, done.stderr
+    assert "measuring: full, A" in done.stderr
+    assert done.stderr.endswith("ssl-vit bench: stopped\n")
+    assert done.stdout == ""
     assert left_behind(tmp_path) == set()
 
 
@@ -154,7 +164,7 @@ def measured(config, **parts):
 @pytest.mark.parametrize(
     ("parts", "told"),
     [
-        ({"data": 0.5, "backward": 0.5}, ["data, 50% of a step", "100 images/s", "data.workers"]),
+        ({"data": 0.5, "backward": 0.5}, ["data, 50% of a step", "100 images/s", "data.memory_gb"]),
         ({"data": 0.01, "photometrics": 0.6, "backward": 0.39}, ["photometrics, 60%", "600 of 1,000 ms", "blur"]),
         ({"data": 0.01, "loss": 0.6, "backward": 0.39}, ["loss, 60%", "prototypes"]),
         ({"data": 0.01, "backward": 0.99}, ["backward, 99%", "30% of the matmul peak", "a larger data.batch_size"]),

@@ -7,7 +7,6 @@ ssl-vit bench data.root=photos 'versus=[trainer.precision=32-true]'
 
 from __future__ import annotations
 
-import signal
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -63,7 +62,6 @@ def bench(configs: list[BenchConfig]) -> None:
         UserError: Of a configuration or its pictures, before anything is measured.
     """
     quiet_lightning()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no temporary file stays behind
     config = configs[0]
     for each in configs:
         if each.trainer.devices * each.trainer.nodes > 1:
