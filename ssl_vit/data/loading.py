@@ -112,7 +112,7 @@ def training_loader(
         first_step: Optimizer steps already done; the batches go on behind them, within an epoch if need be.
         skipped: Takes the broken pictures.
         local_world: Training processes on this machine, which share its cores; None: all are.
-        device: That trains; pictures of one size lie and are cropped there, if half of its free memory holds them.
+        device: That trains; pictures of one size lie and are cropped there, if half of its memory holds them.
 
     Raises:
         UserError: No picture can be read.

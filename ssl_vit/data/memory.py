@@ -12,7 +12,7 @@ from ssl_vit.data.pictures import BrokenPicture, Pictures, Shrink, SkippedPictur
 from ssl_vit.processes import give_memory_back
 
 _SAMPLE = 64  # pictures whose size stands for that of all
-_SHARE = 0.5  # of a GPU's free memory
+_SHARE = 0.5  # of a GPU's memory
 _RESERVE = 2  # address space per estimated byte; memory is only taken as it is filled
 
 
