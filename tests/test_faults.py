@@ -321,6 +321,20 @@ def test_a_loading_process_that_is_killed_ends_the_run_in_words(pretrain_words, 
     assert "Traceback" not in output
 
 
+def test_a_loading_process_that_is_killed_inside_other_code_ends_the_run_in_words(pretrain_config, monkeypatch):
+    """torch raises from a signal handler, wherever the process is; what is interrupted may raise its own instead."""
+
+    def interrupted(self, batch, batch_idx):
+        try:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+        except RuntimeError as error:
+            raise TypeError("unsupported callable") from error
+
+    monkeypatch.setattr(DINO, "training_step", interrupted)
+    with pytest.raises(UserError, match="a loading process was killed"):
+        pretrain(pretrain_config())
+
+
 @pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
 def test_saved_by_two_processes_and_resumed_by_one_and_the_reverse(pretrain_words, tmp_path, first, second):
     words = pretrain_words("trainer.precision=32-true", "backbone.drop_path=0.2", "trainer.max_steps=14")

@@ -34,14 +34,14 @@ def named_faults(keeper: Keeper) -> Iterator[None]:
         raise _of_this_process(f"{place}: {error.strerror or error}. {keeper.way_on}") from None
     except SystemExit:  # Lightning's answer to a second Ctrl-C
         raise KeyboardInterrupt from None
-    except RuntimeError as error:
+    except Exception as error:
         if world_size() > 1 and _peer_is_gone(error):
             if first_process():
                 reason = str(error).partition("\n")[0].partition(". This is typically")[0]
                 print(f"another process has ended, and with it the run ({reason}). {keeper.way_on}", file=sys.stderr)
             sys.stderr.flush()
             os._exit(1)  # torch's own farewell would wait for the process that is gone, or abort
-        if "DataLoader worker" not in str(error):
+        if not _loading_process_died(error):
             raise
         raise _of_this_process(
             "a loading process was killed, most often because memory ran out: lower data.workers or data.batch_size. "
@@ -73,6 +73,16 @@ def _of_this_process(message: str) -> UserError:
     return UserError(f"process {rank()}: {message}" if world_size() > 1 else message)
 
 
-def _peer_is_gone(error: RuntimeError) -> bool:
+def _peer_is_gone(error: Exception) -> bool:
     """Whether a collective operation failed because another process has ended: gloo and NCCL say it their own way."""
-    return isinstance(error, DistBackendError) or "gloo" in str(error)
+    return isinstance(error, RuntimeError) and (isinstance(error, DistBackendError) or "gloo" in str(error))
+
+
+def _loading_process_died(error: BaseException | None) -> bool:
+    """Whether torch's handler of SIGCHLD is at the bottom of it.
+
+    It raises wherever the process happens to be, also inside code that answers with an error of its own.
+    """
+    while error and "DataLoader worker" not in str(error):
+        error = error.__cause__ or error.__context__
+    return error is not None
