@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from ssl_vit import config as models
+from ssl_vit import config_evaluation as evaluations
 from ssl_vit.cli import COMMANDS
 from ssl_vit.cli import main as ssl_vit
 from ssl_vit.commands.compose import TEXTS, compose_values, load_config, to_yaml
@@ -18,9 +19,9 @@ from ssl_vit.errors import UserError
 NEEDED = {
     "demo": (models.DemoConfig, []),
     "pretrain": (models.PretrainConfig, ["data.root=pictures"]),
-    "knn": (models.KNNConfig, ["checkpoint=runs/x", "data.root=labelled"]),
-    "linear": (models.LinearConfig, ["checkpoint=runs/x", "data.root=labelled"]),
-    "attention": (models.AttentionConfig, ["checkpoint=runs/x", "images=pictures"]),
+    "knn": (evaluations.KNNConfig, ["checkpoint=runs/x", "data.root=labelled"]),
+    "linear": (evaluations.LinearConfig, ["checkpoint=runs/x", "data.root=labelled"]),
+    "attention": (evaluations.AttentionConfig, ["checkpoint=runs/x", "images=pictures"]),
     "export": (models.ExportConfig, ["checkpoint=runs/x"]),
     "scan": (models.ScanConfig, ["data.root=pictures"]),
     "bench": (models.BenchConfig, []),
@@ -28,7 +29,12 @@ NEEDED = {
 }
 OPTIONS = sorted(f"{file.parent.name}={file.stem}" for file in conf_dir().glob("*/*.yaml"))
 RECIPES = sorted(recipes_dir().glob("*.yaml"))
-SECTIONS = [m for m in vars(models).values() if isinstance(m, type) and issubclass(m, models.Section)]
+SECTIONS = [
+    model
+    for module in (models, evaluations)
+    for model in vars(module).values()
+    if isinstance(model, type) and issubclass(model, models.Section)
+]
 
 
 def load(command, *words):
@@ -212,7 +218,7 @@ def test_a_mistake_says_what_where_and_what_to_do(words, told):
 )
 def test_mistakes_of_evaluation(words, told):
     with pytest.raises(UserError, match=re.escape(told)):
-        load_config("knn", ["checkpoint=x", *words], models.KNNConfig)
+        load_config("knn", ["checkpoint=x", *words], evaluations.KNNConfig)
 
 
 def test_exit_code_is_2_and_there_is_no_traceback(capsys):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
-from ssl_vit.config import EvalDataConfig
+from ssl_vit.config_evaluation import EvalDataConfig
 from ssl_vit.data.arrays import luma
 from ssl_vit.data.files import counts
 from ssl_vit.data.find import find_labelled, find_pictures

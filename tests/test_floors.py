@@ -14,7 +14,16 @@ HYDRA = {"hydra", "omegaconf"}
 HEAVY = HYDRA | {"lightning", "pytorch_lightning", "wandb"}
 SMALL = HEAVY | {"torch", "timm"}
 
-CONFIG = {"__init__", "errors", "durable", "processes", "config", "config_values", "training.schedules"}
+CONFIG = {
+    "__init__",
+    "errors",
+    "durable",
+    "processes",
+    "config",
+    "config_evaluation",
+    "config_values",
+    "training.schedules",
+}
 TENSORS = CONFIG | {"distributed", "precision", "timing", "transforms", "models", "losses"}
 MEASURING = TENSORS | {"data", "evaluation", "training.hardware"}
 
@@ -27,6 +36,7 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "processes": (set(), SMALL),
     "training.schedules": (set(), SMALL),
     "config": (CONFIG, SMALL),
+    "config_evaluation": ({"config", "config_values"}, SMALL),
     "config_values": ({"training.schedules"}, SMALL),
     "distributed": (CONFIG, HEAVY | {"timm"}),
     "precision": (set(), HEAVY | {"timm"}),

@@ -21,7 +21,8 @@ from safetensors.numpy import load_file, save_file
 from ssl_vit.cli import main
 from ssl_vit.commands.compose import load_config
 from ssl_vit.commands.pretrain import pretrain
-from ssl_vit.config import KNNConfig, PretrainConfig, PretrainDataConfig
+from ssl_vit.config import PretrainConfig, PretrainDataConfig
+from ssl_vit.config_evaluation import KNNConfig
 from ssl_vit.data.files import folder_pictures
 from ssl_vit.data.find import find_labelled, find_pictures
 from ssl_vit.data.loading import training_loader

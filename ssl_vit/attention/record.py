@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ssl_vit.attention.summary import NETWORK, Result
-from ssl_vit.config import AttentionConfig
+from ssl_vit.config_evaluation import AttentionConfig
 from ssl_vit.evaluation.records import Record, Score, environment
 from ssl_vit.models.weights import LoadedBackbone
 

@@ -23,7 +23,7 @@ from ssl_vit.attention.record import write_ious, write_record
 from ssl_vit.attention.stream import attend
 from ssl_vit.attention.summary import Result, Summary, iou_table
 from ssl_vit.attention.truth import MaskFolder, NoMask
-from ssl_vit.config import AttentionConfig
+from ssl_vit.config_evaluation import AttentionConfig
 from ssl_vit.data.files import FilePictures, folder_pictures
 from ssl_vit.data.names import Names
 from ssl_vit.data.pictures import BrokenPicture, SkippedPictures

@@ -21,18 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from ssl_vit.commands.folders import conf_dir, recipes_dir
-from ssl_vit.config import (
-    AttentionConfig,
-    BenchConfig,
-    DemoConfig,
-    ExportConfig,
-    KNNConfig,
-    LinearConfig,
-    PretrainConfig,
-    ScanConfig,
-    Section,
-    ShardConfig,
-)
+from ssl_vit.config import BenchConfig, DemoConfig, ExportConfig, PretrainConfig, ScanConfig, Section, ShardConfig
+from ssl_vit.config_evaluation import AttentionConfig, KNNConfig, LinearConfig
 from ssl_vit.errors import SharedError, UserError
 
 ConfigT = TypeVar("ConfigT", bound=Section)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from ssl_vit.config import KNNConfig
+from ssl_vit.config_evaluation import KNNConfig
 from ssl_vit.evaluation.features import Features
 from ssl_vit.evaluation.knn import NEAR_DUPLICATE, KNNResult, Labelled, knn
-from ssl_vit.evaluation.records import Record, Score, accuracies
+from ssl_vit.evaluation.records import Answers, Record, Score, accuracies
 from ssl_vit.evaluation.search import choose_engine
-from ssl_vit.evaluation.study import Study
+from ssl_vit.evaluation.study import Source, Study
 from ssl_vit.training.hardware import best_device
 
 
@@ -40,7 +40,7 @@ def measure(config: KNNConfig) -> tuple[Record, Path]:
         queries = None if source.test is None else _labelled(source.test, device)
         result = knn(bank, queries, ks=config.k, temperature=config.temperature, engine=config.engine)
         results.append(result)
-        scores.append(_score(source.name, result, bank, queries))
+        scores.append(_score(source, result))
     near_duplicates = results[0].near_duplicates
     record = study.finish(
         scores,
@@ -64,12 +64,16 @@ def _labelled(features: Features, device: torch.device) -> Labelled:
     return Labelled(features.cls[:, -1].to(device), features.labels.to(device))
 
 
-def _score(name: str, result: KNNResult, bank: Labelled, queries: Labelled | None) -> Score:
-    labels = bank.labels if queries is None else torch.cat([bank.labels, queries.labels])
-    classes = len(torch.unique(labels))
+def _score(source: Source, result: KNNResult) -> Score:
+    asked = source.train if source.test is None else source.test
+    classes = len(torch.unique(torch.cat([source.train.labels, asked.labels])))
     by_k = [accuracies(ranks, classes, f", k={k}") for k, ranks in result.ranks.items()]
     metrics = [metric for same_depth in zip(*by_k, strict=True) for metric in same_depth]  # top-1 of all k first
-    return Score(name, metrics, details={"k_effective": result.k_effective})
+    answers = {
+        f", k={k}": Answers(asked.index, asked.labels, result.predicted[k].cpu(), ranks.cpu())
+        for k, ranks in result.ranks.items()
+    }
+    return Score(source.name, metrics, {"k_effective": result.k_effective}, answers)
 
 
 def _leak(near_duplicates: int, *, one_set: bool) -> list[str]:

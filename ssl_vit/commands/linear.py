@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from ssl_vit.config import LinearConfig
+from ssl_vit.config_evaluation import LinearConfig
 from ssl_vit.errors import UserError
 from ssl_vit.evaluation.features import Features
 from ssl_vit.evaluation.linear import LinearResult, Variant, linear_probe, stratified
-from ssl_vit.evaluation.records import Record, Score, accuracies
+from ssl_vit.evaluation.records import Answers, Record, Score, accuracies
 from ssl_vit.evaluation.study import PIXELS, Source, Study
 from ssl_vit.training.hardware import best_device
 
@@ -51,7 +51,7 @@ def measure(config: LinearConfig) -> tuple[Record, Path]:
             device=best_device(),
         )
         results.append(result)
-        scores.append(_score(source.name, result, classes=len(torch.unique(torch.cat([train.labels, test.labels])))))
+        scores.append(_score(source.name, result, train, test))
     record = study.finish(
         scores,
         protocol={
@@ -81,10 +81,13 @@ def _split(source: Source, seed: int) -> tuple[Features, Features]:
     return source.train.take(~test), source.train.take(test)
 
 
-def _score(name: str, result: LinearResult, *, classes: int) -> Score:
+def _score(name: str, result: LinearResult, train: Features, test: Features) -> Score:
+    classes = len(torch.unique(torch.cat([train.labels, test.labels])))
     chosen = {"features": str(result.chosen.variant), "l2": result.chosen.l2}
     trials = [
         {"features": str(trial.variant), "l2": trial.l2, "accuracy": trial.accuracy, "loss": trial.loss}
         for trial in result.trials
     ]
-    return Score(name, accuracies(result.ranks, classes), details={"chosen": chosen, "held_out": trials})
+    answers = Answers(test.index, test.labels, result.predicted, result.ranks)
+    details = {"chosen": chosen, "held_out": trials}
+    return Score(name, accuracies(result.ranks, classes), details, {"": answers})

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from ssl_vit.config import EvalDataConfig, Source
+from ssl_vit.config import Source
+from ssl_vit.config_evaluation import EvalDataConfig
 from ssl_vit.data.arrays import array_pictures
 from ssl_vit.data.files import FilePictures, folder_pictures, listed_pictures
 from ssl_vit.data.pictures import Pictures, printable

@@ -26,6 +26,7 @@ class KNNResult(NamedTuple):
     """How kNN classified Q queries, for each k that was asked for."""
 
     ranks: dict[int, Tensor]  # (Q,) int64: how many classes came before the true one; 0 is right
+    predicted: dict[int, Tensor]  # (Q,) int64: the labels with most votes; of equal ones the lowest
     k_effective: dict[int, int]  # the neighbours that voted: k, or all there were
     near_duplicates: int  # queries with a neighbour of cosine above NEAR_DUPLICATE
     warnings: list[str]
@@ -55,14 +56,17 @@ def knn(
     classes, places = torch.unique(torch.cat([bank.labels, truth]), return_inverse=True)
     bank_classes, true_classes = places[: len(bank.labels)], places[len(bank.labels) :]
     ranks: dict[int, list[Tensor]] = {k: [] for k in k_effective}
+    predicted: dict[int, list[Tensor]] = {k: [] for k in k_effective}
     step = max(1, _VOTES // len(classes))
     for rows in (slice(start, start + step) for start in range(0, len(truth), step)):
         part = Neighbours(found.similarity[rows], found.place[rows])
         counts = votes(part, bank_classes, len(classes), ks=list(k_effective.values()), temperature=temperature)
         for k, count in zip(k_effective, counts, strict=True):
             ranks[k].append(rank_of(true_classes[rows], count))
+            predicted[k].append(classes[count.argmax(dim=1)])
     return KNNResult(
         ranks={k: torch.cat(parts) for k, parts in ranks.items()},
+        predicted={k: torch.cat(parts) for k, parts in predicted.items()},
         k_effective=k_effective,
         near_duplicates=int((found.similarity[:, 0] > NEAR_DUPLICATE).sum()),
         warnings=_warnings(k_effective, bank.labels),

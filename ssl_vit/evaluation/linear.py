@@ -71,6 +71,7 @@ class LinearResult(NamedTuple):
     """How the chosen probe classified Q test pictures."""
 
     ranks: Tensor  # (Q,) int64: how many classes came before the true one; 0 is right
+    predicted: Tensor  # (Q,) int64: the labels of highest score
     chosen: Trial
     trials: list[Trial]
     warnings: list[str]
@@ -118,7 +119,9 @@ def linear_probe(
         path = probe_path(its_space, labels, classes=len(classes), l2=[chosen.l2], tolerance=_FINAL_TOLERANCE)
         _, probe = next(path)
         logits = probe.logits(chosen.variant.of(test).to(device)).cpu()
-    return LinearResult(_ranks(logits, classes, test.labels), chosen, trials, _warnings(chosen, l2))
+    return LinearResult(
+        _ranks(logits, classes, test.labels), classes[logits.argmax(dim=1)], chosen, trials, _warnings(chosen, l2)
+    )
 
 
 def stratified(labels: Tensor, share: float, *, seed: int) -> Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -32,6 +32,15 @@ class Metric:
     high: float
 
 
+class Answers(NamedTuple):
+    """What was answered of each of Q test pictures."""
+
+    place: Tensor  # (Q,) int64, in the set of test pictures
+    truth: Tensor  # (Q,) int64, the labels
+    predicted: Tensor  # (Q,) int64, the labels that came first
+    rank: Tensor  # (Q,) int64: how many classes came before the true one; 0 is right
+
+
 @dataclass(frozen=True)
 class Score:
     """What one network (or baseline) reached."""
@@ -39,6 +48,7 @@ class Score:
     name: str
     metrics: list[Metric]
     details: dict[str, Any]  # what was chosen or clamped on the way
+    answers: dict[str, Answers] = field(default_factory=dict)  # by what follows "top-1" in the names of the metrics
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ class Record:
             "tool": {"name": "ssl-vit", "version": __version__},
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "protocol_hash": protocol_hash(self.task, self.protocol),
-            **asdict(self),
+            **asdict(self, dict_factory=_without_answers),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, content)
@@ -124,6 +134,10 @@ def environment(device: torch.device) -> dict[str, Any]:
         "forward": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
+
+
+def _without_answers(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in items if name != "answers"}
 
 
 def _metric(name: str, right: Tensor) -> Metric:

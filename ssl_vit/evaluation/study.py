@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ssl_vit.config import EvalDataConfig, EvaluationConfig
+from ssl_vit.config_evaluation import EvalDataConfig, EvaluationConfig
 from ssl_vit.data.files import SPLITS
 from ssl_vit.data.find import LabelledSplit, find_labelled
 from ssl_vit.data.pictures import SkippedPictures

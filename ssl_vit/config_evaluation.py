@@ -1,0 +1,66 @@
+"""The configuration keys of the commands that look at a trained network: evaluations and attention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ssl_vit.config import Section, Source, Which, Workers
+from ssl_vit.config_values import Count, Positive, Seed
+
+
+class EvalDataConfig(Section):
+    source: Source
+    root: Path | None
+    train: Path | None
+    test: Path | None
+    batch_size: Count
+    workers: Workers
+    crop_ratio: Annotated[float, Field(gt=0, le=1)]
+    image_size: Count | None
+
+    @model_validator(mode="after")
+    def _some_pictures(self) -> Self:
+        if self.root is None and self.train is None:
+            raise ValueError("name the labelled pictures: data.root=FOLDER, or data.train=FOLDER data.test=FOLDER")
+        if self.root is not None and self.train is not None:
+            raise ValueError("data.root and data.train exclude each other: data.root holds train/ and val/ or test/")
+        if self.test is not None and self.train is None:
+            raise ValueError("data.test needs data.train beside it")
+        return self
+
+
+class EvaluationConfig(Section):
+    checkpoint: str
+    weights: Which
+    data: EvalDataConfig
+    baselines: bool
+    seed: Seed
+    out: Path | None
+
+
+class KNNConfig(EvaluationConfig):
+    k: Annotated[list[Count], Field(min_length=1)]
+    temperature: Positive
+    engine: Literal["auto", "torch", "faiss"]
+
+
+class LinearConfig(EvaluationConfig):
+    blocks: Annotated[list[Count], Field(min_length=1)]
+    l2: Annotated[list[Positive], Field(min_length=1)]
+    held_out: Annotated[float, Field(gt=0, lt=1)]
+
+
+class AttentionConfig(Section):
+    checkpoint: str
+    weights: Which
+    images: Path
+    masks: Path | None
+    out: Path
+    mass: Annotated[float, Field(gt=0, lt=1)]
+    max_side: Count | None
+    baselines: bool
+    seed: Seed
+    limit: Count | None
