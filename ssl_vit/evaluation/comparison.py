@@ -130,7 +130,7 @@ def _same(one: SavedRecord, other: SavedRecord) -> bool:
 
 def _differing(kinds: list[SavedRecord]) -> str:
     """The keys in which the protocols, and the pictures, differ, with their values in the order of the columns."""
-    told = [kind.told() for kind in kinds]
+    told = [kind.told for kind in kinds]
     keys = dict.fromkeys(key for one in told for key in one)
     differing = [key for key in keys if len({one.get(key) for one in told}) > 1]
     texts = [f"{key}: {' | '.join(_shortened(one.get(key, 'none')) for one in told)}" for key in differing]

@@ -73,11 +73,8 @@ class SavedRecord(_Part):
     score: SavedScore
     baselines: list[SavedScore]
     answers: str | None
-    path: Path = Field(default=Path(), exclude=True)
-
-    def told(self) -> dict[str, str]:
-        """All that must agree with another record's to stand in one column with it: dotted keys, values as JSON."""
-        return flat({"protocol": self.protocol, "data": self.data.identity()})
+    path: Path = Path()
+    told: dict[str, str] = Field(default_factory=dict)  # what must agree in a column: dotted keys, values as JSON
 
 
 # What damage in an .npz file has been seen to provoke.
@@ -157,9 +154,9 @@ def read_record(path: Path) -> SavedRecord:
             f"a record of schema {content['schema']!r}, and schema {SCHEMA} is read here; measure again to compare it"
         )
     try:
-        record = SavedRecord.model_validate(content).model_copy(update={"path": path})
-        record.told()
-        return record
+        record = SavedRecord.model_validate(content)
+        told = flat({"protocol": record.protocol, "data": record.data.identity()})
+        return record.model_copy(update={"path": path, "told": told})
     except RecursionError:
         raise _NoRecordError("a record that was damaged: its protocol is nested too deeply") from None
     except ValidationError as error:

@@ -11,6 +11,7 @@ import matplotlib.style
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
@@ -28,7 +29,7 @@ _INK, _BAR, _MEAN = "#202020", "#4878a8", "#c44e52"
 class Tile(NamedTuple):
     """A picture and what was answered of it."""
 
-    picture: Tensor  # (3, H, W) uint8
+    picture: Tensor  # (3, S, S) uint8
     truth: int
     predicted: int
     rank: int  # how many classes came before the true one
@@ -43,7 +44,7 @@ def hardest_tiles(answers: Answers, pictures: Pictures) -> list[Tile]:
         except BrokenPicture:
             continue
         place = (int(values[row]) for values in (answers.truth, answers.predicted, answers.rank))
-        tiles.append(Tile(_reduced(picture), *place))
+        tiles.append(Tile(_square(picture), *place))
     return tiles
 
 
@@ -61,7 +62,8 @@ def write_sheet(path: Path, mistakes: Mistakes, tiles: list[Tile], title: str) -
     below = 1.75 * max(1, math.ceil(len(tiles) / COLUMNS)) + 0.45
     with matplotlib.style.context("default"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of class names in other scripts
-        figure = Figure(figsize=(12, 0.5 + height + below), layout="constrained")
+        layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.05)  # inches
+        figure = Figure(figsize=(12, 0.5 + height + below), layout=layout)
         count = int(mistakes.confusion.sum())
         figure.suptitle(f"{title}, {count:,} pictures", fontsize=12, color=_INK, parse_math=False)
         halves = figure.add_gridspec(2, 1, height_ratios=[height, below])
@@ -109,8 +111,8 @@ def _draw_confusion(axes: Axes, mistakes: Mistakes) -> None:
         value = float(share[row, column])
         colour = "white" if value > 36 else _INK
         axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8 if size <= 12 else 6, color=colour)
-    names = [_short(name) for name in mistakes.classes]
-    axes.set_yticks(range(size), names, fontsize=8, parse_math=False)
+    axes.set_yticks(range(size), [_short(name) for name in mistakes.classes], fontsize=8, parse_math=False)
+    names = [_short(name, 14) for name in mistakes.classes]
     axes.set_xticks(range(size), names, fontsize=8, rotation=45 if size <= 12 else 90, parse_math=False)
     for label in axes.get_xticklabels():
         label.set(ha="right" if size <= 12 else "center", rotation_mode="anchor" if size <= 12 else "default")
@@ -147,7 +149,7 @@ def _draw_tiles(figure: SubFigure, classes: list[str], tiles: list[Tile]) -> Non
         axes.set_axis_off()
     for axes, tile in zip(grid.flat, tiles, strict=False):
         axes.imshow(tile.picture.permute(1, 2, 0).numpy())
-        lines = [_short(classes[tile.truth]), f"→ {_short(classes[tile.predicted])}"]
+        lines = [_short(classes[tile.truth], 18), f"→ {_short(classes[tile.predicted], 18)}"]
         lines.append(f"place {tile.rank + 1} of {len(classes)}")
         axes.set_title("\n".join(lines), fontsize=8, color=_INK, pad=3, parse_math=False)
 
@@ -157,10 +159,12 @@ def _short(name: str, most: int = 22) -> str:
     return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most // 2) :]}"
 
 
-def _reduced(picture: Tensor) -> Tensor:
-    """A large picture (3, H, W) uint8 at the size of a tile."""
-    factor = _SIDE / max(picture.shape[-2:])
-    if factor >= 1:
-        return picture
-    size = [max(1, round(side * factor)) for side in picture.shape[-2:]]
-    return F.interpolate(picture[None], size=size, mode="bilinear", antialias=True)[0]
+def _square(picture: Tensor) -> Tensor:
+    """A picture (3, H, W) uint8, a large one reduced, at the top of a white square: so captions stand in a row."""
+    height, width = picture.shape[-2:]
+    if (factor := _SIDE / max(height, width)) < 1:
+        height, width = max(1, round(height * factor)), max(1, round(width * factor))
+        picture = F.interpolate(picture[None], size=(height, width), mode="bilinear", antialias=True)[0]
+    side = max(height, width)
+    left = (side - width) // 2
+    return F.pad(picture, (left, side - width - left, 0, side - height), value=255)

@@ -21,7 +21,7 @@ _LATEX = {
     **{letter: f"\\{letter}" for letter in "&%$#_{}"},
 }
 _MARKDOWN = re.compile(r"([\\`*_|<>\[\]])")
-_PAIRED = ("evaluation", "network", "difference in points", "only it right", "only the other", "p", "p by Holm")
+_PAIRED = ("evaluation", "network", "difference in points", "gained", "lost", "p", "p by Holm")
 
 
 def render(comparison: Comparison, form: Format) -> str:
@@ -122,7 +122,8 @@ def _p(value: float) -> str:
 
 def _paired_title(comparison: Comparison) -> str:
     return (
-        f"Paired on the same test pictures: 95 % percentile interval of {RESAMPLES:,} bootstrap resamples; "
+        "Paired on the same test pictures; gained and lost: those that only the one, only the other has right; "
+        f"95 % percentile interval of {RESAMPLES:,} bootstrap resamples; "
         f"p of McNemar's exact test, by Holm's method corrected for {_counted(len(comparison.paired))}"
     )
 
