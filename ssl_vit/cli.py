@@ -33,6 +33,9 @@ COMMANDS = {
     "linear": Command(
         "linear probe on the frozen features", "ssl-vit linear checkpoint=runs/photos data.root=labelled"
     ),
+    "compare": Command(
+        "records of several networks in one table, with paired tests", "ssl-vit compare runs/dino runs/sit"
+    ),
     "attention": Command(
         "what the [CLS] token looks at: maps, masks, overlays",
         "ssl-vit attention checkpoint=runs/photos images=photos out=maps",

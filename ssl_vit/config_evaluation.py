@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ssl_vit.config import Section, Source, Which, Workers
+from ssl_vit.config import LoggerConfig, Section, Source, Which, Workers
 from ssl_vit.config_values import Count, Positive, Seed
 
 
@@ -39,18 +39,34 @@ class EvaluationConfig(Section):
     baselines: bool
     seed: Seed
     out: Path | None
+    logger: LoggerConfig
 
 
 class KNNConfig(EvaluationConfig):
     k: Annotated[list[Count], Field(min_length=1)]
     temperature: Positive
     engine: Literal["auto", "torch", "faiss"]
+    sheet: bool
 
 
 class LinearConfig(EvaluationConfig):
     blocks: Annotated[list[Count], Field(min_length=1)]
     l2: Annotated[list[Positive], Field(min_length=1)]
     held_out: Annotated[float, Field(gt=0, lt=1)]
+    sheet: bool
+
+
+class CompareConfig(Section):
+    records: list[Path]
+    format: Literal["text", "markdown", "latex"]
+    mix: bool
+    out: Path | None
+
+    @model_validator(mode="after")
+    def _some_records(self) -> Self:
+        if not self.records:
+            raise ValueError("name records or run folders: ssl-vit compare runs/photos runs/other")
+        return self
 
 
 class AttentionConfig(Section):

@@ -10,7 +10,7 @@ from ssl_vit.evaluation.records import Metric, Record, Score
 def record():
     scores = [Score(name, [Metric("top-1", value, 10, 0.0, 1.0)], {}) for name, value in (("a", 0.9), ("b", 0.3))]
     pixels = Score("raw pixels", [Metric("top-1", 0.4, 10, 0.0, 1.0)], {})
-    return Record("knn", {}, {}, {}, 0, scores[0], [scores[1], pixels], 1.0, {}, [])
+    return Record("knn", {}, {}, {}, {}, scores[0], [scores[1], pixels], {}, {}, [])
 
 
 def test_the_table_holds_network_random_twin_and_centre_prior():

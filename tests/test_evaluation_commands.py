@@ -3,8 +3,11 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
+import wandb
+from PIL import Image
 
 from ssl_vit.cli import main
 from ssl_vit.config import BackboneConfig
@@ -34,7 +37,7 @@ def export(network, folder):
 
 
 def measured(command, *words):
-    assert main([command, "data.workers=0", *words]) == 0
+    assert main([command, "data.workers=0", "sheet=false", *words]) == 0
 
 
 def failed(capsys, *words):
@@ -47,7 +50,7 @@ def failed(capsys, *words):
 
 @pytest.mark.parametrize(("command", "words"), [("knn", []), ("linear", ["l2=[1e-1,1e-3]"])])
 def test_record_and_table_of_a_run(command, words, run, sample, capsys):
-    measured(command, f"checkpoint={run}", f"data.root={sample}", *words)
+    measured(command, f"checkpoint={run}", f"data.root={sample}", "sheet=true", *words)
     path = run / "eval" / f"{command}-{sample.name}.json"
     record = json.loads(path.read_text())
     assert record["task"] == command
@@ -65,20 +68,49 @@ def test_record_and_table_of_a_run(command, words, run, sample, capsys):
             assert metric["low"] <= metric["value"] <= metric["high"]
             assert 0.0 <= metric["value"] <= 0.6 or metric["name"].startswith("top-5")  # nothing was trained
     engines = {"knn"} if command == "knn" else set()
-    assert set(record["environment"]) == {"torch", "timm", "device", "forward", "threads"} | engines
+    named = {"python", "torch", "timm", "device", "forward", "threads"} | engines
+    assert set(record["environment"]) - {"faiss"} == named  # where that engine was taken
+    assert record["seeds"] == {"pretrain": 0, "evaluation": 0}
+    assert record["cost"]["peak_memory_bytes"]["host"] > 1e7
+    by_class = record["by_class"]
+    assert [row["name"] for row in by_class["classes"]] == sorted(path.name for path in (sample / "test").iterdir())
+    right = sum(row["n"] * row["value"] for row in by_class["classes"])
+    told = next(metric for metric in record["score"]["metrics"] if metric["name"] == by_class["metric"])
+    assert right == pytest.approx(told["n"] * told["value"])
+    with np.load(path.with_name(record["answers"])) as answers:
+        suffix = told["name"].removeprefix("top-1")
+        for score in ("network", "random init", "raw pixels"):
+            assert answers[f"{score}{suffix}/truth"].tolist() == answers[f"network{suffix}/truth"].tolist()
+        ranks, predicted, truth = (answers[f"network{suffix}/{part}"] for part in ("rank", "predicted", "truth"))
+        assert ((ranks == 0) == (predicted == truth)).all()
+        assert (ranks == 0).mean() == pytest.approx(told["value"])
     printed = capsys.readouterr().out
     assert "raw pixels" in printed
     assert str(path) in printed
+    assert str(path.with_suffix(".png")) in printed
+    with Image.open(path.with_name(by_class["sheet"])) as sheet:
+        assert min(sheet.size) > 400
+
+
+def test_a_probe_says_what_was_chosen_and_by_which_pictures(run, sample):
+    measured("linear", f"checkpoint={run}", f"data.root={sample}", "baselines=false", "l2=[1e-1,1e-3]")
+    record = json.loads((run / "eval" / f"linear-{sample.name}.json").read_text())
+    chosen = record["score"]["details"]["chosen"]
+    assert record["selection"] == {"on": "held-out training pictures", "fraction": 0.1, "seed": 0, "chosen": chosen}
 
 
 @pytest.mark.parametrize(("command", "words"), [("knn", []), ("linear", ["l2=[1e-1,1e-3]"])])
 def test_the_same_seed_gives_the_same_record(command, words, run, sample, tmp_path):
-    records = []
-    for name in ("a.json", "b.json"):
-        measured(command, f"checkpoint={run}", f"data.root={sample}", f"out={tmp_path / name}", *words)
-        record = json.loads((tmp_path / name).read_text())
-        records.append({key: value for key, value in record.items() if key not in ("created", "seconds")})
+    records, answers = [], []
+    for name in ("a", "b"):
+        out = tmp_path / name / "record.json"
+        measured(command, f"checkpoint={run}", f"data.root={sample}", f"out={out}", *words)
+        record = json.loads(out.read_text())
+        records.append({key: value for key, value in record.items() if key not in ("created", "cost", "id")})
+        with np.load(out.with_suffix(".npz")) as arrays:
+            answers.append({name: arrays[name].tolist() for name in arrays.files if name != "id"})
     assert records[0] == records[1]
+    assert answers[0] == answers[1]
 
 
 def test_engines_give_the_same_scores(run, sample, tmp_path):
@@ -97,7 +129,7 @@ def test_engines_give_the_same_scores(run, sample, tmp_path):
 
 def test_one_folder_is_left_one_out(run, sample):
     measured("knn", f"checkpoint={run}", f"data.root={sample / 'train'}", "baselines=false")
-    record = json.loads((run / "eval" / f"knn-{sample.name}.json").read_text())
+    record = json.loads((run / "eval" / f"knn-{sample.name}-train.json").read_text())
     assert record["protocol"]["split"] == "leave-one-out"
     assert (record["data"]["n_train"], record["data"]["n_test"]) == (192, 192)
     assert record["baselines"] == []
@@ -105,7 +137,7 @@ def test_one_folder_is_left_one_out(run, sample):
 
 def test_one_folder_is_split_for_the_probe(run, sample):
     measured("linear", f"checkpoint={run}", f"data.root={sample / 'train'}", "baselines=false", "blocks=[1,99]")
-    record = json.loads((run / "eval" / f"linear-{sample.name}.json").read_text())
+    record = json.loads((run / "eval" / f"linear-{sample.name}-train.json").read_text())
     assert record["protocol"]["split"] == "0.2 of each class held out to test"
     assert (record["data"]["n_train"], record["data"]["n_test"]) == (156, 36)
     features = {trial["features"] for trial in record["score"]["details"]["held_out"]}
@@ -122,7 +154,7 @@ def test_two_folders_and_a_record_in_the_current_folder(sample, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     words = [f"data.train={sample / 'train'}", f"data.test={sample / 'test'}", "data.image_size=32", "baselines=false"]
     measured("knn", "checkpoint=random:vit_tiny_patch16_224", *words)
-    record = json.loads((tmp_path / f"knn-{sample.name}.json").read_text())
+    record = json.loads((tmp_path / f"knn-{sample.name}-random-vit_tiny_patch16_224.json").read_text())
     assert record["model"]["sha256"] is None
 
 
@@ -190,3 +222,42 @@ def test_pictures_that_leave_one_class_are_refused(run, sample, tmp_path, capsys
     assert "all pictures that can be read are of one class" in failed(
         capsys, f"checkpoint={run}", f"data.root={tmp_path / 'two'}"
     )
+
+
+def test_a_folder_in_the_place_of_a_record_is_refused_before_anything_is_measured(run, sample, tmp_path, capsys):
+    for name in ("record.json", "record.npz", "record.png"):
+        (tmp_path / name / "x").mkdir(parents=True)
+        error = failed(capsys, f"checkpoint={run}", f"data.root={sample}", f"out={tmp_path / 'record.json'}")
+        assert str(tmp_path / name) in error
+        shutil.rmtree(tmp_path / name)
+
+
+def test_wandb_receives_the_numbers_and_the_sheet_in_the_run_of_the_pretraining(run, sample):
+    (run / "wandb_id.txt").write_text("abcd1234")
+    offline = ["logger=wandb", "logger.offline=true", "sheet=true", "k=[20]", "baselines=false"]
+    measured("knn", f"checkpoint={run}", f"data.root={sample}", *offline)
+    (folder,) = (run / "wandb").glob("offline-run-*-abcd1234")
+    content = (folder / "run-abcd1234.wandb").read_bytes()
+    value = json.loads((run / "eval" / f"knn-{sample.name}.json").read_text())["score"]["metrics"][0]["value"]
+    assert f"eval/knn-{sample.name}/top-1, k=20".encode() in content
+    assert str(value)[:8].encode() in content
+    assert list(folder.rglob("*.png"))
+
+
+def test_wandb_has_a_run_of_its_own_where_there_was_no_pretraining(sample, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["logger=wandb", "logger.offline=true", "k=[20]", "baselines=false", "data.image_size=32"]
+    measured("knn", "checkpoint=random:vit_tiny_patch16_224", f"data.root={sample}", *words)
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
+
+
+def test_without_wandb_at_hand_the_record_is_kept_and_the_way_on_is_told(run, sample, capsys, monkeypatch):
+    def refuse(**settings):
+        raise wandb.errors.UsageError("no API key")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    words = ["logger=wandb", "k=[20]", "baselines=false", "sheet=false"]
+    error = failed(capsys, f"checkpoint={run}", f"data.root={sample}", *words)
+    assert "no API key" in error
+    assert "logger.offline=true" in error
+    assert (run / "eval" / f"knn-{sample.name}.json").is_file()

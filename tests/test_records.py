@@ -2,11 +2,21 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from ssl_vit.evaluation.records import Metric, Record, Score, accuracies, protocol_hash, wilson
+from ssl_vit.commands.compose import load_config
+from ssl_vit.config import BackboneConfig
+from ssl_vit.config_evaluation import KNNConfig
+from ssl_vit.evaluation import provenance
+from ssl_vit.evaluation.intervals import wilson
+from ssl_vit.evaluation.records import Answers, Metric, Record, Score, accuracies, beside, protocol_hash
+from ssl_vit.evaluation.study import data_name, record_path
+from ssl_vit.models.backbone import Backbone
+from ssl_vit.models.weights import LoadedBackbone, export_backbone, load_backbone
 
 METRIC = Metric("top-1, k=20", 0.5, 100, 0.404, 0.596)
 RECORD = Record(
@@ -14,35 +24,13 @@ RECORD = Record(
     protocol={"k": [20], "split": "train and test"},
     model={"source": "runs/x"},
     data={"name": "photos", "n_train": 1000, "n_test": 100, "n_classes": 4},
-    seed=0,
+    seeds={"pretrain": None, "evaluation": 0},
     score=Score("network", [METRIC], {"k_effective": {20: 20}}),
     baselines=[Score("raw pixels", [replace(METRIC, value=0.25)], {})],
-    seconds=1.5,
+    cost={"seconds": 1.5},
     environment={"device": "cpu"},
     warnings=["look out"],
 )
-
-
-@pytest.mark.parametrize(
-    ("right", "n", "low", "high"),
-    [
-        (0, 10, 0.0, 0.2775),  # Newcombe 1998, table I: score method
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-        (10, 10, 0.7225, 1.0),
-    ],
-)
-def test_interval_equals_published_values(right, n, low, high):
-    assert wilson(right, n) == pytest.approx((low, high), abs=6e-5)
-
-
-@pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
-def test_interval_holds_the_truth_in_95_of_100_repetitions(share):
-    right = torch.distributions.Binomial(100, torch.tensor(share)).sample((4000,))
-    bounds = torch.tensor([wilson(int(count), 100) for count in right])
-    assert ((bounds[:, 0] <= share) & (share <= bounds[:, 1])).float().mean() > 0.92
 
 
 def test_accuracies_count_ranks():
@@ -67,12 +55,12 @@ def test_protocols_are_equal_in_any_order_and_differ_in_any_value():
     assert len({protocol_hash("knn", protocol), *others}) == 5
 
 
-def test_written_record_can_be_read_and_leaves_nothing_beside_it(tmp_path):
+def test_written_record_can_be_read_and_no_half_of_it_is_left(tmp_path):
     path = tmp_path / "eval" / "knn-photos.json"
     RECORD.write(path)
     RECORD.write(path)
     content = json.loads(path.read_text())
-    assert content["schema"] == 1
+    assert content["schema"] == 2
     assert content["tool"]["name"] == "ssl-vit"
     assert content["protocol_hash"] == protocol_hash("knn", RECORD.protocol)
     assert content["score"]["metrics"][0] == {
@@ -81,8 +69,10 @@ def test_written_record_can_be_read_and_leaves_nothing_beside_it(tmp_path):
         "n": 100,
         "low": 0.404,
         "high": 0.596,
+        "interval": "Wilson",
     }
-    assert [file.name for file in path.parent.iterdir()] == ["knn-photos.json"]
+    assert content["answers"] is None
+    assert sorted(file.name for file in path.parent.iterdir()) == ["history.jsonl", "knn-photos.json"]
 
 
 def test_table_shows_the_scores_side_by_side():
@@ -91,3 +81,128 @@ def test_table_shows_the_scores_side_by_side():
     assert lines[2].split() == ["accuracy", "in", "%", "network", "raw", "pixels"]
     assert lines[3].split() == ["top-1,", "k=20", "50.0", "±", "9.6", "25.0"]
     assert lines[-1] == "warning: look out"
+
+
+ANSWERS = Answers(*(torch.tensor(part) for part in ([0, 2, 300], [1, 0, 1], [1, 1, 1], [0, 1, 0])))
+
+
+def with_answers(**changes):
+    return replace(RECORD, score=Score("network", [METRIC], {}, {", k=20": ANSWERS}), **changes)
+
+
+def test_what_was_answered_of_each_picture_lies_beside_the_record(tmp_path):
+    path = tmp_path / "knn-photos.json"
+    with_answers().write(path)
+    content = json.loads(path.read_text())
+    assert "answers" not in content["score"]
+    with np.load(tmp_path / content["answers"]) as arrays:
+        assert str(arrays["id"]) == content["id"]
+        for part, values in ANSWERS._asdict().items():
+            saved = arrays[f"network, k=20/{part}"]
+            assert saved.tolist() == values.tolist()
+            assert saved.dtype == (np.uint16 if part == "place" else np.uint8)
+
+
+def test_nothing_that_was_measured_is_lost_when_it_is_measured_again(tmp_path):
+    path = tmp_path / "knn-photos.json"
+    RECORD.write(path)
+    replace(RECORD, protocol={"k": [1], "split": "train and test"}).write(path)
+    with (tmp_path / "history.jsonl").open("a") as file:
+        file.write('{"cut off')
+    replace(RECORD, task="linear").write(tmp_path / "linear-photos.json")
+    lines = (tmp_path / "history.jsonl").read_text().splitlines()
+    assert lines[2] == '{"cut off'
+    first, second, third = (json.loads(line) for line in (lines[0], lines[1], lines[3]))
+    assert [first["protocol"]["k"], second["protocol"]["k"], third["task"]] == [[20], [1], "linear"]
+    assert second == json.loads(path.read_text())
+    assert len({first["id"], second["id"], third["id"]}) == 3
+
+
+def test_a_record_is_strict_json_whatever_was_found(tmp_path):
+    odd = {"nan": float("nan"), "inf": [float("inf"), 1.0], 3: {"x": -float("inf")}, "name": "caf\udce9"}
+    replace(RECORD, data={**RECORD.data, **odd}).write(tmp_path / "knn.json")
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    for text in (tmp_path / "knn.json").read_text(), (tmp_path / "history.jsonl").read_text():
+        data = json.loads(text, parse_constant=refuse)["data"]
+        assert (data["nan"], data["inf"], data["3"]) == (None, [None, 1.0], {"x": None})
+
+
+def test_a_record_names_the_program_and_its_commit():
+    tool = provenance.tool()
+    assert tool["name"] == "ssl-vit"
+    if tool["git"] is not None:  # a checkout
+        assert len(tool["git"]) == 40
+        assert isinstance(tool["dirty"], bool)
+
+
+@pytest.mark.parametrize(
+    ("text", "seed"), [("seed: 7\n", 7), ("a: 1\n", None), ("[", None), ("- 1\n", None), ("seed: x\n", None)]
+)
+def test_the_seed_of_the_pretraining_is_told_where_it_is_known(text, seed, tmp_path):
+    (tmp_path / "config.yaml").write_text(text)
+    assert provenance.pretraining_seed(tmp_path) == seed
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["data.root=lab"], "lab"),
+        (["data.root=lab/train"], "lab-train"),
+        (["data.train=lab/train"], "lab-train"),
+        (["data.train=lab/train", "data.test=lab/test"], "lab"),
+        (["data.train=lab/train", "data.test=field/test"], "lab-field"),
+        (["data.train=lab/good", "data.test=lab/bad"], "good-bad"),
+        (["data.root=lab", "data.source=cifar10"], "cifar10"),
+        (["data.root=shards", "data.source=shards"], "shards"),
+        (["data.root=a\nb"], "a\\nb"),
+    ],
+)
+def test_other_pictures_have_another_name(words, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert data_name(load_config("knn", ["checkpoint=x", *words], KNNConfig).data) == name
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A run folder, and the same network as a file of its own."""
+    sizes = {"img_size": 32, "patch_size": 16, "in_chans": 3, "reg_tokens": 0, "embed_dim": 32, "depth": 1}
+    backbone = Backbone(BackboneConfig(name="vit_tiny_patch16_224", drop_path=0.0, num_heads=2, init="jax", **sizes))
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    half = [0.5, 0.5, 0.5]
+    export_backbone(backbone, folder / "backbone.safetensors", mean=half, std=half, source="a test")
+    (folder / "config.yaml").write_text("seed: 3\n")
+    export_backbone(backbone, folder.parent / "my net.safetensors", mean=half, std=half, source="a test")
+    return folder
+
+
+def test_without_a_run_the_name_of_the_network_is_in_the_file(exported):
+    def name(checkpoint, *words):
+        config = load_config("knn", [f"checkpoint={checkpoint}", "data.root=lab", *words], KNNConfig)
+        return record_path("knn", config, load_backbone(checkpoint, config.weights))
+
+    file = exported.parent / "my net.safetensors"
+    digest = load_backbone(str(file)).sha256[:8]
+    assert name(str(exported)) == exported / "eval" / "knn-lab.json"
+    assert name(str(exported), "weights=student") == exported / "eval" / "knn-lab-student.json"
+    assert str(name(str(file))) == f"knn-lab-my-net-{digest}.json"
+    assert str(name("random:vit_tiny_patch16_224")) == "knn-lab-random-vit_tiny_patch16_224.json"
+    assert str(name(f"random:{exported}")) == "knn-lab-random-tiny.json"
+
+
+def test_a_record_says_which_network_it_was(exported):
+    loaded = load_backbone(str(exported))
+    told = provenance.network(loaded, str(exported), "teacher")
+    assert told["name"] == "tiny"
+    assert told["run"] == str(exported)
+    assert told["params"] == sum(parameter.numel() for parameter in loaded.backbone.parameters())
+    assert (told["backbone"]["patch_size"], told["backbone"]["img_size"]) == (16, 32)
+
+
+def test_a_timm_name_is_the_name_of_the_network():
+    loaded = LoadedBackbone(None, [], [], "timm:vit_small_patch16_224.dino", None, None)
+    name = provenance.model_name(loaded, "timm:vit_small_patch16_224.dino", "teacher")
+    assert name == "vit_small_patch16_224.dino"
+    assert beside(Path(f"knn-{name}.json"), ".npz").name == f"knn-{name}.npz"

@@ -9,7 +9,8 @@ import numpy as np
 
 from ssl_vit.attention.summary import NETWORK, Result
 from ssl_vit.config_evaluation import AttentionConfig
-from ssl_vit.evaluation.records import Record, Score, environment
+from ssl_vit.evaluation import provenance
+from ssl_vit.evaluation.records import Record, Score
 from ssl_vit.models.weights import LoadedBackbone
 
 PROTOCOL = {
@@ -29,7 +30,7 @@ PROTOCOL = {
 
 
 def write_record(
-    config: AttentionConfig, network: LoadedBackbone, results: list[Result], *, data: dict[str, Any], seconds: float
+    config: AttentionConfig, network: LoadedBackbone, results: list[Result], *, data: dict[str, Any], started: float
 ) -> None:
     """Write `summary.json` into `config.out`: the scores, if any, and how maps, masks and scores came about.
 
@@ -38,25 +39,25 @@ def write_record(
         network: Whose attention it is.
         results: The network's first; empty without masks.
         data: Counts of the pictures, and their fingerprint.
-        seconds: That maps, masks and drawings took.
+        started: When the maps were begun, in seconds of `time.perf_counter`.
     """
+    device = network.backbone.vit.cls_token.device
     scores = [result.score() for result in results] or [Score(NETWORK, [], {})]
     left_out = {"skipped": "could not be used", "unscored": "have no usable mask"}
     Record(
         task="attention",
         protocol={**PROTOCOL, "mass": config.mass, "max_side": config.max_side},
-        model={
-            "source": network.source,
-            "sha256": network.sha256,
-            "backbone": network.backbone.config.model_dump(mode="json"),
-            "normalisation": {"mean": network.mean, "std": network.std},
+        model=provenance.network(network, config.checkpoint, config.weights),
+        data={
+            "name": config.images.resolve().stem,
+            **config.model_dump(mode="json", include={"images", "masks", "limit"}),
+            **data,
         },
-        data={**config.model_dump(mode="json", include={"images", "masks", "limit"}), **data},
-        seed=config.seed,
+        seeds={"pretrain": provenance.pretraining_seed(network.run), "evaluation": config.seed},
         score=scores[0],
         baselines=scores[1:],
-        seconds=round(seconds, 1),
-        environment={**environment(network.backbone.vit.cls_token.device), "forward": "float32"},
+        cost=provenance.cost(started, device),
+        environment={**provenance.environment(device), "forward": "float32"},
         warnings=[f"{data[key]} pictures {what}" for key, what in left_out.items() if data[key]],
     ).write(config.out / "summary.json")
 

@@ -130,4 +130,4 @@ def _mean(name: str, values: Tensor) -> Metric:
     """The mean of per-picture values (n,), with the normal 95 % interval over pictures; one picture has none."""
     n, mean = len(values), values.mean().item()
     half = 1.959964 * values.std().item() / n**0.5 if n > 1 else 1.0
-    return Metric(name, mean, n, max(0.0, mean - half), min(1.0, mean + half))
+    return Metric(name, mean, n, max(0.0, mean - half), min(1.0, mean + half), interval="normal, over pictures")

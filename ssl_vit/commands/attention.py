@@ -85,7 +85,7 @@ def segment(config: AttentionConfig) -> Outcome:
     outcome = Outcome(len(written), skipped.count(), unscored.count(), results, sheet, seconds)
     counts = {"pictures": outcome.written, "skipped": outcome.skipped, "unscored": outcome.unscored}
     write_record(
-        config, networks[0], results, data={"fingerprint": pictures.fingerprint(sizes=True), **counts}, seconds=seconds
+        config, networks[0], results, data={"fingerprint": pictures.fingerprint(sizes=True), **counts}, started=start
     )
     write_ious(config.out / "ious.npz", results, [pictures.name(place) for place in summary.places])
     return outcome

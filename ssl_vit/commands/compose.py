@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from ssl_vit.commands.folders import conf_dir, recipes_dir
 from ssl_vit.config import BenchConfig, DemoConfig, ExportConfig, PretrainConfig, ScanConfig, Section, ShardConfig
-from ssl_vit.config_evaluation import AttentionConfig, KNNConfig, LinearConfig
+from ssl_vit.config_evaluation import AttentionConfig, CompareConfig, KNNConfig, LinearConfig
 from ssl_vit.errors import SharedError, UserError
 
 ConfigT = TypeVar("ConfigT", bound=Section)
@@ -31,6 +31,7 @@ ConfigT = TypeVar("ConfigT", bound=Section)
 MODELS: dict[str, type[Section]] = {
     "attention": AttentionConfig,
     "bench": BenchConfig,
+    "compare": CompareConfig,
     "demo": DemoConfig,
     "export": ExportConfig,
     "knn": KNNConfig,
@@ -44,6 +45,9 @@ MODELS: dict[str, type[Section]] = {
 TEXTS = {"run.name", "run.folder", "data.root", "data.train", "data.test", "backbone.name", "logger.project"} | {
     "checkpoint", "images", "masks", "out"
 }  # fmt: skip
+
+# The key of a command that takes the words without an equals sign, and those that are files or folders.
+WORDS_OF = {"compare": "records"}
 
 
 def load_config(command: str, words: list[str], model: type[ConfigT]) -> ConfigT:
@@ -67,7 +71,8 @@ def compose_values(command: str, words: list[str]) -> dict[str, Any]:
     Raises:
         UserError: An override cannot be read, or names a group option that does not exist.
     """
-    words, own_folders = _split_config_dirs(words)
+    named = [word for word in words if command in WORDS_OF and ("=" not in word or Path(word).exists())]
+    words, own_folders = _split_config_dirs([word for word in words if word not in named])
     search = ",".join(f"file://{folder.absolute()}" for folder in [recipes_dir().parent, *own_folders])
     groups = _groups(command)
     # Hydra takes the name of any group for a choice; where the command has no such group, it is a plain key.
@@ -78,7 +83,7 @@ def compose_values(command: str, words: list[str]) -> dict[str, Any]:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             config = compose(command, [f"hydra.searchpath=[{search}]", *overrides])
             values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-            return values | own
+            return values | own | ({WORDS_OF[command]: named} if named else {})
     except MissingConfigException as error:
         raise UserError(_no_such_option(error)) from None
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:

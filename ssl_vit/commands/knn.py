@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ssl_vit.commands.publish import publish
 from ssl_vit.config_evaluation import KNNConfig
 from ssl_vit.evaluation.features import Features
 from ssl_vit.evaluation.knn import NEAR_DUPLICATE, KNNResult, Labelled, knn
@@ -19,11 +20,12 @@ from ssl_vit.evaluation.search import choose_engine
 from ssl_vit.evaluation.study import Source, Study
 from ssl_vit.training.hardware import best_device
 
+USUAL = 20  # k that is mostly best (DINO), so the one whose mistakes are told class by class
+
 
 def main(config: KNNConfig) -> None:
     """Run the command."""
-    record, path = measure(config)
-    print(f"{record.table()}\n\n{path}")
+    publish(*measure(config), config)
 
 
 def measure(config: KNNConfig) -> tuple[Record, Path]:
@@ -55,6 +57,8 @@ def measure(config: KNNConfig) -> tuple[Record, Path]:
         test_labels=bank.labels if queries is None else queries.labels,
         findings={"near_duplicates": near_duplicates},
         engines={"knn": choose_engine(config.engine, device)},
+        by_class=f", k={USUAL if USUAL in config.k else min(config.k)}",
+        sheet=config.sheet,
         warnings=[*results[0].warnings, *_leak(near_duplicates, one_set=queries is None)],
     )
     return record, study.out

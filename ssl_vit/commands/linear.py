@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ssl_vit.commands.publish import publish
 from ssl_vit.config_evaluation import LinearConfig
 from ssl_vit.errors import UserError
 from ssl_vit.evaluation.features import Features
@@ -24,8 +25,7 @@ TEST_SHARE = 0.2  # of each class, where there is but one set of pictures
 
 def main(config: LinearConfig) -> None:
     """Run the command."""
-    record, path = measure(config)
-    print(f"{record.table()}\n\n{path}")
+    publish(*measure(config), config)
 
 
 def measure(config: LinearConfig) -> tuple[Record, Path]:
@@ -67,6 +67,14 @@ def measure(config: LinearConfig) -> tuple[Record, Path]:
         test_labels=test.labels,
         findings={},
         warnings=results[0].warnings,
+        selection={
+            "on": "held-out training pictures",
+            "fraction": config.held_out,
+            "seed": config.seed,
+            "chosen": scores[0].details["chosen"],
+        },
+        by_class="",
+        sheet=config.sheet,
     )
     return record, study.out
 

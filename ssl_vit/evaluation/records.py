@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
-import torch
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
-from ssl_vit import __version__
-from ssl_vit.durable import write_json
-from ssl_vit.training.hardware import autocast_dtype
+from ssl_vit.durable import durable, write_json
+from ssl_vit.evaluation.intervals import wilson
+from ssl_vit.evaluation.provenance import tool
 
-SCHEMA = 1  # of the JSON; grows when a key changes its meaning
+SCHEMA = 2  # of the JSON; grows when a key changes its meaning
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Metric:
     n: int  # test pictures
     low: float
     high: float
+    interval: str = "Wilson"
 
 
 class Answers(NamedTuple):
@@ -59,24 +63,42 @@ class Record:
     protocol: dict[str, Any]
     model: dict[str, Any]
     data: dict[str, Any]
-    seed: int  # of the random network, and of splits
+    seeds: dict[str, Any]
     score: Score
     baselines: list[Score]
-    seconds: float
+    cost: dict[str, Any]
     environment: dict[str, Any]
     warnings: list[str]
+    selection: dict[str, Any] | None = None  # what was chosen, and by which pictures; None: nothing was
+    by_class: dict[str, Any] | None = None  # the mistakes of the network, as `Mistakes.describe` tells them
 
     def write(self, path: Path) -> None:
-        """Write the JSON at once: no reader ever sees half of it."""
+        """Write the JSON at once: no reader ever sees half of it; then add it to `history.jsonl` beside it.
+
+        What was answered of each picture lies beside it, too, in an `.npz` that is there before the JSON names it.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        name = uuid.uuid4().hex
+        answers = {
+            f"{score.name}{suffix}/{part}": _smallest(values.numpy())
+            for score in (self.score, *self.baselines)
+            for suffix, given in score.answers.items()
+            for part, values in given._asdict().items()
+        }
+        if answers:
+            with durable(beside(path, ".npz")) as file:
+                np.savez_compressed(file, id=np.array(name), **answers)  # type: ignore[arg-type]
         content = {
             "schema": SCHEMA,
-            "tool": {"name": "ssl-vit", "version": __version__},
+            "id": name,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "tool": tool(),
             "protocol_hash": protocol_hash(self.task, self.protocol),
             **asdict(self, dict_factory=_without_answers),
+            "answers": beside(path, ".npz").name if answers else None,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, content)
+        write_json(path, _finite(content))
+        _append(path.with_name("history.jsonl"), _finite(content))
 
     def table(self) -> str:
         """The scores side by side in percent: the network with its interval, then the baselines; warnings below."""
@@ -97,19 +119,9 @@ class Record:
         return "\n".join(lines)
 
 
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share, by Wilson's score (1927): it stays in [0, 1] and holds for few pictures too.
-
-    Example:
-        >>> low, high = wilson(8, 10)
-        >>> f"{low:.3f} {high:.3f}"
-        '0.490 0.943'
-    """
-    z = 1.959964
-    share = right / n
-    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
-    return max(0.0, middle - half), min(1.0, middle + half)
+def beside(record: Path, suffix: str) -> Path:
+    """The file that belongs to a record: its name with another suffix in the place of `.json`."""
+    return record.with_name(f"{record.name.removesuffix('.json')}{suffix}")
 
 
 def accuracies(ranks: Tensor, classes: int, suffix: str = "") -> list[Metric]:
@@ -124,20 +136,34 @@ def protocol_hash(task: str, protocol: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """What the numbers were computed with."""
-    dtype = autocast_dtype(device) or torch.float32
-    return {
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "forward": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-    }
-
-
 def _without_answers(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return {name: value for name, value in items if name != "answers"}
+
+
+def _smallest(values: npt.NDArray[np.int64]) -> npt.NDArray[np.integer[Any]]:
+    """The same whole numbers in the smallest type that holds them all."""
+    low, high = (int(values.min()), int(values.max())) if len(values) else (0, 0)
+    return values.astype(np.result_type(np.min_scalar_type(low), np.min_scalar_type(high)))
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401 - any JSON
+    """The same plain containers; what JSON has no number for (NaN, infinities) becomes null."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _append(path: Path, content: object) -> None:
+    """Add a line of JSON; one that was cut off before stays a line of its own."""
+    line = json.dumps(content, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
+    with path.open("a+b", buffering=0) as file:  # one write, so lines of two processes do not mix
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        file.write(line)
+        os.fsync(file.fileno())
 
 
 def _metric(name: str, right: Tensor) -> Metric:

@@ -15,11 +15,14 @@ from torch import Tensor
 from ssl_vit.config_evaluation import EvalDataConfig, EvaluationConfig
 from ssl_vit.data.files import SPLITS
 from ssl_vit.data.find import LabelledSplit, find_labelled
-from ssl_vit.data.pictures import SkippedPictures
+from ssl_vit.data.pictures import Pictures, SkippedPictures, printable
 from ssl_vit.errors import UserError
+from ssl_vit.evaluation import provenance
 from ssl_vit.evaluation.baselines import centred, raw_pixels
 from ssl_vit.evaluation.features import Features, check_health, check_size, extract, on_best_device
-from ssl_vit.evaluation.records import Record, Score, environment
+from ssl_vit.evaluation.mistakes import mistakes
+from ssl_vit.evaluation.records import Record, Score, beside
+from ssl_vit.evaluation.sheet import hardest_tiles, write_sheet
 from ssl_vit.models.weights import LoadedBackbone, load_backbone, random_twin
 from ssl_vit.training.hardware import best_device
 from ssl_vit.transforms.evaluation import EvalTransform
@@ -59,8 +62,10 @@ class Study:
         image_size = config.data.image_size or loaded.backbone.config.img_size
         check_size(image_size, loaded.backbone.patch_size)
         transform = EvalTransform(image_size, config.data.crop_ratio, loaded.mean, loaded.std)
-        folder = loaded.run / "eval" if loaded.run else Path()
-        out = config.out or folder / f"{task}-{data_name(config.data)}.json"
+        out = config.out or record_path(task, config, loaded)
+        for path in (out, beside(out, ".npz"), beside(out, ".png")):
+            if path.exists() and not path.is_file():
+                raise UserError(f"out={out}: {path} is no file that could be replaced; name another record")
         return cls(task, config, loaded, find_labelled(config.data), transform, out, started)
 
     def sources(self, *, blocks: int) -> Iterator[Source]:
@@ -97,7 +102,11 @@ class Study:
         test_labels: Tensor,
         findings: dict[str, Any],
         warnings: Sequence[str],
-        engines: Mapping[str, str] | None = None,
+        engines: dict[str, str] | None = None,
+        selection: dict[str, Any] | None = None,
+        seeds: Mapping[str, int] | None = None,
+        by_class: str | None = None,
+        sheet: bool = False,
     ) -> Record:
         """Write the record to `out`.
 
@@ -109,37 +118,54 @@ class Study:
             findings: What else was found out about the pictures.
             warnings: What a reader of the numbers must know.
             engines: Which of several ways to the same numbers was taken, by what for.
+            selection: What was chosen (`chosen`), and by which pictures (`on`, `fraction`, `seed`); None: nothing was.
+            seeds: Beside those of the pretraining and of the evaluation.
+            by_class: What follows "top-1" in the metric whose mistakes are told class by class.
+            sheet: Also draw them, as a PNG beside the record.
         """
         transform = self.transform.describe()
-        normalisation = {name: transform.pop(name) for name in ("mean", "std")}
+        del transform["mean"], transform["std"]  # of the network, where they are told
         skipped = [part.count() for part in self._skipped()]
+        answers = None if by_class is None else scores[0].answers[by_class]
+        told = None if answers is None else mistakes(answers, self._asked().classes, f"top-1{by_class}")
+        drawing = beside(self.out, ".png")
         record = Record(
             task=self.task,
             protocol={**protocol, "transform": transform},
-            model={
-                "source": self.loaded.source,
-                "sha256": self.loaded.sha256,
-                "backbone": self.loaded.backbone.config.model_dump(mode="json"),
-                "normalisation": normalisation,
+            model=provenance.network(self.loaded, self.config.checkpoint, self.config.weights),
+            data={**self._data(train_labels, test_labels), "skipped": sum(skipped), **findings},
+            seeds={
+                "pretrain": provenance.pretraining_seed(self.loaded.run),
+                "evaluation": self.config.seed,
+                **(seeds or {}),
             },
-            data={
-                "name": data_name(self.config.data),
-                "n_train": len(train_labels),
-                "n_test": len(test_labels),
-                "n_classes": len(torch.unique(torch.cat([train_labels, test_labels]))),
-                "fingerprints": [part.fingerprint(sizes=True) for part in self.pictures if part is not None],
-                "skipped": sum(skipped),
-                **findings,
-            },
-            seed=self.config.seed,
             score=scores[0],
             baselines=list(scores[1:]),
-            seconds=round(time.perf_counter() - self.started, 1),
-            environment={**environment(best_device()), **(engines or {})},
+            cost=provenance.cost(self.started, best_device()),
+            environment={**provenance.environment(best_device()), **provenance.engine_versions(engines or {})},
             warnings=[*self._skip_warnings(skipped), *_unknown_classes(train_labels, test_labels), *warnings],
+            selection=selection,
+            by_class=None if told is None else {**told.describe(), "sheet": drawing.name if sheet else None},
         )
         record.write(self.out)
+        if told and answers and sheet:
+            title = f"{record.model['name']}: {self.task}, {told.metric}, on {record.data['name']}"
+            write_sheet(drawing, told, hardest_tiles(answers, self._asked()), title)
         return record
+
+    def _data(self, train_labels: Tensor, test_labels: Tensor) -> dict[str, Any]:
+        """What a record says of the pictures."""
+        return {
+            "name": data_name(self.config.data),
+            "n_train": len(train_labels),
+            "n_test": len(test_labels),
+            "n_classes": len(torch.unique(torch.cat([train_labels, test_labels]))),
+            "fingerprints": [part.fingerprint(sizes=True) for part in self.pictures if part is not None],
+        }
+
+    def _asked(self) -> Pictures:
+        """The pictures that answers are of."""
+        return self.pictures.train if self.pictures.test is None else self.pictures.test
 
     def _both(self, describe: Callable[..., Features]) -> tuple[Features, Features | None]:
         """Features of the pictures to learn from, and of those to test on if there are such."""
@@ -164,12 +190,29 @@ class Study:
         ]
 
 
+def record_path(task: str, config: EvaluationConfig, loaded: LoadedBackbone) -> Path:
+    """Where a record goes by default: `eval/` of the run; without a run the current folder, the network in its name."""
+    parts = [task, data_name(config.data)]
+    if loaded.run is None:
+        parts.append(provenance.model_name(loaded, config.checkpoint, config.weights))
+    elif config.weights == "student":
+        parts.append("student")
+    folder = Path() if loaded.run is None else loaded.run / "eval"
+    return folder / f"{'-'.join(part[:80] for part in parts)}.json"
+
+
 def data_name(data: EvalDataConfig) -> str:
-    """What reports call the pictures: the torchvision data set, or the folder above train/, val/ and test/."""
-    if data.source != "folder":
+    """What reports call the pictures: the torchvision data set, or the folder above train/, val/ and test/.
+
+    One of these alone is called by both names, as `lab-train`; two of different data sets are, too, as `lab-field`.
+    """
+    if data.source != "folder" and data.source != "shards":
         return data.source
     folder = (data.root or data.train or Path()).resolve()
-    return folder.parent.name if folder.name in SPLITS else folder.name
+    if data.test is None:
+        return printable(f"{folder.parent.name}-{folder.name}" if folder.name in SPLITS else folder.name)
+    names = [path.parent.name if path.name in SPLITS else path.name for path in (folder, data.test.resolve())]
+    return printable(names[0] if names[0] == names[1] else "-".join(names))
 
 
 def _unknown_classes(train_labels: Tensor, test_labels: Tensor) -> list[str]:

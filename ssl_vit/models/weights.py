@@ -59,6 +59,9 @@ class LoadedBackbone(NamedTuple):
     source: str
     sha256: str | None  # of the file; None for weights that came from none
     run: Path | None  # the run folder, where the weights belong to one
+    weights: str | None = None  # teacher or student, where the file says so
+    epoch: int | None = None  # that the training had reached, where the file says so
+    step: int | None = None
 
 
 def load_backbone(checkpoint: str, weights: Weights = "teacher") -> LoadedBackbone:
@@ -90,7 +93,8 @@ def random_twin(loaded: LoadedBackbone, seed: int) -> LoadedBackbone:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         twin = Backbone(loaded.backbone.config)
-    return loaded._replace(backbone=_frozen(twin), source=f"random weights, seed {seed}", sha256=None, run=None)
+    source = f"random weights, seed {seed}"
+    return LoadedBackbone(_frozen(twin), loaded.mean, loaded.std, source, sha256=None, run=None)
 
 
 def export_backbone(backbone: Backbone, path: Path, *, mean: list[float], std: list[float], source: str) -> None:
@@ -258,14 +262,22 @@ def _from_ours(content: dict[str, Any], path: Path, weights: Weights) -> LoadedB
         f"checkpoint={path} ({which})",
     )
     run = path.parent.parent if path.parent.name == "checkpoints" else None
-    return LoadedBackbone(backbone, about.mean, about.std, f"{path} ({which})", _sha256(path), run)
+    loaded = LoadedBackbone(backbone, about.mean, about.std, f"{path} ({which})", _sha256(path), run)
+    return loaded._replace(weights=which, epoch=_count(content, "epoch"), step=_count(content, "global_step"))
 
 
 def _from_official(content: dict[str, Any], path: Path, weights: Weights) -> LoadedBackbone:
     config, state, which = read_official(content, weights, f"checkpoint={path}")
     backbone = _filled(config, state, f"checkpoint={path}")
     source = f"{path} ({which}; {config.num_heads} attention heads of width 64, which the file does not say)"
-    return LoadedBackbone(backbone, IMAGENET_MEAN, IMAGENET_STD, source, _sha256(path), None)
+    loaded = LoadedBackbone(backbone, IMAGENET_MEAN, IMAGENET_STD, source, _sha256(path), None)
+    named = which if which in ("teacher", "student") else None
+    return loaded._replace(weights=named, epoch=_count(content, "epoch"))
+
+
+def _count(content: dict[str, Any], key: str) -> int | None:
+    value = content.get(key)
+    return value if isinstance(value, int) else None
 
 
 def _sha256(path: Path) -> str:

@@ -1,0 +1,280 @@
+"""`ssl-vit compare`: one table of several networks, paired tests, and no column that mixes what does not belong."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ssl_vit.cli import main
+from ssl_vit.errors import UserError
+from ssl_vit.evaluation.comparison import compare
+from ssl_vit.evaluation.intervals import difference
+from ssl_vit.evaluation.reading import find_records, read_answers, read_record
+from ssl_vit.evaluation.records import Answers, Metric, Record, Score, accuracies
+from ssl_vit.evaluation.tables import render
+
+COUNT = 400
+
+
+def right(share, seed):
+    return torch.rand(COUNT, generator=torch.Generator().manual_seed(seed)) < share
+
+
+def scored(name, share, seed, suffix=", k=20"):
+    rank = (~right(share, seed)).long()
+    truth = torch.arange(COUNT) % 4
+    answers = Answers(torch.arange(COUNT), truth, (truth + rank) % 4, rank)
+    return Score(name, accuracies(rank, 4, suffix), {}, {suffix: answers})
+
+
+def record(name="dino", share=0.6, *, seed=0, task="knn", pixels=0.3, data="photos", **protocol):
+    suffix = ", k=20" if task == "knn" else ""
+    return Record(
+        task=task,
+        protocol={"temperature": 0.07, "transform": {"image_size": 32}, **protocol},
+        model={"name": name, "sha256": f"{name:0>64}", "source": f"runs/{name}"},
+        data={"name": data, "fingerprints": ["a", "b"], "n_train": 100, "n_test": COUNT, "n_classes": 4},
+        seeds={},
+        score=scored("network", share, seed, suffix),
+        baselines=[scored("random init", 0.2, len(name), suffix), scored("raw pixels", pixels, 9, suffix)],
+        cost={},
+        environment={},
+        warnings=[],
+    )
+
+
+def written(path, *args, **changes):
+    record(*args, **changes).write(path)
+    return path
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two run folders with kNN and a linear probe each."""
+    for number, (name, share) in enumerate({"dino": 0.6, "sit_longer": 0.75}.items()):
+        folder = tmp_path / "runs" / name / "eval"
+        written(folder / "knn-photos.json", name, share, seed=number)
+        written(folder / "linear-photos.json", name, share + 0.1, seed=number, task="linear")
+    return tmp_path / "runs"
+
+
+def shown(capsys, *words):
+    assert main(["compare", *map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys, *words):
+    assert main(["compare", *map(str, words)]) == 2
+    out, error = capsys.readouterr()
+    assert "Traceback" not in out + error
+    return error
+
+
+def test_one_table_with_networks_as_rows_and_metrics_as_columns(runs, capsys):
+    lines = shown(capsys, runs / "dino", runs / "sit_longer").splitlines()
+    assert re.split(r"  +", lines[0].strip()) == ["knn on photos", "linear on photos"]
+    assert re.split(r"  +", lines[1]) == ["accuracy in %", "top-1, k=20", "top-1"]
+    assert [line.split()[0] for line in lines[2:7]] == ["dino", "sit_longer", "random", "random", "raw"]
+    share = float(right(0.6, 0).float().mean())
+    assert lines[2].split()[1] == f"{100 * share:.1f}"
+    # Baselines that are equal for both networks stand once, others for each.
+    assert sum(line.startswith("raw pixels") for line in lines) == 1
+    assert sum(line.startswith("random init of") for line in lines) == 2
+
+
+def test_each_network_is_held_against_the_first_in_pairs(runs, capsys):
+    text = shown(capsys, runs / "dino", runs / "sit_longer")
+    found = difference(right(0.6, 0), right(0.75, 1))
+    row = next(line for line in text.splitlines() if line.startswith("knn on photos, top-1, k=20"))
+    assert "sit_longer - dino" in row
+    points = f"{100 * found.value:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
+    assert points in row
+    assert row.split()[-4:-2] == [str(found.gained), str(found.lost)]
+    assert "corrected for these 2 comparisons" in text  # by Holm's method
+    comparison = compare(find_records([runs / "dino", runs / "sit_longer"]).records, mix=False)
+    smaller, larger = sorted(comparison.paired, key=lambda one: one.found.p)
+    assert smaller.corrected == pytest.approx(min(1, 2 * smaller.found.p))
+    assert larger.corrected == pytest.approx(max(smaller.corrected, larger.found.p))
+
+
+def test_markdown_has_the_best_in_bold(runs, capsys, tmp_path):
+    text = shown(capsys, runs / "dino", runs / "sit_longer", "format=markdown", f"out={tmp_path / 'a' / 'table.md'}")
+    table = text.split("\n\n")[0].splitlines()
+    assert {line.count("|") for line in table} == {4}
+    assert table[2].count("**") == 0
+    assert table[3].startswith("| sit\\_longer | **")
+    assert table[3].count("**") == 4
+    assert (tmp_path / "a" / "table.md").read_text().startswith("\n".join(table))
+
+
+def test_latex_is_well_formed(runs, capsys):
+    text = shown(capsys, runs / "dino", runs / "sit_longer", "format=latex")
+    first = text[: text.index(r"\end{tabular}")]
+    rows = [line for line in first.splitlines() if line.endswith(r" \\")]
+    assert [row.count("&") for row in rows] == [2, 2, 2, 2, 2, 2, 2]
+    assert rows[0].count(r"\multicolumn{1}{c}") == 2
+    assert r"sit\_longer & \textbf{" in first
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
+    plain = re.sub(r"\\[a-z]+|\\[&%$#_{}\\]", "", "\n".join(line.partition("% ")[0] for line in text.splitlines()))
+    assert plain.count("{") == plain.count("}")
+    assert not set("_#%") & set(plain)
+
+
+def test_one_record_alone_is_a_table_too(runs, capsys):
+    text = shown(capsys, runs / "dino" / "eval" / "knn-photos.json", "format=markdown")
+    assert "| raw pixels | " in text
+    assert "**" not in text
+    assert "Paired" not in text
+
+
+def test_other_protocols_and_other_pictures_are_not_mixed(tmp_path, capsys):
+    a = written(tmp_path / "a.json", "a", k=[20])
+    b = written(tmp_path / "b.json", "b", k=[10], temperature=0.1)
+    error = refused(capsys, a, b)
+    assert "knn on photos" in error
+    assert "protocol.temperature: 0.07 | 0.1" in error
+    assert "protocol.k: [20] | [10]" in error
+    assert "image_size" not in error
+    assert "mix=true" in error
+    text = shown(capsys, a, b, "mix=true")
+    assert re.split(r"  +", text.splitlines()[0].strip()) == ["knn on photos [1]", "knn on photos [2]"]
+    assert "protocol.temperature: 0.07 | 0.1" in text
+    assert "Paired" not in text
+    c = tmp_path / "c.json"
+    other = record("c", k=[20])
+    replace(other, data={**other.data, "fingerprints": ["a", "c"]}).write(c)
+    assert 'data.fingerprints: ["a", "b"] | ["a", "c"]' in refused(capsys, a, c)
+
+
+def test_other_tasks_and_data_sets_have_columns_of_their_own(tmp_path, capsys):
+    a = written(tmp_path / "a.json", "a")
+    b = written(tmp_path / "b.json", "b", data="other")
+    first, _, *rows = shown(capsys, a, b).splitlines()
+    assert re.split(r"  +", first.strip()) == ["knn on photos", "knn on other"]
+    assert "–" in rows[0]
+    assert "–" in rows[1]
+
+
+def test_missing_answers_are_told_and_the_table_is_shown(runs, capsys):
+    (runs / "dino" / "eval" / "knn-photos.npz").unlink()
+    text = shown(capsys, runs / "dino", runs / "sit_longer")
+    assert "not compared in pairs for knn on photos" in text
+    assert "knn-photos.json lacks its answers (knn-photos.npz)" in text
+    assert "corrected for this 1 comparison" in text  # of the linear probe
+
+
+def test_answers_of_another_evaluation_are_not_taken(tmp_path):
+    path = written(tmp_path / "a.json", "a")
+    old = path.read_text()
+    assert read_answers(read_record(path), ", k=20") is not None
+    assert read_answers(read_record(path), ", k=3") is None
+    written(path, "a", 0.9)
+    path.write_text(old)
+    assert read_answers(read_record(path), ", k=20") is None
+
+
+def test_pictures_are_paired_by_their_place(tmp_path):
+    """A picture that one evaluation could not read is left out for both."""
+    both = [record("a", 0.5, seed=1), record("b", 0.5, seed=2)]
+    answers = both[1].score.answers[", k=20"]
+    kept = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))[:-7]
+    fewer = Answers(*(part[kept] for part in answers))
+    both[1] = replace(both[1], score=replace(both[1].score, answers={", k=20": fewer}))
+    for name, one in zip("ab", both, strict=True):
+        one.write(tmp_path / f"{name}.json")
+    (paired,) = compare(find_records([tmp_path]).records, mix=False).paired
+    assert paired.found == difference(right(0.5, 1)[kept], right(0.5, 2)[kept])
+
+
+def test_the_same_name_with_other_weights_is_another_network(tmp_path, capsys):
+    a, b = written(tmp_path / "a.json", "a"), tmp_path / "b.json"
+    other = record("a", 0.7, seed=3)
+    replace(other, model={**other.model, "sha256": "f" * 64}).write(b)
+    text = shown(capsys, a, b, a)
+    assert "a (00000000)" in text
+    assert "a (ffffffff)" in text
+    again = written(tmp_path / "c.json", "a", 0.8)
+    assert "several records of a for knn on photos" in shown(capsys, a, again)
+
+
+def test_what_is_no_record_is_refused_in_words(tmp_path, capsys, runs):
+    def file(name, text):
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return tmp_path / name
+
+    assert "no such file" in refused(capsys, tmp_path / "nowhere.json")
+    assert "name too long" in refused(capsys, "x" * 5000)
+    assert "no JSON" in refused(capsys, file("a.json", "{"))
+    assert "no JSON" in refused(capsys, file("b.json", b"\xff\x00"))
+    assert "no JSON" in refused(capsys, file("c.json", "[" * 100_000))
+    assert "not a record" in refused(capsys, file("d.json", "[1]"))
+    assert "not a record" in refused(capsys, file("e.json", '{"schema": 2}'))
+    assert "schema 1, and schema 2 is read" in refused(capsys, file("f.json", '{"schema": 1, "task": "knn"}'))
+    assert "look at answers, baselines" in refused(capsys, file("g.json", '{"schema": 2, "task": "knn"}'))
+    whole = json.loads((runs / "dino" / "eval" / "knn-photos.json").read_text())
+    deep = json.dumps({**whole, "protocol": "deep"}).replace('"deep"', '{"a":' * 5000 + "1" + "}" * 5000)
+    assert re.search("nested too deeply|no JSON", refused(capsys, file("h.json", deep)))
+    (tmp_path / "empty" / "eval").mkdir(parents=True)
+    assert "there is no record in this folder" in refused(capsys, tmp_path / "empty")
+    assert "name records or run folders" in refused(capsys)
+    assert "format" in refused(capsys, runs, "format=html")
+    assert "foo: unknown key" in refused(capsys, runs, "foo=1")
+
+
+def test_an_old_record_in_a_folder_is_left_out_and_said(runs, capsys):
+    (runs / "dino" / "eval" / "old.json").write_text('{"schema": 1, "task": "knn"}')
+    text = shown(capsys, runs / "dino")
+    assert "left out" in text
+    assert "old.json: a record of schema 1" in text
+
+
+def test_files_with_an_equals_sign_are_words_too(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "lr=0.1" / "eval" / "knn-photos.json", "tuned")
+    assert "tuned" in shown(capsys, "lr=0.1/eval/knn-photos.json")
+    assert "tuned" in shown(capsys, "lr=0.1")
+
+
+def test_names_cannot_break_a_table(tmp_path):
+    odd = "a|b*c_d & 50% $x$ {y} #1 ~ ^ \\ <td>\n\n% end"
+    written(tmp_path / "a.json", odd, data=odd)
+    comparison = compare(find_records([tmp_path / "a.json"]).records, mix=False)
+    markdown = render(comparison, "markdown").split("\n\n")[0].splitlines()
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in markdown}) == 1
+    table = render(comparison, "latex").partition(r"\end{tabular}")[0]
+    rows = [line for line in table.splitlines() if line.endswith(r" \\")]
+    assert [len(re.findall(r"(?<!\\)&", row)) for row in rows] == [1] * len(rows)
+    assert not re.findall(r"(?<!\\)[#%_]", table)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(fuzz=st.data())
+def test_damaged_files_are_refused_or_read_and_never_crash(fuzz, runs):
+    folder = runs / "dino" / "eval"
+    kept = {path: path.read_bytes() for path in (folder / "knn-photos.json", folder / "knn-photos.npz")}
+    path = fuzz.draw(st.sampled_from(sorted(kept)))
+    content = bytearray(kept[path])
+    for _ in range(fuzz.draw(st.integers(1, 4))):
+        content[fuzz.draw(st.integers(0, len(content) - 1))] = fuzz.draw(st.integers(0, 255))
+    cut = fuzz.draw(st.integers(0, len(content)))
+    path.write_bytes(bytes(content[:cut]) if fuzz.draw(st.booleans()) else bytes(content))
+    try:
+        comparison = compare(find_records([folder, runs / "sit_longer"]).records, mix=True)
+        for form in ("text", "markdown", "latex"):
+            assert render(comparison, form)
+    except UserError as error:
+        assert str(error)
+    finally:
+        for each, before in kept.items():
+            each.write_bytes(before)
+
+
+def test_a_metric_that_is_no_number_is_a_dash(tmp_path, capsys):
+    odd = replace(record(), score=Score("network", [Metric("top-1, k=20", float("nan"), 4, np.nan, np.nan)], {}))
+    odd.write(tmp_path / "a.json")
+    assert "–" in shown(capsys, tmp_path / "a.json")
