@@ -21,6 +21,7 @@ from ssl_vit.errors import UserError
 from ssl_vit.evaluation.features import Features, check_health, extract
 from ssl_vit.evaluation.knn import Labelled, knn
 from ssl_vit.evaluation.records import wilson
+from ssl_vit.evaluation.ridge import best_ridge, ridge_path
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.weights import LoadedBackbone
 from ssl_vit.training.checkpoints import BEST, keep_as, steps_done
@@ -30,6 +31,7 @@ from ssl_vit.transforms.evaluation import EvalTransform
 log = logging.getLogger(__name__)
 
 TEMPERATURE = 0.07  # of the votes, as in DINO's protocol
+L2 = [10 ** (exponent / 2) for exponent in range(-8, 3)]  # penalties of the linear head, 1e-4 to 10
 
 
 class LabelledPictures(NamedTuple):
@@ -236,12 +238,21 @@ class OnlineEvaluation(L.Callback):
         lines = [f"{'Online accuracy in %':<21}{'step':>9}" + "".join(f"{name:>9}" for name in names)]
         for title, mark in marks:
             if mark:
-                lines.append(f"  {title:<19}{mark.step:>9,}" + "".join(f"{100 * v:>9.1f}" for v in mark.values.values()))
+                values = "".join(f"{100 * value:>9.1f}" for value in mark.values.values())
+                lines.append(f"  {title:<19}{mark.step:>9,}{values}")
         if self.best:
             path = self.folder / BEST
             lines.append(f"The best is {path}; it was chosen by these pictures, so judge it by others:")
             lines.append(f"  ssl-vit knn checkpoint={path} data.root=LABELLED out={_record(path)}")
         return lines
+
+
+def _linear(known: Labelled, asking: Labelled) -> float:
+    """Accuracy of the ridge whose penalty leave-one-out among the known pictures has chosen."""
+    classes, labels = torch.unique(torch.cat([known.labels, asking.labels]), return_inverse=True)
+    known_labels, truth = labels.split([len(known.labels), len(asking.labels)])
+    fit = best_ridge(ridge_path(known.features, known_labels, classes=len(classes), l2=L2), known_labels)
+    return _share(fit.probe.logits(asking.features).argmax(dim=1) == truth)
 
 
 def _record(checkpoint: Path) -> Path:
