@@ -86,11 +86,12 @@ class LoggerConfig(Section):
     offline: bool
 
 
-class OnlineKNNConfig(Section):
+class OnlineConfig(Section):
+    root: Path | None
     every_epochs: Count | None
     bank: Count
     queries: Count
-    k: Count
+    k: Annotated[list[Count], Field(min_length=1)]
 
 
 # --- data ------------------------------------------------------------------------------------------------------
@@ -329,12 +330,12 @@ class TrainingConfig(Section):
 class PretrainConfig(TrainingConfig):
     run: RunConfig
     logger: LoggerConfig
-    online_knn: OnlineKNNConfig
+    online: OnlineConfig
 
     @model_validator(mode="after")
-    def _knn_needs_a_whole_network(self) -> Self:
-        if self.trainer.strategy == "fsdp" and self.online_knn.every_epochs:
-            raise ValueError("trainer.strategy=fsdp needs online_knn.every_epochs=null: no process has it whole")
+    def _online_needs_a_whole_network(self) -> Self:
+        if self.trainer.strategy == "fsdp" and self.online.every_epochs:
+            raise ValueError("trainer.strategy=fsdp needs online.every_epochs=null: no process has it whole")
         return self
 
 

@@ -31,7 +31,7 @@ SHRUNK = (
     "trainer=smoke",
     "trainer.accelerator=cpu",
     "trainer.max_steps=4",
-    "online_knn.every_epochs=null",
+    "online.every_epochs=null",
 )
 SHRUNK_DINO = (
     "method.views.local_crops.count=2",

@@ -8,6 +8,8 @@ import time
 
 import torch
 
+TIMES = ("speed/", "online/seconds")  # columns of metrics.csv that differ from run to run
+
 
 def environment(**more):
     return {**os.environ, "OMP_NUM_THREADS": "1", **more}
@@ -61,8 +63,8 @@ def rows(run):
         return list(csv.DictReader(file))
 
 
-def assert_same_weights(one, other):
-    (first, steps), (second, other_steps) = state(one), state(other)
+def assert_same_weights(one, other, name="last.ckpt"):
+    (first, steps), (second, other_steps) = state(one, name), state(other, name)
     assert steps == other_steps
     assert first.keys() == second.keys()
     different = [name for name in first if not torch.equal(first[name], second[name])]
@@ -70,13 +72,17 @@ def assert_same_weights(one, other):
 
 
 def assert_same_run(one, other):
-    """Weights, teacher, center, optimizer and every number of metrics.csv but the speed."""
+    """Weights, teacher, center, optimizer, the best checkpoint and every number of metrics.csv but the speed."""
     assert_same_weights(one, other)
+    best = [run for run in (one, other) if (run / "checkpoints" / "best_knn.ckpt").exists()]
+    assert best in ([], [one, other])
+    if best:
+        assert_same_weights(one, other, "best_knn.ckpt")
     first, second = (checkpoint(run)["optimizer_states"][0]["state"] for run in (one, other))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[n][key], second[n][key]) for n in first for key in ("step", "exp_avg", "exp_avg_sq"))
     first, second = (
-        [{key: value for key, value in row.items() if not key.startswith("speed/")} for row in rows(run)]
+        [{key: value for key, value in row.items() if not key.startswith(TIMES)} for row in rows(run)]
         for run in (one, other)
     )
     assert first == second

@@ -48,7 +48,7 @@ def kill_and_resume(words, run, *, kills, seed):
 
 
 def check_kills(words, run, *, kills):
-    words = [*words, "trainer.checkpoint_every=0s", "backbone.drop_path=0.2"]
+    words = [*words, "trainer.checkpoint_every=0s", "backbone.drop_path=0.2", "online.every_epochs=1"]
     whole = run_command([*words, "run.name=whole"])
     assert whole.returncode == 0, whole.stderr
     assert kill_and_resume(words, run, kills=kills, seed=0) > 0
@@ -337,7 +337,9 @@ def test_a_loading_process_that_is_killed_inside_other_code_ends_the_run_in_word
 
 @pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
 def test_saved_by_two_processes_and_resumed_by_one_and_the_reverse(pretrain_words, tmp_path, first, second):
-    words = pretrain_words("trainer.precision=32-true", "backbone.drop_path=0.2", "trainer.max_steps=14")
+    words = pretrain_words(
+        "trainer.precision=32-true", "backbone.drop_path=0.2", "trainer.max_steps=14", "online.every_epochs=1"
+    )
     run = tmp_path / "runs" / "dino"
     whole = run_command([*words, "run.name=whole"])
     assert whole.returncode == 0, whole.stderr
@@ -361,6 +363,8 @@ StopSignals.on_train_batch_end = ask
         if not name.endswith("qkv.bias"):  # the keys' part has no gradient but rounding
             torch.testing.assert_close(value, other["state_dict"][name], rtol=0, atol=1e-5)
     assert [row["step"] for row in rows(run)] == [str(step) for step in range(14)]
+    assert [row["step"] for row in rows(run) if row["online/knn@20"]] == ["0", "11", "13"]
+    assert checkpoint(run, "best_knn.ckpt")["global_step"] in (12, 14)
 
 
 def test_steps_of_a_gpu_are_counted_one_later_and_a_checkpoint_leaves_one_to_go_on_with(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from running import rows, state
 
 from ssl_vit.commands.pretrain import pretrain
-from ssl_vit.losses.diversity import effective_rank, spread
+from ssl_vit.losses.diversity import alignment, effective_rank, spread, uniformity
 from ssl_vit.methods.base import make_plan
 from ssl_vit.models.teacher import distance
 from ssl_vit.training.health import judge
@@ -162,3 +162,39 @@ def test_effective_rank_counts_directions():
         features = torch.eye(8)[:k].repeat(10, 1)
         assert effective_rank(features).item() == pytest.approx(k, rel=1e-3)
         assert effective_rank(100 * features).item() == pytest.approx(k, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("near", [1.0, 1e-3])
+def test_alignment_and_uniformity_are_those_of_a_textbook(dtype, near):
+    """Also of features that hardly differ, and within autocast."""
+    from reference import losses as slow
+
+    generator = torch.Generator().manual_seed(0)
+    one, other = (near * torch.randn(2, 60, 16, generator=generator, dtype=torch.float64) + 1).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = alignment(one, other), uniformity(one)
+    expected = slow.alignment(one.double().numpy(), other.double().numpy()), slow.uniformity(one.double().numpy())
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-4
+    assert [value.item() for value in found] == pytest.approx(expected, rel=tolerance, abs=tolerance * near**2)
+    assert {value.dtype for value in found} == {torch.promote_types(dtype, torch.float32)}
+
+
+def test_alignment_and_uniformity_at_their_ends():
+    features = torch.randn(1000, 256, generator=torch.Generator().manual_seed(0))
+    assert alignment(features, 7 * features).item() == pytest.approx(0, abs=1e-6)
+    assert alignment(features, -features).item() == pytest.approx(4)
+    assert uniformity(torch.ones(9, 4)).item() == 0
+    assert uniformity(features).item() == pytest.approx(-4, abs=0.05)
+    assert uniformity(features[:1]).isnan()  # no pair
+    features[3, 2] = torch.nan
+    assert uniformity(features).isnan()
+    assert alignment(features, features).isnan()
+
+
+def test_alignment_and_uniformity_do_not_wait_for_a_gpu():
+    from reference.fake_gpu import FakeGPU
+
+    with FakeGPU():
+        features = torch.ones(8, 4).to("cuda", non_blocking=True)
+        assert alignment(features, features).device.type == uniformity(features).device.type == "cuda"

@@ -12,14 +12,14 @@ from ssl_vit.models.weights import load_backbone
 
 @pytest.mark.parametrize("method", ["dino", "sit"])
 def test_a_run_leaves_what_its_user_needs(pretrain_config, method):
-    run = pretrain(pretrain_config(f"method={method}", "online_knn.every_epochs=1", "trainer.max_steps=13"))
+    run = pretrain(pretrain_config(f"method={method}", "online.every_epochs=1", "trainer.max_steps=13"))
     assert {"config.yaml", "metrics.csv", "backbone.safetensors", "backbone.json"} <= {p.name for p in run.iterdir()}
     metrics = rows(run)
     assert [int(row["step"]) for row in metrics] == list(range(13))
     for name in ("train/loss", "train/spread", "train/effective_rank", "schedule/lr", "speed/images_per_s"):
         assert all(row[name] for row in metrics), name
     assert all(0 <= float(row["speed/data_wait"]) <= 1 for row in metrics)
-    assert [row["step"] for row in metrics if row["knn/top1"]] == ["0", "11", "12"]  # start, epoch 1, end
+    assert [row["step"] for row in metrics if row["online/knn@20"]] == ["0", "11", "12"]  # start, epoch 1, end
     from_run, exported = load_backbone(str(run)), load_backbone(str(run / "backbone.safetensors"))
     images = torch.rand(2, 3, 48, 48)
     torch.testing.assert_close(from_run.backbone(images).cls, exported.backbone(images).cls, rtol=0, atol=0)
@@ -124,6 +124,6 @@ def test_too_few_labelled_pictures_for_knn_are_pretrained_on(pretrain_config, tm
     """Four pictures in class folders: none to spare for queries."""
     folder = tmp_path / "few"
     make_sample(folder, pictures=5, seed=0)
-    run = pretrain(pretrain_config(f"data.root={folder / 'train'}", "data.batch_size=4", "online_knn.every_epochs=1"))
+    run = pretrain(pretrain_config(f"data.root={folder / 'train'}", "data.batch_size=4", "online.every_epochs=1"))
     assert state(run)[1] == 4
-    assert "knn/top1" not in rows(run)[0]
+    assert "online/knn@20" not in rows(run)[0]

@@ -18,7 +18,7 @@ from ssl_vit.models.weights import load_backbone
 from ssl_vit.training.checkpoints import newest
 from ssl_vit.training.signals import StopSignals
 
-FULL = ("online_knn.every_epochs=1", "backbone.drop_path=0.2", "trainer.max_steps=27")
+FULL = ("online.every_epochs=1", "backbone.drop_path=0.2", "trainer.max_steps=27")
 
 
 # --- equal to the uninterrupted run ----------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def assert_same_batches(folder, shards, tmp_path, *, workers, batch_size):
 
 
 def test_a_run_from_shards_stopped_and_resumed_equals_one_from_the_folder(pretrain_config, drawn, stop_at):
-    words = ("trainer.max_steps=15", "data.memory_gb=0", "online_knn.every_epochs=1")
+    words = ("trainer.max_steps=15", "data.memory_gb=0", "online.every_epochs=1")
     shards = ("data.source=shards", f"data.root={drawn[1]}", "run.name=parts")
     whole = pretrain(pretrain_config(*words, f"data.root={drawn[0]}", "run.name=whole"))
     with stop_at(7):  # of 12 in an epoch

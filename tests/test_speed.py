@@ -140,7 +140,7 @@ class Slow:
 
 
 def test_waiting_for_a_slow_loader_is_seen_and_evaluation_is_none(pretrain_config, monkeypatch):
-    loaders, loader_of, measure = [], command.training_loader, command.OnlineKNN._measure
+    loaders, loader_of, measure = [], command.training_loader, command.OnlineEvaluation._measure
 
     def slow(*args, **kwargs):
         loaders.append(Slow(loader_of(*args, **kwargs)))
@@ -151,8 +151,8 @@ def test_waiting_for_a_slow_loader_is_seen_and_evaluation_is_none(pretrain_confi
         time.sleep(0.5)
 
     monkeypatch.setattr(command, "training_loader", slow)
-    monkeypatch.setattr(command.OnlineKNN, "_measure", long_measure)
-    words = ("data.batch_size=64", "trainer.max_steps=6", "trainer.log_every=3", "online_knn.every_epochs=1")
+    monkeypatch.setattr(command.OnlineEvaluation, "_measure", long_measure)
+    words = ("data.batch_size=64", "trainer.max_steps=6", "trainer.log_every=3", "online.every_epochs=1")
     metrics = rows(pretrain(pretrain_config(*words)))
     first, second = (row for row in metrics if row["train/loss"])  # an epoch each
     taken = loaders[0].seconds

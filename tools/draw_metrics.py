@@ -13,9 +13,12 @@ import matplotlib.pyplot as plt
 
 PANELS = [
     "train/loss",
-    "knn/top1",
+    "online/knn@20",
+    "online/linear",
     "train/effective_rank",
     "train/spread",
+    "train/alignment",
+    "train/uniformity",
     "schedule/lr",
     "speed/images_per_s",
 ]
@@ -23,7 +26,7 @@ PANELS = [
 
 def main(out: Path, runs: list[Path]) -> None:
     """Write the picture."""
-    figure, axes = plt.subplots(2, 3, figsize=(15, 7), layout="constrained")
+    figure, axes = plt.subplots(3, 3, figsize=(15, 10), layout="constrained")
     for run in runs:
         with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))

@@ -42,8 +42,8 @@ MODELS: dict[str, type[Section]] = {
 }
 
 # Names and paths: `run.name=2024` is a text, and so is a folder called [old].
-TEXTS = {"run.name", "run.folder", "data.root", "data.train", "data.test", "backbone.name", "logger.project"} | {
-    "checkpoint", "images", "masks", "out"
+TEXTS = {"run.name", "run.folder", "data.root", "data.train", "data.test", "online.root", "backbone.name"} | {
+    "logger.project", "checkpoint", "images", "masks", "out"
 }  # fmt: skip
 
 # The key of a command that takes the words without an equals sign, and those that are files or folders.

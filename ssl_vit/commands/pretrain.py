@@ -22,7 +22,7 @@ from ssl_vit.training.health import HealthMonitor
 from ssl_vit.training.journal import Journal
 from ssl_vit.training.keeper import Keeper
 from ssl_vit.training.metrics import MetricsCSV, Wandb
-from ssl_vit.training.online_knn import OnlineKNN
+from ssl_vit.training.online import OnlineEvaluation
 from ssl_vit.training.outlook import outlook
 from ssl_vit.training.progress import RunProgress
 from ssl_vit.training.report import conclusion, introduction
@@ -62,13 +62,8 @@ def train(config: PretrainConfig, plan: Plan, method: SSLMethod, start: Start) -
     folder = config.run.path
     skipped = SkippedPictures(folder / "skipped.txt")
     signals = StopSignals()
-    keeper = Keeper(
-        folder / "checkpoints",
-        signals,
-        every=config.trainer.checkpoint_every,
-        max_time=config.trainer.max_time,
-        keep_every_epochs=config.trainer.keep_every_epochs,
-    )
+    online = OnlineEvaluation(config, start, skipped)
+    keeper = Keeper(folder / "checkpoints", signals, online, config.trainer)
     steps = SkippedSteps(
         Journal(folder / "skipped_steps.jsonl", start.done), start.pictures, budget=config.trainer.skip_budget
     )
@@ -79,8 +74,7 @@ def train(config: PretrainConfig, plan: Plan, method: SSLMethod, start: Start) -
         every=plan.log_every,
     )
     progress = RunProgress(plan.total_steps, plan.batch_size, every=plan.log_every)
-    online_knn = OnlineKNN(config, start.pictures, skipped)
-    callbacks = [signals, SameStart(config, start), steps, progress, health, online_knn, keeper]
+    callbacks = [signals, SameStart(config, start), steps, progress, health, online, keeper]
     trainer = make_trainer(config, plan, make_loggers(config, start.done), callbacks, keeper.files, folder)
     loader = training_loader(
         start.pictures,
@@ -101,7 +95,7 @@ def train(config: PretrainConfig, plan: Plan, method: SSLMethod, start: Start) -
         verdicts = outlook(config.method, plan, method.peak_lr)
         for verdict in [] if start.done else verdicts:
             health.journal.write(0, **verdict._asdict())
-        print(introduction(config, plan, method, start, verdicts), flush=True)
+        print(introduction(config, plan, method, start, verdicts, online), flush=True)
     with named_faults(keeper):
         trainer.fit(method, loader, ckpt_path=start.checkpoint, weights_only=True)
     disband()
@@ -113,7 +107,7 @@ def train(config: PretrainConfig, plan: Plan, method: SSLMethod, start: Start) -
         # From the checkpoint: with fsdp no process has the whole network.
         target = load_backbone(str(folder)).backbone
         export_backbone(target, folder / "backbone.safetensors", mean=views.mean, std=views.std, source=source)
-        print(conclusion(folder, trainer.global_step, plan, health, steps, skipped))
+        print(conclusion(folder, trainer.global_step, plan, health, steps, skipped, online))
         if outcome := signals.pass_on():
             print(outcome)
     return folder

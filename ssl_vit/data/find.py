@@ -63,30 +63,42 @@ def find_labelled(data: EvalDataConfig) -> LabelledSplit:
             raise UserError(f"data.source={data.source}: name the folder above its files with data.root")
         train = array_pictures(data.source, data.root, split="train")
         return LabelledSplit(train, array_pictures(data.source, data.root, split="test"))
-    train_folder, test_folder = _split_folders(data)
-    labelled = find(train_folder)
+    if data.root is not None:
+        return _found(find, *_split_folders(data.root, "data.train={train} data.test={val}"))
+    assert data.train is not None  # the configuration demands one of them
+    return _found(find, data.train, data.test)
+
+
+def labelled_folder(root: Path) -> LabelledSplit:
+    """The labelled pictures of a folder with class folders, or with `train/` and `val/` or `test/` that hold these.
+
+    Raises:
+        UserError: As `find_labelled`.
+    """
+    return _found(_labelled, *_split_folders(root, "online.root={train}"))
+
+
+def _found(
+    find: Callable[[Path], FilePictures | ShardPictures], train_folder: Path, test_folder: Path | None
+) -> LabelledSplit:
+    train = find(train_folder)
     if test_folder is None:
-        return LabelledSplit(labelled, None)
+        return LabelledSplit(train, None)
     test = find(test_folder)
-    if labelled.classes != test.classes:
-        raise UserError(_different(labelled, test))
-    return LabelledSplit(labelled, test)
+    if train.classes != test.classes:
+        raise UserError(_different(train, test))
+    return LabelledSplit(train, test)
 
 
-def _split_folders(data: EvalDataConfig) -> tuple[Path, Path | None]:
-    """The folder to learn from, and the one to test on if there is one."""
-    if data.root is None:
-        assert data.train is not None  # the configuration demands one of them
-        return data.train, data.test
-    tests = [data.root / name for name in ("val", "test") if (data.root / name).is_dir()]
-    if not (data.root / "train").is_dir() or not tests:
-        return data.root, None
+def _split_folders(root: Path, choice: str) -> tuple[Path, Path | None]:
+    """The folder to learn from, and the one to test on if there is one; `choice` are words that name them."""
+    tests = [root / name for name in ("val", "test") if (root / name).is_dir()]
+    if not (root / "train").is_dir() or not tests:
+        return root, None
     if len(tests) == 2:
-        train, val = (printable(data.root / name) for name in ("train", "val"))
-        raise UserError(
-            f"{printable(data.root)} holds val/ and test/: choose one, as with data.train={train} data.test={val}"
-        )
-    return data.root / "train", tests[0]
+        words = choice.format(**{name: printable(root / name) for name in ("train", "val")})
+        raise UserError(f"{printable(root)} holds val/ and test/: choose one, as with {words}")
+    return root / "train", tests[0]
 
 
 def _labelled(folder: Path) -> FilePictures:

@@ -1,4 +1,4 @@
-"""How different the features of different pictures are: the first sign that a network stops telling them apart."""
+"""How features lie on the sphere, without labels: whether pictures are told apart, and views of one are not."""
 
 from __future__ import annotations
 
@@ -33,3 +33,25 @@ def effective_rank(features: Tensor) -> Tensor:
     singular = torch.linalg.svdvals(at_least_float32(features))
     share = singular / singular.sum() + 1e-7
     return torch.exp(-(share * share.log()).sum())
+
+
+@torch.no_grad()
+def alignment(one: Tensor, other: Tensor) -> Tensor:
+    """E |z - z⁺|² of the L2-normalised features (B, D) of two views: 0 where a picture's are the same, and 4 at most.
+
+    Wang & Isola 2020 (arXiv 2005.10242), section 4.1 with α = 2.
+    """
+    difference = F.normalize(at_least_float32(one), dim=-1) - F.normalize(at_least_float32(other), dim=-1)
+    return difference.square().sum(dim=-1).mean()
+
+
+@torch.no_grad()
+def uniformity(features: Tensor) -> Tensor:
+    """The logarithm of E exp(-2 |z - z'|²) over all pairs of the L2-normalised features (B, D), B of 2 and more.
+
+    0 when all are the same, about -4 when spread evenly over a sphere of many dimensions (Wang & Isola 2020, arXiv
+    2005.10242, section 4.1 with t = 2).
+    """
+    unit = F.normalize(at_least_float32(features), dim=-1)
+    squared = torch.pdist(unit).square()  # (B·(B-1)/2,)
+    return torch.exp(-2 * squared).mean().log()

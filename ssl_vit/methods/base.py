@@ -14,7 +14,7 @@ from torch.optim import AdamW, Optimizer
 from ssl_vit import __version__
 from ssl_vit.config import BackboneConfig, DINOConfig, SiTConfig, TrainingConfig
 from ssl_vit.distributed import all_mean, gather, norms
-from ssl_vit.losses.diversity import effective_rank, spread
+from ssl_vit.losses.diversity import alignment, effective_rank, spread, uniformity
 from ssl_vit.methods.finite import StepCheck, clip_each
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.fsdp import shard
@@ -46,7 +46,7 @@ class StepResult(NamedTuple):
     """What a method makes of a batch."""
 
     loss: Tensor  # ()
-    features: Tensor  # (B, D), the [CLS] tokens of one view, without gradient; their health is logged
+    features: Tensor  # (2, B, D), the [CLS] tokens of the global views, without gradient; their health is logged
     logs: dict[str, Tensor]  # scalars
 
 
@@ -129,9 +129,10 @@ class SSLMethod(L.LightningModule):
 
     def log_step(self, result: StepResult, *, first: bool) -> None:
         """Log means over all processes and over the step's micro-batches so far, of which this is the `first`."""
-        features = gather(result.features)
+        features = gather(result.features[0])
         logs = {"loss": result.loss.detach(), **result.logs}
         logs |= {"spread": spread(features), "effective_rank": effective_rank(features)}
+        logs |= {"alignment": alignment(*result.features), "uniformity": uniformity(features)}
         values = all_mean(torch.stack([value.float() for value in logs.values()]))
         self.logged = torch.stack([values]) if first else torch.cat([self.logged, values[None]])  # (micro-batches, n)
         names = [f"train/{name}" for name in logs]

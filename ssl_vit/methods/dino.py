@@ -92,7 +92,7 @@ class DINO(SSLMethod):
                 "center_norm": self.center.value.norm(),
                 "teacher_distance": distance(self.teacher, self.student),
             }
-        return StepResult(loss, teacher_cls[: len(batch.key)], logs)
+        return StepResult(loss, teacher_cls.unflatten(0, (2, -1)), logs)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.global_step < self.frozen_steps:

@@ -110,7 +110,7 @@ class SiT(SSLMethod):
         logs |= {name: loss.detach() for name, loss in losses.items()}
         if isinstance(self.weights, UncertaintyWeights):
             logs |= {f"weight_{name}": self.weights.weight(name).detach() for name in losses}
-        return StepResult(total, tokens.cls[: len(batch.key)].detach(), logs)
+        return StepResult(total, tokens.cls.detach().unflatten(0, (2, -1)), logs)
 
     def rotated(self, views: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Views (B, 2, C, H, W), each turned by its own quarter turns: (2B, C, H, W) and the turns (2B,) of 0 to 3."""

@@ -16,6 +16,7 @@ from ssl_vit.models.weights import read_plain
 
 LAST = "last.ckpt"
 PREVIOUS = "previous.ckpt"
+BEST = "best_knn.ckpt"  # never one to go on from
 
 
 class DurableIO(TorchCheckpointIO):
@@ -51,6 +52,7 @@ def keep_as(path: Path, name: str) -> None:
     except OSError:  # a file system without hard links
         shutil.copyfile(path, temporary)
     temporary.replace(path.with_name(name))
+    temporary.unlink(missing_ok=True)  # it stays where both names are of one file already
     sync_folder(path.parent)
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
 
+from ssl_vit.config import TrainerConfig
 from ssl_vit.distributed import any_process, norms
 from ssl_vit.errors import SharedError
-from ssl_vit.training.checkpoints import LAST, DurableIO, keep_as
+from ssl_vit.training.checkpoints import BEST, LAST, DurableIO, keep_as
+from ssl_vit.training.online import OnlineEvaluation
 from ssl_vit.training.signals import StopSignals
 
 
 class Keeper(L.Callback):
-    """Writes `last.ckpt` every `every` and after epochs, and keeps those of some epochs for good.
+    """Writes `last.ckpt` every `every` and after epochs, and keeps those of some epochs, and the best, for good.
 
     Short epochs, but for the first, do not make it write more often than ten times per `every`. A network with a weight
     that is not finite is not saved: the run stops on the checkpoint before. All processes save, and stop, after the
@@ -24,9 +25,8 @@ class Keeper(L.Callback):
     Args:
         folder: Of the checkpoints.
         signals: Whether a stop has been asked for.
-        every: Longest time between two checkpoints.
-        max_time: Save and stop after this time; None: no limit.
-        keep_every_epochs: Also keep `epoch_NNNN.ckpt` of every n-th epoch; None: only the last and the one before.
+        online: Whether the step at hand is the best so far; it must have seen the end of the step before.
+        settings: How long it may go without a checkpoint, how long in all, and which epochs' `epoch_NNNN.ckpt` to keep.
 
     Raises:
         SharedError: From a hook of Lightning: a checkpoint cannot be written, because the disk is full, say.
@@ -36,16 +36,15 @@ class Keeper(L.Callback):
         self,
         folder: Path,
         signals: StopSignals,
-        *,
-        every: timedelta,
-        max_time: timedelta | None,
-        keep_every_epochs: int | None,
+        online: OnlineEvaluation,
+        settings: TrainerConfig,
     ) -> None:
         self.folder = folder
         self.signals = signals
-        self.every = every.total_seconds()
-        self.max_time = max_time.total_seconds() if max_time else float("inf")
-        self.keep_every_epochs = keep_every_epochs
+        self.online = online
+        self.every = settings.checkpoint_every.total_seconds()
+        self.max_time = settings.max_time.total_seconds() if settings.max_time else float("inf")
+        self.keep_every_epochs = settings.keep_every_epochs
         self.files = DurableIO()
         self.saved_step = 0  # optimizer steps in the newest checkpoint
         self.diverged = False
@@ -75,13 +74,14 @@ class Keeper(L.Callback):
         asked = self.signals.received is not None or now - self.started > self.max_time
         wait = self.every / 10 if trainer.is_last_batch and self.saved_step else self.every
         due = now - self.saved > wait or (trainer.is_last_batch and not self.saved_step)
-        stop, due = any_process(asked, due)
+        stop, due = any_process(asked, due or self.online.improved)
         if stop or keep or due or trainer.global_step == trainer.max_steps:
-            self._save(trainer, module, f"epoch_{epoch:04d}.ckpt" if keep else None)
+            names = [f"epoch_{epoch:04d}.ckpt"] if keep else []
+            self._save(trainer, module, [*names, BEST] if self.online.improved else names)
         if stop:
             trainer.should_stop = True
 
-    def _save(self, trainer: L.Trainer, module: L.LightningModule, kept_name: str | None) -> None:
+    def _save(self, trainer: L.Trainer, module: L.LightningModule, kept_names: list[str]) -> None:
         parameters = [parameter.detach() for parameter in module.parameters()]
         buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
         broken = any(not norms(values).isfinite().all() for values in (parameters, buffers) if values)
@@ -100,6 +100,7 @@ class Keeper(L.Callback):
                 f"the checkpoint of step {trainer.global_step:,} cannot be written to {self.folder}: {reason}. "
                 f"{self.way_on}"
             )
-        if kept_name and trainer.is_global_zero:
-            keep_as(self.folder / LAST, kept_name)
+        if trainer.is_global_zero:
+            for name in kept_names:
+                keep_as(self.folder / LAST, name)
         self.saved, self.saved_step = time.monotonic(), trainer.global_step

@@ -8,12 +8,20 @@ from ssl_vit.config import PretrainConfig
 from ssl_vit.data.pictures import SkippedPictures
 from ssl_vit.methods.base import Plan, SSLMethod, make_plan
 from ssl_vit.training.health import HealthMonitor, Verdict
+from ssl_vit.training.online import OnlineEvaluation
 from ssl_vit.training.runs import Start
 from ssl_vit.training.schedules import Schedule
 from ssl_vit.training.skipping import SkippedSteps
 
 
-def introduction(config: PretrainConfig, plan: Plan, method: SSLMethod, start: Start, verdicts: list[Verdict]) -> str:
+def introduction(
+    config: PretrainConfig,
+    plan: Plan,
+    method: SSLMethod,
+    start: Start,
+    verdicts: list[Verdict],
+    online: OnlineEvaluation,
+) -> str:
     """What is about to happen: data, network, length, health seen from here, and the schedules along the run."""
     size = sum(parameter.numel() for parameter in method.target.parameters()) / 1e6
     optimizer = config.method.optimizer
@@ -23,6 +31,7 @@ def introduction(config: PretrainConfig, plan: Plan, method: SSLMethod, start: S
         f"{config.method.name} on {config.backbone.name}, {size:.1f} M parameters, run folder {config.run.path}",
         f"learning rate {optimizer.lr:g} x {plan.batch_size}/{optimizer.lr_batch_size} = {method.peak_lr:.3g}",
         *schedule_table(method.schedules, [round(share * (plan.total_steps - 1)) for share in (0, 0.1, 0.5, 1)]),
+        *online.plan(),
         *(f"Health: {verdict}" for verdict in verdicts),
         *start.notes,
     ]
@@ -48,7 +57,13 @@ def schedule_table(schedules: dict[str, Schedule], points: list[int]) -> list[st
 
 
 def conclusion(
-    folder: Path, step: int, plan: Plan, health: HealthMonitor, steps: SkippedSteps, skipped: SkippedPictures
+    folder: Path,
+    step: int,
+    plan: Plan,
+    health: HealthMonitor,
+    steps: SkippedSteps,
+    skipped: SkippedPictures,
+    online: OnlineEvaluation,
 ) -> str:
     """Where things are, and whatever was not as it should be."""
     lines = []
@@ -66,6 +81,7 @@ def conclusion(
         )
     if count := skipped.count():
         lines.append(f"{counted(count, 'picture')} could not be read and left out: {skipped.path} names them")
+    lines += online.summary()
     lines.append(f"Backbone: {folder / 'backbone.safetensors'} ({folder / 'backbone.json'} says how to load it)")
     return "\n".join(lines)
 

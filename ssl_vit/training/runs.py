@@ -46,7 +46,7 @@ HARMLESS = (
     "trainer.keep_every_epochs",
     "trainer.skip_budget",
     "logger.",
-    "online_knn.",
+    "online.",
 )
 
 

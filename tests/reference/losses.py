@@ -47,6 +47,19 @@ def nt_xent(first, second, temperature) -> float:
     return float(np.mean(losses))
 
 
+def alignment(one, other) -> float:
+    """Picture by picture, (B, D) of two views."""
+    unit = [[row / np.linalg.norm(row) for row in view] for view in (one, other)]
+    return float(np.mean([np.sum((a - b) ** 2) for a, b in zip(*unit, strict=True)]))
+
+
+def uniformity(features) -> float:
+    """Pair by pair of (B, D)."""
+    unit = [row / np.linalg.norm(row) for row in features]
+    kernel = [np.exp(-2 * np.sum((a - b) ** 2)) for i, a in enumerate(unit) for b in unit[:i]]
+    return float(np.log(np.mean(kernel)))
+
+
 def l1(reconstruction, clean, corrupted=None) -> float:
     """Pixel by pixel, (B, C, H, W) with the mask (B, 1, H, W)."""
     total, count = 0.0, 0
