@@ -7,7 +7,8 @@ from reference import probes
 
 from ssl_vit.errors import UserError
 from ssl_vit.evaluation.features import Features
-from ssl_vit.evaluation.linear import Variant, linear_probe, probe_path, standard_space, stratified
+from ssl_vit.evaluation.linear import linear_probe, probe_path, standard_space
+from ssl_vit.evaluation.probes import Variant, stratified
 
 L2 = [1e-1, 1e-3, 1e-5]
 VARIANTS = [Variant(1, False), Variant(1, True), Variant(2, False), Variant(2, True)]

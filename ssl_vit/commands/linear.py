@@ -14,7 +14,8 @@ import torch
 from ssl_vit.config_evaluation import LinearConfig
 from ssl_vit.errors import UserError
 from ssl_vit.evaluation.features import Features
-from ssl_vit.evaluation.linear import LinearResult, Variant, linear_probe, stratified
+from ssl_vit.evaluation.linear import LinearResult, linear_probe
+from ssl_vit.evaluation.probes import Variant, stratified
 from ssl_vit.evaluation.records import Answers, Record, Score, accuracies
 from ssl_vit.evaluation.study import PIXELS, Source, Study
 from ssl_vit.training.hardware import best_device

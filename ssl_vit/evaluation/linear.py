@@ -13,26 +13,11 @@ from tqdm import tqdm
 from ssl_vit.errors import UserError
 from ssl_vit.evaluation.features import Features
 from ssl_vit.evaluation.knn import rank_of
+from ssl_vit.evaluation.probes import Probe, Variant, stratified
 from ssl_vit.evaluation.search import full_precision
 
 _PATH_TOLERANCE, _FINAL_TOLERANCE = 1e-6, 1e-8  # change of the loss per step at which the solver stops
 _MOST_STEPS = 500
-
-
-class Variant(NamedTuple):
-    """Which of the features a probe sees."""
-
-    blocks: int  # [CLS] of so many last blocks, concatenated
-    patch_mean: bool  # and the mean patch token of the last one
-
-    def of(self, features: Features) -> Tensor:
-        """The chosen features (N, D')."""
-        cls = features.cls[:, -self.blocks :].flatten(1)
-        return torch.cat([cls, features.patch_mean], dim=1) if self.patch_mean else cls
-
-    def __str__(self) -> str:
-        blocks = "last block" if self.blocks == 1 else f"last {self.blocks} blocks"
-        return f"[CLS] of the {blocks}{' + patch mean' if self.patch_mean else ''}"
 
 
 class Trial(NamedTuple):
@@ -52,19 +37,6 @@ class Space(NamedTuple):
     axes: Tensor  # (D, R), orthonormal columns
     variance: Tensor  # (R,), along the axes
     x: Tensor  # (R, N): in this layout both products of a solver's step run along rows
-
-
-class Probe(NamedTuple):
-    """A linear classifier of standardised features."""
-
-    mean: Tensor  # (D,)
-    scale: Tensor  # (D,): 1 / standard deviation; 0 where a feature is constant
-    weight: Tensor  # (D, C)
-    bias: Tensor  # (C,)
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Scores (N, C) of features (N, D)."""
-        return (features - self.mean) * self.scale @ self.weight + self.bias
 
 
 class LinearResult(NamedTuple):
@@ -122,17 +94,6 @@ def linear_probe(
     return LinearResult(
         _ranks(logits, classes, test.labels), classes[logits.argmax(dim=1)], chosen, trials, _warnings(chosen, l2)
     )
-
-
-def stratified(labels: Tensor, share: float, *, seed: int) -> Tensor:
-    """A random share of each class as a mask (N,) bool: at least one picture and never all; none of a single one."""
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.zeros(len(labels), dtype=torch.bool)
-    for label in torch.unique(labels):
-        members = (labels == label).nonzero().squeeze(1)
-        count = min(max(1, round(share * len(members))), len(members) - 1)
-        mask[members[torch.randperm(len(members), generator=generator)[:count]]] = True
-    return mask
 
 
 def standard_space(features: Tensor) -> Space:

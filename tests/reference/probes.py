@@ -73,3 +73,23 @@ def logistic_loss(x, labels, classes, l2, *, steps=50) -> float:
         if gradient.abs().max() < 1e-12:
             break
     return float(loss(parameters))
+
+
+def ridge(z, targets, penalty) -> np.ndarray:
+    """The (D + 1, C) of least |z w + b - targets|² + penalty |w|²; the last row is the bias b."""
+    z, targets = (np.asarray(x, dtype=np.float64) for x in (z, targets))
+    dim = z.shape[1]
+    with_bias = np.concatenate([z, np.ones((len(z), 1))], axis=1)
+    ballast = np.sqrt(penalty) * np.eye(dim, dim + 1)
+    stacked = np.concatenate([with_bias, ballast]), np.concatenate([targets, np.zeros((dim, targets.shape[1]))])
+    return np.linalg.lstsq(*stacked, rcond=None)[0]
+
+
+def ridge_left_out(z, targets, penalty) -> torch.Tensor:
+    """The scores (N, C) of each picture by a ridge regression fitted to all others."""
+    z, targets = (np.asarray(x, dtype=np.float64) for x in (z, targets))
+    scores = []
+    for i in range(len(z)):
+        others = [j for j in range(len(z)) if j != i]
+        scores.append(np.append(z[i], 1.0) @ ridge(z[others], targets[others], penalty))
+    return torch.tensor(np.stack(scores))

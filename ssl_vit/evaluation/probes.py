@@ -1,0 +1,84 @@
+"""What linear classifiers of frozen features share: which features, standardised how, held out for whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssl_vit.evaluation.features import Features
+
+_ROWS = 4096  # of features that are taken to float64 at a time
+_NOISE = 1e-6  # of a feature's size: a standard deviation below it is of rounding errors only
+
+
+class Variant(NamedTuple):
+    """Which of the features a probe sees."""
+
+    blocks: int  # [CLS] of so many last blocks, concatenated
+    patch_mean: bool  # and the mean patch token of the last one
+
+    def of(self, features: Features) -> Tensor:
+        """The chosen features (N, D') float32."""
+        cls = features.cls[:, -self.blocks :].flatten(1)
+        chosen = torch.cat([cls, features.patch_mean], dim=1) if self.patch_mean else cls
+        return chosen.float()
+
+    def __str__(self) -> str:
+        blocks = "last block" if self.blocks == 1 else f"last {self.blocks} blocks"
+        return f"[CLS] of the {blocks}{' + patch mean' if self.patch_mean else ''}"
+
+
+class Standard(NamedTuple):
+    """How features are standardised: (x - mean) · scale."""
+
+    mean: Tensor  # (D,)
+    scale: Tensor  # (D,): 1 / standard deviation; 0 where a feature is constant
+
+    @classmethod
+    def of(cls, features: Tensor) -> Standard:
+        """Mean and standard deviation of features (N, D), float64; rounding errors count as constant."""
+        total, squares = (features.new_zeros(features.shape[1], dtype=torch.float64) for _ in range(2))
+        for rows in in_double(features):
+            total += rows.sum(dim=0)
+        mean = total / len(features)
+        for rows in in_double(features):
+            squares += (rows - mean).square_().sum(dim=0)
+        std = (squares / len(features)).sqrt()
+        return cls(mean, torch.where(std > _NOISE * mean.abs(), 1 / std, 0))
+
+    def apply(self, features: Tensor) -> Tensor:
+        """Standardised features (N, D), in the wider of both precisions."""
+        return (features - self.mean) * self.scale
+
+
+class Probe(NamedTuple):
+    """A linear classifier of standardised features."""
+
+    mean: Tensor  # (D,)
+    scale: Tensor  # (D,): 1 / standard deviation; 0 where a feature is constant
+    weight: Tensor  # (D, C)
+    bias: Tensor  # (C,)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Scores (N, C) of features (N, D)."""
+        return (features - self.mean) * self.scale @ self.weight + self.bias
+
+
+def in_double(features: Tensor) -> Iterator[Tensor]:
+    """The rows of features (N, D) in float64, some thousands at a time."""
+    for rows in torch.split(features, _ROWS):
+        yield rows.double()
+
+
+def stratified(labels: Tensor, share: float, *, seed: int) -> Tensor:
+    """A random share of each class as a mask (N,) bool: at least one picture and never all; none of a single one."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.zeros(len(labels), dtype=torch.bool)
+    for label in torch.unique(labels):
+        members = (labels == label).nonzero().squeeze(1)
+        count = min(max(1, round(share * len(members))), len(members) - 1)
+        mask[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    return mask
