@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from ssl_vit.config import LoggerConfig, Section, Source, Which, Workers
-from ssl_vit.config_values import Count, Positive, Seed
+from ssl_vit.config_values import Count, NonNegative, Positive, Seed
 
 
 class EvalDataConfig(Section):
@@ -49,9 +49,18 @@ class KNNConfig(EvaluationConfig):
     sheet: bool
 
 
+class SGDConfig(Section):
+    lr: Annotated[list[Positive], Field(min_length=1)]
+    weight_decay: Annotated[list[NonNegative], Field(min_length=1)]
+    epochs: Count
+    batch_size: Count
+
+
 class LinearConfig(EvaluationConfig):
+    solver: Literal["logistic", "ridge", "sgd"]
     blocks: Annotated[list[Count], Field(min_length=1)]
     l2: Annotated[list[Positive], Field(min_length=1)]
+    sgd: SGDConfig
     held_out: Annotated[float, Field(gt=0, lt=1)]
     sheet: bool
 

@@ -10,9 +10,14 @@ import wandb
 from PIL import Image
 
 from ssl_vit.cli import main
+from ssl_vit.commands import linear
+from ssl_vit.commands.compose import load_config
 from ssl_vit.config import BackboneConfig
+from ssl_vit.config_evaluation import LinearConfig
+from ssl_vit.data.files import folder_pictures
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.weights import export_backbone
+from ssl_vit.transforms.evaluation import EvalTransform
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +101,8 @@ def test_a_probe_says_what_was_chosen_and_by_which_pictures(run, sample):
     measured("linear", f"checkpoint={run}", f"data.root={sample}", "baselines=false", "l2=[1e-1,1e-3]")
     record = json.loads((run / "eval" / f"linear-{sample.name}.json").read_text())
     chosen = record["score"]["details"]["chosen"]
-    assert record["selection"] == {"on": "held-out training pictures", "fraction": 0.1, "seed": 0, "chosen": chosen}
+    assert record["selection"] == {"on": record["protocol"]["selection"], "chosen": chosen}
+    assert record["selection"]["on"].startswith("0.1 of the training pictures of each class")
 
 
 @pytest.mark.parametrize(("command", "words"), [("knn", []), ("linear", ["l2=[1e-1,1e-3]"])])
@@ -140,7 +146,7 @@ def test_one_folder_is_split_for_the_probe(run, sample):
     record = json.loads((run / "eval" / f"linear-{sample.name}-train.json").read_text())
     assert record["protocol"]["split"] == "0.2 of each class held out to test"
     assert (record["data"]["n_train"], record["data"]["n_test"]) == (156, 36)
-    features = {trial["features"] for trial in record["score"]["details"]["held_out"]}
+    features = {trial["features"] for trial in record["score"]["details"]["trials"]}
     assert features == {  # 99 blocks are all that there are
         "[CLS] of the last block",
         "[CLS] of the last block + patch mean",
@@ -261,3 +267,45 @@ def test_without_wandb_at_hand_the_record_is_kept_and_the_way_on_is_told(run, sa
     assert "no API key" in error
     assert "logger.offline=true" in error
     assert (run / "eval" / f"knn-{sample.name}.json").is_file()
+
+
+SOLVERS = {
+    "logistic": ["l2=[1e-1,1e-3]"],
+    "ridge": ["solver=ridge", "l2=[1e-1,1e-3]"],
+    "sgd": ["solver=sgd", "sgd.lr=[0.01,0.1]", "sgd.epochs=3", "sgd.batch_size=64"],
+}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_measures_the_network_and_its_baselines(solver, run, sample, tmp_path):
+    out = tmp_path / "out.json"
+    measured("linear", f"checkpoint={run}", f"data.root={sample}", f"out={out}", *SOLVERS[solver])
+    record = json.loads(out.read_text())
+    assert record["protocol"]["solver"].lower().startswith(solver)
+    assert ("leave-one-out" in record["protocol"]["selection"]) == (solver == "ridge")
+    for score in [record["score"], *record["baselines"]]:
+        variants = 1 if score["name"] == "raw pixels" else 4
+        trials = score["details"]["trials"]
+        assert len(trials) == 2 * variants
+        assert score["details"]["chosen"] in trials
+        assert {"features", "accuracy", "loss"} < trials[0].keys()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_saved_probe_gives_the_answers_of_the_record(solver, run, sample, tmp_path, monkeypatch):
+    """By the lines that its JSON names."""
+    out = tmp_path / "out.json"
+    monkeypatch.chdir(tmp_path)
+    words = [f"checkpoint={run}", f"data.root={sample}", f"out={out}", "data.workers=0", "baselines=false"]
+    record, _ = linear.measure(load_config("linear", [*words, *SOLVERS[solver]], LinearConfig))
+    about = json.loads((tmp_path / "out.probe.json").read_text())
+    answers = record.score.answers[""]
+    transform = EvalTransform(*(about["transform"][name] for name in ("image_size", "crop_ratio", "mean", "std")))
+    pictures = folder_pictures(sample / "test")
+    images = transform.normalise(torch.stack([transform(pictures.read(int(place), 3)) for place in answers.place]))
+    names = {"images": images}
+    exec("\n".join(about["apply"]), names)
+    predicted = [about["classes"][place] for place in names["scores"].argmax(dim=1)]
+    assert predicted == [pictures.classes[label] for label in answers.predicted]
+    assert names["probe"].keys() == {"mean", "scale", "weight", "bias"}
+    assert about["checkpoint"]["sha256"] == record.model["sha256"]

@@ -118,7 +118,7 @@ class Study:
             findings: What else was found out about the pictures.
             warnings: What a reader of the numbers must know.
             engines: Which of several ways to the same numbers was taken, by what for.
-            selection: What was chosen (`chosen`), and by which pictures (`on`, `fraction`, `seed`); None: nothing was.
+            selection: What was chosen (`chosen`), and by which pictures (`on`); None: nothing was.
             seeds: Beside those of the pretraining and of the evaluation.
             by_class: What follows "top-1" in the metric whose mistakes are told class by class.
             sheet: Also draw them, as a PNG beside the record.

@@ -93,3 +93,22 @@ def ridge_left_out(z, targets, penalty) -> torch.Tensor:
         others = [j for j in range(len(z)) if j != i]
         scores.append(np.append(z[i], 1.0) @ ridge(z[others], targets[others], penalty))
     return torch.tensor(np.stack(scores))
+
+
+def sgd_head(x, labels, classes, *, lr, weight_decay, batches) -> torch.nn.Linear:
+    """A linear layer from zero by `torch.optim.SGD`, half a cosine to learning rate 0, the bias without decay.
+
+    `x` (N, D) are standardised features, `batches` the places of the pictures of every step.
+    """
+    head = torch.nn.Linear(x.shape[1], classes, dtype=x.dtype)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    groups = [{"params": [head.weight], "weight_decay": weight_decay}, {"params": [head.bias], "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: (1 + np.cos(np.pi * i / len(batches))) / 2)
+    for places in batches:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(head(x[places]), labels[places]).backward()
+        optimizer.step()
+        schedule.step()
+    return head
