@@ -43,7 +43,7 @@ class EvaluationConfig(Section):
 
 class KNNConfig(EvaluationConfig):
     k: Annotated[list[Count], Field(min_length=1)]
-    temperature: Positive
+    temperature: Annotated[list[Positive], Field(min_length=1)]
     engine: Literal["auto", "torch", "faiss"]
 
 

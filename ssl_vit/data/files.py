@@ -58,6 +58,17 @@ class FilePictures:
         except BrokenPicture as broken:
             raise BrokenPicture(self.name(index), broken.reason) from broken
 
+    def content(self, index: int) -> bytes:
+        """The file's bytes.
+
+        Raises:
+            BrokenPicture: It cannot be read.
+        """
+        try:
+            return self.path(index).read_bytes()
+        except OSError as error:
+            raise BrokenPicture(self.name(index), error.strerror or str(error)) from error
+
     def with_names(self, names: Names) -> FilePictures:
         """Other pictures below the same root."""
         return FilePictures(self.root, names, ignored=self.ignored, labelled=bool(self.classes))
