@@ -33,6 +33,10 @@ COMMANDS = {
     "linear": Command(
         "linear probe on the frozen features", "ssl-vit linear checkpoint=runs/photos data.root=labelled"
     ),
+    "neighbours": Command(
+        "the nearest pictures of a picture, drawn side by side",
+        "ssl-vit neighbours checkpoint=runs/photos data.root=photos images=photo.jpg",
+    ),
     "attention": Command(
         "what the [CLS] token looks at: maps, masks, overlays",
         "ssl-vit attention checkpoint=runs/photos images=photos out=maps",

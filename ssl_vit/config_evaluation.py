@@ -53,6 +53,25 @@ class LinearConfig(EvaluationConfig):
     held_out: Annotated[float, Field(gt=0, lt=1)]
 
 
+class NeighboursConfig(Section):
+    checkpoint: str
+    weights: Which
+    data: EvalDataConfig
+    images: Path | None
+    k: Count
+    limit: Count
+    index: Literal["exact", "ivf"]
+    recall: Annotated[float, Field(gt=0, le=1)]
+    seed: Seed
+    out: Path
+
+    @model_validator(mode="after")
+    def _a_picture(self) -> Self:
+        if self.out.suffix not in (".png", ".jpg"):
+            raise ValueError(f"out={self.out}: the sheet is a picture, name it .png or .jpg")
+        return self
+
+
 class AttentionConfig(Section):
     checkpoint: str
     weights: Which

@@ -18,7 +18,6 @@ from PIL import Image
 from reference import probes
 
 from ssl_vit.cli import main
-from ssl_vit.config import BackboneConfig
 from ssl_vit.data.copies import identical
 from ssl_vit.data.files import folder_pictures
 from ssl_vit.data.pictures import SkippedPictures, Subset
@@ -26,29 +25,22 @@ from ssl_vit.evaluation import knn as voting
 from ssl_vit.evaluation.features import extract
 from ssl_vit.evaluation.knn import Labelled, classify, knn, search
 from ssl_vit.evaluation.search import nearest
-from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.weights import export_backbone, load_backbone
+from ssl_vit.models.weights import load_backbone
 from ssl_vit.transforms.evaluation import EvalTransform
 
 HALF = [0.5, 0.5, 0.5]
 
 
-@pytest.fixture(scope="module")
-def network(tmp_path_factory):
-    """A network for pictures of 32 pixels with random weights."""
-    torch.manual_seed(0)
-    sizes = {"img_size": 32, "patch_size": 8, "in_chans": 3, "reg_tokens": 0, "embed_dim": 48, "depth": 2}
-    backbone = Backbone(
-        BackboneConfig(name="vit_tiny_patch16_224", drop_path=0.0, num_heads=3, init="jax", **sizes)
-    ).eval()
-    path = tmp_path_factory.mktemp("network") / "backbone.safetensors"
-    export_backbone(backbone, path, mean=HALF, std=HALF, source="a test")
-    return path
-
-
 def record_of(network, root, out, *words):
     """The record of a kNN evaluation."""
-    command = ["knn", f"checkpoint={network}", f"data.root={root}", "data.workers=0", f"out={out}", "baselines=false"]
+    command = [
+        "knn",
+        f"checkpoint={tiny_network}",
+        f"data.root={root}",
+        "data.workers=0",
+        f"out={out}",
+        "baselines=false",
+    ]
     assert main([*command, *words]) == 0
     return json.loads(out.read_text())
 
@@ -95,10 +87,10 @@ def test_labels_above_999_and_any_number_of_classes():
 
 
 @pytest.mark.parametrize(("classes", "said"), [(4, True), (6, False)])
-def test_fewer_than_six_classes_have_no_top_5_and_the_table_says_so(classes, said, network, sample, tmp_path, capsys):
+def test_fewer_than_six_classes_have_no_top_5_as_the_table_says(classes, said, tiny_network, sample, tmp_path, capsys):
     for folder in sorted((sample / "train").iterdir())[:classes]:
         shutil.copytree(folder, tmp_path / "set" / folder.name)
-    record = record_of(network, tmp_path / "set", tmp_path / "record.json", "k=[3]")
+    record = record_of(tiny_network, tmp_path / "set", tmp_path / "record.json", "k=[3]")
     assert ("top-5, k=3" in shares(record)) != said
     assert ("top-5 needs six classes" in capsys.readouterr().out) == said
 
@@ -106,13 +98,13 @@ def test_fewer_than_six_classes_have_no_top_5_and_the_table_says_so(classes, sai
 # --- a class that is missing among the test pictures ---
 
 
-def test_a_class_whose_test_pictures_are_all_broken_still_counts(network, sample, tmp_path):
+def test_a_class_whose_test_pictures_are_all_broken_still_counts(tiny_network, sample, tmp_path):
     shutil.copytree(sample / "train", tmp_path / "set" / "train")
     shutil.copytree(sample / "test", tmp_path / "set" / "test")
     first = min((tmp_path / "set" / "test").iterdir())
     for file in first.iterdir():
         file.write_bytes(b"no picture")
-    record = record_of(network, tmp_path / "set", tmp_path / "record.json")
+    record = record_of(tiny_network, tmp_path / "set", tmp_path / "record.json")
     assert record["data"]["n_classes"] == 12
     assert record["data"]["n_test"] == 44
 
@@ -120,12 +112,12 @@ def test_a_class_whose_test_pictures_are_all_broken_still_counts(network, sample
 # --- k above the smallest class ---
 
 
-def test_where_every_k_exceeds_the_smallest_class_its_size_is_measured_too(network, sample, tmp_path, capsys):
-    record = record_of(network, sample, tmp_path / "record.json", "k=[20,100]")  # 16 training pictures a class
+def test_where_every_k_exceeds_the_smallest_class_its_size_is_measured_too(tiny_network, sample, tmp_path, capsys):
+    record = record_of(tiny_network, sample, tmp_path / "record.json", "k=[20,100]")  # 16 training pictures a class
     assert list(shares(record))[:3] == ["top-1, k=20", "top-1, k=100", "top-1, k=16"]
     assert record["protocol"]["k"] == [20, 100]
     assert "k = 16 was added, the size of the smallest class" in capsys.readouterr().out
-    alone = record_of(network, sample, tmp_path / "alone.json", "k=[16]")
+    alone = record_of(tiny_network, sample, tmp_path / "alone.json", "k=[16]")
     assert shares(alone).items() <= shares(record).items()
     assert "was added" not in capsys.readouterr().out
 
@@ -133,14 +125,14 @@ def test_where_every_k_exceeds_the_smallest_class_its_size_is_measured_too(netwo
 # --- duplicates between training and test pictures ---
 
 
-def test_files_that_are_the_same_are_counted_and_named(network, sample, tmp_path, capsys):
+def test_files_that_are_the_same_are_counted_and_named(tiny_network, sample, tmp_path, capsys):
     shutil.copytree(sample / "train", tmp_path / "set" / "train")
     shutil.copytree(sample / "test", tmp_path / "set" / "test")
     train, test = tmp_path / "set" / "train" / "blue-dots", tmp_path / "set" / "test" / "red-dots"
     shutil.copy(train / "0002.png", test / "copy.png")
     with Image.open(train / "0003.png") as picture:  # the same pixels in another file
         picture.save(test / "again.bmp")
-    record = record_of(network, tmp_path / "set", tmp_path / "record.json")
+    record = record_of(tiny_network, tmp_path / "set", tmp_path / "record.json")
     assert record["data"]["near_duplicates"] == 2
     assert record["data"]["identical_files"] == {
         "count": 1,
@@ -150,12 +142,12 @@ def test_files_that_are_the_same_are_counted_and_named(network, sample, tmp_path
     assert said in capsys.readouterr().out
 
 
-def test_in_one_folder_a_file_is_no_copy_of_itself(network, sample, tmp_path):
+def test_in_one_folder_a_file_is_no_copy_of_itself(tiny_network, sample, tmp_path):
     shutil.copytree(sample / "test", tmp_path / "set")
     folder = tmp_path / "set" / "red-dots"
     for number in range(10):  # more than the record names
         shutil.copy(folder / "0000.png", folder / f"copy{number}.png")
-    record = record_of(network, tmp_path / "set", tmp_path / "record.json", "k=[5]")
+    record = record_of(tiny_network, tmp_path / "set", tmp_path / "record.json", "k=[5]")
     found = record["data"]["identical_files"]
     assert found["count"] == record["data"]["near_duplicates"] == 11
     assert len(found["names"]) == 8
@@ -220,7 +212,7 @@ def as_16_bits(grey):
 
 
 @pytest.mark.parametrize("kind", [Image.fromarray, as_rgba, as_16_bits])
-def test_pictures_of_other_modes_get_the_answers_of_the_same_in_rgb(kind, network, tmp_path):
+def test_pictures_of_other_modes_get_the_answers_of_the_same_in_rgb(kind, tiny_network, tmp_path):
     for split, count in {"train": 8, "test": 4}.items():
         for label in range(3):
             for number in range(count):
@@ -229,20 +221,22 @@ def test_pictures_of_other_modes_get_the_answers_of_the_same_in_rgb(kind, networ
                 name = f"{split}/{label}/{number}.png"
                 write(tmp_path / "rgb", name, as_rgb(grey))
                 write(tmp_path / "other", name, kind(grey) if number % 2 else as_rgb(grey))
-    records = [record_of(network, tmp_path / name, tmp_path / f"{name}.json", "k=[1,3]") for name in ("rgb", "other")]
+    records = [
+        record_of(tiny_network, tmp_path / name, tmp_path / f"{name}.json", "k=[1,3]") for name in ("rgb", "other")
+    ]
     assert records[0]["score"] == records[1]["score"]
     assert records[1]["data"]["skipped"] == 0
     crossed = tmp_path / "crossed"  # a picture of the other mode finds itself in RGB
     shutil.copytree(tmp_path / "rgb" / "train", crossed / "train")
     shutil.copytree(tmp_path / "other" / "train", crossed / "test")
-    assert shares(record_of(network, crossed, tmp_path / "crossed.json", "k=[1]")) == {"top-1, k=1": 1.0}
+    assert shares(record_of(tiny_network, crossed, tmp_path / "crossed.json", "k=[1]")) == {"top-1, k=1": 1.0}
 
 
 # --- the bank is made as the queries are; batches do not matter ---
 
 
-def test_another_batch_size_gives_the_same_features(network, cifar, tmp_path):
-    loaded = load_backbone(str(network))
+def test_another_batch_size_gives_the_same_features(tiny_network, cifar, tmp_path):
+    loaded = load_backbone(str(tiny_network))
     pictures = folder_pictures(cifar / "test")
     parts = []
     for batch_size in (7, 256):
@@ -255,10 +249,10 @@ def test_another_batch_size_gives_the_same_features(network, cifar, tmp_path):
     assert cosine.min() > 0.99999
 
 
-def test_training_pictures_are_described_as_test_pictures_are(network, cifar, tmp_path):
+def test_training_pictures_are_described_as_test_pictures_are(tiny_network, cifar, tmp_path):
     """The same folder as both sets: each picture is its own nearest, which no augmentation would let it be."""
     words = ["k=[1]", f"data.test={cifar / 'test'}", "data.root=null", f"data.train={cifar / 'test'}"]
-    record = record_of(network, "unused", tmp_path / "record.json", *words)
+    record = record_of(tiny_network, "unused", tmp_path / "record.json", *words)
     assert shares(record)["top-1, k=1"] == 1
     assert record["data"]["near_duplicates"] == record["data"]["n_test"] == 200
 
@@ -275,15 +269,15 @@ def test_one_search_serves_all_temperatures():
             assert together.predicted[k].tolist() == textbook(bank, queries, k, temperature)
 
 
-def test_several_temperatures_stand_in_the_names_of_the_metrics(network, sample, tmp_path, monkeypatch):
+def test_several_temperatures_stand_in_the_names_of_the_metrics(tiny_network, sample, tmp_path, monkeypatch):
     searches = []
     monkeypatch.setattr(voting, "nearest", lambda *words, **more: searches.append(1) or nearest(*words, **more))
-    both = record_of(network, sample, tmp_path / "both.json", "k=[10,15]", "temperature=[0.1,0.07]")
+    both = record_of(tiny_network, sample, tmp_path / "both.json", "k=[10,15]", "temperature=[0.1,0.07]")
     assert len(searches) == 1
     names = [f"top-1, k={k}, T={temperature}" for temperature in (0.07, 0.1) for k in (10, 15)]
     assert list(shares(both))[:4] == names
     for temperature in (0.07, 0.1):
-        alone = record_of(network, sample, tmp_path / "one.json", "k=[10,15]", f"temperature=[{temperature}]")
+        alone = record_of(tiny_network, sample, tmp_path / "one.json", "k=[10,15]", f"temperature=[{temperature}]")
         named = {f"{name}, T={temperature}": value for name, value in shares(alone).items()}
         assert named.items() <= shares(both).items()
 
@@ -292,8 +286,8 @@ def test_several_temperatures_stand_in_the_names_of_the_metrics(network, sample,
 
 
 @pytest.mark.parametrize("engine", ["torch", "faiss"])
-def test_answers_on_real_pictures_are_those_of_plain_float64(engine, network, cifar, tmp_path):
-    loaded = load_backbone(str(network))
+def test_answers_on_real_pictures_are_those_of_plain_float64(engine, tiny_network, cifar, tmp_path):
+    loaded = load_backbone(str(tiny_network))
     skipped = SkippedPictures(tmp_path / "skipped.txt")
     parts = []
     for name in ("train", "test"):

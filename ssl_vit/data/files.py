@@ -117,6 +117,17 @@ def folder_pictures(root: Path) -> FilePictures:
     return FilePictures(root, names, ignored=ignored, labelled=True)
 
 
+def pictures_at(place: Path) -> FilePictures:
+    """The one picture that is named, without a label, or all pictures below a folder.
+
+    Raises:
+        UserError: There is neither, or no picture in the folder.
+    """
+    if place.is_file():
+        return FilePictures(place.parent, Names.pack([os.fsencode(place.name)]), ignored=Counter(), labelled=False)
+    return folder_pictures(place)
+
+
 def listed_pictures(file: Path) -> FilePictures:
     """The pictures of a text file with one path a line, absolute or relative to the file's folder, in its order.
 

@@ -73,6 +73,17 @@ def find_labelled(data: EvalDataConfig) -> LabelledSplit:
     return LabelledSplit(labelled, test)
 
 
+def find_searched(data: EvalDataConfig) -> Pictures:
+    """The pictures to search for neighbours: `train/` where `data.root` holds one, else all; they need no labels.
+
+    Raises:
+        UserError: There is no picture.
+    """
+    root = data.train or data.root
+    assert root is not None  # the configuration demands one of them
+    return find_pictures(data.source, root / "train" if (root / "train").is_dir() else root)
+
+
 def _split_folders(data: EvalDataConfig) -> tuple[Path, Path | None]:
     """The folder to learn from, and the one to test on if there is one."""
     if data.root is None:

@@ -38,6 +38,7 @@ class Quality(NamedTuple):
     lists: int  # that the rows are divided into, by k-means
     probes: int  # of them that are searched per query
     k: int  # neighbours asked for
+    wanted: float  # recall
     recall: float  # share of the true k nearest that were found, of queries that the probes were not chosen by
     queries: int  # that this was measured with
     build_seconds: float
@@ -90,7 +91,7 @@ class Index:
         share = float((found.similarity >= last).float().mean())
         times = [_milliseconds(lists, rows[row : row + 1], k) for row in measuring[:100].tolist()]
         quality = Quality(
-            count, lists.nprobe, k, share, len(measuring), round(seconds, 2), round(float(np.median(times)), 3)
+            count, lists.nprobe, k, recall, share, len(measuring), round(seconds, 2), round(float(np.median(times)), 3)
         )
         return cls(lists, quality, _fingerprint(features))
 
@@ -122,9 +123,9 @@ class Index:
                 about = json.loads(str(arrays["about"]))
                 stored = arrays["index"]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise StaleIndexError(f"{path} holds no index: {error}; remove it") from error
+            raise StaleIndexError(f"{path} holds no index: {error}") from error
         if about["fingerprint"] != _fingerprint(features):
-            raise StaleIndexError(f"{path} is an index of other features; remove it")
+            raise StaleIndexError(f"{path} is an index of other features")
         return cls(load_faiss().deserialize_index(stored), Quality(**about["quality"]), about["fingerprint"])
 
 
