@@ -35,7 +35,7 @@ def record_of(network, root, out, *words):
     """The record of a kNN evaluation."""
     command = [
         "knn",
-        f"checkpoint={tiny_network}",
+        f"checkpoint={network}",
         f"data.root={root}",
         "data.workers=0",
         f"out={out}",
