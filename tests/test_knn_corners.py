@@ -5,7 +5,8 @@ training pictures (`test_equals_the_textbook_picture_by_picture`), k above the n
 class, one folder left one out by index (`test_leave_one_out_finds_exact_copies_but_never_the_picture_itself`), ties
 (`test_equally_near_neighbours_come_in_the_banks_order`, `test_of_equally_voted_classes_the_lower_is_answered`), halves
 (`test_stored_halves_are_compared_in_float32`), votes that do not overflow, blocks that change nothing. Rows that
-tests/test_evaluation_commands.py has: near duplicates, k beyond the data, collapsed and diverged networks.
+tests/test_evaluation_commands.py has: near duplicates, k beyond the data, collapsed and diverged networks. That several
+processes describe each picture once is for the tests of features to say.
 """
 
 import json
@@ -18,9 +19,11 @@ from PIL import Image
 from reference import probes
 
 from ssl_vit.cli import main
+from ssl_vit.data.arrays import ArrayPictures
 from ssl_vit.data.copies import identical
 from ssl_vit.data.files import folder_pictures
 from ssl_vit.data.pictures import SkippedPictures, Subset
+from ssl_vit.data.shards import shard_pictures
 from ssl_vit.evaluation import knn as voting
 from ssl_vit.evaluation.features import extract
 from ssl_vit.evaluation.knn import Labelled, classify, knn, search
@@ -165,6 +168,29 @@ def test_only_pairs_with_the_same_content_are_left(tmp_path):
     assert identical(pictures, pictures, pairs[:0]).shape == (0, 2)
     turned = Subset(pictures, torch.tensor([1, 0]))
     assert identical(turned, pictures, torch.tensor([[1, 0], [0, 0]])).tolist() == [[1, 0]]
+
+
+def test_pictures_in_shards_and_arrays_are_compared_too(sample, tmp_path):
+    assert main(["shard", f"data.root={sample / 'test'}", f"out={tmp_path / 'shards'}"]) == 0
+    files, shards = folder_pictures(sample / "test"), shard_pictures(tmp_path / "shards")
+    pairs = torch.tensor([[0, 0], [0, 1], [1, 1], [2, 1], [47, 47]])
+    assert identical(files, shards, pairs).tolist() == [[0, 0], [1, 1], [47, 47]]
+
+    images = torch.randint(256, (3, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images[2] = images[0]
+    array = ArrayPictures(images, torch.zeros(3), ["a"], title="three")
+    assert identical(array, array, torch.tensor([[0, 1], [0, 2], [1, 2]])).tolist() == [[0, 2]]
+
+
+# --- ties ---
+
+
+def test_of_equal_neighbours_the_first_votes_and_of_equal_votes_the_lower_class_wins():
+    bank = Labelled(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]), torch.tensor([5, 3, 1]))
+    query = Labelled(torch.tensor([[3.0, 0.0]]), torch.tensor([3]))
+    result = knn(bank, query, ks=[1, 2], temperature=0.07)
+    assert {k: answer.tolist() for k, answer in result.predicted.items()} == {1: [5], 2: [3]}
+    assert {k: rank.tolist() for k, rank in result.ranks.items()} == {1: [2], 2: [0]}
 
 
 # --- halves: exp(cosine / temperature) overflows float16 above a cosine of 0.776 ---

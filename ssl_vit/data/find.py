@@ -79,9 +79,11 @@ def find_searched(data: EvalDataConfig) -> Pictures:
     Raises:
         UserError: There is no picture.
     """
-    root = data.train or data.root
-    assert root is not None  # the configuration demands one of them
-    return find_pictures(data.source, root / "train" if (root / "train").is_dir() else root)
+    if data.root is None:
+        assert data.train is not None  # the configuration demands one of them
+        return find_pictures(data.source, data.train)
+    train = data.root / "train"
+    return find_pictures(data.source, train if train.is_dir() else data.root)
 
 
 def _split_folders(data: EvalDataConfig) -> tuple[Path, Path | None]:
