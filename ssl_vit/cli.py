@@ -36,6 +36,10 @@ COMMANDS = {
     "compare": Command(
         "records of several networks in one table, with paired tests", "ssl-vit compare runs/dino runs/sit"
     ),
+    "neighbours": Command(
+        "the nearest pictures of a picture, drawn side by side",
+        "ssl-vit neighbours checkpoint=runs/photos data.root=photos images=photo.jpg",
+    ),
     "attention": Command(
         "what the [CLS] token looks at: maps, masks, overlays",
         "ssl-vit attention checkpoint=runs/photos images=photos out=maps",

@@ -44,7 +44,7 @@ class EvaluationConfig(Section):
 
 class KNNConfig(EvaluationConfig):
     k: Annotated[list[Count], Field(min_length=1)]
-    temperature: Positive
+    temperature: Annotated[list[Positive], Field(min_length=1)]
     engine: Literal["auto", "torch", "faiss"]
     sheet: bool
 
@@ -75,6 +75,25 @@ class CompareConfig(Section):
     def _some_records(self) -> Self:
         if not self.records:
             raise ValueError("name records or run folders: ssl-vit compare runs/photos runs/other")
+        return self
+
+
+class NeighboursConfig(Section):
+    checkpoint: str
+    weights: Which
+    data: EvalDataConfig
+    images: Path | None
+    k: Count
+    limit: Count
+    index: Literal["exact", "ivf"]
+    recall: Annotated[float, Field(gt=0, le=1)]
+    seed: Seed
+    out: Path
+
+    @model_validator(mode="after")
+    def _a_picture(self) -> Self:
+        if self.out.suffix not in (".png", ".jpg"):
+            raise ValueError(f"out={self.out}: the sheet is a picture, name it .png or .jpg")
         return self
 
 

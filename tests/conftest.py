@@ -12,10 +12,13 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+import torch
 
 from ssl_vit.commands.compose import load_config
-from ssl_vit.config import PretrainConfig
+from ssl_vit.config import BackboneConfig, PretrainConfig
 from ssl_vit.data.sample import make_sample
+from ssl_vit.models.backbone import Backbone
+from ssl_vit.models.weights import export_backbone
 from ssl_vit.training.signals import StopSignals
 
 CIFAR_PER_CLASS = {"train": 60, "test": 20}
@@ -89,6 +92,17 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sample")
     make_sample(folder, pictures=240, seed=0)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The exported file of a network with random weights, for pictures of 32 pixels."""
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "in_chans": 3, "reg_tokens": 0, "embed_dim": 48, "depth": 2}
+    config = BackboneConfig(name="vit_tiny_patch16_224", drop_path=0.0, num_heads=3, init="jax", **sizes)
+    path = tmp_path_factory.mktemp("network") / "backbone.safetensors"
+    export_backbone(Backbone(config).eval(), path, mean=[0.5] * 3, std=[0.5] * 3, source="a test")
+    return path
 
 
 @pytest.fixture

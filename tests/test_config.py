@@ -22,6 +22,7 @@ NEEDED = {
     "knn": (evaluations.KNNConfig, ["checkpoint=runs/x", "data.root=labelled"]),
     "linear": (evaluations.LinearConfig, ["checkpoint=runs/x", "data.root=labelled"]),
     "compare": (evaluations.CompareConfig, ["runs/x"]),
+    "neighbours": (evaluations.NeighboursConfig, ["checkpoint=runs/x", "data.root=pictures"]),
     "attention": (evaluations.AttentionConfig, ["checkpoint=runs/x", "images=pictures"]),
     "export": (models.ExportConfig, ["checkpoint=runs/x"]),
     "scan": (models.ScanConfig, ["data.root=pictures"]),

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from torch import Tensor
 
 from ssl_vit.attention.masks import mass_mask, to_pixels
 from ssl_vit.attention.metrics import count_truth, iou
+from ssl_vit.evaluation.tiles import INK, PAPER, as_image, fitted, font, shortened
 
 TILE = 240  # pixels of a tile's longer side
 GAP = 10
 COLOURS = "inferno"
-INK, PAPER = (32, 32, 32), (255, 255, 255)
 MASK, TRUTH = (70, 225, 255), (255, 60, 200)  # outlines: cyan stands out from all colours of the heat
 LEAST_TOP = 6.0  # times uniform: a colour scale that ends lower would make noise look like attention
 
@@ -52,7 +51,7 @@ def overlay(example: Example) -> Image.Image:
 
 def head_figure(example: Example) -> Image.Image:
     """The picture, the heads' mean and every head as tiles that share one colour scale."""
-    size = _fitted(example.picture, TILE)
+    size = fitted(example.picture, TILE)
     tiles = _tiles(example, size)
     columns = math.ceil(len(tiles) / math.ceil(len(tiles) / 6))
     cell = (max(size[1], 130) + GAP, size[0] + 22 + GAP)
@@ -61,7 +60,7 @@ def head_figure(example: Example) -> Image.Image:
     draw = ImageDraw.Draw(figure)
     for place, (caption, tile) in enumerate(tiles):
         left, top = GAP + place % columns * cell[0], place // columns * cell[1] + 4
-        draw.text((left, top), caption, INK, font=_font(14))
+        draw.text((left, top), caption, INK, font=font(14))
         figure.paste(tile, (left, top + 20))
     _colour_bar(figure, _scale_top(example.maps), (GAP, figure.height - 54))
     _legend(draw, (GAP, figure.height - 22), with_truth=example.truth is not None)
@@ -75,28 +74,21 @@ def contact_sheet(rows: list[tuple[str, Example]]) -> Image.Image:
         rows: Caption and example; all have the same number of heads.
     """
     side, left, header = 130, 150, 28
-    columns = [_tiles(example, _fitted(example.picture, side)) for _, example in rows]
+    columns = [_tiles(example, fitted(example.picture, side)) for _, example in rows]
     heights = [max(tiles[0][1].height, 60) + 6 for tiles in columns]
     sheet = Image.new("RGB", (left + len(columns[0]) * (side + 6) + GAP, header + sum(heights) + 24), PAPER)
     draw = ImageDraw.Draw(sheet)
     for place, (name, _) in enumerate(columns[0]):
-        draw.text((left + place * (side + 6), 8), name.partition("  ")[0], INK, font=_font(13))
+        draw.text((left + place * (side + 6), 8), name.partition("  ")[0], INK, font=font(13))
     top = header
     for (caption, _), tiles, height in zip(rows, columns, heights, strict=True):
-        lines = [_shortened(line, left - 2 * GAP) for line in caption.splitlines()]
-        draw.multiline_text((GAP, top), "\n".join(lines), INK, font=_font(13))
+        lines = [shortened(line, left - 2 * GAP) for line in caption.splitlines()]
+        draw.multiline_text((GAP, top), "\n".join(lines), INK, font=font(13))
         for place, (_, tile) in enumerate(tiles):
             sheet.paste(tile, (left + place * (side + 6) + (side - tile.width) // 2, top))
         top += height
     _legend(draw, (left, top), with_truth=rows[0][1].truth is not None)
     return sheet
-
-
-def _fitted(picture: Tensor, longer: int) -> tuple[int, int]:
-    """Height and width of a picture whose longer side is brought to `longer` pixels."""
-    height, width = picture.shape[-2:]
-    factor = longer / max(height, width)
-    return max(1, round(height * factor)), max(1, round(width * factor))
 
 
 def at_size(map_: Tensor, size: tuple[int, int]) -> npt.NDArray[np.float32]:
@@ -109,7 +101,7 @@ def _tiles(example: Example, size: tuple[int, int]) -> list[tuple[str, Image.Ima
     """Captioned tiles of (height, width): the picture, the mean, then the heads."""
     top = _scale_top(example.maps)
     heads = len(example.maps) - 1
-    picture = _picture(example.picture, size)
+    picture = as_image(example.picture, size)
     if example.truth is not None:
         _draw_outline(picture, to_pixels(example.truth, size), TRUTH)
     tiles = [("picture", picture)]
@@ -125,7 +117,7 @@ def _tile(example: Example, index: int, size: tuple[int, int], top: float) -> Im
     times_uniform = at_size(example.maps[index], size) * example.maps[index].numel()
     heat = np.sqrt(np.clip(times_uniform / top, 0, 1))  # (height, width)
     colours = matplotlib.colormaps[COLOURS](heat, bytes=True)[..., :3]
-    grey = np.asarray(_picture(example.picture, size).convert("L"))[..., None]
+    grey = np.asarray(as_image(example.picture, size).convert("L"))[..., None]
     strength = 0.2 + 0.6 * heat[..., None]
     tile = Image.fromarray(np.rint(grey * (1 - strength) + colours * strength).astype(np.uint8))
     _draw_outline(tile, to_pixels(example.masks[index], size), MASK)
@@ -136,12 +128,6 @@ def _scale_top(maps: Tensor) -> float:
     """Upper end of a picture's colour scale, in multiples of uniform attention: shared by all its heads."""
     values = maps.flatten()
     return max(LEAST_TOP, values.kthvalue(math.ceil(0.995 * len(values))).values.item() * maps[0].numel())
-
-
-def _picture(picture: Tensor, size: tuple[int, int]) -> Image.Image:
-    rgb = picture.expand(3, -1, -1) if len(picture) == 1 else picture
-    image = Image.fromarray(rgb.permute(1, 2, 0).contiguous().numpy())
-    return image if (image.height, image.width) == size else image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
 
 
 def _draw_outline(image: Image.Image, mask: Tensor, colour: tuple[int, int, int]) -> None:
@@ -160,7 +146,7 @@ def _colour_bar(figure: Image.Image, top: float, corner: tuple[int, int]) -> Non
     figure.paste(Image.fromarray(ramp.repeat(12, axis=0)), (left, upper))
     draw = ImageDraw.Draw(figure)
     for place, text in ((0, "0"), (width // 2, f"{top / 4:.3g}"), (width, f"{top:.3g} times uniform attention")):
-        draw.text((left + place, upper + 14), text, INK, font=_font(13))
+        draw.text((left + place, upper + 14), text, INK, font=font(13))
 
 
 def _legend(draw: ImageDraw.ImageDraw, corner: tuple[int, int], *, with_truth: bool) -> None:
@@ -169,18 +155,5 @@ def _legend(draw: ImageDraw.ImageDraw, corner: tuple[int, int], *, with_truth: b
     for colour, text in {MASK: "mask of the map", TRUTH: "given mask"}.items():
         if colour == MASK or with_truth:
             draw.rectangle((left, upper + 3, left + 10, upper + 13), outline=colour, width=2)
-            draw.text((left + 16, upper), text, INK, font=_font(13))
+            draw.text((left + 16, upper), text, INK, font=font(13))
             left += 140
-
-
-def _shortened(line: str, width: int) -> str:
-    """The end of a line that is wider than so many pixels."""
-    short = line
-    while _font(13).getlength(short) > width:
-        short = f"…{short.lstrip('…')[1:]}"
-    return short
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)

@@ -7,9 +7,7 @@ ssl-vit attention checkpoint=runs/photos images=ecssd/images masks=ecssd/masks o
 
 from __future__ import annotations
 
-import os
 import time
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +22,7 @@ from ssl_vit.attention.stream import attend
 from ssl_vit.attention.summary import Result, Summary, iou_table
 from ssl_vit.attention.truth import MaskFolder, NoMask
 from ssl_vit.config_evaluation import AttentionConfig
-from ssl_vit.data.files import FilePictures, folder_pictures
-from ssl_vit.data.names import Names
+from ssl_vit.data.files import FilePictures, pictures_at
 from ssl_vit.data.pictures import BrokenPicture, SkippedPictures
 from ssl_vit.errors import UserError
 from ssl_vit.models.weights import LoadedBackbone, load_backbone, random_twin
@@ -95,10 +92,7 @@ def _pictures(config: AttentionConfig) -> FilePictures:
     """All pictures of the folder, or the one picture that was named."""
     if config.out.absolute().is_relative_to(config.images.absolute()):
         raise UserError(f"out={config.out} lies inside images={config.images}: choose a folder outside of it")
-    if config.images.is_file():
-        name = os.fsencode(config.images.name)
-        return FilePictures(config.images.parent, Names.pack([name]), ignored=Counter(), labelled=False)
-    return folder_pictures(config.images)
+    return pictures_at(config.images)
 
 
 def _networks(config: AttentionConfig) -> list[LoadedBackbone]:

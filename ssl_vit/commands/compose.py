@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from ssl_vit.commands.folders import conf_dir, recipes_dir
 from ssl_vit.config import BenchConfig, DemoConfig, ExportConfig, PretrainConfig, ScanConfig, Section, ShardConfig
-from ssl_vit.config_evaluation import AttentionConfig, CompareConfig, KNNConfig, LinearConfig
+from ssl_vit.config_evaluation import AttentionConfig, CompareConfig, KNNConfig, LinearConfig, NeighboursConfig
 from ssl_vit.errors import SharedError, UserError
 
 ConfigT = TypeVar("ConfigT", bound=Section)
@@ -36,6 +36,7 @@ MODELS: dict[str, type[Section]] = {
     "export": ExportConfig,
     "knn": KNNConfig,
     "linear": LinearConfig,
+    "neighbours": NeighboursConfig,
     "pretrain": PretrainConfig,
     "scan": ScanConfig,
     "shard": ShardConfig,

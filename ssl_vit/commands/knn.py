@@ -2,25 +2,39 @@
 
 ssl-vit knn checkpoint=runs/photos data.root=labelled
 ssl-vit knn checkpoint=timm:vit_small_patch16_224.dino data.train=labelled/train data.test=labelled/val
-ssl-vit knn checkpoint=runs/photos labelled=cifar10 data.root=data 'k=[20]'
+ssl-vit knn checkpoint=runs/photos labelled=cifar10 data.root=data 'k=[20]' 'temperature=[0.07,0.1]'
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from ssl_vit.commands.publish import publish
 from ssl_vit.config_evaluation import KNNConfig
 from ssl_vit.evaluation.features import Features
-from ssl_vit.evaluation.knn import NEAR_DUPLICATE, KNNResult, Labelled, knn
+from ssl_vit.evaluation.knn import KNNResult, Labelled, classify, search, smallest_class
+from ssl_vit.evaluation.leaks import find_leak
 from ssl_vit.evaluation.records import Answers, Record, Score, accuracies
 from ssl_vit.evaluation.search import choose_engine
-from ssl_vit.evaluation.study import Source, Study
+from ssl_vit.evaluation.study import NETWORK, Source, Study
 from ssl_vit.training.hardware import best_device
 
 USUAL = 20  # k that is mostly best (DINO), so the one whose mistakes are told class by class
+
+
+class Settings(NamedTuple):
+    """All k, in the order of the table, and all temperatures."""
+
+    ks: list[int]
+    temperatures: list[float]
+
+    def suffix(self, k: int, temperature: float) -> str:
+        """What follows "top-1" in the name of a metric; the temperature where there are several."""
+        return f", k={k}" + (f", T={temperature:g}" if len(self.temperatures) > 1 else "")
 
 
 def main(config: KNNConfig) -> None:
@@ -36,30 +50,35 @@ def measure(config: KNNConfig) -> tuple[Record, Path]:
     """
     study = Study.begin("knn", config)
     device = best_device()
-    results, scores = [], []
+    asked, temperatures = sorted(set(config.k)), sorted(set(config.temperature))
+    scores = []
     for source in study.sources(blocks=1):
         bank = _labelled(source.train, device)
         queries = None if source.test is None else _labelled(source.test, device)
-        result = knn(bank, queries, ks=config.k, temperature=config.temperature, engine=config.engine)
-        results.append(result)
-        scores.append(_score(source, result))
-    near_duplicates = results[0].near_duplicates
+        found = search(bank, queries, most=asked[-1], engine=config.engine)
+        added = _added(asked, smallest_class(bank.labels))
+        settings = Settings([*asked, *added], temperatures)
+        results = [classify(found, ks=settings.ks, temperature=temperature) for temperature in temperatures]
+        scores.append(_score(source, results, settings))
+        if source.name == NETWORK:
+            leak = find_leak(source, found, study.pictures)
+            warnings = [*results[0].warnings, *_remarks(scores[0], added), *leak.warnings()]
     record = study.finish(
         scores,
         protocol={
             "features": "[CLS] of the last block after the final norm",
             "similarity": "cosine",
-            "k": sorted(set(config.k)),
-            "temperature": config.temperature,
+            "k": asked,
+            "temperature": temperatures,
             "split": "leave-one-out" if queries is None else "train and test",
         },
         train_labels=bank.labels,
         test_labels=bank.labels if queries is None else queries.labels,
-        findings={"near_duplicates": near_duplicates},
+        findings=leak.findings(),
         engines={"knn": choose_engine(config.engine, device)},
-        by_class=f", k={USUAL if USUAL in config.k else min(config.k)}",
+        by_class=settings.suffix(USUAL if USUAL in settings.ks else settings.ks[0], settings.temperatures[0]),
         sheet=config.sheet,
-        warnings=[*results[0].warnings, *_leak(near_duplicates, one_set=queries is None)],
+        warnings=warnings,
     )
     return record, study.out
 
@@ -68,19 +87,28 @@ def _labelled(features: Features, device: torch.device) -> Labelled:
     return Labelled(features.cls[:, -1].to(device), features.labels.to(device))
 
 
-def _score(source: Source, result: KNNResult) -> Score:
+def _added(asked: Sequence[int], smallest: int) -> list[int]:
+    """The largest k for which no class is too small, where all that were asked for are larger."""
+    return [smallest] if smallest < min(asked) else []
+
+
+def _remarks(score: Score, added: Sequence[int]) -> list[str]:
+    texts = [f"k = {k} was added, the size of the smallest class" for k in added]
+    if not any(metric.name.startswith("top-5") for metric in score.metrics):
+        texts.append("top-5 needs six classes: it is left out")
+    return texts
+
+
+def _score(source: Source, results: Sequence[KNNResult], settings: Settings) -> Score:
     asked = source.train if source.test is None else source.test
     classes = len(torch.unique(torch.cat([source.train.labels, asked.labels])))
-    by_k = [accuracies(ranks, classes, f", k={k}") for k, ranks in result.ranks.items()]
-    metrics = [metric for same_depth in zip(*by_k, strict=True) for metric in same_depth]  # top-1 of all k first
     answers = {
-        f", k={k}": Answers(asked.index, asked.labels, result.predicted[k].cpu(), ranks.cpu())
-        for k, ranks in result.ranks.items()
+        settings.suffix(k, temperature): Answers(
+            asked.index, asked.labels, result.predicted[k].cpu(), result.ranks[k].cpu()
+        )
+        for temperature, result in zip(settings.temperatures, results, strict=True)
+        for k in settings.ks
     }
-    return Score(source.name, metrics, {"k_effective": result.k_effective}, answers)
-
-
-def _leak(near_duplicates: int, *, one_set: bool) -> list[str]:
-    where = "another picture" if one_set else "a training picture"
-    text = f"{near_duplicates:,} test pictures are nearly the same as {where} (cosine > {NEAR_DUPLICATE})"
-    return [text] if near_duplicates else []
+    found = [accuracies(answer.rank, classes, suffix) for suffix, answer in answers.items()]
+    metrics = [metric for same_depth in zip(*found, strict=True) for metric in same_depth]  # top-1 of all first
+    return Score(source.name, metrics, {"k_effective": results[0].k_effective}, answers)

@@ -46,6 +46,10 @@ class ArrayPictures:
         """The picture as (C, H, W) uint8, always whole."""
         return self.images[index] if channels == 3 else luma(self.images[index])
 
+    def content(self, index: int) -> bytes:
+        """The picture's pixels."""
+        return self.images[index].numpy().tobytes()
+
     def all(self, channels: int) -> Tensor:
         """All pictures as (N, C, H, W) uint8."""
         return self.images if channels == 3 else torch.cat([luma(chunk) for chunk in torch.split(self.images, _CHUNK)])

@@ -58,6 +58,17 @@ class FilePictures:
         except BrokenPicture as broken:
             raise BrokenPicture(self.name(index), broken.reason) from broken
 
+    def content(self, index: int) -> bytes:
+        """The file's bytes.
+
+        Raises:
+            BrokenPicture: It cannot be read.
+        """
+        try:
+            return self.path(index).read_bytes()
+        except OSError as error:
+            raise BrokenPicture(self.name(index), error.strerror or str(error)) from error
+
     def with_names(self, names: Names) -> FilePictures:
         """Other pictures below the same root."""
         return FilePictures(self.root, names, ignored=self.ignored, labelled=bool(self.classes))
@@ -104,6 +115,17 @@ def folder_pictures(root: Path) -> FilePictures:
         hint = "data.source=shards reads tar files" if ignored[".tar"] else f"pictures: {', '.join(sorted(EXTENSIONS))}"
         raise UserError(f"{printable(root.absolute())}: there is no picture in this folder, {found}; {hint}")
     return FilePictures(root, names, ignored=ignored, labelled=True)
+
+
+def pictures_at(place: Path) -> FilePictures:
+    """The one picture that is named, without a label, or all pictures below a folder.
+
+    Raises:
+        UserError: There is neither, or no picture in the folder.
+    """
+    if place.is_file():
+        return FilePictures(place.parent, Names.pack([os.fsencode(place.name)]), ignored=Counter(), labelled=False)
+    return folder_pictures(place)
 
 
 def listed_pictures(file: Path) -> FilePictures:

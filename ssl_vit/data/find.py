@@ -90,6 +90,19 @@ def _found(
     return LabelledSplit(train, test)
 
 
+def find_searched(data: EvalDataConfig) -> Pictures:
+    """The pictures to search for neighbours: `train/` where `data.root` holds one, else all; they need no labels.
+
+    Raises:
+        UserError: There is no picture.
+    """
+    if data.root is None:
+        assert data.train is not None  # the configuration demands one of them
+        return find_pictures(data.source, data.train)
+    train = data.root / "train"
+    return find_pictures(data.source, train if train.is_dir() else data.root)
+
+
 def _split_folders(root: Path, choice: str) -> tuple[Path, Path | None]:
     """The folder to learn from, and the one to test on if there is one; `choice` are words that name them."""
     tests = [root / name for name in ("val", "test") if (root / name).is_dir()]

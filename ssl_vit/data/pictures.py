@@ -48,6 +48,14 @@ class Pictures(Protocol):
         """
         ...
 
+    def content(self, index: int) -> bytes:
+        """The picture as it is stored, not decoded.
+
+        Raises:
+            BrokenPicture: It cannot be read.
+        """
+        ...
+
     def fingerprint(self, *, sizes: bool) -> str:
         """A hash that changes when pictures are added, removed or renamed.
 
@@ -117,6 +125,10 @@ class Subset:
     def read(self, index: int, channels: int, shrink: Shrink | None = None) -> Tensor:
         """As in the larger set."""
         return self.pictures.read(int(self.places[index]), channels, shrink)
+
+    def content(self, index: int) -> bytes:
+        """As in the larger set."""
+        return self.pictures.content(int(self.places[index]))
 
     def fingerprint(self, *, sizes: bool) -> str:
         """Of the larger set and the places."""

@@ -81,6 +81,18 @@ class ShardPictures:
         Raises:
             BrokenPicture: It cannot be read, or its tar file cannot.
         """
+        content = self.content(index)
+        try:
+            return decode(BytesIO(content), channels, shrink)
+        except BrokenPicture as broken:
+            raise BrokenPicture(self.name(index), broken.reason) from broken
+
+    def content(self, index: int) -> bytes:
+        """The member's bytes.
+
+        Raises:
+            BrokenPicture: Its tar file cannot be read, or is too short.
+        """
         path = self.root / os.fsdecode(self.listing.tars[self.listing.tar[index]])
         size = int(self.listing.size[index])
         try:
@@ -89,10 +101,7 @@ class ShardPictures:
             raise BrokenPicture(self.name(index), f"{printable(path.name)}: {error.strerror}") from error
         if len(content) < size:
             raise BrokenPicture(self.name(index), f"{printable(path.name)} has become shorter")
-        try:
-            return decode(BytesIO(content), channels, shrink)
-        except BrokenPicture as broken:
-            raise BrokenPicture(self.name(index), broken.reason) from broken
+        return content
 
     def fingerprint(self, *, sizes: bool) -> str:
         """A hash of all names and classes, and of the sizes too if wanted."""

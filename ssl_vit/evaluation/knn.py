@@ -1,4 +1,4 @@
-"""Exact kNN classification of frozen features: one search at the largest k serves every k."""
+"""Exact kNN classification of frozen features: one search at the largest k serves every k and temperature."""
 
 from __future__ import annotations
 
@@ -22,6 +22,21 @@ class Labelled(NamedTuple):
     labels: Tensor  # (N,) int64, any numbers
 
 
+class Found(NamedTuple):
+    """The neighbours of Q queries, and the classes that they vote for."""
+
+    similarity: Tensor  # (Q, k) float32: cosine, the largest first
+    place: Tensor  # (Q, k) int64, rows of the bank
+    bank_labels: Tensor  # (N,) int64
+    truth: Tensor  # (Q,) int64: the queries' own labels
+    available: int  # neighbours that there are: N, or all others of one set
+
+    def near_duplicates(self) -> Tensor:
+        """Pairs (P, 2) of a query and a row of the bank whose cosine is above NEAR_DUPLICATE."""
+        query, column = (self.similarity > NEAR_DUPLICATE).nonzero(as_tuple=True)
+        return torch.stack([query, self.place[query, column]], dim=1)
+
+
 class KNNResult(NamedTuple):
     """How kNN classified Q queries, for each k that was asked for."""
 
@@ -40,25 +55,32 @@ def knn(
     Neighbours are those of largest cosine s, and each votes exp(s / temperature) for its class. Without queries the
     bank classifies itself, each picture by the others (leave-one-out).
     """
+    return classify(search(bank, queries, most=max(ks), engine=engine), ks=ks, temperature=temperature)
+
+
+def search(bank: Labelled, queries: Labelled | None, *, most: int, engine: Wanted = "auto") -> Found:
+    """The `most` nearest in the bank to each query, or all there are; without queries, to each picture of the bank."""
     normalised = F.normalize(bank.features.float(), dim=1)
     if queries is None:
-        neighbours_at_most = len(normalised) - 1
-        truth = bank.labels
+        available = len(normalised) - 1
         asking, own = normalised, torch.arange(len(normalised), device=normalised.device)
     else:
-        neighbours_at_most = len(normalised)
-        truth = queries.labels
+        available = len(normalised)
         asking, own = F.normalize(queries.features.float(), dim=1), None
-    k_effective = {k: min(k, neighbours_at_most) for k in sorted(set(ks))}
     chosen = choose_engine(engine, normalised.device)
-    found = nearest(asking, normalised, k=max(k_effective.values()), own=own, engine=chosen)
+    found = nearest(asking, normalised, k=min(most, available), own=own, engine=chosen)
+    return Found(*found, bank.labels, (bank if queries is None else queries).labels, available)
 
-    classes, places = torch.unique(torch.cat([bank.labels, truth]), return_inverse=True)
-    bank_classes, true_classes = places[: len(bank.labels)], places[len(bank.labels) :]
+
+def classify(found: Found, *, ks: Sequence[int], temperature: float) -> KNNResult:
+    """The votes of the first k neighbours, for each k; none above the `most` that were searched for."""
+    k_effective = {k: min(k, found.available) for k in sorted(set(ks))}
+    classes, places = torch.unique(torch.cat([found.bank_labels, found.truth]), return_inverse=True)
+    bank_classes, true_classes = places[: len(found.bank_labels)], places[len(found.bank_labels) :]
     ranks: dict[int, list[Tensor]] = {k: [] for k in k_effective}
     predicted: dict[int, list[Tensor]] = {k: [] for k in k_effective}
     step = max(1, _VOTES // len(classes))
-    for rows in (slice(start, start + step) for start in range(0, len(truth), step)):
+    for rows in (slice(start, start + step) for start in range(0, len(found.truth), step)):
         part = Neighbours(found.similarity[rows], found.place[rows])
         counts = votes(part, bank_classes, len(classes), ks=list(k_effective.values()), temperature=temperature)
         for k, count in zip(k_effective, counts, strict=True):
@@ -69,8 +91,13 @@ def knn(
         predicted={k: torch.cat(parts) for k, parts in predicted.items()},
         k_effective=k_effective,
         near_duplicates=int((found.similarity[:, 0] > NEAR_DUPLICATE).sum()),
-        warnings=_warnings(k_effective, bank.labels),
+        warnings=_warnings(k_effective, found.bank_labels),
     )
+
+
+def smallest_class(labels: Tensor) -> int:
+    """The pictures (N,) of the class that has fewest: with a larger k, votes of other classes fill up."""
+    return int(torch.unique(labels, return_counts=True)[1].min())
 
 
 def knn_accuracy(bank: Labelled, queries: Labelled | None, *, k: int, temperature: float = 0.07) -> float:
@@ -108,7 +135,7 @@ def rank_of(truth: Tensor, scores: Tensor) -> Tensor:
 
 def _warnings(k_effective: dict[int, int], labels: Tensor) -> list[str]:
     clamped = [k for k, used in k_effective.items() if used < k]
-    smallest = int(torch.unique(labels, return_counts=True)[1].min())
+    smallest = smallest_class(labels)
     above = [k for k, used in k_effective.items() if used > smallest]
     texts = []
     if clamped:

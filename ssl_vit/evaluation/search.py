@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
@@ -217,9 +218,7 @@ def _ordered(value: Tensor, place: Tensor) -> Neighbours:
 
 def _faiss(queries: Tensor, bank: Tensor, k: int, own: Tensor | None) -> Neighbours:
     """The same search by faiss; rows whose k-th and next neighbour are equal are searched again, for their order."""
-    import faiss  # beside torch it loads a second OpenMP, so only where it was asked for
-
-    faiss.omp_set_num_threads(1 if sys.platform == "darwin" else torch.get_num_threads())
+    faiss = load_faiss()
     wanted = min(len(bank), k + 1 if own is None else k + 2)
     found = faiss.knn(queries.cpu().numpy(), bank.cpu().numpy(), wanted, metric=faiss.METRIC_INNER_PRODUCT)
     value, place = (torch.from_numpy(part).to(queries.device) for part in found)
@@ -232,6 +231,14 @@ def _faiss(queries: Tensor, bank: Tensor, k: int, own: Tensor | None) -> Neighbo
         if len(tied):
             similarity[tied], place[tied] = _blockwise(queries[tied], bank, k, None if own is None else own[tied])
     return Neighbours(similarity, place)
+
+
+def load_faiss() -> ModuleType:
+    """The module, set to as many threads as torch; beside torch it loads a second OpenMP, so only where it is used."""
+    import faiss
+
+    faiss.omp_set_num_threads(1 if sys.platform == "darwin" else torch.get_num_threads())
+    return faiss
 
 
 @contextmanager

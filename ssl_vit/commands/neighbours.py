@@ -1,0 +1,193 @@
+"""`ssl-vit neighbours`: the pictures whose features are nearest to those of a picture, drawn and listed.
+
+ssl-vit neighbours checkpoint=runs/photos data.root=photos images=photo.jpg
+ssl-vit neighbours checkpoint=runs/photos data.root=photos index=ivf out=sheets/nearest.png
+ssl-vit neighbours checkpoint=timm:vit_small_patch16_224.dino labelled=cifar10 data.root=data limit=20
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_vit.config_evaluation import NeighboursConfig
+from ssl_vit.data.files import pictures_at
+from ssl_vit.data.find import find_searched
+from ssl_vit.data.pictures import Pictures, SkippedPictures, Subset
+from ssl_vit.durable import durable, write_json
+from ssl_vit.errors import UserError
+from ssl_vit.evaluation.features import Features, check_health, check_size, extract, on_best_device
+from ssl_vit.evaluation.index import Index, StaleIndexError
+from ssl_vit.evaluation.neighbour_sheet import Tile, neighbour_sheet
+from ssl_vit.evaluation.search import Neighbours, choose_engine, nearest
+from ssl_vit.models.weights import LoadedBackbone, load_backbone
+from ssl_vit.training.hardware import best_device
+from ssl_vit.transforms.evaluation import EvalTransform
+
+DRAWN = 100  # rows of a sheet; the JSON has all queries
+
+
+class Described(NamedTuple):
+    """Pictures and the features of those that can be read."""
+
+    pictures: Pictures
+    features: Features
+    skipped: SkippedPictures
+
+    def class_of(self, row: int) -> str | None:
+        """The name of a picture's class, where it is known."""
+        label = int(self.features.labels[row])
+        return self.pictures.classes[label] if label >= 0 else None
+
+    def name(self, row: int) -> str:
+        """As the set of pictures names it."""
+        return self.pictures.name(int(self.features.index[row]))
+
+    def read(self, row: int) -> Tensor:
+        """The picture (3, H, W) uint8."""
+        return self.pictures.read(int(self.features.index[row]), 3)
+
+
+def main(config: NeighboursConfig) -> None:
+    """Search, draw the sheet, and write the JSON beside it.
+
+    Raises:
+        UserError: Network or pictures are not there, do not fit, or leave nothing to search for.
+    """
+    loaded = on_best_device(load_backbone(config.checkpoint, config.weights))
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    known = _described(config, loaded, find_searched(config.data), "pictures")
+    check_health(known.features, loaded.source)
+    asked, own = _queries(config, loaded, known)
+    k = min(config.k, len(known.features.index) - (own is not None))
+    if not k:
+        raise UserError("only one picture can be read: it has no neighbours")
+    found, how = _search(config, known.features, asked.features, own, k)
+    rows = _listed(known, asked, found)
+    skipped = {"pictures": known.skipped.count(), "queries": 0 if own is not None else asked.skipped.count()}
+    content = {
+        "model": {"source": loaded.source, "sha256": loaded.sha256},
+        "pictures": known.pictures.describe(),
+        "images": None if config.images is None else str(config.images),
+        "search": how,
+        "skipped": skipped,
+        "queries": rows,
+    }
+    write_json(config.out.with_suffix(".json"), content)
+    with durable(config.out) as file:
+        sheet = neighbour_sheet(_tiles(known, asked, found))
+        sheet.save(file, format="PNG" if config.out.suffix == ".png" else "JPEG", quality=90)
+    print(_report(config, rows, how, {part.skipped.path: part.skipped.count() for part in (known, asked)}))
+
+
+def _described(config: NeighboursConfig, loaded: LoadedBackbone, pictures: Pictures, part: str) -> Described:
+    """The [CLS] token of the last block, of all pictures that can be read; the others are listed beside `out`."""
+    image_size = config.data.image_size or loaded.backbone.config.img_size
+    check_size(image_size, loaded.backbone.patch_size)
+    transform = EvalTransform(image_size, config.data.crop_ratio, loaded.mean, loaded.std)
+    skipped = SkippedPictures(config.out.with_name(f"{config.out.stem}-skipped-{part}.txt"))
+    skipped.path.unlink(missing_ok=True)
+    features = extract(
+        loaded,
+        pictures,
+        transform,
+        blocks=1,
+        batch_size=config.data.batch_size,
+        workers=config.data.workers,
+        skipped=skipped,
+    )
+    return Described(pictures, features, skipped)
+
+
+def _queries(config: NeighboursConfig, loaded: LoadedBackbone, known: Described) -> tuple[Described, Tensor | None]:
+    """What to search for; where that is some of the known pictures, their rows (Q,) too."""
+    if config.images is not None:
+        given = pictures_at(config.images)
+        first = Subset(given, torch.arange(min(config.limit, len(given))))
+        return _described(config, loaded, first, "queries"), None
+    generator = torch.Generator().manual_seed(config.seed)
+    rows = torch.randperm(len(known.features.index), generator=generator)[: config.limit].sort().values
+    return known._replace(features=known.features.take(rows)), rows
+
+
+def _search(
+    config: NeighboursConfig, known: Features, asked: Features, own: Tensor | None, k: int
+) -> tuple[Neighbours, dict[str, Any]]:
+    """The k nearest known pictures to each that is asked for, and how they were searched for."""
+    bank, queries = known.cls[:, -1], asked.cls[:, -1]  # (N, D), (Q, D)
+    if config.index == "ivf":
+        index = _index(config, bank, k)
+        return index.nearest(queries, k=k, own=own), {"index": "ivf", **index.quality._asdict()}
+    device = best_device()
+    bank, queries = (F.normalize(part.to(device).float(), dim=1) for part in (bank, queries))
+    place = None if own is None else own.to(device)
+    found = nearest(queries, bank, k=k, own=place, engine=choose_engine("auto", device))
+    return Neighbours(found.similarity.cpu(), found.place.cpu()), {"index": "exact", "k": k}
+
+
+def _index(config: NeighboursConfig, features: Tensor, k: int) -> Index:
+    """The index beside `out`, built where there is none for these features, k and recall."""
+    path = config.out.with_suffix(".ivf")
+    if path.exists():
+        try:
+            index = Index.load(path, features)
+        except StaleIndexError as reason:
+            print(f"{reason}; it is built anew")
+        else:
+            if (index.quality.k, index.quality.wanted) == (k, config.recall):
+                return index
+    index = Index.build(features, k=k, recall=config.recall, seed=config.seed)
+    index.save(path)
+    return index
+
+
+def _listed(known: Described, asked: Described, found: Neighbours) -> list[dict[str, Any]]:
+    """Each query with its neighbours, as plain containers."""
+    return [
+        {
+            "name": asked.name(row),
+            "class": asked.class_of(row),
+            "neighbours": [
+                {"name": known.name(place), "class": known.class_of(place), "cosine": round(cosine, 6)}
+                for place, cosine in zip(places, cosines, strict=True)
+            ],
+        }
+        for row, (places, cosines) in enumerate(zip(found.place.tolist(), found.similarity.tolist(), strict=True))
+    ]
+
+
+def _tiles(known: Described, asked: Described, found: Neighbours) -> list[list[Tile]]:
+    """The rows of the sheet, their pictures read again."""
+    rows = []
+    for row, (places, cosines) in enumerate(
+        zip(found.place[:DRAWN].tolist(), found.similarity[:DRAWN].tolist(), strict=True)
+    ):
+        wanted = asked.class_of(row) if asked.class_of(row) in known.pictures.classes else None
+        tiles = [Tile(asked.read(row), [asked.name(row), asked.class_of(row) or ""], None)]
+        for place, cosine in zip(places, cosines, strict=True):
+            named = known.class_of(place)
+            lines = [f"{cosine:.3f}", named or known.name(place)]
+            tiles.append(Tile(known.read(place), lines, named == wanted if named and wanted else None))
+        rows.append(tiles)
+    return rows
+
+
+def _report(config: NeighboursConfig, rows: list[dict[str, Any]], how: dict[str, Any], skipped: dict[Path, int]) -> str:
+    """What was done and where it lies."""
+    k = len(rows[0]["neighbours"])
+    lines = [f"The {k} nearest to each of {len(rows):,} pictures: {config.out}, {config.out.with_suffix('.json')}"]
+    if len(rows) > DRAWN:
+        lines.append(f"the first {DRAWN} are drawn")
+    if k < config.k:
+        lines.append(f"k={config.k}: there are only {k} others")
+    if how["index"] == "ivf":
+        lines.append(
+            f"{how['recall']:.1%} of the true neighbours found, in {how['probes']:,} of {how['lists']:,} lists; "
+            f"{how['query_ms']:.2f} ms a query, built in {how['build_seconds']:.1f} s"
+        )
+    lines += [f"{count:,} could not be read: {path}" for path, count in skipped.items() if count]
+    return "\n".join(lines)

@@ -1,0 +1,170 @@
+"""`ssl-vit neighbours` finds what is nearest, says how surely, and shows it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from reference import probes
+
+from ssl_vit.cli import main
+from ssl_vit.data.files import folder_pictures
+from ssl_vit.data.pictures import SkippedPictures
+from ssl_vit.evaluation.features import extract
+from ssl_vit.evaluation.index import Index
+from ssl_vit.evaluation.neighbour_sheet import SIDE, Tile, neighbour_sheet
+from ssl_vit.models.weights import load_backbone
+from ssl_vit.transforms.evaluation import EvalTransform
+
+
+@pytest.fixture
+def flat(sample, tmp_path):
+    """48 pictures in one folder, without labels."""
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    for file in (sample / "test").glob("*/*.png"):
+        shutil.copy(file, folder / f"{file.parent.name}-{file.name}")
+    return folder
+
+
+@pytest.fixture
+def words(tiny_network, tmp_path):
+    return [f"checkpoint={tiny_network}", "data.workers=0", f"out={tmp_path / 'sheet.png'}"]
+
+
+def found(words, *more):
+    """What the command wrote as JSON."""
+    assert main(["neighbours", *words, *more]) == 0
+    out = [word.removeprefix("out=") for word in (*words, *more) if word.startswith("out=")]
+    return json.loads(Path(out[-1]).with_suffix(".json").read_text(encoding="utf-8"))
+
+
+def names(query):
+    return [neighbour["name"] for neighbour in query["neighbours"]]
+
+
+def test_the_nearest_of_a_picture_among_unlabelled_ones(words, flat, tmp_path, capsys):
+    query = sorted(flat.iterdir())[7]
+    content = found(words, f"data.root={flat}", f"images={query}", "k=5")
+    (row,) = content["queries"]
+    assert (row["name"], row["class"]) == (query.name, None)
+    assert names(row)[0] == query.name  # it lies among them
+    cosines = [neighbour["cosine"] for neighbour in row["neighbours"]]
+    assert cosines[0] == pytest.approx(1, abs=1e-5)
+    assert cosines == sorted(cosines, reverse=True)
+    assert all(neighbour["class"] is None for neighbour in row["neighbours"])
+    assert content["search"] == {"index": "exact", "k": 5}
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.format == "PNG"
+        assert sheet.width > 6 * SIDE
+    printed = capsys.readouterr().out
+    assert str(tmp_path / "sheet.json") in printed
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["flat", "sheet.json", "sheet.png"]
+
+
+def test_the_sets_own_pictures_are_left_out_of_their_own_neighbours(words, sample, tiny_network, tmp_path):
+    content = found(words, f"data.root={sample}", "k=6", "limit=9")
+    pictures = folder_pictures(sample / "train")  # where there is a training set, it is searched
+    loaded = load_backbone(str(tiny_network))
+    features = extract(
+        loaded,
+        pictures,
+        EvalTransform(32, 0.875, loaded.mean, loaded.std),
+        blocks=1,
+        batch_size=64,
+        workers=0,
+        skipped=SkippedPictures(tmp_path / "none.txt"),
+    )
+    every = features.cls[:, -1].double().numpy()
+    expected = probes.nearest(every, every, 6, leave_one_out=True)
+    place = {pictures.name(index): index for index in range(len(pictures))}
+    assert len(content["queries"]) == 9
+    for row in content["queries"]:
+        assert [place[name] for name in names(row)] == expected[place[row["name"]]]
+        assert row["class"] == row["name"].partition("/")[0]
+    assert found(words, f"data.root={sample}", "k=6", "limit=9")["queries"] == content["queries"]
+    other = found(words, f"data.root={sample}", "k=6", "limit=9", "seed=1")["queries"]
+    assert [row["name"] for row in other] != [row["name"] for row in content["queries"]]
+
+
+def test_an_index_finds_the_same_and_is_used_again(words, sample, flat, tmp_path, monkeypatch, capsys):
+    data = [f"data.root={sample}", f"images={flat}", "k=4", "limit=10", "recall=1.0"]
+    exact = found(words, *data)
+    first = found(words, *data, "index=ivf")
+    assert [names(row) for row in first["queries"]] == [names(row) for row in exact["queries"]]
+    assert first["search"]["recall"] == 1
+    assert "100.0% of the true neighbours found" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "build", lambda *_, **__: pytest.fail("it was built again"))
+        assert found(words, *data, "index=ivf")["queries"] == first["queries"]
+    content = found(words, f"data.root={flat}", *data[1:], "index=ivf")  # other pictures
+    assert "is an index of other features; it is built anew" in capsys.readouterr().out
+    assert content["search"]["queries"] == 24  # of 48 in all
+    (tmp_path / "sheet.ivf").write_bytes(b"damaged")
+    assert found(words, f"data.root={flat}", *data[1:], "index=ivf")["queries"] == content["queries"]
+
+
+def test_broken_pictures_are_skipped_with_a_word(words, flat, sample, tmp_path, capsys):
+    (flat / "broken.png").write_bytes(b"no picture")
+    queries = tmp_path / "queries"
+    shutil.copytree(sample / "test" / "red-dots", queries)
+    (queries / "0000.png").write_bytes(b"no picture")
+    content = found(words, f"data.root={flat}", f"images={queries}")
+    assert content["skipped"] == {"pictures": 1, "queries": 1}
+    assert "0000.png" not in [row["name"] for row in content["queries"]]
+    assert not any("broken.png" in names(row) for row in content["queries"])
+    printed = capsys.readouterr().out
+    assert f"1 could not be read: {tmp_path / 'sheet-skipped-queries.txt'}" in printed
+    assert "broken.png" in (tmp_path / "sheet-skipped-pictures.txt").read_text()
+
+
+def test_k_beyond_the_set_shows_all_others(words, flat, capsys):
+    content = found(words, f"data.root={flat}", "k=500", "limit=1")
+    assert len(content["queries"][0]["neighbours"]) == 47
+    assert "k=500: there are only 47" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["images={tmp}/nowhere", "data.root={flat}"], "does not exist"),
+        (["images={tmp}/text.png", "data.root={flat}"], "none of the pictures can be read"),
+        (["data.root={tmp}/one"], "only one picture"),
+        (["data.root={flat}", "out={tmp}/sheet.pdf"], "name it .png or .jpg"),
+        (["data.root={flat}", "k=0"], "k:"),
+        (["data.root={flat}", "recall=1.5"], "recall:"),
+        (["data.root={flat}", "data.image_size=33"], "data.image_size=32"),
+    ],
+)
+def test_mistakes_are_told_in_words(more, told, words, flat, tmp_path, capsys):
+    (tmp_path / "text.png").write_bytes(b"no picture")
+    (tmp_path / "one").mkdir()
+    shutil.copy(min(flat.iterdir()), tmp_path / "one" / "a.png")
+    given = [word.format(tmp=tmp_path, flat=flat) for word in more]
+    assert main(["neighbours", *words, *given]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert "Traceback" not in error
+
+
+def test_a_jpeg_sheet(words, flat, tmp_path):
+    found(words, f"data.root={flat}", f"out={tmp_path / 'new' / 'sheet.jpg'}", "limit=2")
+    with Image.open(tmp_path / "new" / "sheet.jpg") as sheet:
+        assert sheet.format == "JPEG"
+
+
+def test_borders_say_whose_class_is_the_querys():
+    def colours(*same):
+        grey = torch.full((1, 40, 80), 128, dtype=torch.uint8)
+        sheet = np.asarray(neighbour_sheet([[Tile(grey, ["a"], None), *(Tile(grey, ["b"], one) for one in same)]]))
+        return {tuple(colour) for colour in sheet[:-30].reshape(-1, 3).tolist()}  # without the legend
+
+    green, orange = (0, 140, 100), (213, 94, 0)
+    assert green in colours(True)
+    assert orange not in colours(True)
+    assert orange in colours(False)
+    assert not {green, orange} & colours(None)
+    assert {green, orange} <= colours(True, False, None)
