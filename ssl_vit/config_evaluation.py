@@ -39,6 +39,7 @@ class EvaluationConfig(Section):
     baselines: bool
     seed: Seed
     out: Path | None
+    features: Path | None
 
 
 class KNNConfig(EvaluationConfig):

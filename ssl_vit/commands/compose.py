@@ -42,7 +42,7 @@ MODELS: dict[str, type[Section]] = {
 
 # Names and paths: `run.name=2024` is a text, and so is a folder called [old].
 TEXTS = {"run.name", "run.folder", "data.root", "data.train", "data.test", "backbone.name", "logger.project"} | {
-    "checkpoint", "images", "masks", "out"
+    "checkpoint", "features", "images", "masks", "out"
 }  # fmt: skip
 
 

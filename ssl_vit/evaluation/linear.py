@@ -26,9 +26,9 @@ class Variant(NamedTuple):
     patch_mean: bool  # and the mean patch token of the last one
 
     def of(self, features: Features) -> Tensor:
-        """The chosen features (N, D')."""
+        """The chosen features (N, D') float32."""
         cls = features.cls[:, -self.blocks :].flatten(1)
-        return torch.cat([cls, features.patch_mean], dim=1) if self.patch_mean else cls
+        return (torch.cat([cls, features.patch_mean], dim=1) if self.patch_mean else cls).float()
 
     def __str__(self) -> str:
         blocks = "last block" if self.blocks == 1 else f"last {self.blocks} blocks"
