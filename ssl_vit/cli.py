@@ -33,6 +33,10 @@ COMMANDS = {
     "linear": Command(
         "linear probe on the frozen features", "ssl-vit linear checkpoint=runs/photos data.root=labelled"
     ),
+    "features": Command(
+        "describe pictures once, for all evaluations and other tools",
+        "ssl-vit features checkpoint=runs/photos data.root=photos to=npz out=features.npz",
+    ),
     "attention": Command(
         "what the [CLS] token looks at: maps, masks, overlays",
         "ssl-vit attention checkpoint=runs/photos images=photos out=maps",

@@ -54,6 +54,25 @@ class LinearConfig(EvaluationConfig):
     held_out: Annotated[float, Field(gt=0, lt=1)]
 
 
+class FeaturesConfig(Section):
+    checkpoint: str
+    weights: Which
+    data: EvalDataConfig
+    blocks: Count
+    features: Path | None
+    to: Literal["npz", "parquet"] | None
+    out: Path | None
+    pca: bool
+
+    @model_validator(mode="after")
+    def _file_and_form(self) -> Self:
+        if (self.to is None) != (self.out is None):
+            raise ValueError("to and out belong together: to=npz out=FILE.npz, or to=parquet out=FILE.parquet")
+        if self.pca and self.to != "parquet":
+            raise ValueError("pca=true adds columns to a parquet file: to=parquet out=FILE.parquet")
+        return self
+
+
 class AttentionConfig(Section):
     checkpoint: str
     weights: Which

@@ -21,6 +21,7 @@ NEEDED = {
     "pretrain": (models.PretrainConfig, ["data.root=pictures"]),
     "knn": (evaluations.KNNConfig, ["checkpoint=runs/x", "data.root=labelled"]),
     "linear": (evaluations.LinearConfig, ["checkpoint=runs/x", "data.root=labelled"]),
+    "features": (evaluations.FeaturesConfig, ["checkpoint=runs/x", "data.root=labelled"]),
     "attention": (evaluations.AttentionConfig, ["checkpoint=runs/x", "images=pictures"]),
     "export": (models.ExportConfig, ["checkpoint=runs/x"]),
     "scan": (models.ScanConfig, ["data.root=pictures"]),

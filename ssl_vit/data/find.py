@@ -73,6 +73,22 @@ def find_labelled(data: EvalDataConfig) -> LabelledSplit:
     return LabelledSplit(labelled, test)
 
 
+def find_described(data: EvalDataConfig) -> LabelledSplit:
+    """The pictures whose features are wanted: as in an evaluation, but they need no labels; lists will do, too.
+
+    Raises:
+        UserError: There is no picture, or the two sets have different classes.
+    """
+    if data.source not in ("folder", "list", "shards"):
+        return find_labelled(data)
+    train_folder, test_folder = _split_folders(data)
+    train = find_pictures(data.source, train_folder)
+    test = None if test_folder is None else find_pictures(data.source, test_folder)
+    if test is not None and train.classes != test.classes:
+        raise UserError("the two sets have different classes; describe each by a command of its own: data.train=...")
+    return LabelledSplit(train, test)
+
+
 def _split_folders(data: EvalDataConfig) -> tuple[Path, Path | None]:
     """The folder to learn from, and the one to test on if there is one."""
     if data.root is None:

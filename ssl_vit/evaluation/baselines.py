@@ -15,6 +15,7 @@ from ssl_vit.data.pictures import Pictures, SkippedPictures
 from ssl_vit.evaluation.features import Described, Features, in_memory
 from ssl_vit.transforms.evaluation import EvalTransform
 
+_ROWS = 4096  # pictures at a time
 PIXELS = 32  # larger pictures are reduced to this side
 
 
@@ -68,13 +69,14 @@ def raw_pixels(
 
 def mean_of(features: Features) -> Tensor:
     """The mean [CLS] of all pictures (blocks, D) float32, read some at a time."""
-    total = sum(part.float().sum(dim=0).double() for part in torch.split(features.cls, 4096))
+    total = sum(part.float().sum(dim=0).double() for part in torch.split(features.cls, _ROWS))
     return torch.as_tensor(total / len(features.cls)).float()
 
 
 def centred(features: Features, mean: Tensor) -> Features:
     """The features without their training mean (1, D): else a picture's brightness decides over the cosine."""
-    return replace(features, cls=features.cls - mean)
+    parts = [(part - mean).to(part.dtype) for part in torch.split(features.cls, _ROWS)]
+    return replace(features, cls=torch.cat(parts))
 
 
 def _reduced(images: Tensor) -> Tensor:

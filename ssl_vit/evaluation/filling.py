@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,15 @@ _POLL_S, _PATIENCE_S = 0.2, 600.0
 log = logging.getLogger(__name__)
 
 
-def filled(stores: list[Store], *, batch_size: int, workers: Workers) -> Store:
+class Filled(NamedTuple):
+    """A store in which nothing is left to do, for this process at least."""
+
+    store: Store
+    new: int  # pictures described by this process just now
+    seconds: float  # that it took for that
+
+
+def filled(stores: list[Store], *, batch_size: int, workers: Workers) -> Filled:
     """The first of the stores with all pictures described, or another one that has them already.
 
     Processes that torchrun started describe a contiguous share of the pictures each. The first makes the folder, keeps
@@ -44,7 +52,7 @@ def filled(stores: list[Store], *, batch_size: int, workers: Workers) -> Store:
     """
     for store in stores:
         if store.complete() and not store.problem():
-            return store
+            return Filled(store, 0, 0.0)
     store = stores[0]
     rank, world = place_in_launch()
     count = len(store.pictures)
@@ -52,17 +60,16 @@ def filled(stores: list[Store], *, batch_size: int, workers: Workers) -> Store:
     if rank:
         while not store.folder.exists() or store.problem():  # the first process makes it, perhaps anew
             time.sleep(_POLL_S)
-        _describe(store, share, batch_size, workers)
-        return store
+        return _describe(store, share, batch_size, workers)
     with _locked(store):
         if not store.folder.exists():
             store.create()
         elif problem := store.problem():
             log.warning(f"{store.folder}: {problem}: the features are made anew")
             store.create()
-        _describe(store, share, batch_size, workers)
+        result = _describe(store, share, batch_size, workers)
         _wait_for_others(store)
-    return store
+    return result
 
 
 @contextmanager
@@ -79,11 +86,12 @@ def _locked(store: Store) -> Iterator[None]:
         yield
 
 
-def _describe(store: Store, share: range, batch_size: int, workers: Workers) -> None:
+def _describe(store: Store, share: range, batch_size: int, workers: Workers) -> Filled:
     """Describe the pictures of a share that are to do."""
+    started = time.perf_counter()
     rows = share.start + np.flatnonzero(store.state()[share.start : share.stop] == TO_DO)
     if not len(rows):
-        return
+        return Filled(store, 0, 0.0)
     left = Subset(store.pictures, torch.from_numpy(rows))
     try:
         with _Writer(store, rows) as writer:
@@ -105,6 +113,7 @@ def _describe(store: Store, share: range, batch_size: int, workers: Workers) -> 
     except OSError as error:
         error.filename = error.filename or str(store.folder)  # a failed write does not say where
         raise
+    return Filled(store, len(rows), time.perf_counter() - started)
 
 
 class _Writer:

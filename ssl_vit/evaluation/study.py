@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ssl_vit.config_evaluation import EvalDataConfig, EvaluationConfig
+from ssl_vit.config_evaluation import EvalDataConfig, EvaluationConfig, FeaturesConfig
 from ssl_vit.data.files import SPLITS
 from ssl_vit.data.find import LabelledSplit, find_labelled
 from ssl_vit.data.pictures import SkippedPictures
@@ -25,7 +25,7 @@ from ssl_vit.evaluation.features import (
     check_size,
     on_best_device,
 )
-from ssl_vit.evaluation.filling import filled
+from ssl_vit.evaluation.filling import Filled, filled
 from ssl_vit.evaluation.records import Record, Score, environment
 from ssl_vit.evaluation.store import Store, features_folder, stores_of
 from ssl_vit.models.weights import LoadedBackbone, load_backbone, random_twin
@@ -65,11 +65,7 @@ class Study:
             UserError: Either is not there, or they do not fit each other.
         """
         started = time.perf_counter()
-        take_own_gpu()
-        loaded = load_backbone(config.checkpoint, config.weights)
-        image_size = config.data.image_size or loaded.backbone.config.img_size
-        check_size(image_size, loaded.backbone.patch_size)
-        transform = EvalTransform(image_size, config.data.crop_ratio, loaded.mean, loaded.std)
+        loaded, transform = load_network(config)
         folder = loaded.run / "eval" if loaded.run else Path()
         out = config.out or folder / f"{task}-{data_name(config.data)}.json"
         return cls(task, config, loaded, find_labelled(config.data), transform, out, started)
@@ -86,10 +82,11 @@ class Study:
         """
         if place_in_launch()[0]:
             for _, describe in self._describers(blocks):
-                self._stores(describe)
+                stored(describe, self.pictures, config=self.config, run=self.loaded.run)
             raise PartDone
         for name, describe in self._describers(blocks):
-            stores = self._stores(describe)
+            sets = stored(describe, self.pictures, config=self.config, run=self.loaded.run)
+            stores = [found.store for found in sets]
             train, *rest = (store.features(blocks=min(blocks, describe.blocks)) for store in stores)
             test = rest[0] if rest else None
             if name == NETWORK:
@@ -163,19 +160,6 @@ class Study:
             yield RANDOM, NetworkTokens(twin, self.transform, blocks=blocks)
             yield PIXELS, Pixels(self.transform, channels=self.loaded.backbone.config.in_chans)
 
-    def _stores(self, describe: Describer) -> list[Store]:
-        """What it says of the pictures to learn from, and of those to test on if there are such."""
-        folder, name = features_folder(self.config.features, self.loaded.run), data_name(self.config.data)
-        return [
-            filled(
-                stores_of(describe, pictures, folder=folder, name=f"{name}-{part}"),
-                batch_size=self.config.data.batch_size,
-                workers=self.config.data.workers,
-            )
-            for part, pictures in zip(LabelledSplit._fields, self.pictures, strict=True)
-            if pictures is not None
-        ]
-
     def _list_skipped(self, stores: Sequence[Store]) -> None:
         """List the pictures that cannot be read beside the record, whether they were found now or long ago."""
         for part in self._skipped():
@@ -205,6 +189,35 @@ class Study:
             for count, part in zip(counts, self._skipped(), strict=True)
             if count
         ]
+
+
+def load_network(config: EvaluationConfig | FeaturesConfig) -> tuple[LoadedBackbone, EvalTransform]:
+    """The network, and what pictures go through before it.
+
+    Raises:
+        UserError: There is none, or the size of the pictures does not fit it.
+    """
+    take_own_gpu()
+    loaded = load_backbone(config.checkpoint, config.weights)
+    image_size = config.data.image_size or loaded.backbone.config.img_size
+    check_size(image_size, loaded.backbone.patch_size)
+    return loaded, EvalTransform(image_size, config.data.crop_ratio, loaded.mean, loaded.std)
+
+
+def stored(
+    describe: Describer, pictures: LabelledSplit, *, config: EvaluationConfig | FeaturesConfig, run: Path | None
+) -> list[Filled]:
+    """What is said of the pictures to learn from, and of those to test on if there are such: stored now or before."""
+    folder, name = features_folder(config.features, run), data_name(config.data)
+    return [
+        filled(
+            stores_of(describe, some, folder=folder, name=f"{name}-{part}"),
+            batch_size=config.data.batch_size,
+            workers=config.data.workers,
+        )
+        for part, some in zip(LabelledSplit._fields, pictures, strict=True)
+        if some is not None
+    ]
 
 
 def data_name(data: EvalDataConfig) -> str:
