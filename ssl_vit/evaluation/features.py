@@ -208,7 +208,7 @@ def described(
             for picture in broken:
                 skipped.record(picture)
             done = 0
-            for said in describe(images):
+            for said in describe(images) if len(images) else ():
                 yield places[done : done + len(said.cls)], said
                 done += len(said.cls)
                 bar.update(len(said.cls))
