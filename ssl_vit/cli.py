@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ssl_vit import __version__
 from ssl_vit.durable import FULL
-from ssl_vit.errors import SharedError, UserError
+from ssl_vit.errors import PartDone, SharedError, UserError
 from ssl_vit.processes import first_process
 
 
@@ -39,6 +39,10 @@ COMMANDS = {
     "neighbours": Command(
         "the nearest pictures of a picture, drawn side by side",
         "ssl-vit neighbours checkpoint=runs/photos data.root=photos images=photo.jpg",
+    ),
+    "features": Command(
+        "describe pictures once, for all evaluations and other tools",
+        "ssl-vit features checkpoint=runs/photos data.root=photos to=npz out=features.npz",
     ),
     "attention": Command(
         "what the [CLS] token looks at: maps, masks, overlays",
@@ -91,6 +95,8 @@ def main(words: list[str] | None = None) -> int:
         config = load_config(name, rest, MODELS[name])  # mistakes are told before torch is imported, seconds later
         command = importlib.import_module(f"ssl_vit.commands.{name}")
         command.main(rest if name == "bench" else config)  # bench makes a second configuration of the words
+    except PartDone:
+        return 0
     except UserError as error:
         if first_process() or not isinstance(error, SharedError):
             print(f"ssl-vit {name}: {error}", file=sys.stderr)

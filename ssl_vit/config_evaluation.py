@@ -39,6 +39,7 @@ class EvaluationConfig(Section):
     baselines: bool
     seed: Seed
     out: Path | None
+    features: Path | None
     logger: LoggerConfig
 
 
@@ -94,6 +95,25 @@ class NeighboursConfig(Section):
     def _a_picture(self) -> Self:
         if self.out.suffix not in (".png", ".jpg"):
             raise ValueError(f"out={self.out}: the sheet is a picture, name it .png or .jpg")
+        return self
+
+
+class FeaturesConfig(Section):
+    checkpoint: str
+    weights: Which
+    data: EvalDataConfig
+    blocks: Count
+    features: Path | None
+    to: Literal["npz", "parquet"] | None
+    out: Path | None
+    pca: bool
+
+    @model_validator(mode="after")
+    def _file_and_form(self) -> Self:
+        if (self.to is None) != (self.out is None):
+            raise ValueError("to and out belong together: to=npz out=FILE.npz, or to=parquet out=FILE.parquet")
+        if self.pca and self.to != "parquet":
+            raise ValueError("pca=true adds columns to a parquet file: to=parquet out=FILE.parquet")
         return self
 
 

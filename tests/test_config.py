@@ -23,6 +23,7 @@ NEEDED = {
     "linear": (evaluations.LinearConfig, ["checkpoint=runs/x", "data.root=labelled"]),
     "compare": (evaluations.CompareConfig, ["runs/x"]),
     "neighbours": (evaluations.NeighboursConfig, ["checkpoint=runs/x", "data.root=pictures"]),
+    "features": (evaluations.FeaturesConfig, ["checkpoint=runs/x", "data.root=labelled"]),
     "attention": (evaluations.AttentionConfig, ["checkpoint=runs/x", "images=pictures"]),
     "export": (models.ExportConfig, ["checkpoint=runs/x"]),
     "scan": (models.ScanConfig, ["data.root=pictures"]),

@@ -22,7 +22,14 @@ from pydantic import ValidationError
 
 from ssl_vit.commands.folders import conf_dir, recipes_dir
 from ssl_vit.config import BenchConfig, DemoConfig, ExportConfig, PretrainConfig, ScanConfig, Section, ShardConfig
-from ssl_vit.config_evaluation import AttentionConfig, CompareConfig, KNNConfig, LinearConfig, NeighboursConfig
+from ssl_vit.config_evaluation import (
+    AttentionConfig,
+    CompareConfig,
+    FeaturesConfig,
+    KNNConfig,
+    LinearConfig,
+    NeighboursConfig,
+)
 from ssl_vit.errors import SharedError, UserError
 
 ConfigT = TypeVar("ConfigT", bound=Section)
@@ -34,6 +41,7 @@ MODELS: dict[str, type[Section]] = {
     "compare": CompareConfig,
     "demo": DemoConfig,
     "export": ExportConfig,
+    "features": FeaturesConfig,
     "knn": KNNConfig,
     "linear": LinearConfig,
     "neighbours": NeighboursConfig,
@@ -44,7 +52,7 @@ MODELS: dict[str, type[Section]] = {
 
 # Names and paths: `run.name=2024` is a text, and so is a folder called [old].
 TEXTS = {"run.name", "run.folder", "data.root", "data.train", "data.test", "online.root", "backbone.name"} | {
-    "logger.project", "checkpoint", "images", "masks", "out"
+    "logger.project", "checkpoint", "features", "images", "masks", "out"
 }  # fmt: skip
 
 # The key of a command that takes the words without an equals sign, and those that are files or folders.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ssl_vit.config_evaluation import NeighboursConfig
 from ssl_vit.data.files import pictures_at
-from ssl_vit.data.find import find_searched
+from ssl_vit.data.find import find_described
 from ssl_vit.data.pictures import Pictures, SkippedPictures, Subset
 from ssl_vit.durable import durable, write_json
 from ssl_vit.errors import UserError
@@ -60,7 +60,7 @@ def main(config: NeighboursConfig) -> None:
     """
     loaded = on_best_device(load_backbone(config.checkpoint, config.weights))
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    known = _described(config, loaded, find_searched(config.data), "pictures")
+    known = _described(config, loaded, find_described(config.data).train, "pictures")
     check_health(known.features, loaded.source)
     asked, own = _queries(config, loaded, known)
     k = min(config.k, len(known.features.index) - (own is not None))

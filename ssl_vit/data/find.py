@@ -90,17 +90,24 @@ def _found(
     return LabelledSplit(train, test)
 
 
-def find_searched(data: EvalDataConfig) -> Pictures:
-    """The pictures to search for neighbours: `train/` where `data.root` holds one, else all; they need no labels.
+def find_described(data: EvalDataConfig) -> LabelledSplit:
+    """The pictures whose features are wanted: as in an evaluation, but they need no labels; lists will do, too.
 
     Raises:
-        UserError: There is no picture.
+        UserError: There is no picture, or the two sets have different classes.
     """
-    if data.root is None:
+    if data.source not in ("folder", "list", "shards"):
+        return find_labelled(data)
+    if data.root is not None:
+        train_folder, test_folder = _split_folders(data.root, "data.train={train} data.test={val}")
+    else:
         assert data.train is not None  # the configuration demands one of them
-        return find_pictures(data.source, data.train)
-    train = data.root / "train"
-    return find_pictures(data.source, train if train.is_dir() else data.root)
+        train_folder, test_folder = data.train, data.test
+    train = find_pictures(data.source, train_folder)
+    test = None if test_folder is None else find_pictures(data.source, test_folder)
+    if test is not None and train.classes != test.classes:
+        raise UserError("the two sets have different classes; describe each by a command of its own: data.train=...")
+    return LabelledSplit(train, test)
 
 
 def _split_folders(root: Path, choice: str) -> tuple[Path, Path | None]:

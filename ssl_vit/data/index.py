@@ -42,13 +42,16 @@ def find_below(root: Path) -> tuple[Names, Counter[str]]:
     return tree.names, tree.ignored
 
 
-def _cache_file(root: Path) -> Path | None:
-    """None where the user has no home."""
+def user_cache() -> Path | None:
+    """Our folder in the user's cache; None where the user has no home."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111 - never raises
-    if not folder.is_absolute():
-        return None
+    return folder / "ssl-vit" if folder.is_absolute() else None
+
+
+def _cache_file(root: Path) -> Path | None:
     digest = hashlib.sha256(os.fsencode(root.absolute())).hexdigest()
-    return folder / "ssl-vit" / "index" / f"{digest}.safetensors"
+    cache = user_cache()
+    return cache / "index" / f"{digest}.safetensors" if cache else None
 
 
 def _remember(file: Path, tree: Tree) -> None:

@@ -2,19 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_vit.config import Workers
-from ssl_vit.data.loading import eval_loader
 from ssl_vit.data.pictures import Pictures, SkippedPictures
-from ssl_vit.evaluation.features import Features
+from ssl_vit.evaluation.features import Described, Features, in_memory
 from ssl_vit.transforms.evaluation import EvalTransform
 
+_ROWS = 4096  # pictures at a time
 PIXELS = 32  # larger pictures are reduced to this side
+
+
+class Pixels:
+    """The pixels themselves in place of a network's tokens; a `Describer`.
+
+    Args:
+        transform: Has cut the pictures as for the network.
+        channels: That they have.
+    """
+
+    title = "raw pixels"
+    blocks = most_blocks = 1
+
+    def __init__(self, transform: EvalTransform, *, channels: int) -> None:
+        self.transform = transform
+        self.channels = channels
+        self.shape = (channels * min(transform.image_size, PIXELS) ** 2, 0)
+
+    def identity(self) -> dict[str, Any]:
+        """How the pictures are cut and reduced."""
+        cut = {key: value for key, value in self.transform.describe().items() if key not in ("mean", "std")}
+        return {"kind": "raw pixels", "channels": self.channels, "largest_side": PIXELS, "transform": cut}
+
+    def tolerance(self) -> float:
+        """Float16 moves a value by 0.05 % at most."""
+        return 0.005
+
+    def __call__(self, images: Tensor) -> Iterator[Described]:
+        """Values in [0, 1] of pictures (B, C, S, S) uint8."""
+        pixels = _reduced(images.float() / 255).flatten(1).unsqueeze(1)  # (B, 1, D)
+        yield Described(pixels, pixels.new_empty(len(pixels), 0))
 
 
 def raw_pixels(
@@ -30,21 +63,20 @@ def raw_pixels(
 
     The pictures are cut as for the network; sides above 32 pixels are reduced to 32.
     """
-    loader = eval_loader(
-        pictures, transform, batch_size=batch_size, workers=workers, channels=channels, skipped=skipped
-    )
-    rows, places = [], []
-    for batch, indices in loader:
-        rows.append(_reduced(batch.float() / 255).flatten(1))
-        places.append(indices)
-    index = torch.cat(places)
-    pixels = torch.cat(rows).unsqueeze(1)  # (N, 1, D)
-    return Features(pixels, pixels.new_empty(len(pixels), 0), pictures.labels[index], index)
+    describe = Pixels(transform, channels=channels)
+    return in_memory(describe, pictures, batch_size=batch_size, workers=workers, skipped=skipped, show=False)
+
+
+def mean_of(features: Features) -> Tensor:
+    """The mean [CLS] of all pictures (blocks, D) float32, read some at a time."""
+    total = sum(part.float().sum(dim=0).double() for part in torch.split(features.cls, _ROWS))
+    return torch.as_tensor(total / len(features.cls)).float()
 
 
 def centred(features: Features, mean: Tensor) -> Features:
     """The features without their training mean (1, D): else a picture's brightness decides over the cosine."""
-    return replace(features, cls=features.cls - mean)
+    parts = [(part - mean).to(part.dtype) for part in torch.split(features.cls, _ROWS)]
+    return replace(features, cls=torch.cat(parts))
 
 
 def _reduced(images: Tensor) -> Tensor:

@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ssl_vit.config_evaluation import EvalDataConfig, EvaluationConfig
+from ssl_vit.config_evaluation import EvalDataConfig, EvaluationConfig, FeaturesConfig
 from ssl_vit.data.files import SPLITS
 from ssl_vit.data.find import LabelledSplit, find_labelled
 from ssl_vit.data.pictures import Pictures, SkippedPictures, printable
-from ssl_vit.errors import UserError
+from ssl_vit.errors import PartDone, UserError
 from ssl_vit.evaluation import provenance
-from ssl_vit.evaluation.baselines import centred, raw_pixels
-from ssl_vit.evaluation.features import Features, check_health, check_size, extract, on_best_device
+from ssl_vit.evaluation.baselines import Pixels, centred, mean_of
+from ssl_vit.evaluation.features import (
+    Describer,
+    Features,
+    NetworkTokens,
+    check_health,
+    check_size,
+    on_best_device,
+)
+from ssl_vit.evaluation.filling import Filled, filled
 from ssl_vit.evaluation.mistakes import mistakes
 from ssl_vit.evaluation.records import Record, Score, beside
 from ssl_vit.evaluation.sheet import hardest_tiles, write_sheet
+from ssl_vit.evaluation.store import Store, features_folder, stores_of
 from ssl_vit.models.weights import LoadedBackbone, load_backbone, random_twin
-from ssl_vit.training.hardware import best_device
+from ssl_vit.processes import place_in_launch
+from ssl_vit.training.hardware import best_device, take_own_gpu
 from ssl_vit.transforms.evaluation import EvalTransform
 
+BLOCKS = 4  # last blocks whose [CLS] is stored at least, so that all evaluations share one pass
 NETWORK, RANDOM, PIXELS = "network", "random init", "raw pixels"
 
 
@@ -58,10 +68,7 @@ class Study:
             UserError: Either is not there, or they do not fit each other.
         """
         started = time.perf_counter()
-        loaded = load_backbone(config.checkpoint, config.weights)
-        image_size = config.data.image_size or loaded.backbone.config.img_size
-        check_size(image_size, loaded.backbone.patch_size)
-        transform = EvalTransform(image_size, config.data.crop_ratio, loaded.mean, loaded.std)
+        loaded, transform = load_network(config)
         out = config.out or record_path(task, config, loaded)
         for path in (out, beside(out, ".npz"), beside(out, ".png")):
             if path.exists() and not path.is_file():
@@ -71,27 +78,29 @@ class Study:
     def sources(self, *, blocks: int) -> Iterator[Source]:
         """The network's features with [CLS] of some last blocks; with baselines then its random twin's, and raw pixels.
 
+        What is stored already is taken, all else stored. The float16 features are mapped from files: take what you
+        need, then its `.float()`, and never write into them.
+
         Raises:
             UserError: The network's features have diverged or collapsed, or fewer than two classes can be read.
+            PartDone: Another process of this launch goes on to the evaluation.
         """
-        for part in self._skipped():
-            part.path.unlink(missing_ok=True)
-        train, test = self._both(partial(extract, on_best_device(self.loaded), blocks=blocks))
-        check_health(train, self.loaded.source)
-        if test is not None:
-            check_health(test, self.loaded.source)
-        if len(torch.unique(train.labels)) < 2:
-            raise UserError(
-                f"{data_name(self.config.data)}: all pictures that can be read are of one class; two are needed"
-            )
-        yield Source(NETWORK, train, test)
-        if not self.config.baselines:
-            return
-        twin = on_best_device(random_twin(self.loaded, self.config.seed))
-        yield Source(RANDOM, *self._both(partial(extract, twin, blocks=blocks)))
-        train, test = self._both(partial(raw_pixels, channels=self.loaded.backbone.config.in_chans))
-        mean = train.cls.mean(dim=0)
-        yield Source(PIXELS, centred(train, mean), None if test is None else centred(test, mean))
+        if place_in_launch()[0]:
+            for _, describe in self._describers(blocks):
+                stored(describe, self.pictures, config=self.config, run=self.loaded.run)
+            raise PartDone
+        for name, describe in self._describers(blocks):
+            sets = stored(describe, self.pictures, config=self.config, run=self.loaded.run)
+            stores = [found.store for found in sets]
+            train, *rest = (store.features(blocks=min(blocks, describe.blocks)) for store in stores)
+            test = rest[0] if rest else None
+            if name == NETWORK:
+                self._list_skipped(stores)
+                self._check(train, test)
+            if name == PIXELS:
+                mean = mean_of(train)
+                train, test = centred(train, mean), None if test is None else centred(test, mean)
+            yield Source(name, train, test)
 
     def finish(
         self,
@@ -167,15 +176,33 @@ class Study:
         """The pictures that answers are of."""
         return self.pictures.train if self.pictures.test is None else self.pictures.test
 
-    def _both(self, describe: Callable[..., Features]) -> tuple[Features, Features | None]:
-        """Features of the pictures to learn from, and of those to test on if there are such."""
-        train, test = self.pictures
-        skipped_train, skipped_test = self._skipped()
-        how = {"batch_size": self.config.data.batch_size, "workers": self.config.data.workers}
-        return (
-            describe(train, self.transform, skipped=skipped_train, **how),
-            None if test is None else describe(test, self.transform, skipped=skipped_test, **how),
-        )
+    def _describers(self, blocks: int) -> Iterator[tuple[str, Describer]]:
+        """What says something of the pictures, made when it is its turn."""
+        network = on_best_device(self.loaded)
+        blocks = max(blocks, min(BLOCKS, len(network.backbone.vit.blocks)))
+        yield NETWORK, NetworkTokens(network, self.transform, blocks=blocks)
+        if self.config.baselines:
+            twin = on_best_device(random_twin(self.loaded, self.config.seed))
+            yield RANDOM, NetworkTokens(twin, self.transform, blocks=blocks)
+            yield PIXELS, Pixels(self.transform, channels=self.loaded.backbone.config.in_chans)
+
+    def _list_skipped(self, stores: Sequence[Store]) -> None:
+        """List the pictures that cannot be read beside the record, whether they were found now or long ago."""
+        for part in self._skipped():
+            part.path.unlink(missing_ok=True)
+        for part, store in zip(self._skipped(), stores, strict=False):
+            for broken in store.broken():
+                part.record(broken)
+
+    def _check(self, train: Features, test: Features | None) -> None:
+        """Refuse features and labels that no evaluation can say anything of."""
+        check_health(train, self.loaded.source)
+        if test is not None:
+            check_health(test, self.loaded.source)
+        if len(torch.unique(train.labels)) < 2:
+            raise UserError(
+                f"{data_name(self.config.data)}: all pictures that can be read are of one class; two are needed"
+            )
 
     def _skipped(self) -> tuple[SkippedPictures, SkippedPictures]:
         """The lists of the pictures that could not be read, beside the record."""
@@ -188,6 +215,35 @@ class Study:
             for count, part in zip(counts, self._skipped(), strict=True)
             if count
         ]
+
+
+def load_network(config: EvaluationConfig | FeaturesConfig) -> tuple[LoadedBackbone, EvalTransform]:
+    """The network, and what pictures go through before it.
+
+    Raises:
+        UserError: There is none, or the size of the pictures does not fit it.
+    """
+    take_own_gpu()
+    loaded = load_backbone(config.checkpoint, config.weights)
+    image_size = config.data.image_size or loaded.backbone.config.img_size
+    check_size(image_size, loaded.backbone.patch_size)
+    return loaded, EvalTransform(image_size, config.data.crop_ratio, loaded.mean, loaded.std)
+
+
+def stored(
+    describe: Describer, pictures: LabelledSplit, *, config: EvaluationConfig | FeaturesConfig, run: Path | None
+) -> list[Filled]:
+    """What is said of the pictures to learn from, and of those to test on if there are such: stored now or before."""
+    folder, name = features_folder(config.features, run), data_name(config.data)
+    return [
+        filled(
+            stores_of(describe, some, folder=folder, name=f"{name}-{part}"),
+            batch_size=config.data.batch_size,
+            workers=config.data.workers,
+        )
+        for part, some in zip(LabelledSplit._fields, pictures, strict=True)
+        if some is not None
+    ]
 
 
 def record_path(task: str, config: EvaluationConfig, loaded: LoadedBackbone) -> Path:

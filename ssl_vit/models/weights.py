@@ -280,6 +280,15 @@ def _count(content: dict[str, Any], key: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
+def state_sha256(state: StateDict) -> str:
+    """A hash of the weights in memory, wherever they came from: of their names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

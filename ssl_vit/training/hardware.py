@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -29,6 +30,12 @@ def best_device(accelerator: Literal["auto", "cpu", "gpu"] = "auto") -> torch.de
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("trainer.accelerator=gpu: torch finds no GPU here; use trainer.accelerator=cpu")
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def take_own_gpu() -> None:
+    """Let "cuda" mean the GPU of this process, where torchrun started several on this machine."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -19,8 +19,8 @@ from ssl_vit.data.find import LabelledSplit, labelled_folder
 from ssl_vit.data.pictures import Pictures, SkippedPictures, Subset
 from ssl_vit.errors import UserError
 from ssl_vit.evaluation.features import Features, check_health, extract
+from ssl_vit.evaluation.intervals import wilson
 from ssl_vit.evaluation.knn import Labelled, knn
-from ssl_vit.evaluation.records import wilson
 from ssl_vit.evaluation.ridge import best_ridge, ridge_path
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.weights import LoadedBackbone

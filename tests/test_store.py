@@ -1,0 +1,540 @@
+"""Features are computed once, whatever happens meanwhile, and never used for what they are not of."""
+
+import errno
+import json
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+from PIL import Image
+from running import environment, wait_until
+
+from ssl_vit.cli import main
+from ssl_vit.config import BackboneConfig
+from ssl_vit.data.files import FilePictures, folder_pictures
+from ssl_vit.data.pictures import SkippedPictures
+from ssl_vit.errors import UserError
+from ssl_vit.evaluation import filling
+from ssl_vit.evaluation.baselines import Pixels
+from ssl_vit.evaluation.features import NetworkTokens, check_health, in_memory
+from ssl_vit.evaluation.filling import filled
+from ssl_vit.evaluation.store import features_folder, stores_of
+from ssl_vit.models.backbone import Backbone
+from ssl_vit.models.weights import LoadedBackbone, export_backbone
+from ssl_vit.transforms.evaluation import EvalTransform
+
+HALF = [0.5, 0.5, 0.5]
+
+
+def network(seed=0, scale=1.0):
+    torch.manual_seed(seed)
+    sizes = {"img_size": 48, "patch_size": 16, "in_chans": 3, "reg_tokens": 0, "embed_dim": 32, "depth": 3}
+    config = BackboneConfig(name="vit_tiny_patch16_224", drop_path=0.0, num_heads=2, init="jax", **sizes)
+    backbone = Backbone(config).requires_grad_(False).eval()
+    backbone.vit.norm.weight.data.mul_(scale)
+    return LoadedBackbone(backbone, HALF, HALF, f"network {seed}", None, None)
+
+
+def tokens(loaded=None, *, blocks=2, crop_ratio=0.875):
+    return NetworkTokens(loaded or network(), EvalTransform(48, crop_ratio, HALF, HALF), blocks=blocks)
+
+
+def store(pictures, folder, describe=None):
+    """Filled, in batches of eight."""
+    stores = stores_of(describe or tokens(), pictures, folder=folder, name="some-train")
+    return filled(stores, batch_size=8, workers=0).store
+
+
+def arrays(one):
+    """What its files hold."""
+    return {name: (one.folder / name).read_bytes() for name in [*one.arrays, "paths.txt"]}
+
+
+@pytest.fixture
+def folder(sample, tmp_path):
+    """48 pictures in 12 class folders that a test may change."""
+    shutil.copytree(sample / "test", tmp_path / "pictures")
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def pictures(folder):
+    return folder_pictures(folder)
+
+
+@pytest.fixture
+def features(tmp_path):
+    return tmp_path / "features"
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The places of all pictures read, in order; a function in `reads.before` is called before each."""
+
+    class Reads(list):
+        before = staticmethod(lambda count: None)
+
+    seen, original = Reads(), FilePictures.read
+
+    def read(self, index, *rest):
+        seen.before(len(seen))
+        seen.append(index)
+        return original(self, index, *rest)
+
+    monkeypatch.setattr(FilePictures, "read", read)
+    return seen
+
+
+@pytest.fixture
+def flush_at_once(monkeypatch):
+    monkeypatch.setattr(filling, "_FLUSH_S", 0.0)
+
+
+# --- what is stored ---
+
+
+def test_stored_features_are_those_in_memory_in_float16(pictures, features, tmp_path):
+    describe = tokens()
+    found = store(pictures, features).features(blocks=2)
+    wanted = in_memory(describe, pictures, batch_size=8, workers=0, skipped=SkippedPictures(tmp_path / "x.txt"))
+    assert found.cls.dtype == found.patch_mean.dtype == torch.float16
+    assert torch.equal(found.cls, wanted.cls.half())
+    assert torch.equal(found.patch_mean, wanted.patch_mean.half())
+    assert torch.equal(found.labels, wanted.labels)
+    assert torch.equal(found.index, wanted.index)
+
+
+def test_users_open_the_files_with_numpy(pictures, features):
+    made = store(pictures, features)
+    assert made.folder.parent == features
+    assert made.folder.name.startswith("some-train-")
+    cls = np.load(made.folder / "cls.npy", mmap_mode="r")
+    assert (cls.shape, cls.dtype) == ((48, 2, 32), np.float16)
+    assert np.load(made.folder / "patch_mean.npy").shape == (48, 32)
+    assert np.load(made.folder / "labels.npy").tolist() == pictures.labels.tolist()
+    assert np.load(made.folder / "state.npy").tolist() == [1] * 48
+    assert (made.folder / "paths.txt").read_text().splitlines() == [pictures.name(index) for index in range(48)]
+    identity = json.loads((made.folder / "manifest.json").read_text())["identity"]
+    assert identity["pictures"] == pictures.fingerprint(sizes=True)
+    assert identity["describer"]["transform"]["crop_ratio"] == 0.875
+
+
+def test_raw_pixels_are_stored_to_a_sixteenth_of_a_grey_step(pictures, features):
+    describe = Pixels(EvalTransform(32, 0.875, HALF, HALF), channels=3)
+    found = store(pictures, features, describe).features(blocks=1)
+    exact = torch.stack([describe.transform(pictures.read(index, 3)).flatten() for index in range(48)]) / 255
+    assert (found.cls[:, 0].float() - exact).abs().max() <= 1 / 255 / 16
+    assert found.patch_mean.shape == (48, 0)
+
+
+def test_features_lie_where_they_are_wanted_else_in_the_run_else_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert features_folder(tmp_path / "own", tmp_path / "run") == tmp_path / "own"
+    assert features_folder(None, tmp_path / "run") == tmp_path / "run" / "eval" / "features"
+    assert features_folder(None, None) == tmp_path / "ssl-vit" / "features"
+
+
+# --- used again, or not ---
+
+
+def test_pictures_are_described_once(pictures, features, reads):
+    first = store(pictures, features)
+    before = arrays(first)
+    assert reads == list(range(48))
+    reads.clear()
+    second = store(pictures, features)
+    assert second.folder == first.folder
+    assert len(reads) == 16  # spread over the set, to see that they still are what is stored
+    assert {reads[0], reads[-1]} == {0, 47}
+    assert arrays(second) == before
+
+
+def test_more_blocks_than_are_needed_serve_too(pictures, features, reads):
+    more = store(pictures, features, tokens(blocks=3))
+    reads.clear()
+    found = store(pictures, features, tokens(blocks=1))
+    assert found.folder == more.folder
+    assert len(reads) == 16
+    assert torch.equal(found.features(blocks=1).cls, more.features(blocks=3).cls[:, 2:])
+    shutil.rmtree(features)
+    assert store(pictures, features, tokens(blocks=1)).folder != store(pictures, features, tokens(blocks=3)).folder
+
+
+def test_anything_changed_gives_other_features(folder, pictures, features):
+    made = [store(pictures, features)]
+    made.append(store(pictures, features, tokens(network(seed=1))))
+    made.append(store(pictures, features, tokens(crop_ratio=0.5)))
+    shutil.copy(next(folder.rglob("*.png")), folder / "red-dots" / "more.png")
+    made.append(store(folder_pictures(folder), features))
+    (folder / "red-dots" / "more.png").write_bytes(b"of another size")
+    made.append(store(folder_pictures(folder), features))
+    assert len({one.folder for one in made}) == 5
+    assert store(pictures, features, tokens(network(seed=1))).folder == made[1].folder
+
+
+def test_a_picture_replaced_by_one_of_the_same_size_is_noticed(tmp_path, features, caplog):
+    generator = torch.Generator().manual_seed(0)
+
+    def picture(number):
+        values = torch.randint(256, (48, 48, 3), dtype=torch.uint8, generator=generator)
+        Image.fromarray(values.numpy()).save(tmp_path / "bitmaps" / f"{number}.bmp")
+
+    (tmp_path / "bitmaps").mkdir()
+    for number in range(9):
+        picture(number)
+    pictures = folder_pictures(tmp_path / "bitmaps")
+    before = store(pictures, features).features(blocks=2).cls.clone()
+    assert not caplog.messages
+    picture(4)
+    after = store(pictures, features).features(blocks=2).cls
+    assert "a picture was replaced" in caplog.text
+    assert "made anew" in caplog.text
+    changed = (after != before).flatten(1).any(dim=1)
+    assert changed.nonzero().squeeze(1).tolist() == [4]
+
+
+def test_another_program_that_computes_otherwise_is_noticed(pictures, features, caplog, monkeypatch):
+    store(pictures, features)
+    monkeypatch.setattr(EvalTransform, "normalise", lambda self, batch: batch.float() / 100)
+    found = store(pictures, features)
+    assert "made anew" in caplog.text
+    assert not found.problem()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "cls.npy").write_bytes((folder / "cls.npy").read_bytes()[:-1]),
+        lambda folder: (folder / "patch_mean.npy").unlink(),
+        lambda folder: (folder / "paths.txt").write_text("x"),
+        lambda folder: (folder / "manifest.json").write_text("{"),
+        lambda folder: (folder / "manifest.json").unlink(),
+        lambda folder: (folder / "state.npy").write_bytes((folder / "state.npy").read_bytes()[:-1] + b"\7"),
+        lambda folder: (folder / "cls.npy").write_bytes(b"x" + (folder / "cls.npy").read_bytes()[1:]),
+    ],
+    ids=["cut off", "missing", "text", "manifest", "no manifest", "state", "header"],
+)
+def test_damaged_files_are_noticed(damage, pictures, features, caplog):
+    made = store(pictures, features)
+    before = arrays(made)
+    damage(made.folder)
+    assert arrays(store(pictures, features)) == before
+    assert [message for message in caplog.messages if str(made.folder) in message and "made anew" in message]
+
+
+def test_features_too_large_for_float16_are_refused_in_words_now_and_later(pictures, features, caplog):
+    for _ in range(2):
+        found = store(pictures, features, tokens(network(scale=1e6))).features(blocks=1)
+        with pytest.raises(UserError, match="65,504"):
+            check_health(found, "a network")
+    assert not caplog.messages  # the second time they were taken from the store
+
+
+# --- broken pictures ---
+
+
+def test_broken_pictures_are_the_same_now_and_later(folder, features, reads):
+    for name in ("red-dots/0000.png", "blue-dots/0001.png"):
+        (folder / name).write_bytes(b"no picture")
+    pictures = folder_pictures(folder)
+    broken = [index for index in range(48) if pictures.name(index) in ("red-dots/0000.png", "blue-dots/0001.png")]
+    seen = []
+    for _ in range(2):
+        made = store(pictures, features)
+        found = made.features(blocks=1)
+        seen.append((list(map(str, made.broken())), found.index.tolist(), found.cls.shape))
+    assert seen[0] == seen[1]
+    assert seen[0][1] == [index for index in range(48) if index not in broken]
+    assert [line.partition(":")[0] for line in seen[0][0]] == ["blue-dots/0001.png", "red-dots/0000.png"]
+    assert np.load(made.folder / "state.npy")[broken].tolist() == [2, 2]
+
+
+def test_a_picture_that_was_repaired_is_noticed(folder, features, caplog):
+    good = (folder / "red-dots" / "0000.png").read_bytes()
+    (folder / "red-dots" / "0000.png").write_bytes(bytes(len(good)))
+    pictures = folder_pictures(folder)
+    assert len(store(pictures, features).features(blocks=1).index) == 47
+    (folder / "red-dots" / "0000.png").write_bytes(good)
+    assert len(store(pictures, features).features(blocks=1).index) == 48
+    assert "made anew" in caplog.text
+
+
+def test_pictures_that_are_all_broken_are_an_error(tmp_path, features):
+    (tmp_path / "bad").mkdir()
+    for number in range(3):
+        (tmp_path / "bad" / f"{number}.png").write_bytes(b"no picture")
+    made = store(folder_pictures(tmp_path / "bad"), features)
+    with pytest.raises(UserError, match="none of the pictures can be read"):
+        made.features(blocks=1)
+    assert len(made.skipped.path.read_text().splitlines()) == 3
+
+
+# --- whatever ends it ---
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
+def test_stopped_and_gone_on_with_equals_uninterrupted(kind, folder, features, tmp_path, reads, caplog, flush_at_once):
+    (folder / "blue-dots" / "0001.png").write_bytes(b"no picture")
+    pictures = folder_pictures(folder)
+    whole = arrays(store(pictures, tmp_path / "whole"))
+
+    def stop(count):
+        if count == 27:
+            raise kind
+
+    reads.clear()
+    reads.before = stop
+    with pytest.raises(kind):
+        store(pictures, features)
+    assert ("24 of 48 pictures are described and kept" in caplog.text) == (kind is KeyboardInterrupt)
+    reads.clear()
+    reads.before = lambda count: None
+    assert arrays(store(pictures, features)) == whole
+    assert reads[-24:] == list(range(24, 48))
+    assert len(reads) <= 24 + 17  # and those that are described again, with the broken one
+    assert "made anew" not in caplog.text
+
+
+def test_killed_and_gone_on_with_equals_uninterrupted(folder, features, tmp_path):
+    """SIGKILL, while the 27th picture is being read."""
+    words = [f"checkpoint={exported(tmp_path / 'run')}", f"data.train={folder}", "data.workers=0", "data.batch_size=8"]
+    program = (
+        "import threading\n"
+        "from ssl_vit import cli\n"
+        "from ssl_vit.data.files import FilePictures\n"
+        "from ssl_vit.evaluation import filling\n"
+        "filling._FLUSH_S, read = 0.0, FilePictures.read\n"
+        "FilePictures.read = lambda self, i, *rest: threading.Event().wait() if i == 26 else read(self, i, *rest)\n"
+        f"cli.main(['features', 'features={features}', *{words!r}])\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], env=environment())
+
+    def states():
+        return [np.load(file) for file in features.glob("*/state.npy") if (file.parent / "manifest.json").exists()]
+
+    wait_until(lambda: any(state.sum() == 24 for state in states()), process)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    for place in (features, tmp_path / "whole"):
+        assert main(["features", f"features={place}", *words]) == 0
+    files = [{file.name: file.read_bytes() for file in place.glob("*/*")} for place in (features, tmp_path / "whole")]
+    assert files[0] == files[1]
+    assert len(files[0]) == 6
+
+
+def test_only_what_is_on_the_disk_counts_as_done(pictures, features, monkeypatch, caplog):
+    original, full = filling._Writer._sync, True
+
+    def sync(self, name):
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, name)
+
+    monkeypatch.setattr(filling._Writer, "_sync", sync)
+    with pytest.raises(OSError, match="No space left") as caught:
+        store(pictures, features)
+    assert str(features) in caught.value.filename
+    (state,) = features.glob("*/state.npy")
+    assert not np.load(state).any()
+    full = False
+    assert np.load(store(pictures, features).folder / "state.npy").all()
+    assert not caplog.messages
+
+
+# --- several processes ---
+
+
+def as_process(monkeypatch, world):
+    """Let threads called 0, 1, ... be the processes of a launch."""
+    monkeypatch.setattr(filling, "place_in_launch", lambda: (int(threading.current_thread().name), world))
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_several_processes_give_the_features_of_one(damaged, pictures, features, tmp_path, monkeypatch):
+    one = store(pictures, tmp_path / "one")
+    if damaged:  # the first process makes the folder anew, while the others wait
+        (store(pictures, features).folder / "cls.npy").write_bytes(b"x")
+    as_process(monkeypatch, 3)
+    found, describe = {}, tokens()  # made here: threads share the random state
+
+    def run():
+        stores = stores_of(describe, pictures, folder=features, name="some-train")
+        found[threading.current_thread().name] = filled(stores, batch_size=8, workers=0)
+
+    threads = [threading.Thread(target=run, name=str(rank)) for rank in (2, 1, 0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert {rank: one.new for rank, one in found.items()} == {"0": 16, "1": 16, "2": 16}
+    for name in ("cls.npy", "patch_mean.npy"):
+        several, single = (np.load(each.folder / name).astype(np.float32) for each in (found["0"].store, one))
+        np.testing.assert_allclose(several, single, rtol=0.02, atol=0.02)
+    assert np.load(found["0"].store.folder / "state.npy").tolist() == [1] * 48
+
+
+def test_a_process_that_never_comes_is_told_of(pictures, features, monkeypatch):
+    monkeypatch.setattr(filling, "place_in_launch", lambda: (0, 2))
+    monkeypatch.setattr(filling, "_PATIENCE_S", 0.0)
+    with pytest.raises(UserError, match="24 pictures are left to another process"):
+        store(pictures, features)
+
+
+def test_the_second_command_waits_with_a_word(pictures, features, caplog):
+    (wanted, *_) = stores_of(tokens(), pictures, folder=features, name="some-train")
+    features.mkdir()
+    found = []
+    with caplog.at_level(logging.WARNING), FileLock(features / f".{wanted.folder.name}.lock"):
+        thread = threading.Thread(target=lambda: found.append(store(pictures, features)))
+        thread.start()
+        wait_until(lambda: "waiting until it has ended" in caplog.text)
+        assert not wanted.folder.exists()
+    thread.join(60)
+    assert np.load(found[0].folder / "state.npy").all()
+
+
+def test_other_processes_of_a_launch_end_without_a_word(sample, tmp_path, monkeypatch, capsys):
+    run = exported(tmp_path / "run")
+    words = [f"checkpoint={run}", f"data.root={sample}", "data.workers=0", f"features={tmp_path / 'features'}"]
+    assert main(["knn", *words]) == 0
+    shutil.rmtree(run / "eval")
+    capsys.readouterr()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["knn", *words]) == 0
+    assert main(["features", *words]) == 0
+    assert capsys.readouterr().out == ""
+    assert not (run / "eval").exists()
+
+
+# --- the commands ---
+
+
+def exported(folder):
+    export_backbone(network().backbone, folder / "backbone.safetensors", mean=HALF, std=HALF, source="a test")
+    (folder / "config.yaml").write_text("seed: 0\n")
+    return folder
+
+
+def test_evaluations_share_one_pass(sample, tmp_path, reads):
+    shutil.copytree(sample, tmp_path / "mixed")
+    for part in ("train", "test"):
+        (tmp_path / "mixed" / part / "red-dots" / "0000.png").write_bytes(b"no picture")
+    run = exported(tmp_path / "run")
+    words = [f"checkpoint={run}", f"data.root={tmp_path / 'mixed'}", "data.workers=0"]
+    assert main(["features", *words]) == 0
+    assert len(reads) == 240
+    reads.clear()
+    records = []
+    for _ in range(2):
+        assert main(["knn", *words, "baselines=false"]) == 0
+        assert len(reads) <= 2 * 17  # 16 of each set, and its broken one
+        record = json.loads((run / "eval" / "knn-mixed.json").read_text())
+        lists = [(run / "eval" / f"knn-mixed-skipped-{part}.txt").read_text() for part in ("train", "test")]
+        records.append([record["score"], record["data"], record["warnings"], lists])
+        reads.clear()
+    assert main(["linear", *words, "baselines=false", "l2=[1e-1,1e-2]"]) == 0
+    assert len(reads) <= 2 * 17
+    assert records[0] == records[1]
+    assert records[0][1]["skipped"] == 2
+    assert (run / "eval" / "features").is_dir()
+
+
+@pytest.fixture
+def described(sample, tmp_path, capsys):
+    """A function: the file that `features` writes with these words, and what it prints."""
+
+    def command(*words, data=None):
+        shared = [f"checkpoint={exported(tmp_path / 'run')}", "data.workers=0", "blocks=2"]
+        assert main(["features", *shared, data or f"data.root={sample}", *words]) == 0
+        return capsys.readouterr().out
+
+    return command
+
+
+def test_what_is_stored_is_told(described, sample):
+    printed = described()
+    assert f"train: 192 pictures in {sample / 'train'}" in printed
+    assert "[CLS] of the last 2 blocks" in printed
+    assert "effective rank" in printed
+    assert "all described before" in described()
+
+
+def test_npz_holds_what_is_stored(described, sample, tmp_path):
+    described("to=npz", f"out={tmp_path / 'new' / 'x.npz'}")
+    with np.load(tmp_path / "new" / "x.npz") as file:
+        exported = dict(file)
+    parts = {name: folder_pictures(sample / name) for name in ("train", "test")}
+    assert exported["parts"].tolist() == ["train"] * 192 + ["test"] * 48
+    assert exported["paths"].tolist() == [part.name(index) for part in parts.values() for index in range(len(part))]
+    assert exported["labels"].tolist() == [*parts["train"].labels.tolist(), *parts["test"].labels.tolist()]
+    assert exported["class_names"].tolist() == parts["train"].classes
+    for name in ("cls", "patch_mean"):
+        stored = [np.load(next((tmp_path / "run").glob(f"eval/features/*-{part}-*/{name}.npy"))) for part in parts]
+        np.testing.assert_array_equal(exported[name], np.concatenate(stored))
+
+
+def test_parquet_holds_what_is_stored(described, sample, tmp_path, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr("ssl_vit.evaluation.export._ROWS", 100)
+    described("to=parquet", f"out={tmp_path / 'x.parquet'}", "pca=true")
+    table = parquet.read_table(tmp_path / "x.parquet").to_pydict()
+    train, test = (folder_pictures(sample / name) for name in ("train", "test"))
+    names = [part.name(index) for part in (train, test) for index in range(len(part))]
+    assert table["path"] == names
+    assert table["class"] == [name.partition("/")[0] for name in names]
+    assert [train.classes[label] for label in table["label"]] == table["class"]
+    assert table["part"] == ["train"] * 192 + ["test"] * 48
+    files = [next((tmp_path / "run").glob(f"eval/features/*-{part}-*/cls.npy")) for part in ("train", "test")]
+    embedding = np.concatenate([np.load(file)[:, -1] for file in files]).astype(np.float32)
+    np.testing.assert_array_equal(np.array(table["embedding"], dtype=np.float32), embedding)
+    centred = embedding - embedding.mean(axis=0)
+    plane = np.stack([table["x"], table["y"]], axis=1)
+    left, singular, _ = np.linalg.svd(centred, full_matrices=False)
+    np.testing.assert_allclose(np.abs(plane), np.abs(left[:, :2] * singular[:2]), rtol=1e-3, atol=1e-3)
+    assert parquet.ParquetFile(tmp_path / "x.parquet").num_row_groups == 3
+
+
+def test_pictures_without_labels_are_described_too(described, folder, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, file in enumerate(sorted(folder.rglob("*.png"))[:5]):
+        shutil.copy(file, flat / f"{number}.png")
+    described("to=npz", f"out={tmp_path / 'x.npz'}", data=f"data.train={flat}")
+    with np.load(tmp_path / "x.npz") as file:
+        assert file["labels"].tolist() == [-1] * 5
+        assert file["paths"].tolist() == [f"{number}.png" for number in range(5)]
+        assert file["class_names"].tolist() == []
+    parquet = pytest.importorskip("pyarrow.parquet")
+    described("to=parquet", f"out={tmp_path / 'x.parquet'}", data=f"data.train={flat}")
+    table = parquet.read_table(tmp_path / "x.parquet").to_pydict()
+    assert table["label"] == table["class"] == [None] * 5
+
+
+def test_parquet_without_pyarrow_is_refused_before_anything_is_done(sample, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    run = exported(tmp_path / "run")
+    assert main(["features", f"checkpoint={run}", f"data.root={sample}", "to=parquet", f"out={tmp_path / 'x'}"]) == 2
+    assert "pip install 'ssl-vit[parquet]'" in capsys.readouterr().err
+    assert not (run / "eval").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(sample, tmp_path, reads, capsys, caplog):
+    def stop(count):
+        if count == 100:
+            raise KeyboardInterrupt
+
+    reads.before = stop
+    run = exported(tmp_path / "run")
+    words = ["features", f"checkpoint={run}", f"data.root={sample}", "data.workers=0", "data.batch_size=30"]
+    assert main(words) == 130
+    assert "90 of 192 pictures are described and kept" in caplog.text
+    assert "the same command goes on" in caplog.text
+    assert "Traceback" not in capsys.readouterr().err
