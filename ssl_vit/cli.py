@@ -33,6 +33,14 @@ COMMANDS = {
     "linear": Command(
         "linear probe on the frozen features", "ssl-vit linear checkpoint=runs/photos data.root=labelled"
     ),
+    "fewshot": Command(
+        "accuracy with few labels: 1 to 25 of each class, 1 to 10 %",
+        "ssl-vit fewshot checkpoint=runs/photos data.root=labelled",
+    ),
+    "transfer": Command(
+        "a table of networks by labelled data sets: linear probes of each on each",
+        "ssl-vit transfer 'checkpoints=[runs/a,runs/b]' 'data.roots=[labelled/a,labelled/b]'",
+    ),
     "attention": Command(
         "what the [CLS] token looks at: maps, masks, overlays",
         "ssl-vit attention checkpoint=runs/photos images=photos out=maps",

@@ -81,6 +81,7 @@ def test_written_record_can_be_read_and_leaves_nothing_beside_it(tmp_path):
         "n": 100,
         "low": 0.404,
         "high": 0.596,
+        "interval": "Wilson",
     }
     assert [file.name for file in path.parent.iterdir()] == ["knn-photos.json"]
 

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from ssl_vit.commands.folders import conf_dir, recipes_dir
 from ssl_vit.config import BenchConfig, DemoConfig, ExportConfig, PretrainConfig, ScanConfig, Section, ShardConfig
-from ssl_vit.config_evaluation import AttentionConfig, KNNConfig, LinearConfig
+from ssl_vit.config_evaluation import AttentionConfig, FewshotConfig, KNNConfig, LinearConfig, TransferConfig
 from ssl_vit.errors import SharedError, UserError
 
 ConfigT = TypeVar("ConfigT", bound=Section)
@@ -33,16 +33,18 @@ MODELS: dict[str, type[Section]] = {
     "bench": BenchConfig,
     "demo": DemoConfig,
     "export": ExportConfig,
+    "fewshot": FewshotConfig,
     "knn": KNNConfig,
     "linear": LinearConfig,
     "pretrain": PretrainConfig,
     "scan": ScanConfig,
     "shard": ShardConfig,
+    "transfer": TransferConfig,
 }
 
-# Names and paths: `run.name=2024` is a text, and so is a folder called [old].
+# Names and paths, and lists of such: `run.name=2024` is a text, and so is a folder called [old].
 TEXTS = {"run.name", "run.folder", "data.root", "data.train", "data.test", "backbone.name", "logger.project"} | {
-    "checkpoint", "images", "masks", "out"
+    "checkpoint", "images", "masks", "out", "checkpoints", "data.roots", "linear", "versus"
 }  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def measure(config: LinearConfig) -> tuple[Record, Path]:
     variants = [Variant(count, patch_mean) for count in blocks for patch_mean in (False, True)]
     results, scores = [], []
     for source in study.sources(blocks=max(blocks)):
-        train, test = _split(source, config.seed)
+        train, test = split(source, config.seed)
         result = linear_probe(
             train,
             test,
@@ -72,7 +72,7 @@ def measure(config: LinearConfig) -> tuple[Record, Path]:
     return record, study.out
 
 
-def _split(source: Source, seed: int) -> tuple[Features, Features]:
+def split(source: Source, seed: int) -> tuple[Features, Features]:
     """The two sets that there are, or a part of each class of the only one held out to test on."""
     if source.test is not None:
         return source.train, source.test
