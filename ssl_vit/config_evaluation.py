@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from ssl_vit.config import Section, Source, Which, Workers
-from ssl_vit.config_values import Count, Positive, Seed, Share, Words
+from ssl_vit.config_values import Count, NonNegative, Positive, Seed, Share, Words
 
 
 class EvalDataConfig(Section):
@@ -47,9 +47,18 @@ class KNNConfig(EvaluationConfig):
     engine: Literal["auto", "torch", "faiss"]
 
 
+class SGDConfig(Section):
+    lr: Annotated[list[Positive], Field(min_length=1)]
+    weight_decay: Annotated[list[NonNegative], Field(min_length=1)]
+    epochs: Count
+    batch_size: Count
+
+
 class LinearConfig(EvaluationConfig):
+    solver: Literal["logistic", "ridge", "sgd"]
     blocks: Annotated[list[Count], Field(min_length=1)]
     l2: Annotated[list[Positive], Field(min_length=1)]
+    sgd: SGDConfig
     held_out: Annotated[float, Field(gt=0, lt=1)]
 
 

@@ -108,7 +108,7 @@ def test_one_folder_is_split_for_the_probe(run, sample):
     record = json.loads((run / "eval" / f"linear-{sample.name}.json").read_text())
     assert record["protocol"]["split"] == "0.2 of each class held out to test"
     assert (record["data"]["n_train"], record["data"]["n_test"]) == (156, 36)
-    features = {trial["features"] for trial in record["score"]["details"]["held_out"]}
+    features = {trial["features"] for trial in record["score"]["details"]["trials"]}
     assert features == {  # 99 blocks are all that there are
         "[CLS] of the last block",
         "[CLS] of the last block + patch mean",

@@ -7,7 +7,8 @@ from reference import probes
 
 from ssl_vit.errors import UserError
 from ssl_vit.evaluation.features import Features
-from ssl_vit.evaluation.linear import linear_probe, probe_path, standard_space
+from ssl_vit.evaluation.linear import Logistic, linear_probe
+from ssl_vit.evaluation.logistic import probe_path, standard_space
 from ssl_vit.evaluation.probes import Variant, stratified
 
 L2 = [1e-1, 1e-3, 1e-5]
@@ -37,7 +38,7 @@ def features_of(count, seed, *, informative="both", labels=(0, 1, 2)):
 
 
 def probe(train, test, *, variants=VARIANTS, l2=L2, seed=0):
-    return linear_probe(train, test, variants=variants, l2=l2, held_out=0.1, seed=seed, device=CPU)
+    return linear_probe(train, test, variants=variants, solver=Logistic(l2, 0.1, seed), device=CPU)
 
 
 @pytest.mark.parametrize(("count", "dim", "classes"), [(300, 6, 4), (60, 10, 2), (40, 12, 5), (20, 30, 3)])

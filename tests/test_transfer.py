@@ -18,7 +18,7 @@ from ssl_vit.evaluation.transfer import Cell, pretrained_on, short_names, table
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.weights import export_backbone
 
-QUICK = ("data.workers=0", "linear=[blocks=[1],l2=[1e-1,1e-3]]")
+QUICK = ("data.workers=0", "linear=[blocks=[1],l2=[1e-1,1e-3],solver=ridge]")
 
 
 def cell(value=0.5, *, own=False, n=100, split="train and test", warnings=()):
@@ -169,21 +169,19 @@ def test_each_network_on_each_data_set_resumes_and_computes_what_changed(network
 
     measured.clear()  # other weights under the same name
     torch.manual_seed(7)
-    other = Backbone(
-        BackboneConfig.model_validate(json.loads(networks[1].with_suffix(".json").read_text())["backbone"])
-    )
-    export_backbone(other, networks[1], mean=[0.5] * 3, std=[0.5] * 3, source="a test")
+    export(Backbone(config_of(networks[1])), networks[1])
     assert transfer(out, networks, roots) == 0
     assert set(measured) == {f"other-{name}.json", "other-one-folder.json"}
 
     measured.clear()  # another probe
-    assert transfer(out, networks[:1], roots[:1], "linear=[blocks=[2],l2=[1e-2]]") == 0
+    assert transfer(out, networks[:1], roots[:1], "linear=[blocks=[2],l2=[1e-2],solver=ridge]") == 0
     assert measured == [f"lr-1-{name}.json", f"random-init-{name}.json"]
 
 
 def test_a_cell_is_the_record_of_the_linear_command(networks, sample, tmp_path):
     assert transfer(tmp_path / "out", networks[1:], [sample]) == 0
-    words = ["blocks=[1]", "l2=[1e-1,1e-3]", "data.workers=0", f"data.root={sample}", f"out={tmp_path / 'linear.json'}"]
+    words = ["blocks=[1]", "l2=[1e-1,1e-3]", "solver=ridge", "data.workers=0", f"data.root={sample}"]
+    words.append(f"out={tmp_path / 'linear.json'}")
     assert main(["linear", f"checkpoint={networks[1]}", "baselines=false", *words]) == 0
     cell, alone = (
         json.loads(file.read_text())

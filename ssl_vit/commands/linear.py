@@ -3,10 +3,12 @@
 ssl-vit linear checkpoint=runs/photos data.root=labelled
 ssl-vit linear checkpoint=timm:vit_small_patch16_224.dino data.train=labelled/train data.test=labelled/val
 ssl-vit linear checkpoint=runs/photos labelled=cifar10 data.root=data 'blocks=[1]'
+ssl-vit linear checkpoint=runs/photos data.root=labelled solver=sgd sgd.epochs=30
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -14,9 +16,11 @@ import torch
 from ssl_vit.config_evaluation import LinearConfig
 from ssl_vit.errors import UserError
 from ssl_vit.evaluation.features import Features
-from ssl_vit.evaluation.linear import LinearResult, linear_probe
+from ssl_vit.evaluation.linear import SGD, LinearResult, Logistic, Ridge, Solver, linear_probe
+from ssl_vit.evaluation.probe_file import save_probe
 from ssl_vit.evaluation.probes import Variant, stratified
 from ssl_vit.evaluation.records import Answers, Record, Score, accuracies
+from ssl_vit.evaluation.sgd import Schedule
 from ssl_vit.evaluation.study import PIXELS, Source, Study
 from ssl_vit.training.hardware import best_device
 
@@ -39,18 +43,12 @@ def measure(config: LinearConfig) -> tuple[Record, Path]:
     depth = len(study.loaded.backbone.vit.blocks)
     blocks = sorted({min(count, depth) for count in config.blocks})
     variants = [Variant(count, patch_mean) for count in blocks for patch_mean in (False, True)]
+    solver = _solver(config)
     results, scores = [], []
     for source in study.sources(blocks=max(blocks)):
         train, test = split(source, config.seed)
-        result = linear_probe(
-            train,
-            test,
-            variants=[Variant(1, False)] if source.name == PIXELS else variants,
-            l2=config.l2,
-            held_out=config.held_out,
-            seed=config.seed,
-            device=best_device(),
-        )
+        offered = [Variant(1, False)] if source.name == PIXELS else variants
+        result = linear_probe(train, test, variants=offered, solver=solver, device=best_device())
         results.append(result)
         scores.append(_score(source.name, result, train, test))
     record = study.finish(
@@ -58,9 +56,7 @@ def measure(config: LinearConfig) -> tuple[Record, Path]:
         protocol={
             "features": [str(variant) for variant in variants],
             "standardised": "by the training pictures",
-            "objective": "mean cross-entropy + l2 / 2 |W|^2, bias free",
-            "l2": sorted(set(config.l2)),
-            "selection": f"{config.held_out:g} of the training pictures of each class, refit on all, tested once",
+            **solver.describe(),
             "split": "train and test" if source.test is not None else f"{TEST_SHARE:g} of each class held out to test",
             "seed": config.seed,
         },
@@ -69,6 +65,8 @@ def measure(config: LinearConfig) -> tuple[Record, Path]:
         findings={},
         warnings=results[0].warnings,
     )
+    names, found = study.pictures.train.classes, results[0]
+    save_probe(study, found.probe, found.chosen.variant, [names[label] for label in found.classes])
     return record, study.out
 
 
@@ -82,13 +80,25 @@ def split(source: Source, seed: int) -> tuple[Features, Features]:
     return source.train.take(~test), source.train.take(test)
 
 
+def _solver(config: LinearConfig) -> Solver:
+    sgd = config.sgd
+    solvers: dict[str, Solver] = {
+        "logistic": Logistic(config.l2, config.held_out, config.seed),
+        "ridge": Ridge(config.l2),
+        "sgd": SGD(sgd.lr, sgd.weight_decay, Schedule(sgd.epochs, sgd.batch_size, config.seed), config.held_out),
+    }
+    return solvers[config.solver]
+
+
 def _score(name: str, result: LinearResult, train: Features, test: Features) -> Score:
     classes = len(torch.unique(torch.cat([train.labels, test.labels])))
-    chosen = {"features": str(result.chosen.variant), "l2": result.chosen.l2}
-    trials = [
-        {"features": str(trial.variant), "l2": trial.l2, "accuracy": trial.accuracy, "loss": trial.loss}
-        for trial in result.trials
-    ]
+    chosen, *trials = (
+        {
+            "features": str(trial.variant),
+            **trial.settings,
+            **({"diverged": True} if math.isinf(trial.loss) else {"accuracy": trial.accuracy, "loss": trial.loss}),
+        }
+        for trial in (result.chosen, *result.trials)
+    )
     answers = Answers(test.index, test.labels, result.predicted, result.ranks)
-    details = {"chosen": chosen, "held_out": trials}
-    return Score(name, accuracies(result.ranks, classes), details, {"": answers})
+    return Score(name, accuracies(result.ranks, classes), {"chosen": chosen, "trials": trials}, {"": answers})

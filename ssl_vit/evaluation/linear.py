@@ -1,9 +1,11 @@
-"""Linear probe on frozen features, chosen on held-out training pictures; the test pictures are looked at once."""
+"""Linear probe on frozen features, chosen by training pictures alone; the test pictures are looked at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,31 +14,57 @@ from tqdm import tqdm
 
 from ssl_vit.errors import UserError
 from ssl_vit.evaluation.features import Features
-from ssl_vit.evaluation.knn import rank_of
-from ssl_vit.evaluation.probes import Probe, Variant, stratified
+from ssl_vit.evaluation.logistic import FINAL_TOLERANCE, probe_path, standard_space
+from ssl_vit.evaluation.probes import Probe, Variant, label_ranks, stratified
+from ssl_vit.evaluation.ridge import left_out_score, merit, ridge_path
 from ssl_vit.evaluation.search import full_precision
-
-_PATH_TOLERANCE, _FINAL_TOLERANCE = 1e-6, 1e-8  # change of the loss per step at which the solver stops
-_MOST_STEPS = 500
+from ssl_vit.evaluation.sgd import MOMENTUM, Head, Schedule, train_heads
 
 
 class Trial(NamedTuple):
-    """One probe of the choice, judged by the held-out pictures."""
+    """One probe of the choice, judged by pictures that it has not seen."""
 
     variant: Variant
-    l2: float
+    settings: Mapping[str, float]  # by the names of their keys
     accuracy: float  # in [0, 1]
-    loss: float  # mean cross-entropy
+    loss: float  # mean cross-entropy, of ridge the squared error; infinite where the probe has diverged
 
 
-class Space(NamedTuple):
-    """Standardised features of N pictures along their R principal axes, in which probes are sought."""
+class Training(NamedTuple):
+    """The N pictures to learn from."""
 
-    mean: Tensor  # (D,)
-    scale: Tensor  # (D,): 1 / standard deviation; 0 where a feature is constant
-    axes: Tensor  # (D, R), orthonormal columns
-    variance: Tensor  # (R,), along the axes
-    x: Tensor  # (R, N): in this layout both products of a solver's step run along rows
+    features: Features
+    labels: Tensor  # (N,) int64 in [0, classes), on the device
+    classes: int
+    device: torch.device
+
+    def of(self, variant: Variant) -> Tensor:
+        """The features (N, D) float32 of a variant, on the device."""
+        return _finite(variant.of(self.features)).to(self.device)
+
+
+class Choice(NamedTuple):
+    """The probe that was chosen, fitted to all training pictures."""
+
+    probe: Probe
+    chosen: Trial
+    trials: list[Trial]
+
+
+class Solver(Protocol):
+    """A way from features to a probe, with what is to be chosen on the way."""
+
+    def choose(self, training: Training, variants: Sequence[Variant]) -> Choice:
+        """The best probe of all variants and settings.
+
+        Raises:
+            UserError: The training pictures allow no choice.
+        """
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What decides over the numbers, for the record."""
+        ...
 
 
 class LinearResult(NamedTuple):
@@ -44,134 +72,178 @@ class LinearResult(NamedTuple):
 
     ranks: Tensor  # (Q,) int64: how many classes came before the true one; 0 is right
     predicted: Tensor  # (Q,) int64: the labels of highest score
+    probe: Probe  # on the CPU
+    classes: Tensor  # (C,) int64: the labels that its scores stand for
     chosen: Trial
     trials: list[Trial]
     warnings: list[str]
 
 
 def linear_probe(
-    train: Features,
-    test: Features,
-    *,
-    variants: Sequence[Variant],
-    l2: Sequence[float],
-    held_out: float,
-    seed: int,
-    device: torch.device,
+    train: Features, test: Features, *, variants: Sequence[Variant], solver: Solver, device: torch.device
 ) -> LinearResult:
-    """Choose features and penalty on a held-out share of the training pictures, refit on all of them, test once.
+    """Choose features and settings by the training pictures, fit to all of them, test once.
 
     Args:
         train: The pictures to learn from.
         test: The pictures to be measured on; nothing is chosen by them.
         variants: Features to choose from.
-        l2: Penalties to choose from.
-        held_out: Share of the training pictures, per class, that the choice is made on.
-        seed: Of the held-out split.
+        solver: How to fit, and what else to choose.
         device: Where to compute.
 
     Raises:
-        UserError: No class has two training pictures, so that none can be held out.
+        UserError: The training pictures allow no choice, or features are not finite.
     """
     classes, labels = torch.unique(train.labels, return_inverse=True)
-    held = stratified(labels, held_out, seed=seed)
-    if not held.any():
-        raise UserError("no class has two training pictures: nothing can be held out to choose a probe on")
-    labels, held = labels.to(device), held.to(device)
-    trials: list[Trial] = []
-    with full_precision(), tqdm(total=len(variants) * len(l2), desc="linear probe", unit="", disable=None) as bar:
-        for variant in variants:
-            features = variant.of(train).to(device)
-            space = standard_space(features)
-            for penalty, probe in probe_path(space, labels, classes=len(classes), l2=l2, pictures=~held):
-                trials.append(_judged(variant, penalty, probe.logits(features[held]), labels[held]))
-                bar.update()
-            if (best := max(trials, key=_merit)).variant == variant:
-                chosen, its_space = best, space
-        path = probe_path(its_space, labels, classes=len(classes), l2=[chosen.l2], tolerance=_FINAL_TOLERANCE)
-        _, probe = next(path)
-        logits = probe.logits(chosen.variant.of(test).to(device)).cpu()
+    with full_precision():
+        training = Training(train, labels.to(device), len(classes), device)
+        probe, chosen, trials = solver.choose(training, variants)
+        asked = _finite(chosen.variant.of(test)).to(device)
+        logits = probe.logits(asked).cpu()
     return LinearResult(
-        _ranks(logits, classes, test.labels), classes[logits.argmax(dim=1)], chosen, trials, _warnings(chosen, l2)
+        label_ranks(logits, classes, test.labels),
+        classes[logits.argmax(dim=1)],
+        Probe(*(part.cpu() for part in probe)),
+        classes,
+        chosen,
+        trials,
+        _warnings(chosen, trials),
     )
 
 
-def standard_space(features: Tensor) -> Space:
-    """The space of features (N, D) float32."""
-    mean, std = features.mean(dim=0), features.std(dim=0, correction=0)
-    scale = torch.where(std > 1e-6, 1 / std, 0)
-    x = (features - mean) * scale
-    count, dim = x.shape
-    if dim <= count:
-        variance, axes = torch.linalg.eigh((x.T @ x).double() / count)
-    else:  # the few pictures span all that a probe can use, and their products tell the axes
-        products, rows = torch.linalg.eigh(x.double() @ x.T.double())
-        spanned = products > 1e-10 * products[-1]
-        variance, axes = products[spanned] / count, x.T.double() @ (rows[:, spanned] / products[spanned].sqrt())
-    axes = axes.float()
-    return Space(mean, scale, axes, variance.clamp(min=0).float(), axes.T @ x.T)
+class Logistic(NamedTuple):
+    """Multinomial logistic regression by L-BFGS, chosen on a held-out share of each class."""
+
+    l2: Sequence[float]
+    held_out: float
+    seed: int  # of the held-out share
+
+    def choose(self, training: Training, variants: Sequence[Variant]) -> Choice:
+        """Judge by the held-out pictures, then fit the best to all."""
+        held = _held(training, self.held_out, self.seed)
+        labels, classes = training.labels, training.classes
+        trials: list[Trial] = []
+        with tqdm(total=len(variants) * len(self.l2), desc="linear probe", unit="", disable=None) as bar:
+            for variant in variants:
+                features = training.of(variant)
+                space, asked = standard_space(features), features[held]
+                del features
+                for l2, probe in probe_path(space, labels, classes=classes, l2=self.l2, pictures=~held):
+                    trials.append(_judged(variant, {"l2": l2}, probe.logits(asked), labels[held]))
+                    bar.update()
+                if (best := max(trials, key=_merit)).variant == variant:
+                    chosen, its_space = best, space
+        best_l2 = [chosen.settings["l2"]]
+        _, probe = next(probe_path(its_space, labels, classes=classes, l2=best_l2, tolerance=FINAL_TOLERANCE))
+        return Choice(probe, chosen, trials)
+
+    def describe(self) -> dict[str, Any]:
+        """What decides over the numbers."""
+        return {
+            "solver": "logistic regression",
+            "objective": "mean cross-entropy + l2 / 2 |W|^2, bias free",
+            "l2": sorted(set(self.l2)),
+            "selection": _held_out_selection(self.held_out),
+        }
 
 
-def probe_path(
-    space: Space,
-    labels: Tensor,
-    *,
-    classes: int,
-    l2: Sequence[float],
-    pictures: Tensor | None = None,
-    tolerance: float = _PATH_TOLERANCE,
-) -> Iterator[tuple[float, Probe]]:
-    """Multinomial logistic regression for each penalty, from strong to weak, each started from the one before.
+class Ridge(NamedTuple):
+    """Ridge regression in closed form, chosen by exact leave-one-out, so that nothing is fitted twice."""
 
-    Minimises mean cross-entropy + l2 / 2 · |W|² over the weights W of standardised features and a free bias, by
-    full-batch L-BFGS. The solver works on the principal axes, each divided by the square root of the loss's curvature
-    at W = 0, which is variance / classes + l2: the minimum is the same, the steps to it are five times fewer.
+    l2: Sequence[float]
 
-    Args:
-        space: To learn in.
-        labels: Of its N pictures, int64 in [0, classes).
-        classes: Number of classes C.
-        l2: Penalties, in any order.
-        pictures: A mask (N,) of those to learn from; None: all.
-        tolerance: Change of the loss per step at which to stop.
-    """
-    x = space.x
-    if pictures is not None:
-        x, labels = x[:, pictures], labels[pictures]
-    weight, bias = x.new_zeros(classes, len(x)), x.new_zeros(classes, 1)
-    for penalty in sorted(l2, reverse=True):
-        step = (space.variance / classes + penalty).rsqrt()
-        weight, bias = _minimise(x, labels, step, penalty, weight, bias, tolerance)
-        yield penalty, Probe(space.mean, space.scale, space.axes @ weight.T, bias.squeeze(1))
+    def choose(self, training: Training, variants: Sequence[Variant]) -> Choice:
+        """Judge each picture by the probe fitted without it."""
+        trials: list[Trial] = []
+        best: tuple[float, float] | None = None
+        for variant in tqdm(variants, desc="ridge probe", unit="", disable=None):
+            for fit in ridge_path(training.of(variant), training.labels, classes=training.classes, l2=self.l2):
+                score = left_out_score(fit, training.labels)
+                trials.append(Trial(variant, {"l2": fit.l2}, score.accuracy, score.error))
+                if best is None or merit(score, training.labels) > best:
+                    best, probe, chosen = merit(score, training.labels), fit.probe, trials[-1]
+        return Choice(probe, chosen, trials)
+
+    def describe(self) -> dict[str, Any]:
+        """What decides over the numbers."""
+        return {
+            "solver": "ridge regression",
+            "objective": "mean squared error to -1 and 1 per class / 2 + l2 / 2 |W|^2, bias free",
+            "l2": sorted(set(self.l2)),
+            "selection": "exact leave-one-out over the training pictures, standardised by all; tested once",
+        }
 
 
-def _minimise(
-    x: Tensor, labels: Tensor, step: Tensor, l2: float, weight: Tensor, bias: Tensor, tolerance: float
-) -> tuple[Tensor, Tensor]:
-    """Weights (C, D) and bias (C, 1) of least loss on x (D, N), searched in the coordinates weight / step (D,)."""
-    scaled, bias = (weight / step).requires_grad_(), bias.clone().requires_grad_()
-    solver = torch.optim.LBFGS(
-        [scaled, bias],
-        max_iter=_MOST_STEPS,
-        tolerance_grad=0,
-        tolerance_change=tolerance,
-        line_search_fn="strong_wolfe",
-    )
+class SGD(NamedTuple):
+    """A grid of heads trained by SGD at once, chosen on a held-out share of each class."""
 
-    def loss() -> Tensor:
-        solver.zero_grad()
-        weight = scaled * step
-        value = F.cross_entropy((weight @ x + bias).T, labels) + l2 / 2 * weight.square().sum()
-        value.backward()  # type: ignore[no-untyped-call]
-        return value
+    lr: Sequence[float]
+    weight_decay: Sequence[float]
+    schedule: Schedule
+    held_out: float
 
-    solver.step(loss)  # type: ignore[no-untyped-call]
-    return (scaled * step).detach(), bias.detach()
+    def choose(self, training: Training, variants: Sequence[Variant]) -> Choice:
+        """Judge by the held-out pictures, then train the best on all."""
+        held = _held(training, self.held_out, self.schedule.seed)
+        widest = Variant(max(v.blocks for v in variants), any(v.patch_mean for v in variants))
+        features, labels = training.of(widest), training.labels
+        grid = list(product(variants, sorted(self.lr), sorted(self.weight_decay)))
+        heads = [Head(v.columns(widest, training.features), lr, decay) for v, lr, decay in grid]
+        probes = train_heads(
+            features, labels, classes=training.classes, heads=heads, schedule=self.schedule, pictures=~held
+        )
+        asked = features[held]
+        trials = [
+            _judged(variant, {"lr": lr, "weight_decay": decay}, probe.logits(asked[:, head.columns]), labels[held])
+            for (variant, lr, decay), head, probe in zip(grid, heads, probes, strict=True)
+        ]
+        for place in sorted(range(len(grid)), key=lambda place: _merit(trials[place]), reverse=True):
+            if math.isfinite(trials[place].loss):
+                one = [heads[place]]
+                (probe,) = train_heads(features, labels, classes=training.classes, heads=one, schedule=self.schedule)
+                if all(part.isfinite().all() for part in probe):
+                    return Choice(probe, trials[place], trials)
+        raise UserError(f"no head has kept finite weights: lower sgd.lr (the smallest was {min(self.lr):g})")
+
+    def describe(self) -> dict[str, Any]:
+        """What decides over the numbers."""
+        return {
+            "solver": f"SGD from zero, momentum {MOMENTUM:g}, learning rate to 0 by half a cosine per step",
+            "objective": "mean cross-entropy, weight decay on weights only",
+            "lr": sorted(set(self.lr)),
+            "weight_decay": sorted(set(self.weight_decay)),
+            "epochs": self.schedule.epochs,
+            "batch_size": self.schedule.batch_size,
+            "selection": _held_out_selection(self.held_out),
+        }
 
 
-def _judged(variant: Variant, l2: float, logits: Tensor, labels: Tensor) -> Trial:
-    accuracy = (logits.argmax(dim=1) == labels).float().mean()
-    return Trial(variant, l2, float(accuracy), float(F.cross_entropy(logits, labels)))
+def _held(training: Training, share: float, seed: int) -> Tensor:
+    """A mask (N,) of the pictures that a choice is made on."""
+    held = stratified(training.labels.cpu(), share, seed=seed)
+    if not held.any():
+        raise UserError(
+            "no class has two training pictures: nothing can be held out to choose a probe on; "
+            "solver=ridge chooses by leave-one-out"
+        )
+    return held.to(training.device)
+
+
+def _held_out_selection(share: float) -> str:
+    return f"{share:g} of the training pictures of each class, refit on all, tested once"
+
+
+def _finite(features: Tensor) -> Tensor:
+    if not features.isfinite().all():
+        raise UserError("features are not finite numbers: they exceed the type that they were stored in")
+    return features
+
+
+def _judged(variant: Variant, settings: Mapping[str, float], logits: Tensor, labels: Tensor) -> Trial:
+    loss = float(F.cross_entropy(logits, labels))
+    if not math.isfinite(loss):
+        return Trial(variant, settings, 0.0, math.inf)
+    return Trial(variant, settings, float((logits.argmax(dim=1) == labels).float().mean()), loss)
 
 
 def _merit(trial: Trial) -> tuple[float, float]:
@@ -179,16 +251,14 @@ def _merit(trial: Trial) -> tuple[float, float]:
     return trial.accuracy, -trial.loss
 
 
-def _ranks(logits: Tensor, classes: Tensor, truth: Tensor) -> Tensor:
-    """Ranks (Q,) of the true classes; a class without training pictures comes last."""
-    known = torch.isin(truth, classes)
-    ranks = torch.full_like(truth, len(classes))
-    ranks[known] = rank_of(torch.searchsorted(classes, truth[known]), logits[known])
-    return ranks
-
-
-def _warnings(chosen: Trial, l2: Sequence[float]) -> list[str]:
-    for end, extreme in (("smallest", min(l2)), ("largest", max(l2))):
-        if chosen.l2 == extreme and len(set(l2)) > 1:
-            return [f"the chosen l2 = {extreme:g} is the {end} that was offered: widen l2"]
-    return []
+def _warnings(chosen: Trial, trials: Sequence[Trial]) -> list[str]:
+    texts = []
+    for name, value in chosen.settings.items():
+        offered = {trial.settings[name] for trial in trials}
+        for end, extreme in (("smallest", min(offered)), ("largest", max(offered))):
+            if value == extreme != 0 and len(offered) > 1:
+                texts.append(f"the chosen {name} = {value:g} is the {end} that was offered: widen {name}")
+    if diverged := [trial for trial in trials if math.isinf(trial.loss)]:
+        least = min(trial.settings["lr"] for trial in diverged)
+        texts.append(f"{len(diverged)} of {len(trials)} heads have diverged, all with lr {least:g} or more")
+    return texts

@@ -27,6 +27,12 @@ class Variant(NamedTuple):
         chosen = torch.cat([cls, features.patch_mean], dim=1) if self.patch_mean else cls
         return chosen.float()
 
+    def columns(self, widest: Variant, features: Features) -> slice:
+        """Where the chosen features stand among those of a variant that holds all of them."""
+        width = features.cls.shape[2]
+        start, stop = (widest.blocks - self.blocks) * width, widest.blocks * width
+        return slice(start, stop + features.patch_mean.shape[1] if self.patch_mean else stop)
+
     def __str__(self) -> str:
         blocks = "last block" if self.blocks == 1 else f"last {self.blocks} blocks"
         return f"[CLS] of the {blocks}{' + patch mean' if self.patch_mean else ''}"
@@ -65,7 +71,7 @@ class Probe(NamedTuple):
 
     def logits(self, features: Tensor) -> Tensor:
         """Scores (N, C) of features (N, D)."""
-        return (features - self.mean) * self.scale @ self.weight + self.bias
+        return Standard(self.mean, self.scale).apply(features) @ self.weight + self.bias
 
 
 def in_double(features: Tensor) -> Iterator[Tensor]:

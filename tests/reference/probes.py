@@ -115,3 +115,22 @@ def ridge_by_refits(x, labels, asked, classes, l2) -> tuple[torch.Tensor, float]
         left_out = ridge.fit(z[others], targets[others]).predict(z[i : i + 1])[0]
         errors.append(((left_out - targets[i]) ** 2).sum())
     return torch.tensor(ridge.fit(z, targets).predict(asked)), float(np.mean(errors))
+
+
+def sgd_head(x, labels, classes, *, lr, weight_decay, batches) -> torch.nn.Linear:
+    """A linear layer from zero by `torch.optim.SGD`, half a cosine to learning rate 0, the bias without decay.
+
+    `x` (N, D) are standardised features, `batches` the places of the pictures of every step.
+    """
+    head = torch.nn.Linear(x.shape[1], classes, dtype=x.dtype)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    groups = [{"params": [head.weight], "weight_decay": weight_decay}, {"params": [head.bias], "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: (1 + np.cos(np.pi * i / len(batches))) / 2)
+    for places in batches:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(head(x[places]), labels[places]).backward()
+        optimizer.step()
+        schedule.step()
+    return head
