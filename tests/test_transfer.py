@@ -194,17 +194,13 @@ def test_a_cell_is_the_record_of_the_linear_command(networks, sample, tmp_path):
 def test_each_architecture_has_its_random_network_and_torchvision_sets_are_columns(networks, tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     make_cifar(tmp_path / "data", CIFAR10, monkeypatch)
-    checkpoints = [networks[1], "random:vit_tiny_patch16_224"]
+    export(Backbone(config_of(networks[1]).model_copy(update={"depth": 1})), tmp_path / "shallow.safetensors")
+    checkpoints = [networks[1], tmp_path / "shallow.safetensors", networks[0]]
     assert transfer(tmp_path / "out", checkpoints, [f"cifar10:{tmp_path / 'data'}"]) == 0
     cells = json.loads((tmp_path / "out" / "transfer.json").read_text())["cells"]
     assert [(found["network"], found["data"], found["n"]) for found in cells] == [
         (name, "cifar10", 4)
-        for name in (
-            "other",
-            "random-vit_tiny_patch16_224",
-            "random-init-other",
-            "random-init-random-vit_tiny_patch16_224",
-        )
+        for name in ("other", "shallow", "lr-1", "random-init-other", "random-init-shallow")
     ]
 
 
