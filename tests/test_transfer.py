@@ -107,7 +107,7 @@ def networks(sample, tmp_path):
     paths = [tmp_path / "my runs" / "lr=1" / "backbone.safetensors", tmp_path / "other.safetensors"]
     for seed, path in enumerate(paths):
         torch.manual_seed(seed)
-        export(Backbone(config), path)
+        export(Backbone(config.model_copy(update={"drop_path": 0.1 * seed})), path)
     (paths[0].parent / "config.yaml").write_text(f"data: {{source: folder, root: {sample / 'train'}}}\n")
     return paths[0].parent, paths[1]
 

@@ -136,7 +136,7 @@ def _identity(loaded: LoadedBackbone) -> dict[str, Any]:
     return {
         "sha256": loaded.sha256,
         "source": None if loaded.sha256 else loaded.source,
-        "backbone": loaded.backbone.config.model_dump(mode="json"),
+        "backbone": loaded.backbone.config.model_dump(mode="json", exclude={"drop_path"}),  # only of training
         "normalisation": [loaded.mean, loaded.std],
     }
 
