@@ -7,9 +7,14 @@ import pytest
 import torch
 
 from ssl_vit.cli import main
+from ssl_vit.commands import linear
+from ssl_vit.commands.compose import load_config
 from ssl_vit.config import BackboneConfig
+from ssl_vit.config_evaluation import LinearConfig
+from ssl_vit.data.files import folder_pictures
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.weights import export_backbone
+from ssl_vit.transforms.evaluation import EvalTransform
 
 
 @pytest.fixture(scope="module")
@@ -190,3 +195,45 @@ def test_pictures_that_leave_one_class_are_refused(run, sample, tmp_path, capsys
     assert "all pictures that can be read are of one class" in failed(
         capsys, f"checkpoint={run}", f"data.root={tmp_path / 'two'}"
     )
+
+
+SOLVERS = {
+    "logistic": ["l2=[1e-1,1e-3]"],
+    "ridge": ["solver=ridge", "l2=[1e-1,1e-3]"],
+    "sgd": ["solver=sgd", "sgd.lr=[0.01,0.1]", "sgd.epochs=3", "sgd.batch_size=64"],
+}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_measures_the_network_and_its_baselines(solver, run, sample, tmp_path):
+    out = tmp_path / "out.json"
+    measured("linear", f"checkpoint={run}", f"data.root={sample}", f"out={out}", *SOLVERS[solver])
+    record = json.loads(out.read_text())
+    assert record["protocol"]["solver"].lower().startswith(solver)
+    assert ("leave-one-out" in record["protocol"]["selection"]) == (solver == "ridge")
+    for score in [record["score"], *record["baselines"]]:
+        variants = 1 if score["name"] == "raw pixels" else 4
+        trials = score["details"]["trials"]
+        assert len(trials) == 2 * variants
+        assert score["details"]["chosen"] in trials
+        assert {"features", "accuracy", "loss"} < trials[0].keys()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_saved_probe_gives_the_answers_of_the_record(solver, run, sample, tmp_path, monkeypatch):
+    """By the lines that its JSON names."""
+    out = tmp_path / "out.json"
+    monkeypatch.chdir(tmp_path)
+    words = [f"checkpoint={run}", f"data.root={sample}", f"out={out}", "data.workers=0", "baselines=false"]
+    record, _ = linear.measure(load_config("linear", [*words, *SOLVERS[solver]], LinearConfig))
+    about = json.loads((tmp_path / "out.probe.json").read_text())
+    answers = record.score.answers[""]
+    transform = EvalTransform(*(about["transform"][name] for name in ("image_size", "crop_ratio", "mean", "std")))
+    pictures = folder_pictures(sample / "test")
+    images = transform.normalise(torch.stack([transform(pictures.read(int(place), 3)) for place in answers.place]))
+    names = {"images": images}
+    exec("\n".join(about["apply"]), names)
+    predicted = [about["classes"][place] for place in names["scores"].argmax(dim=1)]
+    assert predicted == [pictures.classes[label] for label in answers.predicted]
+    assert names["probe"].keys() == {"mean", "scale", "weight", "bias"}
+    assert about["checkpoint"]["sha256"] == record.model["sha256"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssl_vit.evaluation.probes import Probe, Standard
 
-PATH_TOLERANCE, FINAL_TOLERANCE = 1e-6, 1e-8  # change of the loss per step at which the solver stops
+PATH_TOLERANCE, FINAL_TOLERANCE = 1e-7, 1e-8  # change of the loss per step at which the solver stops
 _MOST_STEPS = 500
 _LEFT_OUT = -100  # the label that `F.cross_entropy` leaves out of its mean
 _ROWS = 4096  # pictures whose features are standardised at a time
