@@ -44,6 +44,14 @@ COMMANDS = {
         "describe pictures once, for all evaluations and other tools",
         "ssl-vit features checkpoint=runs/photos data.root=photos to=npz out=features.npz",
     ),
+    "fewshot": Command(
+        "accuracy with few labels: 1 to 25 of each class, 1 to 10 %",
+        "ssl-vit fewshot checkpoint=runs/photos data.root=labelled",
+    ),
+    "transfer": Command(
+        "a table of networks by labelled data sets: linear probes of each on each",
+        "ssl-vit transfer 'checkpoints=[runs/a,runs/b]' 'data.roots=[labelled/a,labelled/b]'",
+    ),
     "attention": Command(
         "what the [CLS] token looks at: maps, masks, overlays",
         "ssl-vit attention checkpoint=runs/photos images=photos out=maps",

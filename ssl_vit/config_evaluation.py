@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from ssl_vit.config import LoggerConfig, Section, Source, Which, Workers
-from ssl_vit.config_values import Count, NonNegative, Positive, Seed
+from ssl_vit.config_values import Count, NonNegative, Positive, Seed, Share, Words
 
 
 class EvalDataConfig(Section):
@@ -18,7 +18,7 @@ class EvalDataConfig(Section):
     test: Path | None
     batch_size: Count
     workers: Workers
-    crop_ratio: Annotated[float, Field(gt=0, le=1)]
+    crop_ratio: Share
     image_size: Count | None
 
     @model_validator(mode="after")
@@ -115,6 +115,31 @@ class FeaturesConfig(Section):
         if self.pca and self.to != "parquet":
             raise ValueError("pca=true adds columns to a parquet file: to=parquet out=FILE.parquet")
         return self
+
+
+class FewshotConfig(EvaluationConfig):
+    shots: list[Count]
+    shares: list[Share]
+    subsets: Count
+    blocks: Count
+    patch_mean: bool
+    l2: Annotated[list[Positive], Field(min_length=1)]
+
+
+class TransferDataConfig(Section):
+    roots: Annotated[Words, Field(min_length=1)]
+    batch_size: Count
+    workers: Workers
+    crop_ratio: Share
+
+
+class TransferConfig(Section):
+    checkpoints: Annotated[Words, Field(min_length=1)]
+    weights: Which
+    data: TransferDataConfig
+    linear: Words
+    seed: Seed
+    out: Path
 
 
 class AttentionConfig(Section):

@@ -24,6 +24,8 @@ NEEDED = {
     "compare": (evaluations.CompareConfig, ["runs/x"]),
     "neighbours": (evaluations.NeighboursConfig, ["checkpoint=runs/x", "data.root=pictures"]),
     "features": (evaluations.FeaturesConfig, ["checkpoint=runs/x", "data.root=labelled"]),
+    "fewshot": (evaluations.FewshotConfig, ["checkpoint=runs/x", "data.root=labelled"]),
+    "transfer": (evaluations.TransferConfig, ["checkpoints=[runs/x]", "data.roots=[labelled]"]),
     "attention": (evaluations.AttentionConfig, ["checkpoint=runs/x", "images=pictures"]),
     "export": (models.ExportConfig, ["checkpoint=runs/x"]),
     "scan": (models.ScanConfig, ["data.root=pictures"]),
@@ -113,7 +115,7 @@ def test_texts_are_exactly_the_keys_of_names_and_paths():
             annotation = field.annotation
             if isinstance(annotation, type) and issubclass(annotation, models.Section):
                 yield from texts(annotation, f"{prefix}{name}.")
-            elif annotation in (str, Path, str | None, Path | None):
+            elif annotation in (str, Path, str | None, Path | None, list[str]):
                 yield f"{prefix}{name}"
 
     assert {key for model, _ in NEEDED.values() for key in texts(model)} == TEXTS

@@ -26,9 +26,11 @@ from ssl_vit.config_evaluation import (
     AttentionConfig,
     CompareConfig,
     FeaturesConfig,
+    FewshotConfig,
     KNNConfig,
     LinearConfig,
     NeighboursConfig,
+    TransferConfig,
 )
 from ssl_vit.errors import SharedError, UserError
 
@@ -42,17 +44,20 @@ MODELS: dict[str, type[Section]] = {
     "demo": DemoConfig,
     "export": ExportConfig,
     "features": FeaturesConfig,
+    "fewshot": FewshotConfig,
     "knn": KNNConfig,
     "linear": LinearConfig,
     "neighbours": NeighboursConfig,
     "pretrain": PretrainConfig,
     "scan": ScanConfig,
     "shard": ShardConfig,
+    "transfer": TransferConfig,
 }
 
-# Names and paths: `run.name=2024` is a text, and so is a folder called [old].
+# Names and paths, and lists of such: `run.name=2024` is a text, and so is a folder called [old].
 TEXTS = {"run.name", "run.folder", "data.root", "data.train", "data.test", "online.root", "backbone.name"} | {
     "logger.project", "checkpoint", "features", "images", "masks", "out"
+} | {"checkpoints", "data.roots", "linear", "versus"
 }  # fmt: skip
 
 # The key of a command that takes the words without an equals sign, and those that are files or folders.

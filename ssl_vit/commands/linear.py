@@ -46,7 +46,7 @@ def measure(config: LinearConfig) -> tuple[Record, Path]:
     solver = _solver(config)
     results, scores = [], []
     for source in study.sources(blocks=max(blocks)):
-        train, test = _split(source, config.seed)
+        train, test = split(source, config.seed)
         offered = [Variant(1, False)] if source.name == PIXELS else variants
         result = linear_probe(train, test, variants=offered, solver=solver, device=best_device())
         results.append(result)
@@ -73,7 +73,7 @@ def measure(config: LinearConfig) -> tuple[Record, Path]:
     return record, study.out
 
 
-def _split(source: Source, seed: int) -> tuple[Features, Features]:
+def split(source: Source, seed: int) -> tuple[Features, Features]:
     """The two sets that there are, or a part of each class of the only one held out to test on."""
     if source.test is not None:
         return source.train, source.test

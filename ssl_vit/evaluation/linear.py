@@ -14,9 +14,8 @@ from tqdm import tqdm
 
 from ssl_vit.errors import UserError
 from ssl_vit.evaluation.features import Features
-from ssl_vit.evaluation.knn import rank_of
 from ssl_vit.evaluation.logistic import FINAL_TOLERANCE, probe_path, standard_space
-from ssl_vit.evaluation.probes import Probe, Variant, stratified
+from ssl_vit.evaluation.probes import Probe, Variant, label_ranks, stratified
 from ssl_vit.evaluation.ridge import left_out_score, merit, ridge_path
 from ssl_vit.evaluation.search import full_precision
 from ssl_vit.evaluation.sgd import MOMENTUM, Head, Schedule, train_heads
@@ -102,7 +101,7 @@ def linear_probe(
         asked = _finite(chosen.variant.of(test)).to(device)
         logits = probe.logits(asked).cpu()
     return LinearResult(
-        _ranks(logits, classes, test.labels),
+        label_ranks(logits, classes, test.labels),
         classes[logits.argmax(dim=1)],
         Probe(*(part.cpu() for part in probe)),
         classes,
@@ -250,14 +249,6 @@ def _judged(variant: Variant, settings: Mapping[str, float], logits: Tensor, lab
 def _merit(trial: Trial) -> tuple[float, float]:
     """The more right the better; of equals the one with the lower loss."""
     return trial.accuracy, -trial.loss
-
-
-def _ranks(logits: Tensor, classes: Tensor, truth: Tensor) -> Tensor:
-    """Ranks (Q,) of the true classes; a class without training pictures comes last."""
-    known = torch.isin(truth, classes)
-    ranks = torch.full_like(truth, len(classes))
-    ranks[known] = rank_of(torch.searchsorted(classes, truth[known]), logits[known])
-    return ranks
 
 
 def _warnings(chosen: Trial, trials: Sequence[Trial]) -> list[str]:

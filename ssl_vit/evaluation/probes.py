@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ssl_vit.evaluation.features import Features
+from ssl_vit.evaluation.knn import rank_of
 
 _ROWS = 4096  # of features that are taken to float64 at a time
 _NOISE = 1e-6  # of a feature's size: a standard deviation below it is of rounding errors only
@@ -88,3 +89,11 @@ def stratified(labels: Tensor, share: float, *, seed: int) -> Tensor:
         count = min(max(1, round(share * len(members))), len(members) - 1)
         mask[members[torch.randperm(len(members), generator=generator)[:count]]] = True
     return mask
+
+
+def label_ranks(logits: Tensor, classes: Tensor, truth: Tensor) -> Tensor:
+    """Ranks (Q,) of the true labels by scores (Q, C) of `classes` (C,), ascending; one that is none of them is last."""
+    known = torch.isin(truth, classes)
+    ranks = torch.full_like(truth, len(classes))
+    ranks[known] = rank_of(torch.searchsorted(classes, truth[known]), logits[known])
+    return ranks

@@ -26,14 +26,14 @@ SCHEMA = 2  # of the JSON; grows when a key changes its meaning
 
 @dataclass(frozen=True)
 class Metric:
-    """A share of test pictures, with the interval that 95 % of repetitions with other test pictures would hold."""
+    """A share of test pictures, with its interval: by default Wilson's, of 95 %, for other test pictures."""
 
     name: str
     value: float  # in [0, 1]
     n: int  # test pictures
     low: float
     high: float
-    interval: str = "Wilson"
+    interval: str = "Wilson"  # how low and high came about
 
 
 class Answers(NamedTuple):

@@ -95,6 +95,28 @@ def ridge_left_out(z, targets, penalty) -> torch.Tensor:
     return torch.tensor(np.stack(scores))
 
 
+def subset(labels, counts, turns) -> list[int]:
+    """The rows whose turn among their class's is below the class's count."""
+    return [row for row, (label, turn) in enumerate(zip(labels, turns.tolist(), strict=True)) if turn < counts[label]]
+
+
+def ridge_by_refits(x, labels, asked, classes, l2) -> tuple[torch.Tensor, float]:
+    """Scores (Q, C) by scikit-learn's ridge onto ±1, and the mean squared error of each picture's refit without it."""
+    from sklearn.linear_model import Ridge
+
+    x, asked = (torch.as_tensor(part).double().numpy() for part in (x, asked))
+    std = x.std(axis=0)
+    z, asked = (x - x.mean(axis=0)) / std, (asked - x.mean(axis=0)) / std
+    targets = np.where(np.arange(classes) == np.asarray(labels)[:, None], 1.0, -1.0)
+    ridge = Ridge(alpha=len(z) * l2, solver="svd")
+    errors = []
+    for i in range(len(z)):
+        others = np.arange(len(z)) != i
+        left_out = ridge.fit(z[others], targets[others]).predict(z[i : i + 1])[0]
+        errors.append(((left_out - targets[i]) ** 2).sum())
+    return torch.tensor(ridge.fit(z, targets).predict(asked)), float(np.mean(errors))
+
+
 def sgd_head(x, labels, classes, *, lr, weight_decay, batches) -> torch.nn.Linear:
     """A linear layer from zero by `torch.optim.SGD`, half a cosine to learning rate 0, the bias without decay.
 

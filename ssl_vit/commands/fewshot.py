@@ -1,0 +1,88 @@
+"""`ssl-vit fewshot`: what the frozen features are worth where few pictures have labels.
+
+ssl-vit fewshot checkpoint=runs/photos data.root=labelled
+ssl-vit fewshot checkpoint=runs/photos labelled=cifar10 data.root=data 'shots=[1,5]' 'shares=[]'
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ssl_vit.commands.linear import TEST_SHARE, split
+from ssl_vit.commands.publish import publish
+from ssl_vit.config_evaluation import FewshotConfig
+from ssl_vit.evaluation.fewshot import NEAREST, RIDGE, Outcome, few_shot, settings
+from ssl_vit.evaluation.probes import Variant
+from ssl_vit.evaluation.records import Record, Score
+from ssl_vit.evaluation.study import PIXELS, Study
+from ssl_vit.training.hardware import best_device
+
+
+def main(config: FewshotConfig) -> None:
+    """Run the command."""
+    publish(*measure(config), config)
+
+
+def measure(config: FewshotConfig) -> tuple[Record, Path]:
+    """The record of the evaluation, and the file that it was written to.
+
+    Raises:
+        UserError: Network and labelled pictures are not there, do not fit, or allow no evaluation.
+    """
+    study = Study.begin("fewshot", config)
+    variant = Variant(min(config.blocks, len(study.loaded.backbone.vit.blocks)), config.patch_mean)
+    seeds = range(config.seed, config.seed + config.subsets)
+    scores = []
+    for source in study.sources(blocks=variant.blocks):
+        train, test = split(source, config.seed)
+        among, warnings = settings(train.labels, shots=config.shots, shares=config.shares)
+        outcomes = few_shot(
+            train,
+            test,
+            variant=Variant(1, False) if source.name == PIXELS else variant,
+            among=among,
+            seeds=seeds,
+            l2=config.l2,
+            device=best_device(),
+        )
+        scores.append(_score(source.name, outcomes))
+    record = study.finish(
+        scores,
+        protocol={
+            "classifiers": {
+                RIDGE: f"{variant}, standardised by the subset; 1 / (2 N) squared error to +1 and -1 + l2 / 2 |W|^2",
+                NEAREST: "cosine of the [CLS] of the last block",
+            },
+            "l2": sorted(set(config.l2)),
+            "selection": "l2 by the squared error of exact leave-one-out within the subset",
+            "shots": sorted(set(config.shots)),
+            "shares": sorted(set(config.shares)),
+            "subsets": f"{config.subsets} per setting, nested, drawn by label and place",
+            "answers": "of the first subset",
+            "split": "train and test" if source.test is not None else f"{TEST_SHARE:g} of each class held out to test",
+            "seed": config.seed,
+        },
+        train_labels=train.labels,
+        test_labels=test.labels,
+        findings={"labelled": {setting.name: int(setting.counts.sum()) for setting in among}},
+        warnings=warnings,
+    )
+    return record, study.out
+
+
+def _score(name: str, outcomes: list[Outcome]) -> Score:
+    """The ridge probe in all settings, then the nearest neighbour."""
+    ordered = sorted(outcomes, key=lambda outcome: outcome.classifier != RIDGE)
+    details = {
+        "subsets": [
+            {"setting": outcome.setting, "classifier": outcome.classifier, "accuracy": outcome.accuracy}
+            | ({"l2": outcome.l2} if outcome.l2 else {})
+            for outcome in ordered
+        ]
+    }
+    return Score(
+        name,
+        [outcome.metric() for outcome in ordered],
+        details,
+        {outcome.suffix: outcome.answers for outcome in ordered},
+    )
