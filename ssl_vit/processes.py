@@ -6,6 +6,8 @@ import ctypes
 import os
 import platform
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # What asks a run to stop: Ctrl-C, SIGTERM, and the warnings of SLURM and submitit before the time of a job is up.
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -28,7 +30,8 @@ def place_in_launch() -> tuple[int, int]:
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's mallopt
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of glibc's mallopt
+_LARGE = 32 << 20  # bytes: what glibc takes from the system at once, and gives back, at the latest
 _GLIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
@@ -40,6 +43,20 @@ def keep_freed_memory() -> None:
     if _GLIBC:
         _GLIBC.mallopt(_TRIM_THRESHOLD, -1)
         _GLIBC.mallopt(_MMAP_MAX, 0)
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """As `keep_freed_memory`, for a block of code: behind it, large pieces of memory go back when they are freed."""
+    keep_freed_memory()
+    try:
+        yield
+    finally:
+        if _GLIBC:
+            _GLIBC.mallopt(_MMAP_MAX, 65536)
+            _GLIBC.mallopt(_MMAP_THRESHOLD, _LARGE)
+            _GLIBC.mallopt(_TRIM_THRESHOLD, 2 * _LARGE)
+        give_memory_back()
 
 
 def give_memory_back() -> None:

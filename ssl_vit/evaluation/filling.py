@@ -19,7 +19,7 @@ from ssl_vit.data.pictures import Subset
 from ssl_vit.errors import UserError
 from ssl_vit.evaluation.features import described
 from ssl_vit.evaluation.store import BROKEN, DONE, TO_DO, Store
-from ssl_vit.processes import place_in_launch
+from ssl_vit.processes import freed_memory_kept, place_in_launch
 
 _FLUSH_S = 5.0  # what a killed process has to do again
 _POLL_S, _PATIENCE_S = 0.2, 600.0
@@ -94,7 +94,7 @@ def _describe(store: Store, share: range, batch_size: int, workers: Workers) -> 
         return Filled(store, 0, 0.0)
     left = Subset(store.pictures, torch.from_numpy(rows))
     try:
-        with _Writer(store, rows) as writer:
+        with freed_memory_kept(), _Writer(store, rows) as writer:
             for places, said in described(
                 store.describe, left, batch_size=batch_size, workers=workers, skipped=store.skipped
             ):
