@@ -93,9 +93,8 @@ def speed(count: int, dim: int) -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(CLASSES, (count,), generator=generator)
     centres = torch.randn(CLASSES, dim, generator=generator)
-    mixing = (
-        torch.randn(dim, dim, generator=generator) * torch.logspace(0, -2, dim)[:, None]
-    )  # as in networks few directions carry most
+    # As in networks, few directions carry most of the variance.
+    mixing = torch.randn(dim, dim, generator=generator) * torch.logspace(0, -2, dim)[:, None]
     x = (centres[labels] + 4 * torch.randn(count, dim, generator=generator)) @ mixing
     print(f"{count:,} x {dim}, {CLASSES} classes")
     ridge_speed(x, labels)
