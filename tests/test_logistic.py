@@ -8,6 +8,7 @@ from reference import probes
 from ssl_vit.config import BackboneConfig
 from ssl_vit.data.files import folder_pictures
 from ssl_vit.data.pictures import SkippedPictures
+from ssl_vit.evaluation import probes as module
 from ssl_vit.evaluation.features import extract
 from ssl_vit.evaluation.logistic import FINAL_TOLERANCE, probe_path, standard_space
 from ssl_vit.evaluation.probes import Variant
@@ -155,3 +156,13 @@ def test_narrow_features_are_those_values_in_float32(dim):
     paths = (probe_path(standard_space(f), labels, classes=4, l2=[1e-2]) for f in (x.half(), x.half().float()))
     ((_, narrow),), ((_, wide),) = paths
     assert torch.equal(narrow.logits(x), wide.logits(x))
+
+
+@pytest.mark.parametrize("dim", [6, 60])
+def test_features_taken_some_rows_at_a_time_give_the_same(dim, monkeypatch):
+    x, _ = correlated(50, dim=dim)
+    space = standard_space(x)
+    monkeypatch.setattr(module, "_ROWS", 7)
+    pieces = standard_space(x)
+    assert torch.equal(pieces.standard.mean, space.standard.mean)
+    torch.testing.assert_close(pieces.axes @ pieces.x, space.axes @ space.x, rtol=1e-4, atol=1e-4)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from reference import probes
 
+from ssl_vit.evaluation import probes as module
 from ssl_vit.evaluation.ridge import best_ridge, left_out_score, merit, ridge_path
 
 L2 = [1e1, 1e-2, 1e-5]
@@ -116,6 +117,15 @@ def test_narrow_features_are_computed_with_in_double(dtype, dim):
     assert torch.equal(found.left_out, exact.left_out)
     assert found.probe.weight.dtype == torch.float32
     torch.testing.assert_close(found.probe.logits(narrow.float()), exact.probe.logits(narrow.double()).float())
+
+
+@pytest.mark.parametrize("dim", [6, 60])
+def test_features_taken_some_rows_at_a_time_give_the_same(dim, monkeypatch):
+    x, labels = pictures(30, dim)
+    whole = list(ridge_path(x, labels, classes=3, l2=L2))
+    monkeypatch.setattr(module, "_ROWS", 7)
+    for fit, plain in zip(ridge_path(x, labels, classes=3, l2=L2), whole, strict=True):
+        torch.testing.assert_close(fit.left_out, plain.left_out, rtol=1e-9, atol=1e-9)
 
 
 def test_a_class_without_pictures_scores_minus_one():

@@ -14,7 +14,6 @@ from ssl_vit.evaluation.probes import Probe, Standard
 PATH_TOLERANCE, FINAL_TOLERANCE = 1e-7, 1e-8  # change of the loss per step at which the solver stops
 _MOST_STEPS = 500
 _LEFT_OUT = -100  # the label that `F.cross_entropy` leaves out of its mean
-_ROWS = 4096  # pictures whose features are standardised at a time
 
 
 class Space(NamedTuple):
@@ -29,21 +28,23 @@ class Space(NamedTuple):
 def standard_space(features: Tensor) -> Space:
     """The space of features (N, D), of any floating type; it is computed in float32."""
     count, dim = features.shape
-    standard = Standard(*(part.float() for part in Standard.of(features)))
+    standard = Standard.of(features).to(torch.float32)
     if dim <= count:
         products = features.new_zeros(dim, dim, dtype=torch.float64)
-        for rows in _standardised(features, standard):
+        for rows in standard.rows(features):
             products += rows.T @ rows
         variance, axes = torch.linalg.eigh(products / count)
     else:  # the few pictures span all that a probe can use, and their products tell the axes
-        x = torch.cat(list(_standardised(features, standard))).double()
+        x = torch.cat(list(standard.rows(features))).double()
         products, vectors = torch.linalg.eigh(x @ x.T)
         spanned = products > 1e-10 * products[-1]
         variance, axes = products[spanned] / count, x.T @ (vectors[:, spanned] / products[spanned].sqrt())
     axes = axes.float()
     x = axes.new_empty(axes.shape[1], count)
-    for place, rows in zip(torch.split(x, _ROWS, dim=1), _standardised(features, standard), strict=True):
-        torch.mm(axes.T, rows.T, out=place)
+    done = 0
+    for rows in standard.rows(features):
+        torch.mm(axes.T, rows.T, out=x[:, done : done + len(rows)])
+        done += len(rows)
     return Space(standard, axes, variance.clamp(min=0).float(), x)
 
 
@@ -102,8 +103,3 @@ def _minimise(
 
     solver.step(loss)  # type: ignore[no-untyped-call]
     return (scaled * step).detach(), bias.detach()
-
-
-def _standardised(features: Tensor, standard: Standard) -> Iterator[Tensor]:
-    """Standardised features in float32, some thousand rows at a time."""
-    return (standard.apply(rows.float()) for rows in torch.split(features, _ROWS))

@@ -11,7 +11,7 @@ from torch import Tensor
 from ssl_vit.evaluation.features import Features
 from ssl_vit.evaluation.knn import rank_of
 
-_ROWS = 4096  # of features that are taken to float64 at a time
+_ROWS = 4096  # of features that are standardised at a time
 _NOISE = 1e-6  # of a feature's size: a standard deviation below it is of rounding errors only
 
 
@@ -46,19 +46,27 @@ class Standard(NamedTuple):
 
     @classmethod
     def of(cls, features: Tensor) -> Standard:
-        """Mean and standard deviation of features (N, D), float64; rounding errors count as constant."""
+        """Mean and standard deviation of features (N, D), in float64; rounding errors count as constant."""
         total, squares = (features.new_zeros(features.shape[1], dtype=torch.float64) for _ in range(2))
-        for rows in in_double(features):
-            total += rows.sum(dim=0)
+        for rows in torch.split(features, _ROWS):
+            total += rows.double().sum(dim=0)
         mean = total / len(features)
-        for rows in in_double(features):
-            squares += (rows - mean).square_().sum(dim=0)
+        for rows in torch.split(features, _ROWS):
+            squares += (rows.double() - mean).square_().sum(dim=0)
         std = (squares / len(features)).sqrt()
         return cls(mean, torch.where(std > _NOISE * mean.abs(), 1 / std, 0))
 
+    def to(self, dtype: torch.dtype) -> Standard:
+        """The same in another precision."""
+        return Standard(self.mean.to(dtype), self.scale.to(dtype))
+
     def apply(self, features: Tensor) -> Tensor:
-        """Standardised features (N, D), in the wider of both precisions."""
+        """Standardised features (N, D)."""
         return (features - self.mean) * self.scale
+
+    def rows(self, features: Tensor) -> Iterator[Tensor]:
+        """Standardised features (N, D) in the precision of mean and scale, some thousand rows at a time."""
+        return (self.apply(rows.to(self.mean.dtype)) for rows in torch.split(features, _ROWS))
 
 
 class Probe(NamedTuple):
@@ -72,12 +80,6 @@ class Probe(NamedTuple):
     def logits(self, features: Tensor) -> Tensor:
         """Scores (N, C) of features (N, D)."""
         return Standard(self.mean, self.scale).apply(features) @ self.weight + self.bias
-
-
-def in_double(features: Tensor) -> Iterator[Tensor]:
-    """The rows of features (N, D) in float64, some thousands at a time."""
-    for rows in torch.split(features, _ROWS):
-        yield rows.double()
 
 
 def stratified(labels: Tensor, share: float, *, seed: int) -> Tensor:

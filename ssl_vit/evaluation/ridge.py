@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_vit.evaluation.probes import Probe, Standard, in_double
+from ssl_vit.evaluation.probes import Probe, Standard
 from ssl_vit.precision import at_least_float32
 
 
@@ -37,8 +37,8 @@ class _Problem(NamedTuple):
     l2: Tensor  # (penalties,)
 
     def rows(self) -> Iterator[Tensor]:
-        """The standardised features, some thousand rows at a time."""
-        return map(self.standard.apply, in_double(self.features))
+        """The features standardised, some thousand rows at a time."""
+        return self.standard.rows(self.features)
 
 
 def ridge_path(features: Tensor, labels: Tensor, *, classes: int, l2: Sequence[float]) -> Iterator[RidgeFit]:

@@ -58,7 +58,7 @@ def train_heads(
         pictures: A mask (N,) of those to learn from; None: all. All are standardised by.
     """
     dtype = at_least_float32(features).dtype
-    standard = Standard(*(part.to(dtype) for part in Standard.of(features)))
+    standard = Standard.of(features).to(dtype)
     stacks = [
         _Stack.of(list(alike), features.new_zeros(0, dtype=dtype), dim=features.shape[1], classes=classes)
         for _, alike in groupby(heads, key=lambda head: (head.columns.start, head.columns.stop))
