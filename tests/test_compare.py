@@ -78,7 +78,7 @@ def refused(capsys, *words):
 def test_one_table_with_networks_as_rows_and_metrics_as_columns(runs, capsys):
     lines = shown(capsys, runs / "dino", runs / "sit_longer").splitlines()
     assert re.split(r"  +", lines[0].strip()) == ["knn on photos", "linear on photos"]
-    assert re.split(r"  +", lines[1]) == ["accuracy in %", "top-1, k=20", "top-1"]
+    assert re.split(r"  +", lines[1]) == ["in %", "top-1, k=20", "top-1"]
     assert [line.split()[0] for line in lines[2:7]] == ["dino", "sit_longer", "random", "random", "raw"]
     share = float(right(0.6, 0).float().mean())
     assert lines[2].split()[1] == f"{100 * share:.1f}"
