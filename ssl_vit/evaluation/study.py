@@ -20,7 +20,7 @@ from ssl_vit.errors import UserError
 from ssl_vit.evaluation import provenance
 from ssl_vit.evaluation.baselines import centred, raw_pixels
 from ssl_vit.evaluation.features import Features, check_health, check_size, extract, on_best_device
-from ssl_vit.evaluation.mistakes import mistakes
+from ssl_vit.evaluation.mistakes import Mistakes
 from ssl_vit.evaluation.records import Record, Score, beside
 from ssl_vit.evaluation.sheet import hardest_tiles, write_sheet
 from ssl_vit.models.weights import LoadedBackbone, load_backbone, random_twin
@@ -127,7 +127,7 @@ class Study:
         del transform["mean"], transform["std"]  # of the network, where they are told
         skipped = [part.count() for part in self._skipped()]
         answers = None if by_class is None else scores[0].answers[by_class]
-        told = None if answers is None else mistakes(answers, self._asked().classes, f"top-1{by_class}")
+        told = answers and Mistakes(f"top-1{by_class}", self._asked().classes, answers.truth, answers.predicted)
         drawing = beside(self.out, ".png")
         record = Record(
             task=self.task,
