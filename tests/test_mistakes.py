@@ -76,9 +76,7 @@ def test_the_hardest_are_the_wrong_ones_with_the_true_class_last():
     assert len(hardest(answers(300, 12, right=1.1), 20)) == 0
 
 
-@pytest.mark.parametrize(
-    ("classes", "right", "side"), [(2, 0.7, 40), (2, 1.1, 40), (10, 0.5, 32), (24, 0.3, 500), (1000, 0.1, 33)]
-)
+@pytest.mark.parametrize(("classes", "right", "side"), [(2, 0.7, 40), (2, 1.1, 40), (24, 0.3, 300), (1000, 0.1, 33)])
 def test_a_sheet_is_drawn_of_any_number_of_classes(classes, right, side, tmp_path):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (32, 3, side, side // 2), generator=generator, dtype=torch.uint8)
