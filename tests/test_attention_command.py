@@ -121,6 +121,15 @@ def test_the_record_says_what_was_measured_and_how(folder):
         assert (ious["network/mass/oracle head"] >= ious["network/mass/fixed head"]).all()
 
 
+def test_the_record_can_be_shown_as_a_table(folder, capsys):
+    assert run(folder, f"masks={folder / 'masks'}") == 0
+    capsys.readouterr()
+    assert main(["compare", str(folder / "out"), "format=markdown"]) == 0
+    table = capsys.readouterr().out
+    assert "attention on images<br>mass/oracle head" in table
+    assert "| centre prior |" in table
+
+
 def test_running_again_replaces_the_lists(folder):
     assert run(folder) == run(folder, "limit=5") == 0
     assert (folder / "out" / "skipped.txt").read_text().count("broken.jpg") == 1

@@ -78,7 +78,7 @@ def refused(capsys, *words):
 def test_one_table_with_networks_as_rows_and_metrics_as_columns(runs, capsys):
     lines = shown(capsys, runs / "dino", runs / "sit_longer").splitlines()
     assert re.split(r"  +", lines[0].strip()) == ["knn on photos", "linear on photos"]
-    assert re.split(r"  +", lines[1]) == ["accuracy in %", "top-1, k=20", "top-1"]
+    assert re.split(r"  +", lines[1]) == ["in %", "top-1, k=20", "top-1"]
     assert [line.split()[0] for line in lines[2:7]] == ["dino", "sit_longer", "random", "random", "raw"]
     share = float(right(0.6, 0).float().mean())
     assert lines[2].split()[1] == f"{100 * share:.1f}"
@@ -272,6 +272,24 @@ def test_damaged_files_are_refused_or_read_and_never_crash(fuzz, runs):
     finally:
         for each, before in kept.items():
             each.write_bytes(before)
+
+
+def test_two_networks_on_real_pictures(cifar, tmp_path, capsys):
+    words = [f"data.root={cifar}", "data.workers=0", "data.image_size=32", "baselines=false", "k=[20]"]
+    for size in ("tiny", "small"):
+        network = f"checkpoint=random:vit_{size}_patch16_224"
+        assert main(["knn", network, *words, f"out={tmp_path / f'{size}.json'}"]) == 0
+    capsys.readouterr()
+    records = find_records([tmp_path / "tiny.json", tmp_path / "small.json"]).records
+    (paired,) = compare(records, mix=False).paired
+    tiny, small = (record.score.metrics[0].value for record in records)
+    assert paired.found.n == 200
+    assert paired.found.value == pytest.approx(small - tiny)
+    assert paired.found.low <= paired.found.value <= paired.found.high
+    assert (tmp_path / "tiny.png").stat().st_size > 20_000
+    by_class = json.loads((tmp_path / "tiny.json").read_text())["by_class"]["classes"]
+    assert [(row["name"], row["n"]) for row in by_class[:2]] == [("airplane", 20), ("automobile", 20)]
+    assert "random-vit_small_patch16_224" in shown(capsys, tmp_path / "tiny.json", tmp_path / "small.json")
 
 
 def test_a_metric_that_is_no_number_is_a_dash(tmp_path, capsys):

@@ -242,6 +242,7 @@ def test_wandb_receives_the_numbers_and_the_sheet_in_the_run_of_the_pretraining(
     (run / "wandb_id.txt").write_text("abcd1234")
     offline = ["logger=wandb", "logger.offline=true", "sheet=true", "k=[20]", "baselines=false"]
     measured("knn", f"checkpoint={run}", f"data.root={sample}", *offline)
+    wandb.teardown()  # its process writes the file to its end
     (folder,) = (run / "wandb").glob("offline-run-*-abcd1234")
     content = (folder / "run-abcd1234.wandb").read_bytes()
     value = json.loads((run / "eval" / f"knn-{sample.name}.json").read_text())["score"]["metrics"][0]["value"]

@@ -26,30 +26,48 @@ class Mistakes(NamedTuple):
 
     metric: str
     classes: list[str]
-    confusion: Tensor  # (C, C) int64: pictures of the row's class that were taken for the column's
+    truth: Tensor  # (Q,) int64, places in `classes`
+    predicted: Tensor  # (Q,) int64
+
+    @property
+    def confusion(self) -> Tensor:
+        """(C, C) int64: pictures of the row's class that were taken for the column's."""
+        size = len(self.classes)
+        return torch.bincount(self.truth * size + self.predicted, minlength=size**2).view(size, size)
+
+    @property
+    def pictures(self) -> Tensor:
+        """(C,) int64: test pictures of each class."""
+        return torch.bincount(self.truth, minlength=len(self.classes))
+
+    @property
+    def right(self) -> Tensor:
+        """(C,) int64: those that were taken for what they are."""
+        return torch.bincount(self.truth[self.truth == self.predicted], minlength=len(self.classes))
 
     @property
     def accuracy(self) -> Tensor:
         """(C,) float64 in [0, 1]; NaN for a class without test pictures."""
-        return self.confusion.diagonal().double() / self.confusion.sum(dim=1)
+        return self.right.double() / self.pictures
 
     def intervals(self) -> Tensor:
         """The 95 % intervals of the accuracies (C, 2), by Wilson's score; NaN for a class without test pictures."""
         none = float("nan"), float("nan")
-        counts = zip(self.confusion.diagonal().tolist(), self.confusion.sum(dim=1).tolist(), strict=True)
+        counts = zip(self.right.tolist(), self.pictures.tolist(), strict=True)
         return torch.tensor([wilson(right, n) if n else none for right, n in counts], dtype=torch.float64)
 
     def pairs(self, most: int = _PAIRS) -> list[Confused]:
         """The pairs of classes that were confused most often; of equal ones the first in the order of the classes."""
-        wrong = self.confusion - self.confusion.diagonal().diag()
-        count, place = wrong.flatten().sort(descending=True, stable=True)
         size = len(self.classes)
-        found = zip(place[:most].tolist(), count[:most].tolist(), strict=True)
-        return [Confused(where // size, where % size, number) for where, number in found if number]
+        wrong = (self.truth * size + self.predicted)[self.truth != self.predicted]
+        pair, count = torch.unique(wrong, return_counts=True)
+        count, order = count.sort(descending=True, stable=True)
+        found = zip(pair[order[:most]].tolist(), count[:most].tolist(), strict=True)
+        return [Confused(place // size, place % size, number) for place, number in found]
 
     def describe(self) -> dict[str, Any]:
         """For a record: every class by its name, with its accuracy, and the pairs that were confused most often."""
-        rows = zip(self.classes, self.confusion.sum(dim=1).tolist(), self.accuracy.tolist(), strict=True)
+        rows = zip(self.classes, self.pictures.tolist(), self.accuracy.tolist(), strict=True)
         by_class = [
             {"name": name, "n": n, "value": value, "low": low, "high": high, "interval": "Wilson"}
             for (name, n, value), (low, high) in zip(rows, self.intervals().tolist(), strict=True)
@@ -59,19 +77,6 @@ class Mistakes(NamedTuple):
             for pair in self.pairs()
         ]
         return {"metric": self.metric, "classes": by_class, "confused": confused}
-
-
-def mistakes(answers: Answers, classes: list[str], metric: str) -> Mistakes:
-    """Count what was taken for what.
-
-    Args:
-        answers: Whose labels are places in `classes`.
-        classes: The names of all C classes.
-        metric: The name of the metric that counts the same answers.
-    """
-    size = len(classes)
-    pairs = answers.truth * size + answers.predicted
-    return Mistakes(metric, classes, torch.bincount(pairs, minlength=size**2).view(size, size))
 
 
 def hardest(answers: Answers, most: int) -> Tensor:

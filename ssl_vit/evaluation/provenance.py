@@ -6,7 +6,6 @@ import platform
 import re
 import subprocess
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,11 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def engine_versions(engines: dict[str, str]) -> dict[str, str]:
     """The engines that were taken, and the version of faiss where it was one of them."""
-    return {**engines, "faiss": version("faiss-cpu")} if "faiss" in engines.values() else engines
+    if "faiss" not in engines.values():
+        return engines
+    import faiss  # as where it searches: only where it was asked for
+
+    return {**engines, "faiss": faiss.__version__}
 
 
 def cost(started: float, device: torch.device) -> dict[str, Any]:

@@ -63,14 +63,14 @@ class Record:
     protocol: dict[str, Any]
     model: dict[str, Any]
     data: dict[str, Any]
+    selection: dict[str, Any] | None = field(default=None, kw_only=True)  # what was chosen, and by which pictures
     seeds: dict[str, Any]
     score: Score
     baselines: list[Score]
+    by_class: dict[str, Any] | None = field(default=None, kw_only=True)  # the network's mistakes, told by `Mistakes`
     cost: dict[str, Any]
     environment: dict[str, Any]
     warnings: list[str]
-    selection: dict[str, Any] | None = None  # what was chosen, and by which pictures; None: nothing was
-    by_class: dict[str, Any] | None = None  # the mistakes of the network, as `Mistakes.describe` tells them
 
     def write(self, path: Path) -> None:
         """Write the JSON at once: no reader ever sees half of it; then add it to `history.jsonl` beside it.

@@ -64,8 +64,7 @@ def write_sheet(path: Path, mistakes: Mistakes, tiles: list[Tile], title: str) -
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of class names in other scripts
         layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.05)  # inches
         figure = Figure(figsize=(12, 0.5 + height + below), layout=layout)
-        count = int(mistakes.confusion.sum())
-        figure.suptitle(f"{title}, {count:,} pictures", fontsize=12, color=_INK, parse_math=False)
+        figure.suptitle(f"{title}, {len(mistakes.truth):,} pictures", fontsize=12, color=_INK, parse_math=False)
         halves = figure.add_gridspec(2, 1, height_ratios=[height, below])
         upper, lower = figure.add_subfigure(halves[0]), figure.add_subfigure(halves[1])
         bars, matrix = upper.subplots(1, 2, width_ratios=[1, 1.15])
@@ -89,7 +88,7 @@ def _draw_classes(axes: Axes, mistakes: Mistakes) -> None:
     place = range(len(order))
     axes.barh(place, value.numpy(), color=_BAR, height=0.72)
     axes.errorbar(value.numpy(), place, xerr=spread, fmt="none", ecolor=_INK, elinewidth=1, capsize=2)
-    mean = float(mistakes.confusion.diagonal().sum() / mistakes.confusion.sum())
+    mean = float(mistakes.right.sum() / len(mistakes.truth))
     axes.axvline(mean, color=_MEAN, linewidth=1, linestyle="--")
     names = [_short(mistakes.classes[label]) for label in order.tolist()]
     axes.set_yticks(place, names, fontsize=8, parse_math=False)
@@ -104,7 +103,7 @@ def _draw_classes(axes: Axes, mistakes: Mistakes) -> None:
 
 def _draw_confusion(axes: Axes, mistakes: Mistakes) -> None:
     """The confusion as percent of each row."""
-    share = 100 * mistakes.confusion / mistakes.confusion.sum(dim=1, keepdim=True)  # NaN in the row of no pictures
+    share = 100 * mistakes.confusion / mistakes.pictures[:, None]  # NaN in the row of no pictures
     size = len(share)
     axes.imshow(share.sqrt().numpy(), cmap="Blues", vmin=0, vmax=10, aspect="auto" if size > 2 else "equal")
     for row, column in (share >= 0.5).nonzero().tolist():
@@ -123,7 +122,7 @@ def _draw_confusion(axes: Axes, mistakes: Mistakes) -> None:
 def _draw_pairs(axes: Axes, mistakes: Mistakes) -> None:
     """Bars of the pairs of classes that were confused most often."""
     pairs = mistakes.pairs(SHOWN)
-    totals = mistakes.confusion.sum(dim=1).tolist()
+    totals = mistakes.pictures.tolist()
     place = range(len(pairs))
     axes.barh(place, [pair.pictures for pair in pairs], color=_BAR, height=0.72)
     names = [f"{_short(mistakes.classes[a])} → {_short(mistakes.classes[b])}" for a, b, _ in pairs]

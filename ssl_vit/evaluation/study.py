@@ -18,16 +18,9 @@ from ssl_vit.data.pictures import Pictures, SkippedPictures, printable
 from ssl_vit.errors import PartDone, UserError
 from ssl_vit.evaluation import provenance
 from ssl_vit.evaluation.baselines import Pixels, centred, mean_of
-from ssl_vit.evaluation.features import (
-    Describer,
-    Features,
-    NetworkTokens,
-    check_health,
-    check_size,
-    on_best_device,
-)
+from ssl_vit.evaluation.features import Describer, Features, NetworkTokens, check_health, check_size, on_best_device
 from ssl_vit.evaluation.filling import Filled, filled
-from ssl_vit.evaluation.mistakes import mistakes
+from ssl_vit.evaluation.mistakes import Mistakes
 from ssl_vit.evaluation.records import Record, Score, beside
 from ssl_vit.evaluation.sheet import hardest_tiles, write_sheet
 from ssl_vit.evaluation.store import Store, features_folder, stores_of
@@ -136,7 +129,7 @@ class Study:
         del transform["mean"], transform["std"]  # of the network, where they are told
         skipped = [part.count() for part in self._skipped()]
         answers = None if by_class is None else scores[0].answers[by_class]
-        told = None if answers is None else mistakes(answers, self._asked().classes, f"top-1{by_class}")
+        told = answers and Mistakes(f"top-1{by_class}", self._asked().classes, answers.truth, answers.predicted)
         drawing = beside(self.out, ".png")
         record = Record(
             task=self.task,

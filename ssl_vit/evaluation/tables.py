@@ -30,7 +30,7 @@ def render(comparison: Comparison, form: Format) -> str:
 
 
 def _text(comparison: Comparison) -> str:
-    head = ["accuracy in %", *(column.metric for column in comparison.columns)]
+    head = ["in %", *(column.metric for column in comparison.columns)]
     lines = _aligned([head, *([name, *cells] for name, cells in _rows(comparison))], _groups(comparison))
     if comparison.paired:
         lines += ["", _paired_title(comparison), "", *_aligned([list(_PAIRED), *map(_paired, comparison.paired)])]
@@ -38,7 +38,7 @@ def _text(comparison: Comparison) -> str:
 
 
 def _markdown(comparison: Comparison) -> str:
-    head = ["accuracy in %", *(f"{_escaped(str(c.group))}<br>{_escaped(c.metric)}" for c in comparison.columns)]
+    head = ["in %", *(f"{_escaped(str(c.group))}<br>{_escaped(c.metric)}" for c in comparison.columns)]
     rows = [[_escaped(name), *cells] for name, cells in _rows(comparison, bold="**{}**".format)]
     lines = _pipes([head, *rows])
     if comparison.paired:
@@ -53,7 +53,7 @@ def _latex(comparison: Comparison) -> str:
         titles.append(rf"\multicolumn{{{count}}}{{c}}{{{_tex(title)}}}")
         rules.append(rf"\cmidrule(lr){{{start}-{start + count - 1}}}")
         start += count
-    head = [r"accuracy in \%", *(_tex(column.metric) for column in comparison.columns)]
+    head = [r"in \%", *(_tex(column.metric) for column in comparison.columns)]
     parts: dict[bool, list[str]] = {False: [], True: []}  # networks, baselines
     texts = _rows(comparison, bold=r"\textbf{{{}}}".format)
     for row, (name, cells) in zip(comparison.rows, texts, strict=True):
