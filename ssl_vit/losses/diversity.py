@@ -54,4 +54,4 @@ def uniformity(features: Tensor) -> Tensor:
     """
     unit = F.normalize(at_least_float32(features), dim=-1)
     squared = torch.pdist(unit).square()  # (B·(B-1)/2,)
-    return torch.exp(-2 * squared).mean().log()
+    return torch.expm1(-2 * squared).mean().log1p()  # of exp and log little would be left where all are nearly the same

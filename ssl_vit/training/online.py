@@ -112,7 +112,6 @@ class OnlineEvaluation(L.Callback):
         self.config = config.online
         self.start = start
         self.skipped = skipped
-        self.channels = config.backbone.in_chans
         self.folder = config.run.path / "checkpoints"
         views = config.method.views
         self.transform = EvalTransform(views.global_crops.size, 0.875, views.mean, views.std)
