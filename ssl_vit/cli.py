@@ -33,6 +33,10 @@ COMMANDS = {
     "linear": Command(
         "linear probe on the frozen features", "ssl-vit linear checkpoint=runs/photos data.root=labelled"
     ),
+    "finetune": Command(
+        "train the whole network with labels, and test it once",
+        "ssl-vit finetune checkpoint=runs/photos data.root=labelled run.name=photos-ft",
+    ),
     "attention": Command(
         "what the [CLS] token looks at: maps, masks, overlays",
         "ssl-vit attention checkpoint=runs/photos images=photos out=maps",

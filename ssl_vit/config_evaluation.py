@@ -1,4 +1,4 @@
-"""The configuration keys of the commands that look at a trained network: evaluations and attention."""
+"""The configuration keys of the commands that look at a trained network: evaluations, fine-tuning and attention."""
 
 from __future__ import annotations
 
@@ -7,8 +7,17 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ssl_vit.config import Section, Source, Which, Workers
-from ssl_vit.config_values import Count, Positive, Seed
+from ssl_vit.config import (
+    LoggerConfig,
+    OptimizerConfig,
+    RunConfig,
+    Section,
+    Source,
+    TrainerConfig,
+    Which,
+    Workers,
+)
+from ssl_vit.config_values import Count, Interval, NonNegative, Positive, Probability, Ratio, Seed
 
 
 class EvalDataConfig(Section):
@@ -51,6 +60,77 @@ class LinearConfig(EvaluationConfig):
     blocks: Annotated[list[Count], Field(min_length=1)]
     l2: Annotated[list[Positive], Field(min_length=1)]
     held_out: Annotated[float, Field(gt=0, lt=1)]
+
+
+class FinetuneDataConfig(EvalDataConfig):
+    memory_gb: NonNegative
+    held_out: Annotated[float, Field(gt=0, lt=1)]
+
+
+class FinetuneCropsConfig(Section):
+    scale: Interval
+    ratio: Ratio
+
+
+class RandAugmentConfig(Section):
+    layers: Annotated[int, Field(ge=0)]
+    magnitude: Annotated[float, Field(ge=0, le=10)]
+    std: NonNegative
+
+
+class FinetuneMethodConfig(Section):
+    crops: FinetuneCropsConfig
+    flip: Probability
+    rand_augment: RandAugmentConfig
+    erasing: Probability
+    mixup: NonNegative
+    cutmix: NonNegative
+    smoothing: Annotated[float, Field(ge=0, lt=1)]
+    drop_path: Annotated[float, Field(ge=0, lt=1)]
+    layer_decay: Annotated[float, Field(gt=0, le=1)]
+    optimizer: OptimizerConfig
+
+    @property
+    def name(self) -> str:
+        """What checkpoints call it."""
+        return "finetune"
+
+
+class FinetuneConfig(EvaluationConfig):
+    baselines: Literal[False]
+    data: FinetuneDataConfig
+    method: FinetuneMethodConfig
+    validate_every_epochs: Count | None
+    run: RunConfig
+    trainer: TrainerConfig
+    logger: LoggerConfig
+
+    @property
+    def tied_to_processes(self) -> bool:
+        """Whether another number of processes computes something else."""
+        return self.method.mixup > 0 or self.method.cutmix > 0  # pictures are mixed within a process
+
+    @model_validator(mode="after")
+    def _whole_network(self) -> Self:
+        if self.trainer.strategy == "fsdp":
+            raise ValueError("trainer.strategy=fsdp: fine-tuning wants the whole network in each process")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> Self:
+        parts = self.trainer.devices * self.trainer.nodes * self.trainer.accumulate
+        size = self.data.batch_size
+        if size % parts:
+            raise ValueError(
+                f"data.batch_size={size} (over all processes) does not divide into devices x nodes x accumulate = "
+                f"{parts} parts"
+            )
+        if self.tied_to_processes and size // parts % 2:
+            raise ValueError(
+                f"data.batch_size={size} makes {size // parts} pictures per process and micro-batch; mixup and cutmix "
+                f"take pictures in pairs: make it a multiple of {2 * parts}"
+            )
+        return self
 
 
 class AttentionConfig(Section):

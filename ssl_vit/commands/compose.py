@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from ssl_vit.commands.folders import conf_dir, recipes_dir
 from ssl_vit.config import BenchConfig, DemoConfig, ExportConfig, PretrainConfig, ScanConfig, Section, ShardConfig
-from ssl_vit.config_evaluation import AttentionConfig, KNNConfig, LinearConfig
+from ssl_vit.config_evaluation import AttentionConfig, FinetuneConfig, KNNConfig, LinearConfig
 from ssl_vit.errors import SharedError, UserError
 
 ConfigT = TypeVar("ConfigT", bound=Section)
@@ -33,6 +33,7 @@ MODELS: dict[str, type[Section]] = {
     "bench": BenchConfig,
     "demo": DemoConfig,
     "export": ExportConfig,
+    "finetune": FinetuneConfig,
     "knn": KNNConfig,
     "linear": LinearConfig,
     "pretrain": PretrainConfig,

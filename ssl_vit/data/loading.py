@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ssl_vit.config import PretrainDataConfig, Workers
+from ssl_vit.config_evaluation import FinetuneDataConfig
 from ssl_vit.data.arrays import ArrayPictures
 from ssl_vit.data.datasets import CroppedPictures, WholeBatch, WholePictures
 from ssl_vit.data.memory import decode_all, home
@@ -81,7 +82,7 @@ class TrainingLoader(DataLoader[Batch | UserError]):
 def training_loader(
     pictures: Pictures,
     multicrop: MultiCrop,
-    config: PretrainDataConfig,
+    config: PretrainDataConfig | FinetuneDataConfig,
     *,
     seed: int,
     channels: int,
@@ -92,6 +93,7 @@ def training_loader(
     skipped: SkippedPictures,
     local_world: int | None = None,
     device: torch.device = _CPU,
+    augment: Callable[[Batch], Batch] | None = None,
 ) -> ResidentLoader | TrainingLoader:
     """The batches of training process `rank` of `world`; each iteration is one epoch.
 
@@ -113,6 +115,7 @@ def training_loader(
         skipped: Takes the broken pictures.
         local_world: Training processes on this machine, which share its cores; None: all are.
         device: That trains; pictures of one size lie and are cropped there, if half of its memory holds them.
+        augment: What is done to each batch besides, on the CPU; then loading processes crop pictures of one size, too.
 
     Raises:
         UserError: No picture can be read.
@@ -127,14 +130,15 @@ def training_loader(
         )
     read: Callable[..., Tensor] = partial(pictures.read, channels=channels)
     resident = partial(ResidentLoader, labels=pictures.labels, multicrop=multicrop, batch_sampler=batches)
-    if isinstance(pictures, ArrayPictures):
+    if isinstance(pictures, ArrayPictures) and not augment:
         return resident(home(pictures.all(channels), device), torch.arange(len(pictures)))
     if budget := int(config.memory_gb * 1e9):
         kept = decode_all(pictures, channels, budget=budget, skipped=skipped, show=rank == 0)
-        if kept and (images := kept.as_one()) is not None:
+        if kept and not augment and (images := kept.as_one()) is not None:
             return resident(home(images, device), kept.good)
         read = kept.read if kept else read
-    crops = CroppedPictures(read, pictures.labels, channels=channels, multicrop=multicrop, skipped=skipped)
+    how = {"channels": channels, "multicrop": multicrop, "skipped": skipped}
+    crops = CroppedPictures(read, pictures.labels, **how, augment=augment)
     crops.first_readable(0, read)  # so that unreadable data sets fail here, not in a loading process
     workers = loading_workers(config.workers, processes=local_world or world)
     return TrainingLoader(crops, **_how(workers), batch_sampler=batches, persistent_workers=workers > 0)
