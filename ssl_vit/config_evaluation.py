@@ -62,11 +62,6 @@ class LinearConfig(EvaluationConfig):
     held_out: Annotated[float, Field(gt=0, lt=1)]
 
 
-class FinetuneDataConfig(EvalDataConfig):
-    memory_gb: NonNegative
-    held_out: Annotated[float, Field(gt=0, lt=1)]
-
-
 class FinetuneCropsConfig(Section):
     scale: Interval
     ratio: Ratio
@@ -98,7 +93,8 @@ class FinetuneMethodConfig(Section):
 
 class FinetuneConfig(EvaluationConfig):
     baselines: Literal[False]
-    data: FinetuneDataConfig
+    memory_gb: NonNegative
+    held_out: Annotated[float, Field(gt=0, lt=1)]
     method: FinetuneMethodConfig
     validate_every_epochs: Count | None
     run: RunConfig

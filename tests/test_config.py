@@ -77,7 +77,7 @@ def test_every_recipe_validates_and_says_what_it_reaches(recipe):
     program, command, *words = shlex.split(head["Command"])
     assert program == "ssl-vit"
     load_config(command, words, NEEDED[command][0])
-    load(command, f"recipe={recipe.stem}")
+    load("finetune" if command == "finetune" else "pretrain", f"recipe={recipe.stem}")
 
 
 def test_recipes_win_over_the_groups_and_words_over_recipes(tmp_path):

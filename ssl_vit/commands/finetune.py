@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save
 
 from ssl_vit.commands.pretrain import make_loggers
+from ssl_vit.config import PretrainDataConfig
 from ssl_vit.config_evaluation import FinetuneConfig
 from ssl_vit.data.loading import training_loader
 from ssl_vit.data.pictures import Pictures, SkippedPictures, Subset
@@ -93,7 +94,7 @@ def divide(config: FinetuneConfig, pictures: Pictures, test: Pictures | None) ->
         tested = stratified(pictures.labels, TEST_SHARE, seed=config.seed)
         test, places = Subset(pictures, places[tested]), places[~tested]
         split = f"{TEST_SHARE:g} of each class held out to test"
-    held = stratified(pictures.labels[places], config.data.held_out, seed=config.seed)
+    held = stratified(pictures.labels[places], config.held_out, seed=config.seed)
     if not len(test) or not held.any():
         raise UserError("no class has pictures enough: none can be held out")
     return Parts(Subset(pictures, places[~held]), Subset(pictures, places[held]), test, split)
@@ -136,7 +137,13 @@ def train(config: FinetuneConfig, study: Study, parts: Parts, plan: Plan, method
     loader = training_loader(
         parts.learned,
         MultiCrop(method.views),
-        config.data,
+        PretrainDataConfig(
+            source=config.data.source,
+            root=config.data.root or config.data.train or Path(),
+            batch_size=config.data.batch_size,
+            workers=config.data.workers,
+            memory_gb=config.memory_gb,
+        ),
         seed=config.seed,
         channels=method.target.config.in_chans,
         rank=trainer.global_rank,
@@ -160,7 +167,7 @@ def train(config: FinetuneConfig, study: Study, parts: Parts, plan: Plan, method
         export(folder, method, study.pictures.train.classes, step=trainer.global_step)
         print(conclusion(folder, trainer.global_step, plan, None, steps, skipped))
         if trainer.global_step == plan.total_steps:
-            test(config, study, parts, method, skipped)
+            test(config, study, parts, method)
         if outcome := signals.pass_on():
             print(outcome)
     return folder
@@ -199,35 +206,37 @@ def export(folder: Path, method: FineTuning, classes: list[str], *, step: int) -
     write_json(folder / "head.json", about)
 
 
-def test(config: FinetuneConfig, study: Study, parts: Parts, method: FineTuning, skipped: SkippedPictures) -> None:
+def test(config: FinetuneConfig, study: Study, parts: Parts, method: FineTuning) -> None:
     """Look at the test pictures, once, with the last weights, and write the record.
 
     Raises:
         UserError: No test picture can be read.
     """
+    folder = config.run.path
+    skipped = [SkippedPictures(folder / name) for name in ("skipped.txt", "skipped_test.txt")]
+    skipped[1].path.unlink(missing_ok=True)
     method.to(best_device(config.trainer.accelerator))
-    logits, labels, index = answer(method.student, parts.test, study.transform, skipped=skipped, show=True)
+    logits, labels, index = answer(method.student, parts.test, study.transform, skipped=skipped[1], show=True)
     ranks = rank_of(labels, logits)
     place = parts.test.places[index] if isinstance(parts.test, Subset) else index
     answers = Answers(place, labels, logits.argmax(dim=1), ranks)
     metrics = accuracies(ranks, len(study.pictures.train.classes))
     plan = method.plan
-    count = skipped.count()
     record = study.finish(
-        [Score(NETWORK, metrics, {"run": str(config.run.path), "steps": plan.total_steps}, {"": answers})],
+        [Score(NETWORK, metrics, {"run": str(folder), "steps": plan.total_steps}, {"": answers})],
         protocol={
             "trained": "the whole network and a linear head on [CLS], by cross-entropy",
             "method": config.method.model_dump(mode="json"),
             "steps": plan.total_steps,
             "batch_size": plan.batch_size,
-            "held_out": config.data.held_out,
+            "held_out": config.held_out,
             "selection": "none: the last weights, tested once",
             "split": parts.split,
             "seed": config.seed,
         },
         train_labels=parts.learned.labels,
         test_labels=labels,
-        findings={"skipped": count},
-        warnings=[f"{count:,} pictures could not be read: {skipped.path}"] if count else [],
+        findings={"skipped": sum(part.count() for part in skipped)},
+        warnings=[f"{n:,} pictures could not be read: {part.path}" for part in skipped if (n := part.count())],
     )
     print(f"{record.table()}\n\n{study.out}")

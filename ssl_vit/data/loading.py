@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ssl_vit.config import PretrainDataConfig, Workers
-from ssl_vit.config_evaluation import FinetuneDataConfig
 from ssl_vit.data.arrays import ArrayPictures
 from ssl_vit.data.datasets import CroppedPictures, WholeBatch, WholePictures
 from ssl_vit.data.memory import decode_all, home
@@ -82,7 +81,7 @@ class TrainingLoader(DataLoader[Batch | UserError]):
 def training_loader(
     pictures: Pictures,
     multicrop: MultiCrop,
-    config: PretrainDataConfig | FinetuneDataConfig,
+    config: PretrainDataConfig,
     *,
     seed: int,
     channels: int,
@@ -124,10 +123,7 @@ def training_loader(
     course = {"seed": seed, "rank": rank, "world": world, "accumulate": accumulate, "first_step": first_step}
     batches = EpochBatches(len(pictures), micro_batch, **course)
     if batches.repeats > 1 and rank == 0:
-        log.warning(
-            f"{len(pictures)} pictures are fewer than one step holds (data.batch_size={config.batch_size}): each is "
-            f"seen up to {batches.repeats} times per epoch"
-        )
+        log.warning(_repeating(len(pictures), config.batch_size, batches.repeats))
     read: Callable[..., Tensor] = partial(pictures.read, channels=channels)
     resident = partial(ResidentLoader, labels=pictures.labels, multicrop=multicrop, batch_sampler=batches)
     if isinstance(pictures, ArrayPictures) and not augment:
@@ -142,6 +138,13 @@ def training_loader(
     crops.first_readable(0, read)  # so that unreadable data sets fail here, not in a loading process
     workers = loading_workers(config.workers, processes=local_world or world)
     return TrainingLoader(crops, **_how(workers), batch_sampler=batches, persistent_workers=workers > 0)
+
+
+def _repeating(pictures: int, batch_size: int, times: int) -> str:
+    return (
+        f"{pictures} pictures are fewer than one step holds (data.batch_size={batch_size}): each is seen up to {times} "
+        "times per epoch"
+    )
 
 
 class EvalLoader:
