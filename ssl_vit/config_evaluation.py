@@ -57,12 +57,22 @@ class KNNConfig(EvaluationConfig):
 
 
 class LinearConfig(EvaluationConfig):
+    protocol: Literal["held-out", "dino", "sit"]
+    epochs: Count | None
     blocks: Annotated[list[Count], Field(min_length=1)]
     l2: Annotated[list[Positive], Field(min_length=1)]
     held_out: Annotated[float, Field(gt=0, lt=1)]
 
+    @model_validator(mode="after")
+    def _fits_the_protocol(self) -> Self:
+        if self.protocol == "held-out" and self.epochs is not None:
+            raise ValueError("epochs is for protocol=dino and protocol=sit")
+        if self.protocol == "sit" and self.data.batch_size % 2:
+            raise ValueError(f"data.batch_size={self.data.batch_size}: protocol=sit mixes pictures in pairs")
+        return self
 
-class FinetuneCropsConfig(Section):
+
+class CutConfig(Section):
     scale: Interval
     ratio: Ratio
 
@@ -73,14 +83,17 @@ class RandAugmentConfig(Section):
     std: NonNegative
 
 
-class FinetuneMethodConfig(Section):
-    crops: FinetuneCropsConfig
+class AugmentationConfig(Section):
+    crops: CutConfig
     flip: Probability
     rand_augment: RandAugmentConfig
     erasing: Probability
     mixup: NonNegative
     cutmix: NonNegative
     smoothing: Annotated[float, Field(ge=0, lt=1)]
+
+
+class FinetuneMethodConfig(AugmentationConfig):
     drop_path: Annotated[float, Field(ge=0, lt=1)]
     layer_decay: Annotated[float, Field(gt=0, le=1)]
     optimizer: OptimizerConfig

@@ -22,10 +22,10 @@ from ssl_vit.data.files import folder_pictures
 from ssl_vit.data.sample import make_sample
 from ssl_vit.errors import UserError
 from ssl_vit.methods.base import Plan
-from ssl_vit.methods.finetune import FineTuning, crop_views, trainable
+from ssl_vit.methods.finetune import FineTuning, trainable
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.weights import export_backbone, load_backbone
-from ssl_vit.transforms.augment import Mixing, RandAugment
+from ssl_vit.transforms.augment import Mixing, RandAugment, crop_views
 from ssl_vit.transforms.batch import Batch
 from ssl_vit.transforms.evaluation import EvalTransform
 from ssl_vit.transforms.randomness import library_randomness, sample_keys
@@ -275,8 +275,8 @@ def test_each_layer_learns_at_its_own_rate(reg_tokens, tmp_path):
     """lr of layer l of L: lr · decay^(L - l); embeddings are layer 0, block i is i + 1, final norm and head are L."""
     loaded = load_backbone(str(exported(tmp_path, depth=3, reg_tokens=reg_tokens)))
     config = method_config("method.layer_decay=0.7")
-    method = FineTuning(config, crop_views(config, 48, loaded), trainable(loaded, image_size=48, drop_path=0.0), 5,
-                        Plan(10, 10, 16, 1, 0))  # fmt: skip
+    views = crop_views(config, 48, loaded.mean, loaded.std)
+    method = FineTuning(config, views, trainable(loaded, image_size=48, drop_path=0.0), 5, Plan(10, 10, 16, 1, 0))
     optimizer = method.configure_optimizers()
     found = {id(p): (group["lr_scale"], group["decays"]) for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in method.student.named_parameters():

@@ -26,7 +26,7 @@ from ssl_vit.evaluation.linear import stratified
 from ssl_vit.evaluation.records import Answers, Score, accuracies
 from ssl_vit.evaluation.study import NETWORK, Study, data_name
 from ssl_vit.methods.base import Plan, make_plan
-from ssl_vit.methods.finetune import FineTuning, crop_views, trainable
+from ssl_vit.methods.finetune import FineTuning, trainable
 from ssl_vit.models.weights import export_backbone
 from ssl_vit.training.agreement import SameStart
 from ssl_vit.training.faults import named_faults, refuse_divergence
@@ -40,7 +40,7 @@ from ssl_vit.training.runs import Start, begin_run, locked, open_run, with_exten
 from ssl_vit.training.signals import StopSignals
 from ssl_vit.training.skipping import SkippedSteps
 from ssl_vit.training.trainer import make_trainer, quiet_lightning, tune
-from ssl_vit.transforms.augment import RandAugment
+from ssl_vit.transforms.augment import RandAugment, crop_views
 from ssl_vit.transforms.crops import MultiCrop
 
 TEST_SHARE = 0.2  # of each class, where there is but one set of pictures
@@ -105,7 +105,7 @@ def build(config: FinetuneConfig, study: Study, plan: Plan) -> FineTuning:
     torch.manual_seed(config.seed)
     size = study.transform.image_size
     backbone = trainable(study.loaded, image_size=size, drop_path=config.method.drop_path)
-    views = crop_views(config.method, size, study.loaded)
+    views = crop_views(config.method, size, study.loaded.mean, study.loaded.std)
     try:
         method = FineTuning(config.method, views, backbone, len(study.pictures.train.classes), plan)
     except ValueError as error:  # of the schedules: a warm-up longer than the run

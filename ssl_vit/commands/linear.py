@@ -3,6 +3,7 @@
 ssl-vit linear checkpoint=runs/photos data.root=labelled
 ssl-vit linear checkpoint=timm:vit_small_patch16_224.dino data.train=labelled/train data.test=labelled/val
 ssl-vit linear checkpoint=runs/photos labelled=cifar10 data.root=data 'blocks=[1]'
+ssl-vit linear checkpoint=runs/photos data.root=labelled protocol=dino
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ssl_vit.evaluation.linear import LinearResult, Variant, linear_probe, strat
 from ssl_vit.evaluation.records import Answers, Record, Score, accuracies
 from ssl_vit.evaluation.study import PIXELS, Source, Study
 from ssl_vit.training.hardware import best_device
+from ssl_vit.training.published import published_probe
 
 TEST_SHARE = 0.2  # of each class, where there is but one set of pictures
 
@@ -34,6 +36,8 @@ def measure(config: LinearConfig) -> tuple[Record, Path]:
     Raises:
         UserError: Network and labelled pictures are not there, do not fit, or allow no evaluation.
     """
+    if config.protocol != "held-out":
+        return published_probe(config)
     study = Study.begin("linear", config)
     depth = len(study.loaded.backbone.vit.blocks)
     blocks = sorted({min(count, depth) for count in config.blocks})

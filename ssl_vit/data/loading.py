@@ -133,8 +133,9 @@ def training_loader(
         if kept and not augment and (images := kept.as_one()) is not None:
             return resident(home(images, device), kept.good)
         read = kept.read if kept else read
-    how = {"channels": channels, "multicrop": multicrop, "skipped": skipped}
-    crops = CroppedPictures(read, pictures.labels, **how, augment=augment)
+    crops = CroppedPictures(
+        read, pictures.labels, channels=channels, multicrop=multicrop, skipped=skipped, augment=augment
+    )
     crops.first_readable(0, read)  # so that unreadable data sets fail here, not in a loading process
     workers = loading_workers(config.workers, processes=local_world or world)
     return TrainingLoader(crops, **_how(workers), batch_sampler=batches, persistent_workers=workers > 0)

@@ -8,7 +8,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from ssl_vit.config import BlurConfig, CropsConfig, JitterConfig, ViewsConfig
+from ssl_vit.config import ViewsConfig
 from ssl_vit.config_evaluation import FinetuneMethodConfig
 from ssl_vit.methods.base import Plan, SSLMethod, StepResult
 from ssl_vit.models.backbone import Backbone
@@ -104,22 +104,6 @@ class FineTuning(SSLMethod):
         super().on_train_batch_start(batch, batch_idx)
         for group in self.optimizers().param_groups:  # type: ignore[union-attr]
             group["lr"] *= group["lr_scale"]
-
-
-def crop_views(config: FinetuneMethodConfig, size: int, loaded: LoadedBackbone) -> ViewsConfig:
-    """One view of each picture, cut, flipped and normalised: the part of the augmentation that pretraining has too."""
-    still = JitterConfig(p=0, brightness=0, contrast=0, saturation=0, hue=0)
-    return ViewsConfig(
-        global_crops=CropsConfig(count=1, size=size, **config.crops.model_dump()),
-        local_crops=CropsConfig(count=0, size=size, **config.crops.model_dump()),
-        flip=config.flip,
-        jitter=still,
-        grayscale=0,
-        blur=BlurConfig(p=(0, 0, 0), sigma=(0, 1)),
-        solarize=(0, 0, 0),
-        mean=loaded.mean,
-        std=loaded.std,
-    )
 
 
 def trainable(loaded: LoadedBackbone, *, image_size: int, drop_path: float) -> Backbone:

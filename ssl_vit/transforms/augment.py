@@ -17,7 +17,8 @@ from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from ssl_vit.config_evaluation import FinetuneMethodConfig, RandAugmentConfig
+from ssl_vit.config import BlurConfig, CropsConfig, JitterConfig, ViewsConfig
+from ssl_vit.config_evaluation import AugmentationConfig, RandAugmentConfig
 from ssl_vit.transforms.batch import Batch
 from ssl_vit.transforms.randomness import Stream, fold, library_randomness
 
@@ -64,7 +65,7 @@ class Mixing:
         classes: C.
     """
 
-    def __init__(self, config: FinetuneMethodConfig, classes: int) -> None:
+    def __init__(self, config: AugmentationConfig, classes: int) -> None:
         self.classes = classes
         self.smoothing = config.smoothing
         self.erase = config.erasing > 0
@@ -93,3 +94,19 @@ class Mixing:
             seed(int(fold(key[:1], Stream.MIX)))
             images, targets = self.mixup(images, labels)
             return images, targets
+
+
+def crop_views(config: AugmentationConfig, size: int, mean: Sequence[float], std: Sequence[float]) -> ViewsConfig:
+    """One view of each picture, cut, flipped and normalised: the part of the augmentation that pretraining has too."""
+    still = JitterConfig(p=0, brightness=0, contrast=0, saturation=0, hue=0)
+    return ViewsConfig(
+        global_crops=CropsConfig(count=1, size=size, **config.crops.model_dump()),
+        local_crops=CropsConfig(count=0, size=size, **config.crops.model_dump()),
+        flip=config.flip,
+        jitter=still,
+        grayscale=0,
+        blur=BlurConfig(p=(0, 0, 0), sigma=(0, 1)),
+        solarize=(0, 0, 0),
+        mean=list(mean),
+        std=list(std),
+    )
