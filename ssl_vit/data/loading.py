@@ -112,22 +112,21 @@ def training_loader(
         accumulate: Micro-batches per optimizer step.
         first_step: Optimizer steps already done; the batches go on behind them, within an epoch if need be.
         skipped: Takes the broken pictures.
-        local_world: Training processes on this machine, which share its cores; None: all are.
+        local_world: Of them on this machine, which share its cores; None: all.
         device: That trains; pictures of one size lie and are cropped there, if half of its memory holds them.
         augment: What is done to each batch besides, on the CPU; then loading processes crop pictures of one size, too.
 
     Raises:
         UserError: No picture can be read.
     """
-    micro_batch = config.batch_size // (world * accumulate)
     course = {"seed": seed, "rank": rank, "world": world, "accumulate": accumulate, "first_step": first_step}
-    batches = EpochBatches(len(pictures), micro_batch, **course)
+    batches = EpochBatches(len(pictures), config.batch_size // (world * accumulate), **course)
     if batches.repeats > 1 and rank == 0:
         log.warning(_repeating(len(pictures), config.batch_size, batches.repeats))
-    read: Callable[..., Tensor] = partial(pictures.read, channels=channels)
     resident = partial(ResidentLoader, labels=pictures.labels, multicrop=multicrop, batch_sampler=batches)
     if isinstance(pictures, ArrayPictures) and not augment:
         return resident(home(pictures.all(channels), device), torch.arange(len(pictures)))
+    read: Callable[..., Tensor] = partial(pictures.read, channels=channels)
     if budget := int(config.memory_gb * 1e9):
         kept = decode_all(pictures, channels, budget=budget, skipped=skipped, show=rank == 0)
         if kept and not augment and (images := kept.as_one()) is not None:
