@@ -52,6 +52,10 @@ COMMANDS = {
         "a table of networks by labelled data sets: linear probes of each on each",
         "ssl-vit transfer 'checkpoints=[runs/a,runs/b]' 'data.roots=[labelled/a,labelled/b]'",
     ),
+    "finetune": Command(
+        "train the whole network with labels, and test it once",
+        "ssl-vit finetune checkpoint=runs/photos data.root=labelled run.name=photos-ft",
+    ),
     "attention": Command(
         "what the [CLS] token looks at: maps, masks, overlays",
         "ssl-vit attention checkpoint=runs/photos images=photos out=maps",

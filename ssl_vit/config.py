@@ -332,6 +332,11 @@ class PretrainConfig(TrainingConfig):
     logger: LoggerConfig
     online: OnlineConfig
 
+    @property
+    def tied_to_processes(self) -> bool:
+        """Whether another number of processes computes something else."""
+        return self.method.name == "sit" and not self.method.contrastive.gather  # negatives are those of a process
+
     @model_validator(mode="after")
     def _online_needs_a_whole_network(self) -> Self:
         if self.trainer.strategy == "fsdp" and self.online.every_epochs:

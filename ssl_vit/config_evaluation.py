@@ -1,4 +1,4 @@
-"""The configuration keys of the commands that look at a trained network: evaluations and attention."""
+"""The configuration keys of the commands that look at a trained network: evaluations, fine-tuning and attention."""
 
 from __future__ import annotations
 
@@ -7,8 +7,17 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ssl_vit.config import LoggerConfig, Section, Source, Which, Workers
-from ssl_vit.config_values import Count, NonNegative, Positive, Seed, Share, Words
+from ssl_vit.config import (
+    LoggerConfig,
+    OptimizerConfig,
+    RunConfig,
+    Section,
+    Source,
+    TrainerConfig,
+    Which,
+    Workers,
+)
+from ssl_vit.config_values import Count, Interval, NonNegative, Positive, Probability, Ratio, Seed, Share, Words
 
 
 class EvalDataConfig(Section):
@@ -32,15 +41,18 @@ class EvalDataConfig(Section):
         return self
 
 
-class EvaluationConfig(Section):
+class LabelledConfig(Section):
     checkpoint: str
     weights: Which
     data: EvalDataConfig
-    baselines: bool
     seed: Seed
     out: Path | None
-    features: Path | None
     logger: LoggerConfig
+
+
+class EvaluationConfig(LabelledConfig):
+    baselines: bool
+    features: Path | None
 
 
 class KNNConfig(EvaluationConfig):
@@ -58,12 +70,22 @@ class SGDConfig(Section):
 
 
 class LinearConfig(EvaluationConfig):
+    protocol: Literal["held-out", "dino", "sit"]
+    epochs: Count | None
     solver: Literal["logistic", "ridge", "sgd"]
     blocks: Annotated[list[Count], Field(min_length=1)]
     l2: Annotated[list[Positive], Field(min_length=1)]
     sgd: SGDConfig
     held_out: Annotated[float, Field(gt=0, lt=1)]
     sheet: bool
+
+    @model_validator(mode="after")
+    def _fits_the_protocol(self) -> Self:
+        if self.protocol == "held-out" and self.epochs is not None:
+            raise ValueError("epochs is for protocol=dino and protocol=sit")
+        if self.protocol == "sit" and self.data.batch_size % 2:
+            raise ValueError(f"data.batch_size={self.data.batch_size}: protocol=sit mixes pictures in pairs")
+        return self
 
 
 class CompareConfig(Section):
@@ -140,6 +162,74 @@ class TransferConfig(Section):
     linear: Words
     seed: Seed
     out: Path
+
+
+class CutConfig(Section):
+    scale: Interval
+    ratio: Ratio
+
+
+class RandAugmentConfig(Section):
+    layers: Annotated[int, Field(ge=0)]
+    magnitude: Annotated[float, Field(ge=0, le=10)]
+    std: NonNegative
+
+
+class AugmentationConfig(Section):
+    crops: CutConfig
+    flip: Probability
+    rand_augment: RandAugmentConfig
+    erasing: Probability
+    mixup: NonNegative
+    cutmix: NonNegative
+    smoothing: Annotated[float, Field(ge=0, lt=1)]
+
+
+class FinetuneMethodConfig(AugmentationConfig):
+    drop_path: Annotated[float, Field(ge=0, lt=1)]
+    layer_decay: Annotated[float, Field(gt=0, le=1)]
+    optimizer: OptimizerConfig
+
+    @property
+    def name(self) -> str:
+        """What checkpoints call it."""
+        return "finetune"
+
+
+class FinetuneConfig(LabelledConfig):
+    memory_gb: NonNegative
+    held_out: Annotated[float, Field(gt=0, lt=1)]
+    method: FinetuneMethodConfig
+    validate_every_epochs: Count | None
+    run: RunConfig
+    trainer: TrainerConfig
+
+    @property
+    def tied_to_processes(self) -> bool:
+        """Whether another number of processes computes something else."""
+        return self.method.mixup > 0 or self.method.cutmix > 0  # pictures are mixed within a process
+
+    @model_validator(mode="after")
+    def _whole_network(self) -> Self:
+        if self.trainer.strategy == "fsdp":
+            raise ValueError("trainer.strategy=fsdp: fine-tuning wants the whole network in each process")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> Self:
+        parts = self.trainer.devices * self.trainer.nodes * self.trainer.accumulate
+        size = self.data.batch_size
+        if size % parts:
+            raise ValueError(
+                f"data.batch_size={size} (over all processes) does not divide into devices x nodes x accumulate = "
+                f"{parts} parts"
+            )
+        if self.tied_to_processes and size // parts % 2:
+            raise ValueError(
+                f"data.batch_size={size} makes {size // parts} pictures per process and micro-batch; mixup and cutmix "
+                f"take pictures in pairs: make it a multiple of {2 * parts}"
+            )
+        return self
 
 
 class AttentionConfig(Section):

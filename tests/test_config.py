@@ -26,6 +26,7 @@ NEEDED = {
     "features": (evaluations.FeaturesConfig, ["checkpoint=runs/x", "data.root=labelled"]),
     "fewshot": (evaluations.FewshotConfig, ["checkpoint=runs/x", "data.root=labelled"]),
     "transfer": (evaluations.TransferConfig, ["checkpoints=[runs/x]", "data.roots=[labelled]"]),
+    "finetune": (evaluations.FinetuneConfig, ["checkpoint=runs/x", "data.root=labelled"]),
     "attention": (evaluations.AttentionConfig, ["checkpoint=runs/x", "images=pictures"]),
     "export": (models.ExportConfig, ["checkpoint=runs/x"]),
     "scan": (models.ScanConfig, ["data.root=pictures"]),
@@ -74,7 +75,6 @@ def test_every_group_option_validates(option):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
 def test_every_recipe_validates_and_says_what_it_reaches(recipe):
-    load("pretrain", f"recipe={recipe.stem}")
     lines = recipe.read_text(encoding="utf-8").splitlines()
     assert lines[0] == "# @package _global_"
     head = dict(re.findall(r"^# (Command|Hardware|Result): +(.+)$", recipe.read_text(encoding="utf-8"), flags=re.M))
@@ -82,6 +82,7 @@ def test_every_recipe_validates_and_says_what_it_reaches(recipe):
     program, command, *words = shlex.split(head["Command"])
     assert program == "ssl-vit"
     load_config(command, words, NEEDED[command][0])
+    load("finetune" if command == "finetune" else "pretrain", f"recipe={recipe.stem}")
 
 
 def test_recipes_win_over_the_groups_and_words_over_recipes(tmp_path):

@@ -4,6 +4,7 @@ ssl-vit linear checkpoint=runs/photos data.root=labelled
 ssl-vit linear checkpoint=timm:vit_small_patch16_224.dino data.train=labelled/train data.test=labelled/val
 ssl-vit linear checkpoint=runs/photos labelled=cifar10 data.root=data 'blocks=[1]'
 ssl-vit linear checkpoint=runs/photos data.root=labelled solver=sgd sgd.epochs=30
+ssl-vit linear checkpoint=runs/photos data.root=labelled protocol=dino
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ssl_vit.evaluation.records import Answers, Record, Score, accuracies
 from ssl_vit.evaluation.sgd import Schedule
 from ssl_vit.evaluation.study import PIXELS, Source, Study
 from ssl_vit.training.hardware import best_device
+from ssl_vit.training.published import published_probe
 
 TEST_SHARE = 0.2  # of each class, where there is but one set of pictures
 
@@ -39,6 +41,8 @@ def measure(config: LinearConfig) -> tuple[Record, Path]:
     Raises:
         UserError: Network and labelled pictures are not there, do not fit, or allow no evaluation.
     """
+    if config.protocol != "held-out":
+        return published_probe(config)
     study = Study.begin("linear", config)
     depth = len(study.loaded.backbone.vit.blocks)
     blocks = sorted({min(count, depth) for count in config.blocks})

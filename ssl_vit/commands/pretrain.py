@@ -26,7 +26,7 @@ from ssl_vit.training.online import OnlineEvaluation
 from ssl_vit.training.outlook import outlook
 from ssl_vit.training.progress import RunProgress
 from ssl_vit.training.report import conclusion, introduction
-from ssl_vit.training.runs import Start, begin_run, locked, open_run, with_extension
+from ssl_vit.training.runs import AnyRun, Start, begin_run, locked, open_run, with_extension
 from ssl_vit.training.signals import StopSignals
 from ssl_vit.training.skipping import SkippedSteps
 from ssl_vit.training.trainer import build_method, make_trainer, quiet_lightning
@@ -63,7 +63,7 @@ def train(config: PretrainConfig, plan: Plan, method: SSLMethod, start: Start) -
     skipped = SkippedPictures(folder / "skipped.txt")
     signals = StopSignals()
     online = OnlineEvaluation(config, start, skipped)
-    keeper = Keeper(folder / "checkpoints", signals, online, config.trainer)
+    keeper = Keeper(folder / "checkpoints", signals, lambda: online.improved, config.trainer)
     steps = SkippedSteps(
         Journal(folder / "skipped_steps.jsonl", start.done), start.pictures, budget=config.trainer.skip_budget
     )
@@ -107,13 +107,13 @@ def train(config: PretrainConfig, plan: Plan, method: SSLMethod, start: Start) -
         # From the checkpoint: with fsdp no process has the whole network.
         target = load_backbone(str(folder)).backbone
         export_backbone(target, folder / "backbone.safetensors", mean=views.mean, std=views.std, source=source)
-        print(conclusion(folder, trainer.global_step, plan, health, steps, skipped, online))
+        print(conclusion(folder, trainer.global_step, plan, health.verdict, steps, skipped, online.summary()))
         if outcome := signals.pass_on():
             print(outcome)
     return folder
 
 
-def make_loggers(config: PretrainConfig, done: int) -> list[Logger]:
+def make_loggers(config: AnyRun, done: int) -> list[Logger]:
     """metrics.csv always; wandb beside it, with the run's id kept in the run folder."""
     folder = config.run.path
     metrics = MetricsCSV(folder / "metrics.csv", done)

@@ -28,6 +28,7 @@ class CroppedPictures(Dataset[Batch | UserError]):
         channels: C.
         multicrop: Makes the views.
         skipped: Takes the broken pictures.
+        augment: What is done to a batch besides, in place.
     """
 
     def __init__(
@@ -38,7 +39,9 @@ class CroppedPictures(Dataset[Batch | UserError]):
         channels: int,
         multicrop: MultiCrop,
         skipped: SkippedPictures,
+        augment: Callable[[Batch], Batch] | None = None,
     ) -> None:
+        self.augment = augment
         self.read = read
         self.labels = labels
         self.channels = channels
@@ -63,7 +66,8 @@ class CroppedPictures(Dataset[Batch | UserError]):
         except UserError as error:
             return error
         index = torch.tensor(found)
-        return Batch(global_views, local_views, self.labels[index], index, key)
+        batch = Batch(global_views, local_views, self.labels[index], index, key)
+        return self.augment(batch) if self.augment else batch
 
     def _cut(self, draws: Draws, place: int, views: Sequence[Tensor], index: int) -> None:
         """Fill the views at a place of the batch from the picture of this index."""

@@ -92,6 +92,7 @@ def training_loader(
     skipped: SkippedPictures,
     local_world: int | None = None,
     device: torch.device = _CPU,
+    augment: Callable[[Batch], Batch] | None = None,
 ) -> ResidentLoader | TrainingLoader:
     """The batches of training process `rank` of `world`; each iteration is one epoch.
 
@@ -111,33 +112,39 @@ def training_loader(
         accumulate: Micro-batches per optimizer step.
         first_step: Optimizer steps already done; the batches go on behind them, within an epoch if need be.
         skipped: Takes the broken pictures.
-        local_world: Training processes on this machine, which share its cores; None: all are.
+        local_world: Of them on this machine, which share its cores; None: all.
         device: That trains; pictures of one size lie and are cropped there, if half of its memory holds them.
+        augment: What is done to each batch besides, on the CPU; then loading processes crop pictures of one size, too.
 
     Raises:
         UserError: No picture can be read.
     """
-    micro_batch = config.batch_size // (world * accumulate)
     course = {"seed": seed, "rank": rank, "world": world, "accumulate": accumulate, "first_step": first_step}
-    batches = EpochBatches(len(pictures), micro_batch, **course)
+    batches = EpochBatches(len(pictures), config.batch_size // (world * accumulate), **course)
     if batches.repeats > 1 and rank == 0:
-        log.warning(
-            f"{len(pictures)} pictures are fewer than one step holds (data.batch_size={config.batch_size}): each is "
-            f"seen up to {batches.repeats} times per epoch"
-        )
-    read: Callable[..., Tensor] = partial(pictures.read, channels=channels)
+        log.warning(_repeating(len(pictures), config.batch_size, batches.repeats))
     resident = partial(ResidentLoader, labels=pictures.labels, multicrop=multicrop, batch_sampler=batches)
-    if isinstance(pictures, ArrayPictures):
+    if isinstance(pictures, ArrayPictures) and not augment:
         return resident(home(pictures.all(channels), device), torch.arange(len(pictures)))
+    read: Callable[..., Tensor] = partial(pictures.read, channels=channels)
     if budget := int(config.memory_gb * 1e9):
         kept = decode_all(pictures, channels, budget=budget, skipped=skipped, show=rank == 0)
-        if kept and (images := kept.as_one()) is not None:
+        if kept and not augment and (images := kept.as_one()) is not None:
             return resident(home(images, device), kept.good)
         read = kept.read if kept else read
-    crops = CroppedPictures(read, pictures.labels, channels=channels, multicrop=multicrop, skipped=skipped)
+    crops = CroppedPictures(
+        read, pictures.labels, channels=channels, multicrop=multicrop, skipped=skipped, augment=augment
+    )
     crops.first_readable(0, read)  # so that unreadable data sets fail here, not in a loading process
     workers = loading_workers(config.workers, processes=local_world or world)
     return TrainingLoader(crops, **_how(workers), batch_sampler=batches, persistent_workers=workers > 0)
+
+
+def _repeating(pictures: int, batch_size: int, times: int) -> str:
+    return (
+        f"{pictures} pictures are fewer than one step holds (data.batch_size={batch_size}): each is seen up to {times} "
+        "times per epoch"
+    )
 
 
 class EvalLoader:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ssl_vit.config_evaluation import EvalDataConfig, EvaluationConfig, FeaturesConfig
+from ssl_vit.config_evaluation import EvalDataConfig, EvaluationConfig, FeaturesConfig, LabelledConfig
 from ssl_vit.data.files import SPLITS
 from ssl_vit.data.find import LabelledSplit, find_labelled
 from ssl_vit.data.pictures import Pictures, SkippedPictures, printable
@@ -46,7 +46,7 @@ class Study:
     """One evaluation from its start to its record."""
 
     task: str
-    config: EvaluationConfig
+    config: LabelledConfig
     loaded: LoadedBackbone
     pictures: LabelledSplit
     transform: EvalTransform
@@ -54,7 +54,7 @@ class Study:
     started: float  # seconds of the process's clock
 
     @classmethod
-    def begin(cls, task: str, config: EvaluationConfig) -> Study:
+    def begin(cls, task: str, config: LabelledConfig) -> Study:
         """Load the network and find the pictures.
 
         Raises:
@@ -78,6 +78,7 @@ class Study:
             UserError: The network's features have diverged or collapsed, or fewer than two classes can be read.
             PartDone: Another process of this launch goes on to the evaluation.
         """
+        assert isinstance(self.config, EvaluationConfig)  # fine-tuning has no frozen features
         if place_in_launch()[0]:
             for _, describe in self._describers(blocks):
                 stored(describe, self.pictures, config=self.config, run=self.loaded.run)
@@ -171,6 +172,7 @@ class Study:
 
     def _describers(self, blocks: int) -> Iterator[tuple[str, Describer]]:
         """What says something of the pictures, made when it is its turn."""
+        assert isinstance(self.config, EvaluationConfig)
         network = on_best_device(self.loaded)
         blocks = max(blocks, min(BLOCKS, len(network.backbone.vit.blocks)))
         yield NETWORK, NetworkTokens(network, self.transform, blocks=blocks)
@@ -210,7 +212,7 @@ class Study:
         ]
 
 
-def load_network(config: EvaluationConfig | FeaturesConfig) -> tuple[LoadedBackbone, EvalTransform]:
+def load_network(config: LabelledConfig | FeaturesConfig) -> tuple[LoadedBackbone, EvalTransform]:
     """The network, and what pictures go through before it.
 
     Raises:
@@ -239,7 +241,7 @@ def stored(
     ]
 
 
-def record_path(task: str, config: EvaluationConfig, loaded: LoadedBackbone) -> Path:
+def record_path(task: str, config: LabelledConfig, loaded: LoadedBackbone) -> Path:
     """Where a record goes by default: `eval/` of the run; without a run the current folder, the network in its name."""
     parts = [task, data_name(config.data)]
     if loaded.run is None:

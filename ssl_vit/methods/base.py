@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from ssl_vit import __version__
-from ssl_vit.config import BackboneConfig, DINOConfig, SiTConfig, TrainingConfig
+from ssl_vit.config import BackboneConfig, DINOConfig, SiTConfig, TrainingConfig, ViewsConfig
+from ssl_vit.config_evaluation import FinetuneConfig, FinetuneMethodConfig
 from ssl_vit.distributed import all_mean, gather, norms
 from ssl_vit.losses.diversity import alignment, effective_rank, spread, uniformity
 from ssl_vit.methods.finite import StepCheck, clip_each
@@ -35,11 +36,14 @@ class Plan(NamedTuple):
     seed: int
 
 
-def make_plan(config: TrainingConfig, pictures: int) -> Plan:
+def make_plan(config: TrainingConfig | FinetuneConfig, pictures: int) -> Plan:
     """The run's length in optimizer steps."""
     steps_per_epoch = max(1, pictures // config.data.batch_size)
     total_steps = config.trainer.max_steps or config.trainer.max_epochs * steps_per_epoch
     return Plan(total_steps, steps_per_epoch, config.data.batch_size, config.trainer.log_every, config.seed)
+
+
+AnyMethodConfig = DINOConfig | SiTConfig | FinetuneMethodConfig
 
 
 class StepResult(NamedTuple):
@@ -51,16 +55,23 @@ class StepResult(NamedTuple):
 
 
 class SSLMethod(L.LightningModule):
-    """A method is a `step`; everything around it is here. All schedules are functions of the optimizer step."""
+    """A method is a `step`; everything around it is here. All schedules are functions of the optimizer step.
+
+    Args:
+        config: Of the method.
+        views: That it is given, and their normalisation.
+        plan: Length of the run.
+    """
 
     finite: Tensor
     check: StepCheck  # of the last optimizer step
 
-    def __init__(self, config: DINOConfig | SiTConfig, plan: Plan) -> None:
+    def __init__(self, config: AnyMethodConfig, views: ViewsConfig, plan: Plan) -> None:
         super().__init__()
         self.config = config
+        self.views = views
         self.plan = plan
-        self.photometric = Photometric(config.views)
+        self.photometric = Photometric(views)
         self.laps = Laps()
         self.logged = torch.empty(0)
         self.register_buffer("finite", torch.ones((), dtype=torch.bool), persistent=False)  # the step's losses so far
@@ -68,7 +79,7 @@ class SSLMethod(L.LightningModule):
         self.schedules = self.make_schedules(config, plan)
 
     @classmethod
-    def make_schedules(cls, config: DINOConfig | SiTConfig, plan: Plan) -> dict[str, Schedule]:
+    def make_schedules(cls, config: AnyMethodConfig, plan: Plan) -> dict[str, Schedule]:
         """The method's schedules by name; they depend on nothing but its configuration and the length of the run.
 
         Raises:
@@ -94,6 +105,11 @@ class SSLMethod(L.LightningModule):
     @abstractmethod
     def target(self) -> Backbone:
         """The backbone that evaluation and export take."""
+
+    @property
+    @abstractmethod
+    def flops(self) -> int:
+        """FLOP per picture of a training step."""
 
     @property
     def prototypes(self) -> int | None:
@@ -225,8 +241,8 @@ class SSLMethod(L.LightningModule):
             "version": __version__,
             "method": self.config.name,
             "backbone": self.target.config.model_dump(mode="json"),
-            "mean": self.config.views.mean,
-            "std": self.config.views.std,
+            "mean": self.views.mean,
+            "std": self.views.std,
         }
 
 

@@ -13,6 +13,7 @@ from ssl_vit.methods.base import Plan, SSLMethod, StepResult, by_view, make_back
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.heads import DINOHead
 from ssl_vit.models.teacher import distance, follow, start_teacher
+from ssl_vit.training.flops import flops_per_picture
 from ssl_vit.training.schedules import Schedule, cosine, teacher_temperature
 from ssl_vit.transforms.batch import Batch
 from ssl_vit.transforms.randomness import view_keys
@@ -42,7 +43,7 @@ class DINO(SSLMethod):
     config: DINOConfig
 
     def __init__(self, config: DINOConfig, backbone: BackboneConfig, plan: Plan) -> None:
-        super().__init__(config, plan)
+        super().__init__(config, config.views, plan)
         self.student = DINONetwork(make_backbone(backbone, drop_path=True), config)
         self.teacher = start_teacher(DINONetwork(make_backbone(backbone, drop_path=False), config), self.student)
         self.center = Center(config.head.prototypes, config.teacher.center_momentum)
@@ -59,6 +60,10 @@ class DINO(SSLMethod):
                 teacher.warmup_temperature, teacher.temperature, warmup_epochs, per_epoch
             ),
         }
+
+    @property
+    def flops(self) -> int:
+        return flops_per_picture(self.config, self.target).total
 
     @property
     def target(self) -> Backbone:

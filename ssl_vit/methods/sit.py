@@ -14,6 +14,7 @@ from ssl_vit.methods.base import Plan, SSLMethod, StepResult, by_view, make_back
 from ssl_vit.models.backbone import Backbone, Tokens
 from ssl_vit.models.heads import ReconstructionHead, mlp
 from ssl_vit.precision import at_least_float32
+from ssl_vit.training.flops import flops_per_picture
 from ssl_vit.transforms.batch import Batch
 from ssl_vit.transforms.corruption import Corruption, rotate
 from ssl_vit.transforms.randomness import Stream, fold, uniform, view_keys
@@ -69,7 +70,7 @@ class SiT(SSLMethod):
     config: SiTConfig
 
     def __init__(self, config: SiTConfig, backbone: BackboneConfig, plan: Plan) -> None:
-        super().__init__(config, plan)
+        super().__init__(config, config.views, plan)
         self.student = SiTNetwork(config, backbone)
         self.corrupt = Corruption(config.corruption)
         names = list(self.student.heads)
@@ -78,6 +79,10 @@ class SiT(SSLMethod):
             if config.weighting == "uncertainty"
             else FixedWeights({name: getattr(config, name).weight for name in names})
         )
+
+    @property
+    def flops(self) -> int:
+        return flops_per_picture(self.config, self.target).total
 
     @property
     def target(self) -> Backbone:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import lightning as L
 
-from ssl_vit.config import PretrainConfig
 from ssl_vit.distributed import agree
 from ssl_vit.errors import SharedError
-from ssl_vit.training.runs import Start
+from ssl_vit.training.runs import AnyRun, Start
 
 
 class SameStart(L.Callback):
@@ -17,7 +16,7 @@ class SameStart(L.Callback):
         SharedError: From a hook of Lightning.
     """
 
-    def __init__(self, config: PretrainConfig, start: Start) -> None:
+    def __init__(self, config: AnyRun, start: Start) -> None:
         self.parts = {
             "pictures (data.root must be the same folder on every machine)": start.pictures.fingerprint(sizes=False),
             "checkpoints (run.folder must be the same folder on every machine)": f"{start.checkpoint} {start.done}",

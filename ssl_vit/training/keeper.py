@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
@@ -11,7 +12,6 @@ from ssl_vit.config import TrainerConfig
 from ssl_vit.distributed import any_process, norms
 from ssl_vit.errors import SharedError
 from ssl_vit.training.checkpoints import BEST, LAST, DurableIO, keep_as
-from ssl_vit.training.online import OnlineEvaluation
 from ssl_vit.training.signals import StopSignals
 
 
@@ -25,7 +25,7 @@ class Keeper(L.Callback):
     Args:
         folder: Of the checkpoints.
         signals: Whether a stop has been asked for.
-        online: Whether the step at hand is the best so far; it must have seen the end of the step before.
+        improved: Whether the step at hand is the best so far; it must have seen the end of the step before.
         settings: How long it may go without a checkpoint, how long in all, and which epochs' `epoch_NNNN.ckpt` to keep.
 
     Raises:
@@ -36,12 +36,12 @@ class Keeper(L.Callback):
         self,
         folder: Path,
         signals: StopSignals,
-        online: OnlineEvaluation,
+        improved: Callable[[], bool],
         settings: TrainerConfig,
     ) -> None:
         self.folder = folder
         self.signals = signals
-        self.online = online
+        self.improved = improved
         self.every = settings.checkpoint_every.total_seconds()
         self.max_time = settings.max_time.total_seconds() if settings.max_time else float("inf")
         self.keep_every_epochs = settings.keep_every_epochs
@@ -74,10 +74,10 @@ class Keeper(L.Callback):
         asked = self.signals.received is not None or now - self.started > self.max_time
         wait = self.every / 10 if trainer.is_last_batch and self.saved_step else self.every
         due = now - self.saved > wait or (trainer.is_last_batch and not self.saved_step)
-        stop, due = any_process(asked, due or self.online.improved)
+        stop, due = any_process(asked, due or self.improved())
         if stop or keep or due or trainer.global_step == trainer.max_steps:
             names = [f"epoch_{epoch:04d}.ckpt"] if keep else []
-            self._save(trainer, module, [*names, BEST] if self.online.improved else names)
+            self._save(trainer, module, [*names, BEST] if self.improved() else names)
         if stop:
             trainer.should_stop = True
 

@@ -9,7 +9,6 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from ssl_vit.methods.base import SSLMethod
-from ssl_vit.training.flops import flops_per_picture
 from ssl_vit.training.hardware import matmul_peak, peak_memory
 
 _OF_A_STEP = ("train/", "schedule/")
@@ -39,7 +38,7 @@ class RunProgress(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, module: SSLMethod) -> None:  # type: ignore[override]
         self.step = self.window_step = trainer.global_step
-        self.flops = flops_per_picture(module.config, module.target).total * self.batch_size  # per optimizer step
+        self.flops = module.flops * self.batch_size  # per optimizer step
         self.peak = matmul_peak(module.device.type, str(trainer.precision)) * trainer.world_size  # FLOP/s
         if trainer.is_global_zero:
             self.bar = tqdm(

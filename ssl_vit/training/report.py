@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ssl_vit.config import PretrainConfig
 from ssl_vit.data.pictures import SkippedPictures
 from ssl_vit.methods.base import Plan, SSLMethod, make_plan
-from ssl_vit.training.health import HealthMonitor, Verdict
+from ssl_vit.training.health import Verdict
 from ssl_vit.training.online import OnlineEvaluation
 from ssl_vit.training.runs import Start
 from ssl_vit.training.schedules import Schedule
@@ -30,22 +31,32 @@ def introduction(
         f"{plan.total_steps:,} steps in all",
         f"{config.method.name} on {config.backbone.name}, {size:.1f} M parameters, run folder {config.run.path}",
         f"learning rate {optimizer.lr:g} x {plan.batch_size}/{optimizer.lr_batch_size} = {method.peak_lr:.3g}",
-        *schedule_table(method.schedules, [round(share * (plan.total_steps - 1)) for share in (0, 0.1, 0.5, 1)]),
+        *schedules_along(plan, method),
         *online.plan(),
         *(f"Health: {verdict}" for verdict in verdicts),
-        *start.notes,
+        *way_on(plan, method, start, make_plan(start.before, len(start.pictures))),
     ]
+    return "\n".join(lines)
+
+
+def schedules_along(plan: Plan, method: SSLMethod) -> list[str]:
+    """Lines with the schedules from the first to the last step."""
+    return schedule_table(method.schedules, [round(share * (plan.total_steps - 1)) for share in (0, 0.1, 0.5, 1)])
+
+
+def way_on(plan: Plan, method: SSLMethod, start: Start, before: Plan) -> list[str]:
+    """Lines on what goes on, and on what has changed since `before`, the plan that the run has had so far."""
+    lines = list(start.notes)
     if start.done:
         going_on = start.done < plan.total_steps
         lines.append(f"Going on after step {start.done:,}" if going_on else "The run is complete already")
-    before = make_plan(start.before, len(start.pictures))
     if before.total_steps != plan.total_steps:
         lines.append(f"The run was {before.total_steps:,} steps long and is now {plan.total_steps:,}. Its schedules")
         lines.append("jump here to where those of the longer run are; before:")
-        old = type(method).make_schedules(config.method, before)
+        old = type(method).make_schedules(method.config, before)
         points = [start.done, before.total_steps - 1, plan.total_steps - 1]
         lines += [*schedule_table(old, points), "and now:", *schedule_table(method.schedules, points)]
-    return "\n".join(lines)
+    return lines
 
 
 def schedule_table(schedules: dict[str, Schedule], points: list[int]) -> list[str]:
@@ -60,10 +71,10 @@ def conclusion(
     folder: Path,
     step: int,
     plan: Plan,
-    health: HealthMonitor,
+    verdict: Verdict | None,
     steps: SkippedSteps,
     skipped: SkippedPictures,
-    online: OnlineEvaluation,
+    online: Sequence[str],
 ) -> str:
     """Where things are, and whatever was not as it should be."""
     lines = []
@@ -72,8 +83,8 @@ def conclusion(
             f"Stopped and saved after step {step:,} of {plan.total_steps:,}; the same command with "
             "run.resume=true goes on from there."
         )
-    if health.verdict:
-        lines.append(f"Health: {health.verdict}")
+    if verdict:
+        lines.append(f"Health: {verdict}")
     if steps.total:
         lines.append(
             f"{counted(steps.total, 'step')} had a loss or gradient that is not finite and were left out: "
@@ -81,7 +92,7 @@ def conclusion(
         )
     if count := skipped.count():
         lines.append(f"{counted(count, 'picture')} could not be read and left out: {skipped.path} names them")
-    lines += online.summary()
+    lines += online
     lines.append(f"Backbone: {folder / 'backbone.safetensors'} ({folder / 'backbone.json'} says how to load it)")
     return "\n".join(lines)
 

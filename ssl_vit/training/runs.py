@@ -7,12 +7,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 from filelock import FileLock, Timeout
 
 from ssl_vit.config import FolderConfig, PretrainConfig, RunConfig
+from ssl_vit.config_evaluation import FinetuneConfig
 from ssl_vit.data.files import FilePictures
 from ssl_vit.data.names import Names
 from ssl_vit.data.pictures import Pictures, printable
@@ -33,6 +34,8 @@ PICTURES = "pictures.safetensors"  # their names, where they are files
 HARMLESS = (
     "run.",
     "data.root",
+    "data.train",
+    "data.test",
     "data.workers",
     "trainer.max_time",
     "trainer.accelerator",
@@ -50,13 +53,17 @@ HARMLESS = (
 )
 
 
+AnyRun = PretrainConfig | FinetuneConfig
+RunT = TypeVar("RunT", PretrainConfig, FinetuneConfig)
+
+
 class Start(NamedTuple):
     """Where a run begins or goes on."""
 
     pictures: Pictures
     checkpoint: Path | None
     done: int  # optimizer steps
-    before: PretrainConfig  # with the length that the run has had so far
+    before: AnyRun  # with the length that the run has had so far
     notes: list[str]  # what its user should know
 
 
@@ -89,7 +96,7 @@ def locked(run: FolderConfig) -> Iterator[None]:
             _settle(run)
 
 
-def with_extension(config: PretrainConfig) -> PretrainConfig:
+def with_extension(config: RunT) -> RunT:
     """The configuration with the length that `run.extend_to_epochs` gives the run."""
     if config.run.extend_to_epochs is None:
         return config
@@ -97,7 +104,7 @@ def with_extension(config: PretrainConfig) -> PretrainConfig:
     return config.model_copy(update={"trainer": config.trainer.model_copy(update=longer)})
 
 
-def open_run(config: PretrainConfig, pictures: Pictures) -> Start:
+def open_run(config: AnyRun, pictures: Pictures) -> Start:
     """Go on in the run folder, or see to it that a new run may begin there.
 
     Processes other than the first change nothing.
@@ -154,7 +161,7 @@ def open_run(config: PretrainConfig, pictures: Pictures) -> Start:
     return Start(pictures, found.path, found.step, before, notes)
 
 
-def begin_run(config: PretrainConfig, pictures: Pictures) -> None:
+def begin_run(config: AnyRun, pictures: Pictures) -> None:
     """Write down what the run is of: from here on the folder holds a run, which nothing overwrites unasked.
 
     The run that it replaces is deleted only now.
@@ -212,13 +219,13 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise ValueError("no configuration of a run")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
         raise UserError(
-            f"{folder / CONFIG} is damaged: put it back, as the run had it, to go on; `ssl-vit pretrain ... --cfg` "
-            "prints the configuration of a command"
+            f"{folder / CONFIG} is damaged: put it back, as the run had it, to go on; `ssl-vit ... --cfg` prints the "
+            "configuration of a command"
         ) from None
     return values
 
 
-def compare_configs(before: dict[str, Any], now: PretrainConfig) -> list[str]:
+def compare_configs(before: dict[str, Any], now: AnyRun) -> list[str]:
     """What differs between the configuration of a run and the one that would continue it, without harm.
 
     Keys that only one of them knows, because it is of another version, do not count.
@@ -230,12 +237,11 @@ def compare_configs(before: dict[str, Any], now: PretrainConfig) -> list[str]:
     changed = {key: f"{key}: {old[key]} -> {new[key]}" for key in old if key in new and old[key] != new[key]}
     length = {f"trainer.{key}" for key in LENGTH}
     extended = now.run.extend_to_epochs is not None
-    alone = now.method.name == "sit" and not now.method.contrastive.gather  # negatives are those of a process
     harmful = [
         text
         for key, text in changed.items()
         if not (key.startswith(HARMLESS) or (extended and key in length))
-        or (alone and key in ("trainer.devices", "trainer.nodes"))
+        or (now.tied_to_processes and key in ("trainer.devices", "trainer.nodes"))
     ]
     if harmful:
         head = "run.resume=true: these keys differ from the run's config.yaml; set them back"

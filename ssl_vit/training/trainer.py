@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from ssl_vit.config import TrainerConfig, TrainingConfig
+from ssl_vit.config_evaluation import FinetuneConfig
 from ssl_vit.errors import UserError
 from ssl_vit.methods import METHODS
 from ssl_vit.methods.base import Plan, SSLMethod
@@ -35,7 +36,13 @@ def build_method(config: TrainingConfig, plan: Plan) -> SSLMethod:
         method = METHODS[config.method.name](config.method, config.backbone, plan)  # type: ignore[arg-type]
     except ValueError as error:  # of the schedules: a warm-up longer than the run
         raise UserError(f"method.{config.method.name}: {error}") from None
-    settings, device = config.trainer, best_device(config.trainer.accelerator)
+    tune(method, config.trainer)
+    return method
+
+
+def tune(method: SSLMethod, settings: TrainerConfig) -> None:
+    """Bring the backbones of a method into the form that the device is good at."""
+    device = best_device(settings.accelerator)
     fused = fused_attention_pays(device) if settings.fused_attention == "auto" else settings.fused_attention
     compiled = compiling_pays(device) if settings.compile == "auto" else settings.compile
     for backbone in (module for module in method.modules() if isinstance(module, Backbone)):
@@ -44,11 +51,10 @@ def build_method(config: TrainingConfig, plan: Plan) -> SSLMethod:
             backbone.compile_blocks()
         if settings.recompute_activations:
             backbone.recompute_activations()
-    return method
 
 
 def make_trainer(
-    config: TrainingConfig,
+    config: TrainingConfig | FinetuneConfig,
     plan: Plan,
     loggers: list[Logger],
     callbacks: list[L.Callback],

@@ -8,8 +8,12 @@ The hash is the finalizer of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014).
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,6 +53,9 @@ class Stream(IntEnum):
     ROTATION = 10
     DROP_PATH = 11
     NOISE = 12
+    RAND_AUGMENT = 13
+    ERASING = 14
+    MIX = 15
 
 
 def sample_keys(seed: int, epoch: int, index: Tensor) -> Tensor:
@@ -119,3 +126,24 @@ def step_seed(*numbers: int) -> int:
     for number in numbers:
         key = fold(key, number)
     return int(key) & 0x7FFFFFFFFFFFFFFF
+
+
+@contextmanager
+def library_randomness() -> Iterator[Callable[[int], None]]:
+    """For libraries that draw from the process's own generators: a function that seeds them all with a key.
+
+    After the block Python's, NumPy's and torch's generators on the CPU go on from where they were before it.
+    """
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+    def seed(key: int) -> None:
+        random.seed(key)
+        np.random.seed(key & 0xFFFFFFFF)
+        torch.default_generator.manual_seed(key)  # torch.manual_seed takes a hundred times as long
+
+    try:
+        yield seed
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])

@@ -1,0 +1,116 @@
+"""Fine-tuning: the whole network learns from labels, the deeper its layers lie the slower."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from ssl_vit.config import ViewsConfig
+from ssl_vit.config_evaluation import FinetuneMethodConfig
+from ssl_vit.methods.base import Plan, SSLMethod, StepResult
+from ssl_vit.models.backbone import Backbone
+from ssl_vit.models.heads import mlp
+from ssl_vit.models.weights import LoadedBackbone
+from ssl_vit.precision import at_least_float32
+from ssl_vit.training.flops import TRAINED, forward_flops
+from ssl_vit.transforms.augment import Mixing
+from ssl_vit.transforms.batch import Batch
+
+
+class Classifier(nn.Module):
+    """A backbone and a linear head on its [CLS] token."""
+
+    def __init__(self, backbone: Backbone, classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = mlp([backbone.embed_dim, classes])
+
+    def forward(self, images: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits (B, classes) and [CLS] tokens (B, D) of images (B, C, H, W); drop path is drawn from keys (B,)."""
+        cls = self.backbone(images, key).cls
+        return self.head(cls), cls
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, object]:
+        """For timm, which parameters make up a layer: embeddings, each block, and what is left (final norm, head)."""
+        inside = r"^backbone\.vit\."
+        return {
+            "stem": inside + r"(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre)",
+            "blocks": inside + r"blocks\.(\d+)",
+        }
+
+
+class FineTuning(SSLMethod):
+    """Cross-entropy with the targets that mixing and smoothing leave of the labels.
+
+    Not self-supervised, but trained as the others are, step by step.
+
+    Args:
+        config: Of the augmentation and the optimizer.
+        views: As `crop_views` makes them.
+        backbone: To be trained.
+        classes: That pictures are told apart by.
+        plan: Length of the run.
+    """
+
+    config: FinetuneMethodConfig
+
+    def __init__(
+        self, config: FinetuneMethodConfig, views: ViewsConfig, backbone: Backbone, classes: int, plan: Plan
+    ) -> None:
+        super().__init__(config, views, plan)
+        self.student = Classifier(backbone, classes)
+        self.mixing = Mixing(config, classes)
+
+    @property
+    def target(self) -> Backbone:
+        return self.student.backbone
+
+    @property
+    def flops(self) -> int:
+        head = 2 * self.target.embed_dim * self.mixing.classes
+        return TRAINED * (forward_flops(self.target, self.views.global_crops) + head)
+
+    def step(self, global_views: Tensor, local_views: Tensor, batch: Batch) -> StepResult:
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            images, targets = self.mixing(global_views.squeeze(1), batch.label, batch.key)  # (B, C, H, W), (B, classes)
+        self.laps.lap("photometrics")
+        logits, cls = self.student(images, batch.key)
+        self.laps.lap("student")
+        loss = F.cross_entropy(at_least_float32(logits), targets)
+        self.laps.lap("loss")
+        return StepResult(loss, cls.detach(), {})
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """All but biases, one-dimensional parameters, positions and tokens."""
+        return parameter.ndim > 1 and not name.endswith((".bias", "pos_embed", "cls_token", "reg_token"))
+
+    def configure_optimizers(self) -> Optimizer:
+        """AdamW whose layer l of L learns at lr · layer_decay^(L - l); the head is layer L (BEiT, arXiv 2106.08254)."""
+        kept = [name for name, parameter in self.student.named_parameters() if not self.decays(name, parameter)]
+        groups = param_groups_layer_decay(
+            self.student,
+            weight_decay=1.0,  # a mark; the schedule says how much
+            no_weight_decay_list=kept,
+            layer_decay=self.config.layer_decay,
+        )
+        for group in groups:
+            group["decays"] = group["weight_decay"] > 0
+        return AdamW(groups, lr=self.schedules["lr"](0), betas=self.config.optimizer.betas, fused=True)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        for group in self.optimizers().param_groups:  # type: ignore[union-attr]
+            group["lr"] *= group["lr_scale"]
+
+
+def trainable(loaded: LoadedBackbone, *, image_size: int, drop_path: float) -> Backbone:
+    """The network as one that learns on pictures of this size: its position embeddings are resampled to it, once."""
+    backbone = Backbone(loaded.backbone.config.model_copy(update={"drop_path": drop_path}))
+    backbone.load_state_dict(loaded.backbone.state_dict())
+    if image_size != backbone.config.img_size:
+        backbone.vit.set_input_size(img_size=(image_size, image_size))
+        backbone.config = backbone.config.model_copy(update={"img_size": image_size})
+    return backbone

@@ -1,0 +1,230 @@
+"""The published linear protocols: what they learn with, what they say of themselves, and that they go on."""
+
+import json
+import math
+
+import pytest
+import torch
+from timm.scheduler import CosineLRScheduler
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from ssl_vit.cli import main
+from ssl_vit.commands.compose import load_config
+from ssl_vit.config import BackboneConfig
+from ssl_vit.config_evaluation import LinearConfig
+from ssl_vit.data.sample import make_sample
+from ssl_vit.errors import UserError
+from ssl_vit.models.backbone import Backbone
+from ssl_vit.models.weights import export_backbone, load_backbone
+from ssl_vit.training import published
+from ssl_vit.training.protocols import dino_probe, sit_probe
+from ssl_vit.training.published import published_probe
+
+
+def make_network(**sizes):
+    torch.manual_seed(0)
+    small = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "in_chans": 3}
+    config = {"name": "vit_tiny_patch16_224", "drop_path": 0.1, "init": "jax", "reg_tokens": 0, **small, **sizes}
+    return Backbone(BackboneConfig(**config)).requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("networks")
+    for name, registers in (("plain", 0), ("two", 1)):
+        network = make_network(reg_tokens=registers)
+        export_backbone(network, folder / f"{name}.safetensors", mean=[0.5] * 3, std=[0.25] * 3, source="a test")
+    return folder
+
+
+@pytest.fixture
+def words(networks, sample, tmp_path):
+    def make(protocol, *more):
+        name = {"dino": "plain", "sit": "two"}[protocol]
+        return [
+            f"checkpoint={networks / name}.safetensors", f"data.root={sample}", "data.batch_size=32", "data.workers=0",
+            f"protocol={protocol}", "epochs=3", f"out={tmp_path / 'record.json'}", *more,
+        ]  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def config(words):
+    return lambda *more: load_config("linear", words(*more), LinearConfig)
+
+
+def without_time(path):
+    record = json.loads(path.read_text())
+    for part in ("created", "seconds"):
+        record.pop(part)
+    record["score"]["details"].pop("seconds")
+    record["score"]["details"].pop("run")
+    return record
+
+
+# --- what is published -----------------------------------------------------------------------------------------
+
+
+def test_dinos_learning_rate_is_torchs_cosine_of_the_epoch():
+    probe = dino_probe(make_network(), 5, epochs=None, batch_size=1024)
+    assert probe.epochs == 100
+    (group,) = probe.optimizer.param_groups
+    assert (group["momentum"], group["weight_decay"], group["lr"]) == (0.9, 0.0, pytest.approx(0.004))
+    reference = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.004)
+    schedule = CosineAnnealingLR(reference, 100, eta_min=0)
+    for epoch in range(100):
+        assert probe.lr(epoch) == pytest.approx(reference.param_groups[0]["lr"], rel=1e-6)
+        reference.step()
+        schedule.step()
+
+
+def test_sits_learning_rate_is_timms_cosine_with_warm_up():
+    probe = sit_probe(make_network(reg_tokens=1), 5, epochs=None, batch_size=480)
+    assert probe.epochs == 501
+    reference = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3 * 480 / 512)
+    schedule = CosineLRScheduler(reference, t_initial=501, lr_min=5e-6, warmup_t=5, warmup_lr_init=1e-6)
+    for epoch in range(501):
+        assert probe.lr(epoch) == pytest.approx(reference.param_groups[0]["lr"], rel=1e-6), epoch
+        schedule.step(epoch + 1)
+
+
+@pytest.mark.parametrize(("width", "depth", "inputs"), [(32, 2, 64), (32, 6, 128), (768, 1, 1536)])
+def test_dinos_features_are_four_class_tokens_or_the_last_with_the_patch_mean(width, depth, inputs):
+    network = make_network(embed_dim=width, depth=depth, img_size=16)
+    probe = dino_probe(network, 5, epochs=1, batch_size=8)
+    images = torch.rand(2, 3, 16, 16)
+    (features,) = probe.features(network, images)
+    assert features.shape == (2, inputs)
+    tokens = network.last_blocks(images, depth)
+    wanted = (
+        torch.cat([tokens[-1].cls, tokens[-1].patches.mean(dim=1)], dim=1)
+        if width == 768
+        else torch.cat([block.cls for block in tokens[-4:]], dim=1)
+    )
+    torch.testing.assert_close(features, wanted)
+    (head,) = probe.heads["linear"]
+    assert head.in_features == inputs
+    assert not head.bias.any()
+    assert float(head.weight.std()) == pytest.approx(0.01, rel=0.2)
+
+
+def test_sits_answer_is_the_mean_of_two_heads_and_its_loss_their_sum():
+    network = make_network(reg_tokens=1)
+    probe = sit_probe(network, 5, epochs=1, batch_size=8)
+    features = probe.features(network, torch.rand(4, 3, 48, 48))
+    targets = torch.softmax(torch.randn(4, 5), dim=1)
+    total = 0.0
+    for name in ("linear", "nonlinear"):
+        first, second = probe.heads[name]
+        logits = [first(features[0]), second(features[1])]
+        torch.testing.assert_close(probe.logits(name, features), (logits[0] + logits[1]) / 2)
+        total += sum(-(targets * one.log_softmax(dim=1)).sum(dim=1).mean() for one in logits)
+    torch.testing.assert_close(probe.loss(features, targets), total)
+    one, tanh, other = probe.heads["nonlinear"][0]
+    assert (one.in_features, one.out_features, other.in_features, type(tanh)) == (32, 1024, 1024, torch.nn.Tanh)
+    assert [group["weight_decay"] for group in probe.optimizer.param_groups] == [5e-4, 0.0]
+
+
+# --- as a user sees it -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("protocol", "heads"), [("dino", ["", ", last epoch"]), ("sit", [", linear", ", linear, last epoch",
+                            ", nonlinear", ", nonlinear, last epoch"])]
+)  # fmt: skip
+def test_the_record_says_what_it_was_chosen_on_and_gives_the_last_epoch_beside_it(config, protocol, heads):
+    record, path = published_probe(config(protocol))
+    assert [metric.name for metric in record.score.metrics[::2]] == [f"top-1{suffix}" for suffix in heads]
+    assert list(record.score.answers) == heads
+    assert record.protocol["selection"].startswith("on the test pictures")
+    assert any("chosen on the test pictures" in text for text in record.warnings)
+    assert record.protocol["not reproduced"]
+    for suffix, metric in zip(heads, record.score.metrics[::2], strict=True):
+        answers = record.score.answers[suffix]
+        assert float((answers.predicted == answers.truth).float().mean()) == pytest.approx(metric.value)
+        looks = record.score.details["looks"][next(h for h in ("nonlinear", "linear") if h in suffix or h == "linear")]
+        wanted = looks[-1][1] if "last" in suffix else max(accuracy for _, accuracy in looks)
+        assert metric.value == pytest.approx(wanted)
+    assert json.loads(path.read_text())["task"] == f"linear-{protocol}"
+
+
+def test_it_learns_and_the_frozen_network_stays_as_it_was(config, tmp_path, monkeypatch):
+    folder = tmp_path / "pictures"
+    make_sample(folder, pictures=600, seed=3)
+    seen = []
+    original = published.on_best_device
+
+    def remembered(loaded):
+        seen.append(loaded.backbone)
+        return original(loaded)
+
+    monkeypatch.setattr(published, "on_best_device", remembered)
+    given = config("dino", f"data.root={folder}", "epochs=6", "data.batch_size=16")
+    before = {name: value.clone() for name, value in load_backbone(given.checkpoint).backbone.state_dict().items()}
+    record, path = published_probe(given)
+    (backbone,) = seen
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    assert not backbone.training
+    lines = [json.loads(line) for line in (path.with_suffix("") / "epochs.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[0]["loss"] == pytest.approx(math.log(12), abs=0.3)
+    assert record.score.metrics[0].n == 120
+
+
+@pytest.mark.parametrize("protocol", ["dino", "sit"])
+def test_interrupted_and_resumed_equals_uninterrupted(config, monkeypatch, protocol, tmp_path, capsys):
+    whole = published_probe(config(protocol, f"out={tmp_path / 'whole.json'}"))[1]
+    save = published._save
+
+    def stop(folder, probe, identity, course):
+        save(folder, probe, identity, course)
+        if course.epoch == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(published, "_save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            published_probe(config(protocol))
+    parts = published_probe(config(protocol))[1]
+    assert without_time(whole) == without_time(parts)
+    first, second = (path.with_suffix("") for path in (whole, parts))
+    assert (first / "epochs.jsonl").read_text() == (second / "epochs.jsonl").read_text()
+
+    capsys.readouterr()
+    again = published_probe(config(protocol))[1]
+    assert "is complete already" in capsys.readouterr().out
+    assert without_time(again) == without_time(whole)
+
+
+def test_a_folder_of_another_probe_is_not_gone_on_with(config):
+    published_probe(config("dino", "epochs=1"))
+    with pytest.raises(UserError, match="holds a probe with another protocol"):
+        published_probe(config("dino", "epochs=2"))
+
+
+def test_a_broken_picture_is_skipped_and_counted(config, tmp_path):
+    folder = tmp_path / "pictures"
+    make_sample(folder, pictures=60, seed=0)
+    for part in ("train", "test"):
+        sorted((folder / part).rglob("*.png"))[0].with_name(f"broken {part}.png").write_bytes(b"this is no picture")
+    record, _ = published_probe(config("dino", f"data.root={folder}", "epochs=1"))
+    assert record.data["skipped"] == 2
+    assert record.score.metrics[0].n == 12
+    assert any("2 pictures could not be read" in text for text in record.warnings)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "more", "says"),
+    [
+        ("sit", ["checkpoint={networks}/plain.safetensors"], "protocol=sit reads two tokens"),
+        ("sit", ["data.batch_size=31"], "data.batch_size=31: protocol=sit mixes pictures in pairs"),
+        ("dino", ["protocol=held-out", "epochs=2"], "epochs is for protocol=dino and protocol=sit"),
+        ("dino", ["data.root={sample}/train"], "protocol=dino is chosen on test pictures"),
+        ("dino", ["protocol=mae"], "protocol"),
+    ],
+)
+def test_mistakes_in_words(words, networks, sample, capsys, protocol, more, says):
+    more = [word.format(networks=networks, sample=sample) for word in more]
+    assert main(["linear", *words(protocol, *more)]) == 2
+    assert says in capsys.readouterr().err
