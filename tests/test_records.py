@@ -13,8 +13,8 @@ from ssl_vit.config import BackboneConfig
 from ssl_vit.config_evaluation import KNNConfig
 from ssl_vit.evaluation import provenance
 from ssl_vit.evaluation.intervals import wilson
+from ssl_vit.evaluation.naming import data_name, model_name, record_path
 from ssl_vit.evaluation.records import Answers, Metric, Record, Score, accuracies, beside, protocol_hash
-from ssl_vit.evaluation.study import data_name, record_path
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.weights import LoadedBackbone, export_backbone, load_backbone
 
@@ -203,6 +203,6 @@ def test_a_record_says_which_network_it_was(exported):
 
 def test_a_timm_name_is_the_name_of_the_network():
     loaded = LoadedBackbone(None, [], [], "timm:vit_small_patch16_224.dino", None, None)
-    name = provenance.model_name(loaded, "timm:vit_small_patch16_224.dino", "teacher")
+    name = model_name(loaded, "timm:vit_small_patch16_224.dino", "teacher")
     assert name == "vit_small_patch16_224.dino"
     assert beside(Path(f"knn-{name}.json"), ".npz").name == f"knn-{name}.npz"

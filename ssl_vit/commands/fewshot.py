@@ -60,7 +60,6 @@ def measure(config: FewshotConfig) -> tuple[Record, Path]:
             "subsets": f"{config.subsets} per setting, nested, drawn by label and place",
             "answers": "of the first subset",
             "split": "train and test" if source.test is not None else f"{TEST_SHARE:g} of each class held out to test",
-            "seed": config.seed,
         },
         train_labels=train.labels,
         test_labels=test.labels,

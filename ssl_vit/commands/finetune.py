@@ -22,9 +22,10 @@ from ssl_vit.distributed import disband
 from ssl_vit.durable import durable, write_json
 from ssl_vit.errors import UserError
 from ssl_vit.evaluation.knn import rank_of
+from ssl_vit.evaluation.naming import data_name
 from ssl_vit.evaluation.probes import stratified
 from ssl_vit.evaluation.records import Answers, Score, accuracies
-from ssl_vit.evaluation.study import NETWORK, Study, data_name
+from ssl_vit.evaluation.study import NETWORK, Study
 from ssl_vit.methods.base import Plan, make_plan
 from ssl_vit.methods.finetune import FineTuning, trainable
 from ssl_vit.models.weights import export_backbone
@@ -226,7 +227,6 @@ def test(config: FinetuneConfig, study: Study, parts: Parts, method: FineTuning)
             "held_out": config.held_out,
             "selection": "none: the last weights, tested once",
             "split": parts.split,
-            "seed": config.seed,
         },
         train_labels=parts.learned.labels,
         test_labels=labels,

@@ -62,7 +62,6 @@ def measure(config: LinearConfig) -> tuple[Record, Path]:
             "standardised": "by the training pictures",
             **solver.describe(),
             "split": "train and test" if source.test is not None else f"{TEST_SHARE:g} of each class held out to test",
-            "seed": config.seed,
         },
         train_labels=train.labels,
         test_labels=test.labels,

@@ -206,6 +206,7 @@ def _probe(config: TransferConfig, network: Network, data: DataSet) -> LinearCon
         *_data_words(config, data.source, data.root),
         *config.linear,
         "baselines=false",
+        "sheet=false",
         f"seed={config.seed}",
         f"checkpoint={network.checkpoint}",
         f"weights={config.weights}",

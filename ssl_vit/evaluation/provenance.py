@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
 import subprocess
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 import yaml
 
 from ssl_vit import __version__
+from ssl_vit.evaluation.naming import model_name
 from ssl_vit.models.weights import LoadedBackbone
 from ssl_vit.training.hardware import autocast_dtype, peak_memory
 
@@ -81,21 +81,6 @@ def network(loaded: LoadedBackbone, checkpoint: str, which: str) -> dict[str, An
         "backbone": loaded.backbone.config.model_dump(mode="json"),
         "normalisation": {"mean": loaded.mean, "std": loaded.std},
     }
-
-
-def model_name(loaded: LoadedBackbone, checkpoint: str, which: str) -> str:
-    """What tables and file names call a network: its run; else its timm name, or its file's with a part of its hash."""
-    student = "-student" if which == "student" else ""
-    if loaded.run is not None:
-        return f"{loaded.run.resolve().name}{student}"
-    kind, colon, name = checkpoint.partition(":")
-    if loaded.sha256 is not None:
-        name = f"{Path(checkpoint).stem}-{loaded.sha256[:8]}{student}"
-    elif not colon:
-        name = checkpoint
-    elif kind == "random":
-        name = f"random-{Path(name).name}"
-    return re.sub(r"[^\w.+-]+", "-", name)
 
 
 def pretraining_seed(run: Path | None) -> int | None:

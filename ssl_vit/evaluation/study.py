@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ssl_vit.config_evaluation import EvalDataConfig, EvaluationConfig, FeaturesConfig, LabelledConfig
-from ssl_vit.data.files import SPLITS
+from ssl_vit.config_evaluation import EvaluationConfig, FeaturesConfig, LabelledConfig
 from ssl_vit.data.find import LabelledSplit, find_labelled
-from ssl_vit.data.pictures import Pictures, SkippedPictures, printable
+from ssl_vit.data.pictures import Pictures, SkippedPictures
 from ssl_vit.errors import PartDone, UserError
 from ssl_vit.evaluation import provenance
 from ssl_vit.evaluation.baselines import Pixels, centred, mean_of
 from ssl_vit.evaluation.features import Describer, Features, NetworkTokens, check_health, check_size, on_best_device
 from ssl_vit.evaluation.filling import Filled, filled
 from ssl_vit.evaluation.mistakes import Mistakes
+from ssl_vit.evaluation.naming import data_name, record_path
 from ssl_vit.evaluation.records import Record, Score, beside
 from ssl_vit.evaluation.sheet import hardest_tiles, write_sheet
 from ssl_vit.evaluation.store import Store, features_folder, stores_of
@@ -239,31 +239,6 @@ def stored(
         for part, some in zip(LabelledSplit._fields, pictures, strict=True)
         if some is not None
     ]
-
-
-def record_path(task: str, config: LabelledConfig, loaded: LoadedBackbone) -> Path:
-    """Where a record goes by default: `eval/` of the run; without a run the current folder, the network in its name."""
-    parts = [task, data_name(config.data)]
-    if loaded.run is None:
-        parts.append(provenance.model_name(loaded, config.checkpoint, config.weights))
-    elif config.weights == "student":
-        parts.append("student")
-    folder = Path() if loaded.run is None else loaded.run / "eval"
-    return folder / f"{'-'.join(part[:80] for part in parts)}.json"
-
-
-def data_name(data: EvalDataConfig) -> str:
-    """What reports call the pictures: the torchvision data set, or the folder above train/, val/ and test/.
-
-    One of these alone is called by both names, as `lab-train`; two of different data sets are, too, as `lab-field`.
-    """
-    if data.source != "folder" and data.source != "shards":
-        return data.source
-    folder = (data.root or data.train or Path()).resolve()
-    if data.test is None:
-        return printable(f"{folder.parent.name}-{folder.name}" if folder.name in SPLITS else folder.name)
-    names = [path.parent.name if path.name in SPLITS else path.name for path in (folder, data.test.resolve())]
-    return printable(names[0] if names[0] == names[1] else "-".join(names))
 
 
 def _unknown_classes(train_labels: Tensor, test_labels: Tensor) -> list[str]:

@@ -80,7 +80,6 @@ def published_probe(config: LinearConfig) -> tuple[Record, Path]:
         "batch_size": config.data.batch_size,
         "selection": f"on the test pictures: the best of {_looks(probe)} looks at them, as published",
         "split": "train and test",
-        "seed": config.seed,
     }
     identity = {
         "protocol": repr(protocol),
