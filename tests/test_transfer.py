@@ -199,8 +199,7 @@ def test_each_architecture_has_its_random_network_and_torchvision_sets_are_colum
     assert transfer(tmp_path / "out", checkpoints, [f"cifar10:{tmp_path / 'data'}"]) == 0
     cells = json.loads((tmp_path / "out" / "transfer.json").read_text())["cells"]
     assert [(found["network"], found["data"], found["n"]) for found in cells] == [
-        (name, "cifar10", 4)
-        for name in ("other", "shallow", "lr-1", "random-init-other", "random-init-shallow")
+        (name, "cifar10", 4) for name in ("other", "shallow", "lr-1", "random-init-other", "random-init-shallow")
     ]
 
 
