@@ -15,8 +15,8 @@ def environment(**more):
     return {**os.environ, "OMP_NUM_THREADS": "1", **more}
 
 
-def command(words, launcher=()):
-    return [sys.executable, *launcher, "-m", "ssl_vit", "pretrain", *words]
+def command(words, launcher=(), name="pretrain"):
+    return [sys.executable, *launcher, "-m", "ssl_vit", name, *words]
 
 
 def run_command(words, *, launcher=(), **more):
@@ -26,10 +26,10 @@ def run_command(words, *, launcher=(), **more):
     )
 
 
-def start_command(words, **more):
+def start_command(words, *, name="pretrain", **more):
     """Running; both outputs together are its `stdout`, and its process group is its own."""
     return subprocess.Popen(
-        command(words),
+        command(words, name=name),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

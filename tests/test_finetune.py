@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from running import assert_same_run, rows, state, wait_until
+from running import assert_same_run, rows, start_command, state, wait_until
 from safetensors.torch import load_file
 from timm.data.auto_augment import rand_augment_transform
 
@@ -28,7 +28,7 @@ from ssl_vit.models.weights import export_backbone, load_backbone
 from ssl_vit.transforms.augment import Mixing, RandAugment, crop_views
 from ssl_vit.transforms.batch import Batch
 from ssl_vit.transforms.evaluation import EvalTransform
-from ssl_vit.transforms.randomness import library_randomness, sample_keys
+from ssl_vit.transforms.randomness import Stream, fold, library_randomness, sample_keys
 
 SMALL = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "in_chans": 3, "reg_tokens": 0}
 NO_MIXING = ("method.mixup=0", "method.cutmix=0", "method.erasing=0", "method.rand_augment.layers=0")
@@ -211,25 +211,16 @@ def test_changed_settings_are_refused_and_harmless_ones_are_not(config):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_equals_uninterrupted(words, config, tmp_path, monkeypatch):
-    import running
-
-    monkeypatch.setattr(running, "command", lambda words, launcher=(): running_command(words))
+def test_killed_and_resumed_equals_uninterrupted(words, config, tmp_path):
     more = ("trainer.max_steps=60", "trainer.checkpoint_every=0s")
     whole = finetune(config(*more, "run.name=whole"))
-    process = running.start_command(words(*more, "run.name=parts"))
+    process = start_command(words(*more, "run.name=parts"), name="finetune")
     last = tmp_path / "runs" / "parts" / "checkpoints" / "last.ckpt"
     wait_until(last.exists, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     finetune(config(*more, "run.name=parts", "run.resume=true"))
     assert_same_run(whole, last.parents[1])
-
-
-def running_command(words):
-    import sys
-
-    return [sys.executable, "-m", "ssl_vit", "finetune", *words]
 
 
 def test_a_broken_picture_is_skipped_counted_and_named(words, sample, tmp_path, capsys):
@@ -322,8 +313,6 @@ def test_rand_augment_is_timms_and_follows_a_pictures_key_alone():
 
     plain = rand_augment_transform("rand-m9-n2-mstd0.5-inc1", {"translate_const": 14, "img_mean": (102, 128, 153),
                                    "interpolation": Image.Resampling.BICUBIC, "magnitude_max": 9.99})  # fmt: skip
-    from ssl_vit.transforms.randomness import Stream, fold
-
     with library_randomness() as seed:
         seed(int(fold(batch.key, Stream.RAND_AUGMENT)[3]))
         wanted = np.array(plain(Image.fromarray(before[3, 0].permute(1, 2, 0).numpy())))
