@@ -144,7 +144,7 @@ def test_one_folder_is_left_one_out(run, sample):
 def test_one_folder_is_split_for_the_probe(run, sample):
     measured("linear", f"checkpoint={run}", f"data.root={sample / 'train'}", "baselines=false", "blocks=[1,99]")
     record = json.loads((run / "eval" / f"linear-{sample.name}-train.json").read_text())
-    assert record["protocol"]["split"] == "0.2 of each class held out to test"
+    assert record["protocol"]["split"] == "0.2 of each class held out to test, seed 0"
     assert (record["data"]["n_train"], record["data"]["n_test"]) == (156, 36)
     features = {trial["features"] for trial in record["score"]["details"]["trials"]}
     assert features == {  # 99 blocks are all that there are

@@ -237,7 +237,7 @@ def test_the_same_seed_gives_the_same_record_and_another_seed_other_subsets(netw
 def test_one_folder_is_split(network, sample, tmp_path):
     words = [f"data.root={sample / 'train'}", "baselines=false", "shots=[1]", "shares=[]", "subsets=1"]
     record = record_of(network, tmp_path / "a.json", *words)
-    assert record["protocol"]["split"] == "0.2 of each class held out to test"
+    assert record["protocol"]["split"] == "0.2 of each class held out to test, seed 0"
     assert (record["data"]["n_train"], record["data"]["n_test"]) == (156, 36)
     assert {metric["interval"] for metric in record["score"]["metrics"]} == {"Wilson"}
 

@@ -434,13 +434,13 @@ def test_evaluations_share_one_pass(sample, tmp_path, reads):
     reads.clear()
     records = []
     for _ in range(2):
-        assert main(["knn", *words, "baselines=false"]) == 0
+        assert main(["knn", *words, "baselines=false", "sheet=false"]) == 0
         assert len(reads) <= 2 * 17  # 16 of each set, and its broken one
         record = json.loads((run / "eval" / "knn-mixed.json").read_text())
         lists = [(run / "eval" / f"knn-mixed-skipped-{part}.txt").read_text() for part in ("train", "test")]
         records.append([record["score"], record["data"], record["warnings"], lists])
         reads.clear()
-    assert main(["linear", *words, "baselines=false", "l2=[1e-1,1e-2]"]) == 0
+    assert main(["linear", *words, "baselines=false", "sheet=false", "l2=[1e-1,1e-2]"]) == 0
     assert len(reads) <= 2 * 17
     assert records[0] == records[1]
     assert records[0][1]["skipped"] == 2

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ssl_vit.commands.linear import TEST_SHARE, split
+from ssl_vit.commands.linear import split
 from ssl_vit.commands.publish import publish
 from ssl_vit.config_evaluation import FewshotConfig
 from ssl_vit.evaluation.fewshot import NEAREST, RIDGE, Outcome, few_shot, settings
-from ssl_vit.evaluation.probes import Variant
+from ssl_vit.evaluation.probes import Variant, split_rule
 from ssl_vit.evaluation.records import Record, Score
 from ssl_vit.evaluation.study import PIXELS, Study
 from ssl_vit.training.hardware import best_device
@@ -57,9 +57,9 @@ def measure(config: FewshotConfig) -> tuple[Record, Path]:
             "selection": "l2 by the squared error of exact leave-one-out within the subset",
             "shots": sorted(set(config.shots)),
             "shares": sorted(set(config.shares)),
-            "subsets": f"{config.subsets} per setting, nested, drawn by label and place",
+            "subsets": f"{config.subsets} per setting, nested, drawn by label and place, seeds from {config.seed} on",
             "answers": "of the first subset",
-            "split": "train and test" if source.test is not None else f"{TEST_SHARE:g} of each class held out to test",
+            "split": split_rule(source.test, config.seed),
         },
         train_labels=train.labels,
         test_labels=test.labels,

@@ -23,7 +23,7 @@ from ssl_vit.durable import durable, write_json
 from ssl_vit.errors import UserError
 from ssl_vit.evaluation.knn import rank_of
 from ssl_vit.evaluation.naming import data_name
-from ssl_vit.evaluation.probes import stratified
+from ssl_vit.evaluation.probes import TEST_SHARE, split_rule, stratified
 from ssl_vit.evaluation.records import Answers, Score, accuracies
 from ssl_vit.evaluation.study import NETWORK, Study
 from ssl_vit.methods.base import Plan, make_plan
@@ -43,8 +43,6 @@ from ssl_vit.training.skipping import SkippedSteps
 from ssl_vit.training.trainer import make_trainer, quiet_lightning, tune
 from ssl_vit.transforms.augment import RandAugment, crop_views
 from ssl_vit.transforms.crops import MultiCrop
-
-TEST_SHARE = 0.2  # of each class, where there is but one set of pictures
 
 
 class Parts(NamedTuple):
@@ -90,11 +88,10 @@ def divide(config: FinetuneConfig, pictures: Pictures, test: Pictures | None) ->
     Raises:
         UserError: No class has pictures enough for it.
     """
-    places, split = torch.arange(len(pictures)), "train and test"
+    places, split = torch.arange(len(pictures)), split_rule(test, config.seed)
     if test is None:
         tested = stratified(pictures.labels, TEST_SHARE, seed=config.seed)
         test, places = Subset(pictures, places[tested]), places[~tested]
-        split = f"{TEST_SHARE:g} of each class held out to test"
     held = stratified(pictures.labels[places], config.held_out, seed=config.seed)
     if not len(test) or not held.any():
         raise UserError("no class has pictures enough: none can be held out")

@@ -20,14 +20,12 @@ from ssl_vit.errors import UserError
 from ssl_vit.evaluation.features import Features
 from ssl_vit.evaluation.linear import SGD, LinearResult, Logistic, Ridge, Solver, linear_probe
 from ssl_vit.evaluation.probe_file import save_probe
-from ssl_vit.evaluation.probes import Variant, stratified
+from ssl_vit.evaluation.probes import TEST_SHARE, Variant, split_rule, stratified
 from ssl_vit.evaluation.records import Answers, Record, Score, accuracies
 from ssl_vit.evaluation.sgd import Schedule
 from ssl_vit.evaluation.study import PIXELS, Source, Study
 from ssl_vit.training.hardware import best_device
 from ssl_vit.training.published import published_probe
-
-TEST_SHARE = 0.2  # of each class, where there is but one set of pictures
 
 
 def main(config: LinearConfig) -> None:
@@ -61,7 +59,7 @@ def measure(config: LinearConfig) -> tuple[Record, Path]:
             "features": [str(variant) for variant in variants],
             "standardised": "by the training pictures",
             **solver.describe(),
-            "split": "train and test" if source.test is not None else f"{TEST_SHARE:g} of each class held out to test",
+            "split": split_rule(source.test, config.seed),
         },
         train_labels=train.labels,
         test_labels=test.labels,

@@ -14,6 +14,8 @@ from ssl_vit.evaluation.knn import rank_of
 _ROWS = 4096  # of features that are standardised at a time
 _NOISE = 1e-6  # of a feature's size: a standard deviation below it is of rounding errors only
 
+TEST_SHARE = 0.2  # of each class that is held out to test on, where there is but one set of pictures
+
 
 class Variant(NamedTuple):
     """Which of the features a probe sees."""
@@ -80,6 +82,11 @@ class Probe(NamedTuple):
     def logits(self, features: Tensor) -> Tensor:
         """Scores (N, C) of features (N, D)."""
         return Standard(self.mean, self.scale).apply(features) @ self.weight + self.bias
+
+
+def split_rule(test: object | None, seed: int) -> str:
+    """What is tested on, in words: the test pictures if there are any, else a share of the training pictures."""
+    return f"{TEST_SHARE:g} of each class held out to test, seed {seed}" if test is None else "train and test"
 
 
 def stratified(labels: Tensor, share: float, *, seed: int) -> Tensor:

@@ -50,7 +50,7 @@ class StepResult(NamedTuple):
     """What a method makes of a batch."""
 
     loss: Tensor  # ()
-    features: Tensor  # (2, B, D), the [CLS] tokens of the global views, without gradient; their health is logged
+    features: Tensor  # (V, B, D), the [CLS] tokens of the global views, without gradient; their health is logged
     logs: dict[str, Tensor]  # scalars
 
 
@@ -148,7 +148,9 @@ class SSLMethod(L.LightningModule):
         features = gather(result.features[0])
         logs = {"loss": result.loss.detach(), **result.logs}
         logs |= {"spread": spread(features), "effective_rank": effective_rank(features)}
-        logs |= {"alignment": alignment(*result.features), "uniformity": uniformity(features)}
+        logs["uniformity"] = uniformity(features)
+        if len(result.features) == 2:
+            logs["alignment"] = alignment(*result.features)
         values = all_mean(torch.stack([value.float() for value in logs.values()]))
         self.logged = torch.stack([values]) if first else torch.cat([self.logged, values[None]])  # (micro-batches, n)
         names = [f"train/{name}" for name in logs]

@@ -81,7 +81,7 @@ class FineTuning(SSLMethod):
         self.laps.lap("student")
         loss = F.cross_entropy(at_least_float32(logits), targets)
         self.laps.lap("loss")
-        return StepResult(loss, cls.detach(), {})
+        return StepResult(loss, cls.detach()[None], {})
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """All but biases, one-dimensional parameters, positions and tokens."""
