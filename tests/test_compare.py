@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from ssl_vit.cli import main
 from ssl_vit.errors import UserError
-from ssl_vit.evaluation.comparison import compare
-from ssl_vit.evaluation.intervals import difference
-from ssl_vit.evaluation.reading import find_records, read_answers, read_record
-from ssl_vit.evaluation.records import Answers, Metric, Record, Score, accuracies
-from ssl_vit.evaluation.tables import render
+from ssl_vit.records.comparison import compare
+from ssl_vit.records.intervals import difference
+from ssl_vit.records.reading import find_records, read_answers, read_record
+from ssl_vit.records.record import Answers, Metric, Record, Score, accuracies
+from ssl_vit.records.tables import render
 
 COUNT = 400
 

@@ -4,7 +4,7 @@ import torch
 
 from ssl_vit.attention.summary import Summary
 from ssl_vit.commands.demo import table
-from ssl_vit.evaluation.records import Metric, Record, Score
+from ssl_vit.records.record import Metric, Record, Score
 
 
 def record():

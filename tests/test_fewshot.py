@@ -13,9 +13,9 @@ from ssl_vit.errors import UserError
 from ssl_vit.evaluation.features import Features
 from ssl_vit.evaluation.fewshot import NEAREST, RIDGE, Outcome, draw, few_shot, settings
 from ssl_vit.evaluation.probes import Variant, label_ranks
-from ssl_vit.evaluation.records import Answers, wilson
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.weights import export_backbone
+from ssl_vit.records.record import Answers, wilson
 
 L2 = [1e-3, 1e-1, 10.0]
 CPU = torch.device("cpu")

@@ -25,7 +25,7 @@ CONFIG = {
     "training.schedules",
 }
 TENSORS = CONFIG | {"distributed", "precision", "timing", "transforms", "models", "losses"}
-MEASURING = TENSORS | {"data", "evaluation", "training.hardware"}
+MEASURING = TENSORS | {"data", "evaluation", "records", "training.hardware"}
 
 # What each part of the package may import of the package, and which libraries it may not import.
 # The longest name that fits a file counts.
@@ -50,6 +50,7 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "losses": (CONFIG | {"distributed", "precision", "losses"}, HEAVY),
     "data": (CONFIG | {"distributed", "transforms", "data"}, HYDRA | {"wandb", "timm"}),
     "methods": (TENSORS | {"training", "methods"}, HYDRA | {"wandb"}),
+    "records": (CONFIG | {"data", "models", "records", "training.hardware"}, HEAVY),
     "evaluation": (MEASURING, HEAVY),
     "attention": (MEASURING | {"attention"}, HEAVY),
     "training": (MEASURING | {"methods", "training"}, HYDRA),

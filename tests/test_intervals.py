@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl_vit.evaluation.intervals import difference, holm, mcnemar, paired_bootstrap, wilson
+from ssl_vit.records.intervals import difference, holm, mcnemar, paired_bootstrap, wilson
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from PIL import Image
 
 from ssl_vit.data.arrays import ArrayPictures
 from ssl_vit.data.files import folder_pictures
-from ssl_vit.evaluation.intervals import wilson
-from ssl_vit.evaluation.mistakes import Mistakes, hardest
-from ssl_vit.evaluation.records import Answers
-from ssl_vit.evaluation.sheet import COLUMNS, ROWS, hardest_tiles, write_sheet
+from ssl_vit.records.intervals import wilson
+from ssl_vit.records.mistakes import Mistakes, hardest
+from ssl_vit.records.record import Answers
+from ssl_vit.records.sheet import COLUMNS, ROWS, hardest_tiles, write_sheet
 
 
 def answers(count, classes, *, right=0.6, seed=0):

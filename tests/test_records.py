@@ -11,12 +11,12 @@ import torch
 from ssl_vit.commands.compose import load_config
 from ssl_vit.config import BackboneConfig
 from ssl_vit.config_evaluation import KNNConfig
-from ssl_vit.evaluation import provenance
-from ssl_vit.evaluation.intervals import wilson
-from ssl_vit.evaluation.naming import data_name, model_name, record_path
-from ssl_vit.evaluation.records import Answers, Metric, Record, Score, accuracies, beside, protocol_hash
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.weights import LoadedBackbone, export_backbone, load_backbone
+from ssl_vit.records import provenance
+from ssl_vit.records.intervals import wilson
+from ssl_vit.records.naming import data_name, model_name, record_path
+from ssl_vit.records.record import Answers, Metric, Record, Score, accuracies, beside, protocol_hash
 
 METRIC = Metric("top-1, k=20", 0.5, 100, 0.404, 0.596)
 RECORD = Record(

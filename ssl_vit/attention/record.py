@@ -9,9 +9,9 @@ import numpy as np
 
 from ssl_vit.attention.summary import NETWORK, Result
 from ssl_vit.config_evaluation import AttentionConfig
-from ssl_vit.evaluation import provenance
-from ssl_vit.evaluation.records import Record, Score
 from ssl_vit.models.weights import LoadedBackbone
+from ssl_vit.records import provenance
+from ssl_vit.records.record import Record, Score
 
 PROTOCOL = {
     "map": "[CLS] row of the last block's softmax over all tokens in float32; patches only, scaled to sum 1",

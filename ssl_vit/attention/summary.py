@@ -19,7 +19,7 @@ from ssl_vit.attention.metrics import (
     score,
     stack_scores,
 )
-from ssl_vit.evaluation.records import Metric, Score
+from ssl_vit.records.record import Metric, Score
 
 NETWORK, RANDOM = "network", "random init"
 HEAD_RULES = {

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from ssl_vit.config_evaluation import CompareConfig
 from ssl_vit.durable import durable
-from ssl_vit.evaluation.comparison import compare
-from ssl_vit.evaluation.reading import find_records
-from ssl_vit.evaluation.tables import render
+from ssl_vit.records.comparison import compare
+from ssl_vit.records.reading import find_records
+from ssl_vit.records.tables import render
 
 
 def main(config: CompareConfig) -> None:

@@ -17,7 +17,7 @@ from ssl_vit.commands.pretrain import pretrain
 from ssl_vit.config import DemoConfig, PretrainConfig
 from ssl_vit.config_evaluation import AttentionConfig, KNNConfig, LinearConfig
 from ssl_vit.data.sample import make_sample
-from ssl_vit.evaluation.records import Record
+from ssl_vit.records.record import Record
 from ssl_vit.training.checkpoints import newest
 from ssl_vit.training.runs import claim_folder, locked
 

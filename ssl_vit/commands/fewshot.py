@@ -13,8 +13,8 @@ from ssl_vit.commands.publish import publish
 from ssl_vit.config_evaluation import FewshotConfig
 from ssl_vit.evaluation.fewshot import NEAREST, RIDGE, Outcome, few_shot, settings
 from ssl_vit.evaluation.probes import Variant, split_rule
-from ssl_vit.evaluation.records import Record, Score
 from ssl_vit.evaluation.study import PIXELS, Study
+from ssl_vit.records.record import Record, Score
 from ssl_vit.training.hardware import best_device
 
 

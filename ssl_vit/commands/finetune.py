@@ -22,13 +22,13 @@ from ssl_vit.distributed import disband
 from ssl_vit.durable import durable, write_json
 from ssl_vit.errors import UserError
 from ssl_vit.evaluation.knn import rank_of
-from ssl_vit.evaluation.naming import data_name
 from ssl_vit.evaluation.probes import TEST_SHARE, split_rule, stratified
-from ssl_vit.evaluation.records import Answers, Score, accuracies
 from ssl_vit.evaluation.study import NETWORK, Study
 from ssl_vit.methods.base import Plan, make_plan
 from ssl_vit.methods.finetune import FineTuning, trainable
 from ssl_vit.models.weights import export_backbone
+from ssl_vit.records.naming import data_name
+from ssl_vit.records.record import Answers, Score, accuracies
 from ssl_vit.training.agreement import SameStart
 from ssl_vit.training.faults import named_faults, refuse_divergence
 from ssl_vit.training.hardware import best_device

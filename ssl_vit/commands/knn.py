@@ -18,9 +18,9 @@ from ssl_vit.config_evaluation import KNNConfig
 from ssl_vit.evaluation.features import Features
 from ssl_vit.evaluation.knn import KNNResult, Labelled, classify, search, smallest_class
 from ssl_vit.evaluation.leaks import find_leak
-from ssl_vit.evaluation.records import Answers, Record, Score, accuracies
 from ssl_vit.evaluation.search import choose_engine
 from ssl_vit.evaluation.study import NETWORK, Source, Study
+from ssl_vit.records.record import Answers, Record, Score, accuracies
 from ssl_vit.training.hardware import best_device
 
 USUAL = 20  # k that is mostly best (DINO), so the one whose mistakes are told class by class

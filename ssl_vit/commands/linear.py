@@ -21,9 +21,9 @@ from ssl_vit.evaluation.features import Features
 from ssl_vit.evaluation.linear import SGD, LinearResult, Logistic, Ridge, Solver, linear_probe
 from ssl_vit.evaluation.probe_file import save_probe
 from ssl_vit.evaluation.probes import TEST_SHARE, Variant, split_rule, stratified
-from ssl_vit.evaluation.records import Answers, Record, Score, accuracies
 from ssl_vit.evaluation.sgd import Schedule
 from ssl_vit.evaluation.study import PIXELS, Source, Study
+from ssl_vit.records.record import Answers, Record, Score, accuracies
 from ssl_vit.training.hardware import best_device
 from ssl_vit.training.published import published_probe
 

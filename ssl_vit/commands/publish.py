@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ssl_vit.config_evaluation import EvaluationConfig
 from ssl_vit.errors import UserError
-from ssl_vit.evaluation.records import Record
+from ssl_vit.records.record import Record
 
 
 def publish(record: Record, path: Path, config: EvaluationConfig) -> None:

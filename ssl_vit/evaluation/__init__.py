@@ -1,1 +1,1 @@
-"""Frozen features, kNN, linear probe and their records."""
+"""Frozen features, and what they are worth: kNN, linear probes, few labels, other data."""

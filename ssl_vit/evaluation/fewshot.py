@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from ssl_vit.errors import UserError
 from ssl_vit.evaluation.features import Features
-from ssl_vit.evaluation.intervals import wilson
 from ssl_vit.evaluation.knn import Labelled, knn
 from ssl_vit.evaluation.probes import Variant, label_ranks
-from ssl_vit.evaluation.records import Answers, Metric
 from ssl_vit.evaluation.ridge import left_out_score, ridge_path
 from ssl_vit.evaluation.search import full_precision
+from ssl_vit.records.intervals import wilson
+from ssl_vit.records.record import Answers, Metric
 
 RIDGE, NEAREST = "ridge", "1-NN"
 

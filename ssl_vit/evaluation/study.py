@@ -15,17 +15,17 @@ from ssl_vit.config_evaluation import EvaluationConfig, FeaturesConfig, Labelled
 from ssl_vit.data.find import LabelledSplit, find_labelled
 from ssl_vit.data.pictures import Pictures, SkippedPictures
 from ssl_vit.errors import PartDone, UserError
-from ssl_vit.evaluation import provenance
 from ssl_vit.evaluation.baselines import Pixels, centred, mean_of
 from ssl_vit.evaluation.features import Describer, Features, NetworkTokens, check_health, check_size, on_best_device
 from ssl_vit.evaluation.filling import Filled, filled
-from ssl_vit.evaluation.mistakes import Mistakes
-from ssl_vit.evaluation.naming import data_name, record_path
-from ssl_vit.evaluation.records import Record, Score, beside
-from ssl_vit.evaluation.sheet import hardest_tiles, write_sheet
 from ssl_vit.evaluation.store import Store, features_folder, stores_of
 from ssl_vit.models.weights import LoadedBackbone, load_backbone, random_twin
 from ssl_vit.processes import place_in_launch
+from ssl_vit.records import provenance
+from ssl_vit.records.mistakes import Mistakes
+from ssl_vit.records.naming import data_name, record_path
+from ssl_vit.records.record import Record, Score, beside
+from ssl_vit.records.sheet import hardest_tiles, write_sheet
 from ssl_vit.training.hardware import best_device, take_own_gpu
 from ssl_vit.transforms.evaluation import EvalTransform
 

@@ -19,11 +19,11 @@ from ssl_vit.data.find import LabelledSplit, labelled_folder
 from ssl_vit.data.pictures import Pictures, SkippedPictures, Subset
 from ssl_vit.errors import UserError
 from ssl_vit.evaluation.features import Features, check_health, extract
-from ssl_vit.evaluation.intervals import wilson
 from ssl_vit.evaluation.knn import Labelled, knn
 from ssl_vit.evaluation.ridge import best_ridge, ridge_path
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.weights import LoadedBackbone
+from ssl_vit.records.intervals import wilson
 from ssl_vit.training.checkpoints import BEST, keep_as, steps_done
 from ssl_vit.training.runs import Start
 from ssl_vit.transforms.evaluation import EvalTransform

@@ -23,10 +23,10 @@ from ssl_vit.durable import durable
 from ssl_vit.errors import UserError
 from ssl_vit.evaluation.features import on_best_device
 from ssl_vit.evaluation.knn import rank_of
-from ssl_vit.evaluation.records import Answers, Record, Score, accuracies
 from ssl_vit.evaluation.study import NETWORK, Study
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.weights import read_plain
+from ssl_vit.records.record import Answers, Record, Score, accuracies
 from ssl_vit.training.hardware import autocast_dtype
 from ssl_vit.training.journal import Journal
 from ssl_vit.training.protocols import PROBES, Probe

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from ssl_vit.errors import UserError
-from ssl_vit.evaluation.intervals import Difference, difference, holm
-from ssl_vit.evaluation.reading import SavedMetric, SavedRecord, read_answers
+from ssl_vit.records.intervals import Difference, difference, holm
+from ssl_vit.records.reading import SavedMetric, SavedRecord, read_answers
 
 
 class Group(NamedTuple):

@@ -18,8 +18,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from ssl_vit.durable import durable, write_json
-from ssl_vit.evaluation.intervals import wilson
-from ssl_vit.evaluation.provenance import tool
+from ssl_vit.records.intervals import wilson
+from ssl_vit.records.provenance import tool
 
 SCHEMA = 2  # of the JSON; grows when a key changes its meaning
 

@@ -13,8 +13,8 @@ import torch
 import yaml
 
 from ssl_vit import __version__
-from ssl_vit.evaluation.naming import model_name
 from ssl_vit.models.weights import LoadedBackbone
+from ssl_vit.records.naming import model_name
 from ssl_vit.training.hardware import autocast_dtype, peak_memory
 
 _CHECKOUT = Path(__file__).parents[2]

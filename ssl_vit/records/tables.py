@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Literal
 
-from ssl_vit.evaluation.comparison import Comparison, Paired
-from ssl_vit.evaluation.intervals import RESAMPLES
-from ssl_vit.evaluation.reading import SavedMetric
+from ssl_vit.records.comparison import Comparison, Paired
+from ssl_vit.records.intervals import RESAMPLES
+from ssl_vit.records.reading import SavedMetric
 
 Format = Literal["text", "markdown", "latex"]
 

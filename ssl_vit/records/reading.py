@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ssl_vit.errors import UserError
-from ssl_vit.evaluation.records import SCHEMA, Answers
+from ssl_vit.records.record import SCHEMA, Answers
 
 
 class _Part(BaseModel):

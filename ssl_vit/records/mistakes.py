@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ssl_vit.evaluation.intervals import wilson
-from ssl_vit.evaluation.records import Answers
+from ssl_vit.records.intervals import wilson
+from ssl_vit.records.record import Answers
 
 _PAIRS = 25  # of classes, that a record lists
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ssl_vit.data.pictures import BrokenPicture, Pictures
 from ssl_vit.durable import durable
-from ssl_vit.evaluation.mistakes import Mistakes, hardest
-from ssl_vit.evaluation.records import Answers
+from ssl_vit.records.mistakes import Mistakes, hardest
+from ssl_vit.records.record import Answers
 
 SHOWN = 24  # classes, or pairs of classes, at most
 COLUMNS, ROWS = 8, 2  # of the hardest pictures

@@ -1,0 +1,1 @@
+"""Results and how they came about: written, read back, compared and drawn."""
