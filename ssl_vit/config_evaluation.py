@@ -101,10 +101,14 @@ class CompareConfig(Section):
         return self
 
 
-class NeighboursConfig(Section):
+class DescribedConfig(Section):
     checkpoint: str
     weights: Which
     data: EvalDataConfig
+    features: Path | None
+
+
+class NeighboursConfig(DescribedConfig):
     images: Path | None
     k: Count
     limit: Count
@@ -120,12 +124,8 @@ class NeighboursConfig(Section):
         return self
 
 
-class FeaturesConfig(Section):
-    checkpoint: str
-    weights: Which
-    data: EvalDataConfig
+class FeaturesConfig(DescribedConfig):
     blocks: Count
-    features: Path | None
     to: Literal["npz", "parquet"] | None
     out: Path | None
     pca: bool

@@ -32,7 +32,12 @@ def flat(sample, tmp_path):
 
 @pytest.fixture
 def words(tiny_network, tmp_path):
-    return [f"checkpoint={tiny_network}", "data.workers=0", f"out={tmp_path / 'sheet.png'}"]
+    return [
+        f"checkpoint={tiny_network}",
+        "data.workers=0",
+        f"out={tmp_path / 'sheet.png'}",
+        f"features={tmp_path / 'features'}",
+    ]
 
 
 def found(words, *more):
@@ -100,11 +105,12 @@ def test_an_index_finds_the_same_and_is_used_again(words, sample, flat, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(Index, "build", lambda *_, **__: pytest.fail("it was built again"))
         assert found(words, *data, "index=ivf")["queries"] == first["queries"]
+    (index,) = (tmp_path / "features").glob("*/*.ivf")
+    index.write_bytes(b"damaged")
+    assert found(words, *data, "index=ivf")["queries"] == first["queries"]
+    assert "holds no index" in capsys.readouterr().out
     content = found(words, f"data.root={flat}", *data[1:], "index=ivf")  # other pictures
-    assert "is an index of other features; it is built anew" in capsys.readouterr().out
     assert content["search"]["queries"] == 24  # of 48 in all
-    (tmp_path / "sheet.ivf").write_bytes(b"damaged")
-    assert found(words, f"data.root={flat}", *data[1:], "index=ivf")["queries"] == content["queries"]
 
 
 def test_broken_pictures_are_skipped_with_a_word(words, flat, sample, tmp_path, capsys):
@@ -117,8 +123,10 @@ def test_broken_pictures_are_skipped_with_a_word(words, flat, sample, tmp_path, 
     assert "0000.png" not in [row["name"] for row in content["queries"]]
     assert not any("broken.png" in names(row) for row in content["queries"])
     printed = capsys.readouterr().out
-    assert f"1 could not be read: {tmp_path / 'sheet-skipped-queries.txt'}" in printed
-    assert "broken.png" in (tmp_path / "sheet-skipped-pictures.txt").read_text()
+    assert f"1 could not be read: {tmp_path / 'sheet-skipped.txt'}" in printed
+    (listed,) = (tmp_path / "features").glob("*/skipped.txt")
+    assert "broken.png" in listed.read_text()
+    assert f"1 could not be read: {listed}" in printed
 
 
 def test_k_beyond_the_set_shows_all_others(words, flat, capsys):

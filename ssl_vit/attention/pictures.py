@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssl_vit.attention.masks import mass_mask, to_pixels
 from ssl_vit.attention.metrics import count_truth, iou
-from ssl_vit.records.tiles import INK, PAPER, as_image, fitted, font, shortened
+from ssl_vit.evaluation.tiles import INK, PAPER, as_image, fitted, font, shortened
 
 TILE = 240  # pixels of a tile's longer side
 GAP = 10

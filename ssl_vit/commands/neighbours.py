@@ -16,15 +16,16 @@ from torch import Tensor
 
 from ssl_vit.config_evaluation import NeighboursConfig
 from ssl_vit.data.files import pictures_at
-from ssl_vit.data.find import find_described
+from ssl_vit.data.find import LabelledSplit, find_described
 from ssl_vit.data.pictures import Pictures, SkippedPictures, Subset
 from ssl_vit.durable import durable, write_json
 from ssl_vit.errors import UserError
-from ssl_vit.evaluation.features import Features, check_health, check_size, extract, on_best_device
+from ssl_vit.evaluation.features import Features, NetworkTokens, check_health, extract, on_best_device
 from ssl_vit.evaluation.index import Index, StaleIndexError
 from ssl_vit.evaluation.neighbour_sheet import Tile, neighbour_sheet
 from ssl_vit.evaluation.search import Neighbours, choose_engine, nearest
-from ssl_vit.models.weights import LoadedBackbone, load_backbone
+from ssl_vit.evaluation.study import BLOCKS, load_network, stored
+from ssl_vit.models.weights import LoadedBackbone
 from ssl_vit.training.hardware import best_device
 from ssl_vit.transforms.evaluation import EvalTransform
 
@@ -37,6 +38,7 @@ class Described(NamedTuple):
     pictures: Pictures
     features: Features
     skipped: SkippedPictures
+    folder: Path  # of what is kept about them
 
     def class_of(self, row: int) -> str | None:
         """The name of a picture's class, where it is known."""
@@ -58,15 +60,15 @@ def main(config: NeighboursConfig) -> None:
     Raises:
         UserError: Network or pictures are not there, do not fit, or leave nothing to search for.
     """
-    loaded = on_best_device(load_backbone(config.checkpoint, config.weights))
+    loaded, transform = load_network(config)
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    known = _described(config, loaded, find_described(config.data).train, "pictures")
+    known = _known(config, on_best_device(loaded), transform)
     check_health(known.features, loaded.source)
-    asked, own = _queries(config, loaded, known)
+    asked, own = _queries(config, loaded, transform, known)
     k = min(config.k, len(known.features.index) - (own is not None))
     if not k:
         raise UserError("only one picture can be read: it has no neighbours")
-    found, how = _search(config, known.features, asked.features, own, k)
+    found, how = _search(config, known, asked.features, own, k)
     rows = _listed(known, asked, found)
     skipped = {"pictures": known.skipped.count(), "queries": 0 if own is not None else asked.skipped.count()}
     content = {
@@ -84,43 +86,45 @@ def main(config: NeighboursConfig) -> None:
     print(_report(config, rows, how, {part.skipped.path: part.skipped.count() for part in (known, asked)}))
 
 
-def _described(config: NeighboursConfig, loaded: LoadedBackbone, pictures: Pictures, part: str) -> Described:
-    """The [CLS] token of the last block, of all pictures that can be read; the others are listed beside `out`."""
-    image_size = config.data.image_size or loaded.backbone.config.img_size
-    check_size(image_size, loaded.backbone.patch_size)
-    transform = EvalTransform(image_size, config.data.crop_ratio, loaded.mean, loaded.std)
-    skipped = SkippedPictures(config.out.with_name(f"{config.out.stem}-skipped-{part}.txt"))
+def _known(config: NeighboursConfig, loaded: LoadedBackbone, transform: EvalTransform) -> Described:
+    """The pictures to search among, and their features, stored now or before."""
+    pictures = find_described(config.data).train
+    describe = NetworkTokens(loaded, transform, blocks=min(BLOCKS, len(loaded.backbone.vit.blocks)))
+    (found,) = stored(describe, LabelledSplit(pictures, None), config=config, run=loaded.run)
+    return Described(pictures, found.store.features(blocks=1), found.store.skipped, found.store.folder)
+
+
+def _queries(
+    config: NeighboursConfig, loaded: LoadedBackbone, transform: EvalTransform, known: Described
+) -> tuple[Described, Tensor | None]:
+    """What to search for; where that is some of the known pictures, their rows (Q,) too."""
+    if config.images is None:
+        generator = torch.Generator().manual_seed(config.seed)
+        rows = torch.randperm(len(known.features.index), generator=generator)[: config.limit].sort().values
+        return known._replace(features=known.features.take(rows)), rows
+    given = pictures_at(config.images)
+    first = Subset(given, torch.arange(min(config.limit, len(given))))
+    skipped = SkippedPictures(config.out.with_name(f"{config.out.stem}-skipped.txt"))
     skipped.path.unlink(missing_ok=True)
     features = extract(
         loaded,
-        pictures,
+        first,
         transform,
         blocks=1,
         batch_size=config.data.batch_size,
         workers=config.data.workers,
         skipped=skipped,
     )
-    return Described(pictures, features, skipped)
-
-
-def _queries(config: NeighboursConfig, loaded: LoadedBackbone, known: Described) -> tuple[Described, Tensor | None]:
-    """What to search for; where that is some of the known pictures, their rows (Q,) too."""
-    if config.images is not None:
-        given = pictures_at(config.images)
-        first = Subset(given, torch.arange(min(config.limit, len(given))))
-        return _described(config, loaded, first, "queries"), None
-    generator = torch.Generator().manual_seed(config.seed)
-    rows = torch.randperm(len(known.features.index), generator=generator)[: config.limit].sort().values
-    return known._replace(features=known.features.take(rows)), rows
+    return Described(first, features, skipped, config.out.parent), None
 
 
 def _search(
-    config: NeighboursConfig, known: Features, asked: Features, own: Tensor | None, k: int
+    config: NeighboursConfig, known: Described, asked: Features, own: Tensor | None, k: int
 ) -> tuple[Neighbours, dict[str, Any]]:
     """The k nearest known pictures to each that is asked for, and how they were searched for."""
-    bank, queries = known.cls[:, -1], asked.cls[:, -1]  # (N, D), (Q, D)
+    bank, queries = known.features.cls[:, -1], asked.cls[:, -1]  # (N, D), (Q, D)
     if config.index == "ivf":
-        index = _index(config, bank, k)
+        index = _index(config, known.folder, bank, k)
         return index.nearest(queries, k=k, own=own), {"index": "ivf", **index.quality._asdict()}
     device = best_device()
     bank, queries = (F.normalize(part.to(device).float(), dim=1) for part in (bank, queries))
@@ -129,17 +133,16 @@ def _search(
     return Neighbours(found.similarity.cpu(), found.place.cpu()), {"index": "exact", "k": k}
 
 
-def _index(config: NeighboursConfig, features: Tensor, k: int) -> Index:
-    """The index beside `out`, built where there is none for these features, k and recall."""
-    path = config.out.with_suffix(".ivf")
+def _index(config: NeighboursConfig, folder: Path, features: Tensor, k: int) -> Index:
+    """The index beside the features, built where there is none for this k and recall."""
+    path = folder / f"nearest-{k}-{config.recall:g}.ivf"
     if path.exists():
         try:
             index = Index.load(path, features)
         except StaleIndexError as reason:
             print(f"{reason}; it is built anew")
         else:
-            if (index.quality.k, index.quality.wanted) == (k, config.recall):
-                return index
+            return index
     index = Index.build(features, k=k, recall=config.recall, seed=config.seed)
     index.save(path)
     return index

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ssl_vit.records.tiles import INK, PAPER, as_image, fitted, font, shortened
+from ssl_vit.evaluation.tiles import INK, PAPER, as_image, fitted, font, shortened
 
 SIDE = 112  # pixels of a tile's longer side
 _CELL = SIDE + 20, SIDE + 44  # width and height with border and caption

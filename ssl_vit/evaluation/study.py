@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ssl_vit.config_evaluation import EvaluationConfig, FeaturesConfig, LabelledConfig
+from ssl_vit.config_evaluation import DescribedConfig, EvaluationConfig, LabelledConfig
 from ssl_vit.data.find import LabelledSplit, find_labelled
 from ssl_vit.data.pictures import Pictures, SkippedPictures
 from ssl_vit.errors import PartDone, UserError
@@ -212,7 +212,7 @@ class Study:
         ]
 
 
-def load_network(config: LabelledConfig | FeaturesConfig) -> tuple[LoadedBackbone, EvalTransform]:
+def load_network(config: LabelledConfig | DescribedConfig) -> tuple[LoadedBackbone, EvalTransform]:
     """The network, and what pictures go through before it.
 
     Raises:
@@ -226,7 +226,7 @@ def load_network(config: LabelledConfig | FeaturesConfig) -> tuple[LoadedBackbon
 
 
 def stored(
-    describe: Describer, pictures: LabelledSplit, *, config: EvaluationConfig | FeaturesConfig, run: Path | None
+    describe: Describer, pictures: LabelledSplit, *, config: EvaluationConfig | DescribedConfig, run: Path | None
 ) -> list[Filled]:
     """What is said of the pictures to learn from, and of those to test on if there are such: stored now or before."""
     folder, name = features_folder(config.features, run), data_name(config.data)
