@@ -67,7 +67,7 @@ def test_the_nearest_of_a_picture_among_unlabelled_ones(words, flat, tmp_path, c
         assert sheet.width > 6 * SIDE
     printed = capsys.readouterr().out
     assert str(tmp_path / "sheet.json") in printed
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["flat", "sheet.json", "sheet.png"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["features", "flat", "sheet.json", "sheet.png"]
 
 
 def test_the_sets_own_pictures_are_left_out_of_their_own_neighbours(words, sample, tiny_network, tmp_path):
