@@ -12,8 +12,8 @@ from ssl_vit.data.files import folder_pictures
 from ssl_vit.data.pictures import SkippedPictures
 from ssl_vit.errors import UserError
 from ssl_vit.evaluation import features as module
-from ssl_vit.evaluation.baselines import centred, raw_pixels
-from ssl_vit.evaluation.features import Features, check_health, check_size, extract
+from ssl_vit.evaluation.baselines import Pixels, centred
+from ssl_vit.evaluation.features import Features, check_health, check_size, extract, in_memory
 from ssl_vit.evaluation.knn import Labelled, knn
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.weights import LoadedBackbone
@@ -123,23 +123,27 @@ def test_pictures_of_any_size_and_mode(loaded, tmp_path, skipped):
     assert found.cls.shape == (4, 1, 32)
 
 
+def pixels(pictures, transform, **how):
+    return in_memory(Pixels(transform, channels=3), pictures, show=False, **how)
+
+
 def test_raw_pixels_are_the_picture_reduced_to_32(pictures, skipped):
-    how = {"channels": 3, "batch_size": 9, "workers": 0, "skipped": skipped}
-    small = raw_pixels(pictures, transform(32), **how)
-    large = raw_pixels(pictures, transform(48), **how)
+    how = {"batch_size": 9, "workers": 0, "skipped": skipped}
+    small = pixels(pictures, transform(32), **how)
+    large = pixels(pictures, transform(48), **how)
     first = pictures.read(0, 3)
     assert small.cls.shape == large.cls.shape == (48, 1, 3 * 32 * 32)
     torch.testing.assert_close(small.cls[0, 0], transform(32)(first).flatten() / 255)
     reduced = torch.nn.functional.interpolate(first[None] / 255, (32, 32), mode="bilinear", antialias=True)
     torch.testing.assert_close(large.cls[0, 0], reduced.flatten())
-    assert raw_pixels(pictures, transform(16), **how).cls.shape == (48, 1, 3 * 16 * 16)
+    assert pixels(pictures, transform(16), **how).cls.shape == (48, 1, 3 * 16 * 16)
     mean = large.cls.mean(0)
     torch.testing.assert_close(centred(large, mean).cls.mean(0), torch.zeros(1, 3072), rtol=0, atol=1e-6)
 
 
 def test_knn_of_real_pixels_equals_the_textbook(cifar, skipped):
-    how = {"channels": 3, "batch_size": 256, "workers": 0, "skipped": skipped}
-    train, test = (raw_pixels(folder_pictures(cifar / part), transform(16), **how) for part in ("train", "test"))
+    how = {"batch_size": 256, "workers": 0, "skipped": skipped}
+    train, test = (pixels(folder_pictures(cifar / part), transform(16), **how) for part in ("train", "test"))
     mean = train.cls.mean(0)
     bank, queries = (Labelled(centred(part, mean).cls[:, 0], part.labels) for part in (train, test))
     queries = Labelled(queries.features[::8], queries.labels[::8])

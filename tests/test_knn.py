@@ -1,13 +1,12 @@
 """kNN equals the textbook picture by picture, on either engine, in any blocks, whatever the data look like."""
 
-import numpy as np
 import pytest
 import torch
 from reference import probes
 
 from ssl_vit.evaluation import knn as voting
 from ssl_vit.evaluation import search as module
-from ssl_vit.evaluation.knn import Labelled, knn, knn_accuracy, rank_of, votes
+from ssl_vit.evaluation.knn import Labelled, knn, rank_of, votes
 from ssl_vit.evaluation.search import Neighbours, nearest
 
 TEMPERATURE = 0.07
@@ -108,8 +107,9 @@ def test_leave_one_out_finds_exact_copies_but_never_the_picture_itself():
     found = nearest(unit, unit, k=5, own=torch.arange(60))
     assert (found.place[:, 0] == (torch.arange(60) + 30) % 60).all()
     assert not (found.place == torch.arange(60)[:, None]).any()
-    assert knn(bank, None, ks=[1], temperature=TEMPERATURE).near_duplicates == 60
-    assert knn_accuracy(bank, None, k=1) == 1
+    result = knn(bank, None, ks=[1], temperature=TEMPERATURE)
+    assert result.near_duplicates == 60
+    assert (result.ranks[1] == 0).all()
 
 
 def test_blocks_do_not_change_the_neighbours(monkeypatch):
@@ -278,16 +278,3 @@ def test_reduced_precision_of_training_does_not_reach_the_search():
     finally:
         torch.set_float32_matmul_precision("highest")
     assert torch.equal(exact.place, again.place)
-
-
-def test_accuracy_of_features_that_are_not_finite_is_not_a_number():
-    bank, queries = clouds(40, 0), clouds(20, 1)
-    assert np.isfinite(knn_accuracy(bank, queries, k=5))
-    queries.features[3, 2] = torch.nan
-    assert np.isnan(knn_accuracy(bank, queries, k=5))
-
-
-def test_accuracy_equals_the_share_of_right_answers():
-    bank, queries = clouds(150, 0), clouds(60, 1)
-    expected = np.mean([rank == 0 for rank in textbook_ranks(bank, queries, 20)])
-    assert knn_accuracy(bank, queries, k=20) == pytest.approx(expected)

@@ -10,9 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_vit.config import Workers
-from ssl_vit.data.pictures import Pictures, SkippedPictures
-from ssl_vit.evaluation.features import Described, Features, in_memory
+from ssl_vit.evaluation.features import Described, Features
 from ssl_vit.transforms.evaluation import EvalTransform
 
 _ROWS = 4096  # pictures at a time
@@ -48,23 +46,6 @@ class Pixels:
         """Values in [0, 1] of pictures (B, C, S, S) uint8."""
         pixels = _reduced(images.float() / 255).flatten(1).unsqueeze(1)  # (B, 1, D)
         yield Described(pixels, pixels.new_empty(len(pixels), 0))
-
-
-def raw_pixels(
-    pictures: Pictures,
-    transform: EvalTransform,
-    *,
-    channels: int,
-    batch_size: int,
-    workers: Workers,
-    skipped: SkippedPictures,
-) -> Features:
-    """Pixel values in [0, 1] in place of a network's features: one block of C·S·S of them, no patch tokens.
-
-    The pictures are cut as for the network; sides above 32 pixels are reduced to 32.
-    """
-    describe = Pixels(transform, channels=channels)
-    return in_memory(describe, pictures, batch_size=batch_size, workers=workers, skipped=skipped, show=False)
 
 
 def mean_of(features: Features) -> Tensor:

@@ -100,15 +100,6 @@ def smallest_class(labels: Tensor) -> int:
     return int(torch.unique(labels, return_counts=True)[1].min())
 
 
-def knn_accuracy(bank: Labelled, queries: Labelled | None, *, k: int, temperature: float = 0.07) -> float:
-    """Share of queries that kNN classifies rightly, in [0, 1]; NaN where a feature is not finite."""
-    parts = [bank] if queries is None else [bank, queries]
-    if not all(part.features.isfinite().all() for part in parts):
-        return float("nan")
-    ranks = knn(bank, queries, ks=[k], temperature=temperature).ranks[k]
-    return float((ranks == 0).float().mean())
-
-
 def votes(
     neighbours: Neighbours, labels: Tensor, classes: int, *, ks: Sequence[int], temperature: float
 ) -> Iterator[Tensor]:

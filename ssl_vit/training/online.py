@@ -6,7 +6,6 @@ import hashlib
 import logging
 import math
 import time
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import lightning as L
@@ -242,7 +241,7 @@ class OnlineEvaluation(L.Callback):
         if self.best:
             path = self.folder / BEST
             lines.append(f"The best is {path}; it was chosen by these pictures, so judge it by others:")
-            lines.append(f"  ssl-vit knn checkpoint={path} data.root=LABELLED out={_record(path)}")
+            lines.append(f"  ssl-vit knn checkpoint={path} data.root=LABELLED")
         return lines
 
 
@@ -252,11 +251,6 @@ def _linear(known: Labelled, asking: Labelled) -> float:
     known_labels, truth = labels.split([len(known.labels), len(asking.labels)])
     fit = best_ridge(ridge_path(known.features, known_labels, classes=len(classes), l2=L2), known_labels)
     return _share(fit.probe.logits(asking.features).argmax(dim=1) == truth)
-
-
-def _record(checkpoint: Path) -> Path:
-    """Where a record of the best does not replace that of the last."""
-    return checkpoint.parent.parent / "eval" / f"{checkpoint.stem}.json"
 
 
 def _share(right: Tensor) -> float:
