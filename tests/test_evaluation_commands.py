@@ -282,6 +282,7 @@ def test_every_solver_measures_the_network_and_its_baselines(solver, run, sample
     out = tmp_path / "out.json"
     measured("linear", f"checkpoint={run}", f"data.root={sample}", f"out={out}", *SOLVERS[solver])
     record = json.loads(out.read_text())
+    assert record["task"] == ("linear" if solver == "logistic" else f"linear-{solver}")  # records of their own
     assert record["protocol"]["solver"].lower().startswith(solver)
     assert ("leave-one-out" in record["protocol"]["selection"]) == (solver == "ridge")
     for score in [record["score"], *record["baselines"]]:

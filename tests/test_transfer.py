@@ -142,7 +142,7 @@ def test_each_network_on_each_data_set_resumes_and_computes_what_changed(network
     lines = text.splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:5]] == rows
     assert [line.count("**") for line in lines[2:5]] == [2, 0, 0]  # the diagonal: the run on what it was pretrained on
-    assert "one-folder: 0.2 of each class held out to test." in text
+    assert "one-folder: 0.2 of each class held out to test, seed 0." in text
     cells = json.loads((out / "transfer.json").read_text())["cells"]
     for found in cells:
         metric = json.loads((out / found["record"]).read_text())["score"]["metrics"][0]

@@ -41,7 +41,8 @@ def measure(config: LinearConfig) -> tuple[Record, Path]:
     """
     if config.protocol != "held-out":
         return published_probe(config)
-    study = Study.begin("linear", config)
+    task = "linear" if config.solver == "logistic" else f"linear-{config.solver}"
+    study = Study.begin(task, config)
     depth = len(study.loaded.backbone.vit.blocks)
     blocks = sorted({min(count, depth) for count in config.blocks})
     variants = [Variant(count, patch_mean) for count in blocks for patch_mean in (False, True)]
