@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -122,7 +123,7 @@ def test_users_open_the_files_with_numpy(pictures, features):
     assert np.load(made.folder / "state.npy").tolist() == [1] * 48
     assert (made.folder / "paths.txt").read_text().splitlines() == [pictures.name(index) for index in range(48)]
     identity = json.loads((made.folder / "manifest.json").read_text())["identity"]
-    assert identity["pictures"] == pictures.fingerprint(sizes=True)
+    assert identity["pictures"] == pictures.fingerprint(sizes=True, times=True)
     assert identity["describer"]["transform"]["crop_ratio"] == 0.875
 
 
@@ -175,11 +176,13 @@ def test_anything_changed_gives_other_features(folder, pictures, features):
     made.append(store(folder_pictures(folder), features))
     (folder / "red-dots" / "more.png").write_bytes(b"of another size")
     made.append(store(folder_pictures(folder), features))
-    assert len({one.folder for one in made}) == 5
+    (folder / "red-dots" / "more.png").write_bytes(b"as another size")
+    made.append(store(folder_pictures(folder), features))
+    assert len({one.folder for one in made}) == 6
     assert store(pictures, features, tokens(network(seed=1))).folder == made[1].folder
 
 
-def test_a_picture_replaced_by_one_of_the_same_size_is_noticed(tmp_path, features, caplog):
+def test_a_picture_replaced_by_one_of_the_same_size_and_time_is_noticed(tmp_path, features, caplog):
     generator = torch.Generator().manual_seed(0)
 
     def picture(number):
@@ -192,7 +195,9 @@ def test_a_picture_replaced_by_one_of_the_same_size_is_noticed(tmp_path, feature
     pictures = folder_pictures(tmp_path / "bitmaps")
     before = store(pictures, features).features(blocks=2).cls.clone()
     assert not caplog.messages
+    about = (tmp_path / "bitmaps" / "4.bmp").stat()
     picture(4)
+    os.utime(tmp_path / "bitmaps" / "4.bmp", ns=(about.st_atime_ns, about.st_mtime_ns))
     after = store(pictures, features).features(blocks=2).cls
     assert "a picture was replaced" in caplog.text
     assert "made anew" in caplog.text

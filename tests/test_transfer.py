@@ -249,3 +249,10 @@ def test_mistakes_are_told_before_anything_is_computed(
 def test_mistakes_in_the_keys_of_the_probe_are_told(networks, sample, tmp_path, capsys, words, told):
     assert transfer(tmp_path / "out", networks, [sample], f"linear={words}") == 2
     assert told in capsys.readouterr().err
+
+
+def test_several_processes_are_refused_in_one_line(networks, sample, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert transfer(tmp_path / "out", networks[:1], [sample]) == 2
+    assert "transfer is one process" in capsys.readouterr().err

@@ -22,9 +22,10 @@ from ssl_vit.config import Source
 from ssl_vit.config_evaluation import LinearConfig, TransferConfig
 from ssl_vit.data.find import find_labelled
 from ssl_vit.durable import durable, write_json
-from ssl_vit.errors import UserError
+from ssl_vit.errors import SharedError, UserError
 from ssl_vit.evaluation.transfer import Cell, pretrained_on, short_names, table
 from ssl_vit.models.weights import LoadedBackbone, load_backbone
+from ssl_vit.processes import place_in_launch
 
 # What decides over no number of a pair, or stands for it by a hash.
 _PLACES = {"checkpoint", "out", "features", "baselines", "data"}
@@ -88,7 +89,14 @@ class Pair:
 
 
 def main(config: TransferConfig) -> None:
-    """Run the command."""
+    """Run the command.
+
+    Raises:
+        SharedError: Several processes were started.
+        UserError: A network or a data set is not there, or pairs failed.
+    """
+    if place_in_launch()[1] > 1:
+        raise SharedError("transfer is one process; `ssl-vit features` under torchrun describes the pictures before it")
     networks, sets = _networks(config), _data_sets(config)
     pairs = [Pair(network, data, _probe(config, network, data)) for network in networks for data in sets]
     stored = [pair.stored() for pair in pairs]
@@ -163,7 +171,7 @@ def _data_sets(config: TransferConfig) -> list[DataSet]:
     sets = []
     for name, (source, root) in zip(names, places, strict=True):
         data = load_config("linear", [*_data_words(config, source, root), "checkpoint=none"], LinearConfig).data
-        prints = [part.fingerprint(sizes=True) for part in find_labelled(data) if part is not None]
+        prints = [part.fingerprint(sizes=True, times=True) for part in find_labelled(data) if part is not None]
         sets.append(DataSet(name, source, root, prints))
     return sets
 

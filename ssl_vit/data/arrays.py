@@ -54,7 +54,7 @@ class ArrayPictures:
         """All pictures as (N, C, H, W) uint8."""
         return self.images if channels == 3 else torch.cat([luma(chunk) for chunk in torch.split(self.images, _CHUNK)])
 
-    def fingerprint(self, *, sizes: bool) -> str:
+    def fingerprint(self, *, sizes: bool, times: bool = False) -> str:
         """The data set and its part; torchvision has compared the files with their published checksums."""
         return f"{self.title} ({len(self)})"
 

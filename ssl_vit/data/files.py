@@ -73,17 +73,20 @@ class FilePictures:
         """Other pictures below the same root."""
         return FilePictures(self.root, names, ignored=self.ignored, labelled=bool(self.classes))
 
-    def fingerprint(self, *, sizes: bool) -> str:
-        """A hash of all names, and of the file sizes too if wanted, for which each file is asked."""
-        if not sizes:
+    def fingerprint(self, *, sizes: bool, times: bool = False) -> str:
+        """A hash of all names, and of file sizes and times of change if wanted, for which each file is asked."""
+        if not sizes and not times:
             return self.names.fingerprint()
         digest = hashlib.sha256()
         for name in self.names:
             try:
-                size = os.stat(os.path.join(os.fsencode(self.root), name)).st_size  # noqa: PTH116, PTH118 - bytes
+                about = os.stat(os.path.join(os.fsencode(self.root), name))  # noqa: PTH116, PTH118 - bytes
+                size, changed = about.st_size, about.st_mtime_ns
             except OSError:
-                size = -1
+                size = changed = -1
             digest.update(b"%s\0%d\0" % (name, size))
+            if times:
+                digest.update(b"%d\0" % changed)
         return digest.hexdigest()
 
     @property

@@ -56,11 +56,12 @@ class Pictures(Protocol):
         """
         ...
 
-    def fingerprint(self, *, sizes: bool) -> str:
+    def fingerprint(self, *, sizes: bool, times: bool = False) -> str:
         """A hash that changes when pictures are added, removed or renamed.
 
         Args:
             sizes: Whether it changes, too, when a file is replaced by one of another size; this asks for each.
+            times: Whether it changes, too, when a file is written to; then it is of this copy of the files alone.
         """
         ...
 
@@ -130,9 +131,9 @@ class Subset:
         """As in the larger set."""
         return self.pictures.content(int(self.places[index]))
 
-    def fingerprint(self, *, sizes: bool) -> str:
+    def fingerprint(self, *, sizes: bool, times: bool = False) -> str:
         """Of the larger set and the places."""
-        digest = hashlib.sha256(self.pictures.fingerprint(sizes=sizes).encode())
+        digest = hashlib.sha256(self.pictures.fingerprint(sizes=sizes, times=times).encode())
         digest.update(self.places.numpy().tobytes())
         return digest.hexdigest()
 

@@ -103,13 +103,16 @@ class ShardPictures:
             raise BrokenPicture(self.name(index), f"{printable(path.name)} has become shorter")
         return content
 
-    def fingerprint(self, *, sizes: bool) -> str:
-        """A hash of all names and classes, and of the sizes too if wanted."""
+    def fingerprint(self, *, sizes: bool, times: bool = False) -> str:
+        """A hash of all names and classes, of the sizes too if wanted, and of the times of change of the shards."""
         listing = self.listing
         digest = hashlib.sha256(f"{listing.tars.fingerprint()} {listing.names.fingerprint()}".encode())
         digest.update(listing.tar.tobytes() + listing.number.tobytes())
         if sizes:
             digest.update(listing.size.tobytes())
+        if times:
+            changed = [(self.root / os.fsdecode(tar)).stat().st_mtime_ns for tar in listing.tars]
+            digest.update(str(changed).encode())
         return digest.hexdigest()
 
     def describe(self) -> str:

@@ -204,7 +204,7 @@ def stores_of(describe: Describer, pictures: Pictures, *, folder: Path, name: st
     common = {
         "schema": SCHEMA,
         "describer": describe.identity(),
-        "pictures": pictures.fingerprint(sizes=True),
+        "pictures": pictures.fingerprint(sizes=True, times=True),
         "count": len(pictures),
         "dtype": "float16",
     }
