@@ -126,6 +126,7 @@ def main(words: list[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
+        sys.excepthook = lambda *_: None  # threads that the stop has cut off have nothing to tell
         print(f"\nssl-vit {name}: stopped", file=sys.stderr)
         return 130
     return 0

@@ -17,7 +17,18 @@ from ssl_vit.config import (
     Which,
     Workers,
 )
-from ssl_vit.config_values import Count, Interval, NonNegative, Positive, Probability, Ratio, Seed, Share, Words
+from ssl_vit.config_values import (
+    Count,
+    Interval,
+    NonNegative,
+    Positive,
+    Probability,
+    Ratio,
+    Seed,
+    Several,
+    Share,
+    Words,
+)
 
 
 class EvalDataConfig(Section):
@@ -56,15 +67,15 @@ class EvaluationConfig(LabelledConfig):
 
 
 class KNNConfig(EvaluationConfig):
-    k: Annotated[list[Count], Field(min_length=1)]
-    temperature: Annotated[list[Positive], Field(min_length=1)]
+    k: Annotated[list[Count], Field(min_length=1), Several]
+    temperature: Annotated[list[Positive], Field(min_length=1), Several]
     engine: Literal["auto", "torch", "faiss"]
     sheet: bool
 
 
 class SGDConfig(Section):
-    lr: Annotated[list[Positive], Field(min_length=1)]
-    weight_decay: Annotated[list[NonNegative], Field(min_length=1)]
+    lr: Annotated[list[Positive], Field(min_length=1), Several]
+    weight_decay: Annotated[list[NonNegative], Field(min_length=1), Several]
     epochs: Count
     batch_size: Count
 
@@ -73,8 +84,8 @@ class LinearConfig(EvaluationConfig):
     protocol: Literal["held-out", "dino", "sit"]
     epochs: Count | None
     solver: Literal["logistic", "ridge", "sgd"]
-    blocks: Annotated[list[Count], Field(min_length=1)]
-    l2: Annotated[list[Positive], Field(min_length=1)]
+    blocks: Annotated[list[Count], Field(min_length=1), Several]
+    l2: Annotated[list[Positive], Field(min_length=1), Several]
     sgd: SGDConfig
     held_out: Annotated[float, Field(gt=0, lt=1)]
     sheet: bool
@@ -83,6 +94,8 @@ class LinearConfig(EvaluationConfig):
     def _fits_the_protocol(self) -> Self:
         if self.protocol == "held-out" and self.epochs is not None:
             raise ValueError("epochs is for protocol=dino and protocol=sit")
+        if self.protocol != "held-out" and self.solver != "logistic":
+            raise ValueError(f"solver={self.solver} is for protocol=held-out, not {self.protocol}")
         if self.protocol == "sit" and self.data.batch_size % 2:
             raise ValueError(f"data.batch_size={self.data.batch_size}: protocol=sit mixes pictures in pairs")
         return self
@@ -145,7 +158,7 @@ class FewshotConfig(EvaluationConfig):
     subsets: Count
     blocks: Count
     patch_mean: bool
-    l2: Annotated[list[Positive], Field(min_length=1)]
+    l2: Annotated[list[Positive], Field(min_length=1), Several]
 
 
 class TransferDataConfig(Section):

@@ -44,6 +44,11 @@ def _ascending(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
+def _several(value: object) -> object:
+    """One value in the place of a list of several."""
+    return value if isinstance(value, list) else [value]
+
+
 def _words(value: object) -> object:
     """`[a=1,b=[2,3]]`, which Hydra leaves a text, as the words of a command line."""
     if not isinstance(value, str):
@@ -60,6 +65,7 @@ def _words(value: object) -> object:
     return [word.strip() for word in words if word.strip()]
 
 
+Several = BeforeValidator(_several)  # before a list: k=5 is k=[5]
 Words = Annotated[list[str], BeforeValidator(_words)]
 WallTime = Annotated[timedelta, BeforeValidator(_seconds), PlainSerializer(lambda t: f"{t.total_seconds():.15g}s")]
 Span = Annotated[Duration, BeforeValidator(_duration), PlainSerializer(str)]

@@ -219,7 +219,7 @@ def test_a_mistake_says_what_where_and_what_to_do(words, told):
         (["data.root=x", "data.train=y"], "data.root and data.train exclude each other"),
         (["data.root=x", "k=[]"], "k: "),
         (["data.root=x", "k=[10,0]"], "k.1: "),
-        (["data.root=x", "k=[10"], "k: "),
+        (["data.root=x", "k=[10"], "k.0: "),
     ],
 )
 def test_mistakes_of_evaluation(words, told):

@@ -311,3 +311,33 @@ def test_the_saved_probe_gives_the_answers_of_the_record(solver, run, sample, tm
     assert predicted == [pictures.classes[label] for label in answers.predicted]
     assert names["probe"].keys() == {"mean", "scale", "weight", "bias"}
     assert about["checkpoint"]["sha256"] == record.model["sha256"]
+
+
+def test_a_record_of_other_settings_is_kept_with_its_files(run, sample, caplog):
+    words = [f"checkpoint={run}", f"data.root={sample}", "baselines=false"]
+    record = run / "eval" / f"knn-{sample.name}.json"
+    measured("knn", *words, "k=5")
+    first = json.loads(record.read_text())
+    measured("knn", *words, "k=[5]")  # the same
+    assert not (run / "eval" / "replaced").exists()
+    again = json.loads(record.read_text())
+    assert first["score"] == again["score"]
+    measured("knn", *words, "k=7", "sheet=false")
+    assert "held a record of other settings" in caplog.text
+    kept = sorted(file.name for file in (run / "eval" / "replaced").iterdir())
+    stem = f"knn-{sample.name}-{again['id'][:8]}"
+    assert kept == [f"{stem}.json", f"{stem}.npz", f"{stem}.png"]
+    assert json.loads((run / "eval" / "replaced" / f"{stem}.json").read_text()) == again
+    assert json.loads(record.read_text())["protocol"]["k"] == [7]
+    measured("knn", *words, "k=7", "sheet=true")
+    measured("knn", *words, "k=7", "sheet=false")
+    assert not record.with_suffix(".png").exists()  # no sheet of another evaluation is left beside it
+
+
+def test_classes_that_are_never_tested_are_told(run, sample, tmp_path):
+    shutil.copytree(sample, tmp_path / "few")
+    for file in (tmp_path / "few" / "test" / "red-dots").iterdir():
+        file.write_bytes(b"no picture")
+    measured("knn", f"checkpoint={run}", f"data.root={tmp_path / 'few'}", "baselines=false", "sheet=false", "k=5")
+    warnings = json.loads((run / "eval" / "knn-few.json").read_text())["warnings"]
+    assert "1 of 12 classes have no test pictures: nothing is said of them" in warnings

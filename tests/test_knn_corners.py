@@ -117,7 +117,7 @@ def test_a_class_whose_test_pictures_are_all_broken_still_counts(tiny_network, s
 
 def test_where_every_k_exceeds_the_smallest_class_its_size_is_measured_too(tiny_network, sample, tmp_path, capsys):
     record = record_of(tiny_network, sample, tmp_path / "record.json", "k=[20,100]")  # 16 training pictures a class
-    assert list(shares(record))[:3] == ["top-1, k=20", "top-1, k=100", "top-1, k=16"]
+    assert list(shares(record))[:3] == ["top-1, k=16", "top-1, k=20", "top-1, k=100"]
     assert record["protocol"]["k"] == [20, 100]
     assert "k = 16 was added, the size of the smallest class" in capsys.readouterr().out
     alone = record_of(tiny_network, sample, tmp_path / "alone.json", "k=[16]")

@@ -57,7 +57,7 @@ def measure(config: KNNConfig) -> tuple[Record, Path]:
         queries = None if source.test is None else _labelled(source.test, device)
         found = search(bank, queries, most=asked[-1], engine=config.engine)
         added = _added(asked, smallest_class(bank.labels))
-        settings = Settings([*asked, *added], temperatures)
+        settings = Settings([*added, *asked], temperatures)
         results = [classify(found, ks=settings.ks, temperature=temperature) for temperature in temperatures]
         scores.append(_score(source, results, settings))
         if source.name == NETWORK:

@@ -25,6 +25,7 @@ from ssl_vit.records import provenance
 from ssl_vit.records.mistakes import Mistakes
 from ssl_vit.records.naming import data_name, record_path
 from ssl_vit.records.record import Record, Score, beside
+from ssl_vit.records.replaced import make_way
 from ssl_vit.records.sheet import hardest_tiles, write_sheet
 from ssl_vit.training.hardware import best_device, take_own_gpu
 from ssl_vit.transforms.evaluation import EvalTransform
@@ -146,11 +147,18 @@ class Study:
             baselines=list(scores[1:]),
             cost=provenance.cost(self.started, best_device()),
             environment={**provenance.environment(best_device()), **provenance.engine_versions(engines or {})},
-            warnings=[*self._skip_warnings(skipped), *_unknown_classes(train_labels, test_labels), *warnings],
+            warnings=[
+                *self._skip_warnings(skipped),
+                *_unknown_classes(train_labels, test_labels),
+                *_untested_classes(train_labels, test_labels),
+                *warnings,
+            ],
             selection=selection,
             by_class=None if told is None else {**told.describe(), "sheet": drawing.name if sheet else None},
         )
+        make_way(self.out, record)
         record.write(self.out)
+        drawing.unlink(missing_ok=True)
         if told and answers and sheet:
             title = f"{record.model['name']}: {self.task}, {told.metric}, on {record.data['name']}"
             write_sheet(drawing, told, hardest_tiles(answers, self._asked()), title)
@@ -244,3 +252,9 @@ def stored(
 def _unknown_classes(train_labels: Tensor, test_labels: Tensor) -> list[str]:
     count = int((~torch.isin(test_labels, train_labels)).sum())
     return [f"{count:,} test pictures are of classes without training pictures: they count as wrong"] if count else []
+
+
+def _untested_classes(train_labels: Tensor, test_labels: Tensor) -> list[str]:
+    known = torch.unique(train_labels)
+    count = int((~torch.isin(known, test_labels)).sum())
+    return [f"{count:,} of {len(known):,} classes have no test pictures: nothing is said of them"] if count else []

@@ -235,7 +235,7 @@ class OnlineEvaluation(L.Callback):
         names = [name.removeprefix("online/") for name in self.last.values]
         lines = [f"{'Online accuracy in %':<21}{'step':>9}" + "".join(f"{name:>9}" for name in names)]
         for title, mark in marks:
-            if mark:
+            if mark and (mark.step or title == "random weights"):
                 values = "".join(f"{100 * value:>9.1f}" for value in mark.values.values())
                 lines.append(f"  {title:<19}{mark.step:>9,}{values}")
         if self.best:
