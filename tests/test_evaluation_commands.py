@@ -318,11 +318,11 @@ def test_a_record_of_other_settings_is_kept_with_its_files(run, sample, caplog):
     record = run / "eval" / f"knn-{sample.name}.json"
     measured("knn", *words, "k=5")
     first = json.loads(record.read_text())
-    measured("knn", *words, "k=[5]")  # the same
+    measured("knn", *words, "k=[5]", "sheet=true")  # the same
     assert not (run / "eval" / "replaced").exists()
     again = json.loads(record.read_text())
     assert first["score"] == again["score"]
-    measured("knn", *words, "k=7", "sheet=false")
+    measured("knn", *words, "k=7")
     assert "held a record of other settings" in caplog.text
     kept = sorted(file.name for file in (run / "eval" / "replaced").iterdir())
     stem = f"knn-{sample.name}-{again['id'][:8]}"
@@ -330,7 +330,7 @@ def test_a_record_of_other_settings_is_kept_with_its_files(run, sample, caplog):
     assert json.loads((run / "eval" / "replaced" / f"{stem}.json").read_text()) == again
     assert json.loads(record.read_text())["protocol"]["k"] == [7]
     measured("knn", *words, "k=7", "sheet=true")
-    measured("knn", *words, "k=7", "sheet=false")
+    measured("knn", *words, "k=7")
     assert not record.with_suffix(".png").exists()  # no sheet of another evaluation is left beside it
 
 
@@ -338,6 +338,6 @@ def test_classes_that_are_never_tested_are_told(run, sample, tmp_path):
     shutil.copytree(sample, tmp_path / "few")
     for file in (tmp_path / "few" / "test" / "red-dots").iterdir():
         file.write_bytes(b"no picture")
-    measured("knn", f"checkpoint={run}", f"data.root={tmp_path / 'few'}", "baselines=false", "sheet=false", "k=5")
+    measured("knn", f"checkpoint={run}", f"data.root={tmp_path / 'few'}", "baselines=false", "k=5")
     warnings = json.loads((run / "eval" / "knn-few.json").read_text())["warnings"]
     assert "1 of 12 classes have no test pictures: nothing is said of them" in warnings
