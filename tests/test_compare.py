@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from comparing import COUNT, record, refused, right, shown, written
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,42 +16,8 @@ from ssl_vit.errors import UserError
 from ssl_vit.records.comparison import compare
 from ssl_vit.records.intervals import difference
 from ssl_vit.records.reading import find_records, read_answers, read_record
-from ssl_vit.records.record import Answers, Metric, Record, Score, accuracies
+from ssl_vit.records.record import Answers, Metric, Score
 from ssl_vit.records.tables import render
-
-COUNT = 400
-
-
-def right(share, seed):
-    return torch.rand(COUNT, generator=torch.Generator().manual_seed(seed)) < share
-
-
-def scored(name, share, seed, suffix=", k=20"):
-    rank = (~right(share, seed)).long()
-    truth = torch.arange(COUNT) % 4
-    answers = Answers(torch.arange(COUNT), truth, (truth + rank) % 4, rank)
-    return Score(name, accuracies(rank, 4, suffix), {}, {suffix: answers})
-
-
-def record(name="dino", share=0.6, *, seed=0, task="knn", pixels=0.3, data="photos", **protocol):
-    suffix = ", k=20" if task == "knn" else ""
-    return Record(
-        task=task,
-        protocol={"temperature": 0.07, "transform": {"image_size": 32}, **protocol},
-        model={"name": name, "sha256": f"{name:0>64}", "source": f"runs/{name}"},
-        data={"name": data, "fingerprints": ["a", "b"], "n_train": 100, "n_test": COUNT, "n_classes": 4},
-        seeds={},
-        score=scored("network", share, seed, suffix),
-        baselines=[scored("random init", 0.2, len(name), suffix), scored("raw pixels", pixels, 9, suffix)],
-        cost={},
-        environment={},
-        warnings=[],
-    )
-
-
-def written(path, *args, **changes):
-    record(*args, **changes).write(path)
-    return path
 
 
 @pytest.fixture
@@ -61,18 +28,6 @@ def runs(tmp_path):
         written(folder / "knn-photos.json", name, share, seed=number)
         written(folder / "linear-photos.json", name, share + 0.1, seed=number, task="linear")
     return tmp_path / "runs"
-
-
-def shown(capsys, *words):
-    assert main(["compare", *map(str, words)]) == 0
-    return capsys.readouterr().out
-
-
-def refused(capsys, *words):
-    assert main(["compare", *map(str, words)]) == 2
-    out, error = capsys.readouterr()
-    assert "Traceback" not in out + error
-    return error
 
 
 def test_one_table_with_networks_as_rows_and_metrics_as_columns(runs, capsys):
