@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from comparing import COUNT, record, refused, right, shown, written
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,42 +16,8 @@ from ssl_vit.errors import UserError
 from ssl_vit.records.comparison import compare
 from ssl_vit.records.intervals import difference
 from ssl_vit.records.reading import find_records, read_answers, read_record
-from ssl_vit.records.record import Answers, Metric, Record, Score, accuracies
+from ssl_vit.records.record import Answers, Metric, Score
 from ssl_vit.records.tables import render
-
-COUNT = 400
-
-
-def right(share, seed):
-    return torch.rand(COUNT, generator=torch.Generator().manual_seed(seed)) < share
-
-
-def scored(name, share, seed, suffix=", k=20"):
-    rank = (~right(share, seed)).long()
-    truth = torch.arange(COUNT) % 4
-    answers = Answers(torch.arange(COUNT), truth, (truth + rank) % 4, rank)
-    return Score(name, accuracies(rank, 4, suffix), {}, {suffix: answers})
-
-
-def record(name="dino", share=0.6, *, seed=0, task="knn", pixels=0.3, data="photos", **protocol):
-    suffix = ", k=20" if task == "knn" else ""
-    return Record(
-        task=task,
-        protocol={"temperature": 0.07, "transform": {"image_size": 32}, **protocol},
-        model={"name": name, "sha256": f"{name:0>64}", "source": f"runs/{name}"},
-        data={"name": data, "fingerprints": ["a", "b"], "n_train": 100, "n_test": COUNT, "n_classes": 4},
-        seeds={},
-        score=scored("network", share, seed, suffix),
-        baselines=[scored("random init", 0.2, len(name), suffix), scored("raw pixels", pixels, 9, suffix)],
-        cost={},
-        environment={},
-        warnings=[],
-    )
-
-
-def written(path, *args, **changes):
-    record(*args, **changes).write(path)
-    return path
 
 
 @pytest.fixture
@@ -63,28 +30,23 @@ def runs(tmp_path):
     return tmp_path / "runs"
 
 
-def shown(capsys, *words):
-    assert main(["compare", *map(str, words)]) == 0
-    return capsys.readouterr().out
-
-
-def refused(capsys, *words):
-    assert main(["compare", *map(str, words)]) == 2
-    out, error = capsys.readouterr()
-    assert "Traceback" not in out + error
-    return error
-
-
-def test_one_table_with_networks_as_rows_and_metrics_as_columns(runs, capsys):
+def test_a_block_for_each_evaluation_with_the_networks_side_by_side(runs, capsys):
     lines = shown(capsys, runs / "dino", runs / "sit_longer").splitlines()
-    assert re.split(r"  +", lines[0].strip()) == ["knn on photos", "linear on photos"]
-    assert re.split(r"  +", lines[1]) == ["in %", "top-1, k=20", "top-1"]
-    assert [line.split()[0] for line in lines[2:7]] == ["dino", "sit_longer", "random", "random", "raw"]
-    share = float(right(0.6, 0).float().mean())
-    assert lines[2].split()[1] == f"{100 * share:.1f}"
+    knn, measured, _, linear = lines[:4]
     # Baselines that are equal for both networks stand once, others for each.
-    assert sum(line.startswith("raw pixels") for line in lines) == 1
-    assert sum(line.startswith("random init of") for line in lines) == 2
+    names = ["dino", "sit_longer", "random init of dino", "random init of sit_longer", "raw pixels"]
+    assert re.split(r"  +", knn) == ["knn on photos, in %", *names]
+    share = float(right(0.6, 0).float().mean())
+    metric, of_dino, *_ = re.split(r"  +", measured)
+    assert metric == "top-1, k=20"
+    assert of_dino.startswith(f"{100 * share:.1f} ± ")
+    assert linear.startswith("linear on photos, in %")
+
+
+def test_markdown_has_networks_as_rows_and_metrics_as_columns(runs, capsys):
+    head, _, *rows = shown(capsys, runs / "dino", runs / "sit_longer", "format=markdown").splitlines()
+    assert head == "| in % | knn on photos<br>top-1, k=20 | linear on photos<br>top-1 |"
+    assert [row.split()[1] for row in rows[:5]] == ["dino", "sit\\_longer", "random", "random", "raw"]
 
 
 def test_each_network_is_held_against_the_first_in_pairs(runs, capsys):
@@ -142,7 +104,10 @@ def test_other_protocols_and_other_pictures_are_not_mixed(tmp_path, capsys):
     assert "image_size" not in error
     assert "mix=true" in error
     text = shown(capsys, a, b, "mix=true")
-    assert re.split(r"  +", text.splitlines()[0].strip()) == ["knn on photos [1]", "knn on photos [2]"]
+    assert [line[:17] for line in text.splitlines() if line.startswith("knn on photos [")] == [
+        "knn on photos [1]",
+        "knn on photos [2]",
+    ]
     assert "protocol.temperature: 0.07 | 0.1" in text
     assert "Paired" not in text
     c = tmp_path / "c.json"
@@ -154,10 +119,11 @@ def test_other_protocols_and_other_pictures_are_not_mixed(tmp_path, capsys):
 def test_other_tasks_and_data_sets_have_columns_of_their_own(tmp_path, capsys):
     a = written(tmp_path / "a.json", "a")
     b = written(tmp_path / "b.json", "b", data="other")
-    first, _, *rows = shown(capsys, a, b).splitlines()
-    assert re.split(r"  +", first.strip()) == ["knn on photos", "knn on other"]
-    assert "–" in rows[0]
-    assert "–" in rows[1]
+    photos, first, _, other, second, *_ = shown(capsys, a, b).splitlines()
+    assert photos.startswith("knn on photos, in %")
+    assert other.startswith("knn on other, in %")
+    assert first.split()[2] != "–"
+    assert second.split()[2] == "–"  # a was not measured on the other
 
 
 def test_missing_answers_are_told_and_the_table_is_shown(runs, capsys):

@@ -73,8 +73,8 @@ def test_record_and_table_of_a_run(command, words, run, sample, capsys):
             assert metric["low"] <= metric["value"] <= metric["high"]
             assert 0.0 <= metric["value"] <= 0.6 or metric["name"].startswith("top-5")  # nothing was trained
     engines = {"knn"} if command == "knn" else set()
-    named = {"python", "torch", "timm", "device", "forward", "threads"} | engines
-    assert set(record["environment"]) - {"faiss"} == named  # where that engine was taken
+    assert set(record["environment"]) == {"python", "torch", "timm", "faiss", "device", "forward", "threads"} | engines
+    assert data["root"] == str(sample)
     assert record["seeds"] == {"pretrain": 0, "evaluation": 0}
     assert record["cost"]["peak_memory_bytes"]["host"] > 1e7
     by_class = record["by_class"]
@@ -101,7 +101,7 @@ def test_a_probe_says_what_was_chosen_and_by_which_pictures(run, sample):
     measured("linear", f"checkpoint={run}", f"data.root={sample}", "baselines=false", "l2=[1e-1,1e-3]")
     record = json.loads((run / "eval" / f"linear-{sample.name}.json").read_text())
     chosen = record["score"]["details"]["chosen"]
-    assert record["selection"] == {"on": record["protocol"]["selection"], "chosen": chosen}
+    assert record["selection"] == {"on": record["protocol"]["selection"], "fraction": 0.1, "seed": 0, "chosen": chosen}
     assert record["selection"]["on"].startswith("0.1 of the training pictures of each class")
 
 
@@ -162,6 +162,8 @@ def test_two_folders_and_a_record_in_the_current_folder(sample, tmp_path, monkey
     measured("knn", "checkpoint=random:vit_tiny_patch16_224", *words)
     record = json.loads((tmp_path / f"knn-{sample.name}-random-vit_tiny_patch16_224.json").read_text())
     assert record["model"]["sha256"] is None
+    assert record["data"]["root"] == str(sample / "train")
+    assert record["data"]["test"] == str(sample / "test")
 
 
 def test_broken_pictures_are_counted_and_named(run, sample, tmp_path, capsys):

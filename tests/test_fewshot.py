@@ -11,7 +11,7 @@ from ssl_vit.cli import main
 from ssl_vit.config import BackboneConfig
 from ssl_vit.errors import UserError
 from ssl_vit.evaluation.features import Features
-from ssl_vit.evaluation.fewshot import NEAREST, RIDGE, Outcome, draw, few_shot, settings
+from ssl_vit.evaluation.fewshot import NEAREST, RIDGE, Outcome, draw, edge_warnings, few_shot, settings
 from ssl_vit.evaluation.probes import Variant, label_ranks
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.weights import export_backbone
@@ -159,15 +159,34 @@ def test_classes_of_one_picture_and_of_one_side_only():
         assert 0.5 < one.accuracy[0] <= 0.75
 
 
-def test_metric_is_the_mean_over_subsets_with_their_deviation():
+def test_metric_is_the_mean_over_subsets_with_an_interval_of_other_subsets():
     answers = Answers(*[torch.arange(10)] * 3, torch.tensor([0] * 4 + [1] * 6))
-    many = Outcome("5 per class", RIDGE, [0.4, 0.5, 0.9], answers, [1.0, 1.0, 1.0]).metric()
-    spread = statistics.stdev([0.4, 0.5, 0.9])
+    many = Outcome("5 per class", RIDGE, [0.5, 0.6, 0.7], answers, [1.0, 1.0, 1.0]).metric()
+    half = 4.3027 * statistics.stdev([0.5, 0.6, 0.7]) / 3**0.5  # Student's t of 2 degrees of freedom
     assert (many.name, many.n, many.value) == ("top-1, 5 per class, ridge", 10, pytest.approx(0.6))
-    assert (many.low, many.high) == pytest.approx((0.6 - spread, 0.6 + spread))
-    assert many.interval == "mean ± standard deviation over 3 subsets"
+    assert (many.low, many.high) == pytest.approx((0.6 - half, 0.6 + half), abs=1e-4)
+    assert many.interval == "Student's t over 3 subsets"
     one = Outcome("5 per class", RIDGE, [0.4], answers, [1.0]).metric()
     assert (one.low, one.high, one.interval) == (*wilson(4, 10), "Wilson")
+
+
+def test_an_end_of_the_penalties_that_was_chosen_is_told_in_one_line():
+    answers = Answers(*[torch.arange(10)] * 4)
+    chosen = {"1 per class": [10.0, 10.0], "5 per class": [0.1, 1e-3], "10 %": [0.1, 0.1]}
+    outcomes = [Outcome(name, RIDGE, [0.5, 0.5], answers, l2) for name, l2 in chosen.items()]
+    outcomes.append(Outcome("1 per class", NEAREST, [0.5, 0.5], answers, []))
+    (text,) = edge_warnings(outcomes, L2)
+    assert "1 per class (the largest 2 of 2 times), 5 per class (the smallest 1 of 2 times); widen l2" in text
+    assert edge_warnings(outcomes[2:], L2) == []
+    assert edge_warnings(outcomes[:1], [10.0]) == []  # nothing was chosen
+
+
+def test_of_one_picture_per_class_the_largest_penalty_is_chosen_whatever_it_is():
+    """The scores of a left-out picture are spread over the other classes, and least where all get the same."""
+    train, test = features_of(labels_of(20, 20, 20), seed=0), features_of(labels_of(9, 9, 9), seed=1)
+    among, _ = settings(train.labels, shots=[1], shares=[])
+    ridge, _ = classified(train, test, among, seeds=range(20), l2=[1e-3, 1.0, 1e3, 1e4])
+    assert set(ridge.l2) == {1e4}
 
 
 def test_ranks_of_labels_with_gaps():
@@ -207,7 +226,9 @@ def test_record_and_table(network, sample, tmp_path, capsys):
         for metric, detail in zip(score["metrics"], details, strict=True):
             assert metric["n"] == 48
             assert metric["value"] == pytest.approx(statistics.mean(detail["accuracy"]))
-            assert metric["interval"] == "mean ± standard deviation over 3 subsets"
+            assert metric["interval"] == "Student's t over 3 subsets"
+            assert metric["low"] <= metric["value"] <= metric["high"]
+            assert detail["standard_deviation"] == pytest.approx(statistics.stdev(detail["accuracy"]))
             assert 0 <= metric["value"] <= 0.7  # nothing was trained
             assert len(detail.get("l2", [0] * 3)) == 3
     assert record["data"]["labelled"] == {
@@ -217,6 +238,13 @@ def test_record_and_table(network, sample, tmp_path, capsys):
         "10 per class": 120,
     }
     assert any(text.startswith("25 per class: left out") for text in record["warnings"])
+    assert record["seeds"]["subsets"] == [0, 1, 2]
+    ridge = [one for one in record["score"]["details"]["subsets"] if one["classifier"] == RIDGE]
+    assert record["selection"] == {
+        "on": "leave-one-out within each subset",
+        "chosen": {one["setting"]: {"l2": one["l2"]} for one in ridge},
+    }
+    assert sum("an end of what was offered" in text for text in record["warnings"]) == 1
     printed = capsys.readouterr().out
     assert "25 per class: left out" in printed
     assert "raw pixels" in printed

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl_vit.records.intervals import difference, holm, mcnemar, paired_bootstrap, wilson
+from ssl_vit.records.intervals import difference, holm, mcnemar, mean_interval, paired_bootstrap, student_t, wilson
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,18 @@ from ssl_vit.records.intervals import difference, holm, mcnemar, paired_bootstra
 )
 def test_interval_equals_published_values(right, n, low, high):
     assert wilson(right, n) == pytest.approx((low, high), abs=6e-5)
+
+
+@pytest.mark.parametrize(("freedom", "t"), [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (60, 2.000)])
+def test_student_t_equals_published_values(freedom, t):
+    assert student_t(freedom) == pytest.approx(t, abs=6e-4)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_interval_of_a_mean_holds_the_truth_in_95_of_100_repetitions(count):
+    drawn = 0.5 + 0.02 * torch.randn(4000, count, generator=torch.Generator().manual_seed(0))
+    bounds = [mean_interval(shares) for shares in drawn.double().tolist()]
+    assert sum(low <= 0.5 <= high for low, high in bounds) / 4000 == pytest.approx(0.95, abs=0.015)
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.9])

@@ -231,10 +231,20 @@ def test_k_above_the_number_of_pictures_lets_all_vote_and_says_so(engine):
 
 
 def test_k_above_the_smallest_class_is_warned_of():
-    bank = Labelled(torch.randn(50, 8), torch.tensor([0] * 45 + [1] * 5))
-    warnings = knn(bank, None, ks=[5, 6, 20], temperature=TEMPERATURE).warnings
-    assert len(warnings) == 1
-    assert "k = 6, 20 exceeds the smallest class (5 pictures)" in warnings[0]
+    bank = Labelled(torch.randn(17, 8), torch.tensor([0] * 12 + [1] * 5))
+    (warning,) = knn(bank, Labelled(torch.randn(3, 8), torch.zeros(3).long()), ks=[5, 10], temperature=0.1).warnings
+    assert "k = 10 exceeds the smallest class (5 pictures)" in warning
+    (warning,) = knn(bank, None, ks=[4, 5, 10], temperature=TEMPERATURE).warnings  # no picture votes for itself
+    assert "k = 5, 10 exceeds the smallest class (4 others beside a picture)" in warning
+
+
+def test_a_picture_alone_in_its_class_is_warned_of_where_it_is_left_out():
+    bank = Labelled(torch.randn(18, 8), torch.tensor([0] * 12 + [1] * 5 + [2]))
+    first, second = knn(bank, None, ks=[3, 5], temperature=TEMPERATURE).warnings
+    assert "k = 5 exceeds the smallest class (4 others" in first  # of the classes that have others
+    assert "classes of a single picture: 1;" in second
+    (warning,) = knn(bank, bank, ks=[1, 3], temperature=TEMPERATURE).warnings
+    assert "k = 3 exceeds the smallest class (1 pictures)" in warning
 
 
 def test_votes_are_running_sums_and_do_not_overflow():

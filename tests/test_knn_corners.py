@@ -125,6 +125,24 @@ def test_where_every_k_exceeds_the_smallest_class_its_size_is_measured_too(tiny_
     assert "was added" not in capsys.readouterr().out
 
 
+def test_in_one_folder_the_picture_itself_is_not_counted_in_its_class(tiny_network, sample, tmp_path, capsys):
+    shutil.copytree(sample / "train", tmp_path / "set")
+    first, *others = sorted((tmp_path / "set").iterdir())
+    for file in sorted(first.iterdir())[1:]:
+        file.unlink()
+    record = record_of(tiny_network, tmp_path / "set", tmp_path / "record.json", "k=[20]")
+    assert list(shares(record))[:2] == ["top-1, k=15", "top-1, k=20"]  # of 16 pictures a class
+    printed = capsys.readouterr().out
+    assert "k = 15 was added, the size of the smallest class without the picture itself" in printed
+    assert "classes of a single picture: 1;" in printed
+    for other in others:
+        for file in sorted(other.iterdir())[1:]:
+            file.unlink()
+    record = record_of(tiny_network, tmp_path / "set", tmp_path / "singles.json", "k=[20]")
+    assert shares(record)["top-1, k=20"] == 0
+    assert not any(name.endswith("k=0") for name in shares(record))
+
+
 # --- duplicates between training and test pictures ---
 
 

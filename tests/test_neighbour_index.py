@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ssl_vit.evaluation import index as searching
 from ssl_vit.evaluation.index import Index, StaleIndexError
 from ssl_vit.evaluation.search import nearest
 
@@ -48,6 +49,19 @@ def test_the_said_recall_is_that_of_rows_the_probes_were_not_chosen_by(index, fe
     same = [len(set(a) & set(b)) for a, b in zip(found.place.tolist(), truth.place.tolist(), strict=True)]
     assert index.quality.recall == pytest.approx(sum(same) / 10_000, abs=1e-3)
     assert index.quality.queries == 1000
+
+
+@pytest.mark.parametrize("count", [3, 501])
+def test_no_row_both_chooses_the_probes_and_measures_them(count, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        searching, "nearest", lambda *args, **words: (asked.append(words["own"]), nearest(*args, **words))[1]
+    )
+    quality = Index.build(clouds(count, 0), k=1, recall=0.9, seed=0).quality
+    choosing, measuring = (set(rows.tolist()) for rows in asked)
+    assert not choosing & measuring
+    assert len(choosing | measuring) == count
+    assert quality.queries == len(measuring)
 
 
 def test_a_larger_recall_searches_more_and_all_of_it_is_exact(features):

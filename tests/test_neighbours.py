@@ -101,6 +101,7 @@ def test_an_index_finds_the_same_and_is_used_again(words, sample, flat, tmp_path
     first = found(words, *data, "index=ivf")
     assert [names(row) for row in first["queries"]] == [names(row) for row in exact["queries"]]
     assert first["search"]["recall"] == 1
+    assert first["search"]["measured_on"] == "pictures of the set itself, each by the others"
     assert "100.0% of the true neighbours found" in capsys.readouterr().out
     with monkeypatch.context() as patch:
         patch.setattr(Index, "build", lambda *_, **__: pytest.fail("it was built again"))

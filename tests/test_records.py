@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from ssl_vit.commands.compose import load_config
 from ssl_vit.config import BackboneConfig
 from ssl_vit.config_evaluation import KNNConfig
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.weights import LoadedBackbone, export_backbone, load_backbone
+from ssl_vit.models.weights import LoadedBackbone, export_backbone, load_backbone, state_sha256
 from ssl_vit.records import provenance
 from ssl_vit.records.intervals import wilson
 from ssl_vit.records.naming import data_name, model_name, record_path
@@ -73,6 +74,14 @@ def test_written_record_can_be_read_and_no_half_of_it_is_left(tmp_path):
     }
     assert content["answers"] is None
     assert sorted(file.name for file in path.parent.iterdir()) == ["history.jsonl", "knn-photos.json"]
+
+
+def test_the_moment_of_a_record_is_told_finer_than_a_second(tmp_path):
+    """Of two of one network the later counts, however soon it came."""
+    before = datetime.now(UTC)
+    RECORD.write(tmp_path / "a.json")
+    created = datetime.fromisoformat(json.loads((tmp_path / "a.json").read_text())["created"])
+    assert before <= created <= datetime.now(UTC)
 
 
 def test_table_shows_the_scores_side_by_side():
@@ -198,6 +207,7 @@ def test_a_record_says_which_network_it_was(exported):
     assert told["name"] == "tiny"
     assert told["run"] == str(exported)
     assert told["params"] == sum(parameter.numel() for parameter in loaded.backbone.parameters())
+    assert told["state_sha256"] == state_sha256(loaded.backbone.vit.state_dict())
     assert (told["backbone"]["patch_size"], told["backbone"]["img_size"]) == (16, 32)
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from ssl_vit.commands.linear import split
 from ssl_vit.commands.publish import publish
 from ssl_vit.config_evaluation import FewshotConfig
-from ssl_vit.evaluation.fewshot import NEAREST, RIDGE, Outcome, few_shot, settings
+from ssl_vit.evaluation.fewshot import NEAREST, RIDGE, Outcome, edge_warnings, few_shot, settings
 from ssl_vit.evaluation.probes import Variant, split_rule
-from ssl_vit.evaluation.study import PIXELS, Study
+from ssl_vit.evaluation.study import NETWORK, PIXELS, Study
 from ssl_vit.records.record import Record, Score
 from ssl_vit.training.hardware import best_device
 
@@ -46,6 +46,9 @@ def measure(config: FewshotConfig) -> tuple[Record, Path]:
             device=best_device(),
         )
         scores.append(_score(source.name, outcomes))
+        if source.name == NETWORK:
+            edges = edge_warnings(outcomes, config.l2)
+            chosen = {outcome.setting: {"l2": outcome.l2} for outcome in outcomes if outcome.l2}
     record = study.finish(
         scores,
         protocol={
@@ -64,7 +67,9 @@ def measure(config: FewshotConfig) -> tuple[Record, Path]:
         train_labels=train.labels,
         test_labels=test.labels,
         findings={"labelled": {setting.name: int(setting.counts.sum()) for setting in among}},
-        warnings=warnings,
+        warnings=[*warnings, *edges],
+        selection={"on": "leave-one-out within each subset", "chosen": chosen},
+        seeds={"subsets": list(seeds)},
     )
     return record, study.out
 
@@ -74,7 +79,12 @@ def _score(name: str, outcomes: list[Outcome]) -> Score:
     ordered = sorted(outcomes, key=lambda outcome: outcome.classifier != RIDGE)
     details = {
         "subsets": [
-            {"setting": outcome.setting, "classifier": outcome.classifier, "accuracy": outcome.accuracy}
+            {
+                "setting": outcome.setting,
+                "classifier": outcome.classifier,
+                "accuracy": outcome.accuracy,
+                "standard_deviation": outcome.deviation,
+            }
             | ({"l2": outcome.l2} if outcome.l2 else {})
             for outcome in ordered
         ]

@@ -16,7 +16,7 @@ import torch
 from ssl_vit.commands.publish import publish
 from ssl_vit.config_evaluation import KNNConfig
 from ssl_vit.evaluation.features import Features
-from ssl_vit.evaluation.knn import KNNResult, Labelled, classify, search, smallest_class
+from ssl_vit.evaluation.knn import Found, KNNResult, Labelled, classify, search
 from ssl_vit.evaluation.leaks import find_leak
 from ssl_vit.evaluation.search import choose_engine
 from ssl_vit.evaluation.study import NETWORK, Source, Study
@@ -56,13 +56,13 @@ def measure(config: KNNConfig) -> tuple[Record, Path]:
         bank = _labelled(source.train, device)
         queries = None if source.test is None else _labelled(source.test, device)
         found = search(bank, queries, most=asked[-1], engine=config.engine)
-        added = _added(asked, smallest_class(bank.labels))
+        added = _added(asked, found.smallest_class())
         settings = Settings([*added, *asked], temperatures)
         results = [classify(found, ks=settings.ks, temperature=temperature) for temperature in temperatures]
         scores.append(_score(source, results, settings))
         if source.name == NETWORK:
             leak = find_leak(source, found, study.pictures)
-            warnings = [*results[0].warnings, *_remarks(scores[0], added), *leak.warnings()]
+            warnings = [*results[0].warnings, *_remarks(scores[0], added, found), *leak.warnings()]
     record = study.finish(
         scores,
         protocol={
@@ -89,11 +89,12 @@ def _labelled(features: Features, device: torch.device) -> Labelled:
 
 def _added(asked: Sequence[int], smallest: int) -> list[int]:
     """The largest k for which no class is too small, where all that were asked for are larger."""
-    return [smallest] if smallest < min(asked) else []
+    return [smallest] if 0 < smallest < min(asked) else []
 
 
-def _remarks(score: Score, added: Sequence[int]) -> list[str]:
-    texts = [f"k = {k} was added, the size of the smallest class" for k in added]
+def _remarks(score: Score, added: Sequence[int], found: Found) -> list[str]:
+    size = f"the size of the smallest class{' without the picture itself' if found.left_one_out else ''}"
+    texts = [f"k = {k} was added, {size}" for k in added]
     if not any(metric.name.startswith("top-5") for metric in score.metrics):
         texts.append("top-5 needs six classes: it is left out")
     return texts

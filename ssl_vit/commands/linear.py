@@ -66,7 +66,7 @@ def measure(config: LinearConfig) -> tuple[Record, Path]:
         test_labels=test.labels,
         findings={},
         warnings=results[0].warnings,
-        selection={"on": solver.describe()["selection"], "chosen": scores[0].details["chosen"]},
+        selection={**solver.selection(), "chosen": scores[0].details["chosen"]},
         by_class="",
         sheet=config.sheet,
     )

@@ -125,7 +125,11 @@ def _search(
     bank, queries = known.features.cls[:, -1], asked.cls[:, -1]  # (N, D), (Q, D)
     if config.index == "ivf":
         index = _index(config, known.folder, bank, k)
-        return index.nearest(queries, k=k, own=own), {"index": "ivf", **index.quality._asdict()}
+        return index.nearest(queries, k=k, own=own), {
+            "index": "ivf",
+            **index.quality._asdict(),
+            "measured_on": "pictures of the set itself, each by the others",
+        }
     device = best_device()
     bank, queries = (F.normalize(part.to(device).float(), dim=1) for part in (bank, queries))
     place = None if own is None else own.to(device)

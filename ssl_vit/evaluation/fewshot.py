@@ -16,7 +16,7 @@ from ssl_vit.evaluation.knn import Labelled, knn
 from ssl_vit.evaluation.probes import Variant, label_ranks
 from ssl_vit.evaluation.ridge import left_out_score, ridge_path
 from ssl_vit.evaluation.search import full_precision
-from ssl_vit.records.intervals import wilson
+from ssl_vit.records.intervals import OVER_SUBSETS, mean_interval, wilson
 from ssl_vit.records.record import Answers, Metric
 
 RIDGE, NEAREST = "ridge", "1-NN"
@@ -44,13 +44,20 @@ class Outcome(NamedTuple):
         return f", {self.setting}, {self.classifier}"
 
     def metric(self) -> Metric:
-        """Mean and sample standard deviation over the subsets; the test pictures are the same for all of them."""
+        """The mean over the subsets, its 95 % interval for other subsets: they all have the same test pictures.
+
+        Of one subset the interval is for other test pictures.
+        """
         n, value = len(self.answers.place), mean(self.accuracy)
         if len(self.accuracy) == 1:
             return Metric(f"top-1{self.suffix}", value, n, *wilson(round(value * n), n))
-        spread = stdev(self.accuracy)
-        interval = f"mean ± standard deviation over {len(self.accuracy)} subsets"
-        return Metric(f"top-1{self.suffix}", value, n, max(0.0, value - spread), min(1.0, value + spread), interval)
+        interval = OVER_SUBSETS.format(len(self.accuracy))
+        return Metric(f"top-1{self.suffix}", value, n, *mean_interval(self.accuracy), interval)
+
+    @property
+    def deviation(self) -> float | None:
+        """The sample standard deviation over the subsets; None of one."""
+        return stdev(self.accuracy) if len(self.accuracy) > 1 else None
 
 
 def settings(labels: Tensor, *, shots: Sequence[int], shares: Sequence[float]) -> tuple[list[Setting], list[str]]:
@@ -149,6 +156,23 @@ def few_shot(
             outcomes.append(Outcome(setting.name, RIDGE, _accuracy(ridge), ridge[0], chosen))
             outcomes.append(Outcome(setting.name, NEAREST, _accuracy(nearest), nearest[0], []))
     return outcomes
+
+
+def edge_warnings(outcomes: Sequence[Outcome], l2: Sequence[float]) -> list[str]:
+    """In one line the settings in which an end of the offered penalties was chosen."""
+    ends = {name: value for name, value in (("smallest", min(l2)), ("largest", max(l2))) if len(set(l2)) > 1}
+    texts = [
+        f"{outcome.setting} (the {name} {count} of {len(outcome.l2)} times)"
+        for outcome in outcomes
+        for name, value in ends.items()
+        if (count := outcome.l2.count(value))
+    ]
+    if not texts:
+        return []
+    return [
+        f"the chosen l2 is an end of what was offered: {', '.join(texts)}; widen l2, but where each class has one "
+        "picture, leaving it out always asks for the largest"
+    ]
 
 
 def _accuracy(answers: Sequence[Answers]) -> list[float]:

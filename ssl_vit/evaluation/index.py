@@ -62,7 +62,9 @@ class Index:
         """Divide features (N, D) into lists, and search as many of them as the wanted recall needs.
 
         There are 4 sqrt(N) lists, but no more than one per 39 rows. The probes are the fewest that find the wanted
-        share of the true k nearest of 1,000 rows drawn at random; the recall is then measured on 1,000 others.
+        share of the true k nearest of 1,000 rows drawn at random; the recall is then measured on 1,000 others (halves
+        of all rows, where there are fewer). All of them are rows of the index: of pictures that are not in it, other
+        pictures than those it was built from, a smaller share may be found.
 
         Args:
             features: Of the pictures to be searched among.
@@ -81,7 +83,7 @@ class Index:
         lists.add(rows.numpy())
 
         drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: 2 * _ASKED]
-        choosing, measuring = drawn[: (len(drawn) + 1) // 2], drawn[len(drawn) // 2 :]
+        choosing, measuring = drawn.chunk(2)
         engine = choose_engine("auto", rows.device)
         truth = nearest(rows[choosing], rows, k=k, own=choosing, engine=engine)
         lists.nprobe = _probes(lists, rows, choosing, truth.place, recall)

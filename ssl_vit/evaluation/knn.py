@@ -36,6 +36,21 @@ class Found(NamedTuple):
         query, column = (self.similarity > NEAR_DUPLICATE).nonzero(as_tuple=True)
         return torch.stack([query, self.place[query, column]], dim=1)
 
+    @property
+    def left_one_out(self) -> bool:
+        """Whether the queries are the bank itself: a picture has no vote on itself."""
+        return self.available < len(self.bank_labels)
+
+    def voters(self) -> Tensor:
+        """Pictures (C,) of each class of the bank that can vote for it."""
+        counts: Tensor = torch.unique(self.bank_labels, return_counts=True)[1]
+        return counts - int(self.left_one_out)
+
+    def smallest_class(self) -> int:
+        """The fewest voters of a class that has some: with a larger k, votes of other classes fill up; 0 without."""
+        voters = self.voters()
+        return int(voters[voters > 0].min()) if voters.any() else 0
+
 
 class KNNResult(NamedTuple):
     """How kNN classified Q queries, for each k that was asked for."""
@@ -91,13 +106,8 @@ def classify(found: Found, *, ks: Sequence[int], temperature: float) -> KNNResul
         predicted={k: torch.cat(parts) for k, parts in predicted.items()},
         k_effective=k_effective,
         near_duplicates=int((found.similarity[:, 0] > NEAR_DUPLICATE).sum()),
-        warnings=_warnings(k_effective, found.bank_labels),
+        warnings=_warnings(k_effective, found),
     )
-
-
-def smallest_class(labels: Tensor) -> int:
-    """The pictures (N,) of the class that has fewest: with a larger k, votes of other classes fill up."""
-    return int(torch.unique(labels, return_counts=True)[1].min())
 
 
 def votes(
@@ -124,18 +134,21 @@ def rank_of(truth: Tensor, scores: Tensor) -> Tensor:
     return ((scores > true_score) | ((scores == true_score) & lower)).sum(dim=1)
 
 
-def _warnings(k_effective: dict[int, int], labels: Tensor) -> list[str]:
+def _warnings(k_effective: dict[int, int], found: Found) -> list[str]:
     clamped = [k for k, used in k_effective.items() if used < k]
-    smallest = smallest_class(labels)
+    smallest, alone = found.smallest_class(), int((found.voters() == 0).sum())
     above = [k for k, used in k_effective.items() if used > smallest]
     texts = []
     if clamped:
         texts.append(f"k = {_listed(clamped)}: there are only {k_effective[clamped[0]]} neighbours, all of them vote")
-    if above:
+    if above and smallest:
+        size = f"{smallest} {'others beside a picture' if found.left_one_out else 'pictures'}"
         texts.append(
-            f"k = {_listed(above)} exceeds the smallest class ({smallest} pictures): "
+            f"k = {_listed(above)} exceeds the smallest class ({size}): "
             "votes of other classes fill up; prefer a smaller k"
         )
+    if alone:
+        texts.append(f"classes of a single picture: {alone:,}; left out, that picture can never be classified rightly")
     return texts
 
 

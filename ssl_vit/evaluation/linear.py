@@ -66,6 +66,10 @@ class Solver(Protocol):
         """What decides over the numbers, for the record."""
         ...
 
+    def selection(self) -> dict[str, Any]:
+        """By which pictures it chooses (`on`); where a part is held out, its `fraction` of each class and `seed`."""
+        ...
+
 
 class LinearResult(NamedTuple):
     """How the chosen probe classified Q test pictures."""
@@ -143,8 +147,12 @@ class Logistic(NamedTuple):
             "solver": "logistic regression",
             "objective": "mean cross-entropy + l2 / 2 |W|^2, bias free",
             "l2": sorted(set(self.l2)),
-            "selection": _held_out_selection(self.held_out),
+            "selection": self.selection()["on"],
         }
+
+    def selection(self) -> dict[str, Any]:
+        """By which pictures it chooses."""
+        return _held_out_selection(self.held_out, self.seed)
 
 
 class Ridge(NamedTuple):
@@ -170,8 +178,12 @@ class Ridge(NamedTuple):
             "solver": "ridge regression",
             "objective": "mean squared error to -1 and 1 per class / 2 + l2 / 2 |W|^2, bias free",
             "l2": sorted(set(self.l2)),
-            "selection": "exact leave-one-out over the training pictures, standardised by all; tested once",
+            "selection": self.selection()["on"],
         }
+
+    def selection(self) -> dict[str, Any]:
+        """By which pictures it chooses."""
+        return {"on": "exact leave-one-out over the training pictures, standardised by all; tested once"}
 
 
 class SGD(NamedTuple):
@@ -214,8 +226,12 @@ class SGD(NamedTuple):
             "weight_decay": sorted(set(self.weight_decay)),
             "epochs": self.schedule.epochs,
             "batch_size": self.schedule.batch_size,
-            "selection": _held_out_selection(self.held_out),
+            "selection": self.selection()["on"],
         }
+
+    def selection(self) -> dict[str, Any]:
+        """By which pictures it chooses."""
+        return _held_out_selection(self.held_out, self.schedule.seed)
 
 
 def _held(training: Training, share: float, seed: int) -> Tensor:
@@ -229,8 +245,9 @@ def _held(training: Training, share: float, seed: int) -> Tensor:
     return held.to(training.device)
 
 
-def _held_out_selection(share: float) -> str:
-    return f"{share:g} of the training pictures of each class, refit on all, tested once"
+def _held_out_selection(share: float, seed: int) -> dict[str, Any]:
+    on = f"{share:g} of the training pictures of each class, refit on all, tested once"
+    return {"on": on, "fraction": share, "seed": seed}
 
 
 def _finite(features: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ class Study:
         warnings: Sequence[str],
         engines: dict[str, str] | None = None,
         selection: dict[str, Any] | None = None,
-        seeds: Mapping[str, int] | None = None,
+        seeds: Mapping[str, int | list[int]] | None = None,
         by_class: str | None = None,
         sheet: bool = False,
     ) -> Record:
@@ -146,7 +146,7 @@ class Study:
             score=scores[0],
             baselines=list(scores[1:]),
             cost=provenance.cost(self.started, best_device()),
-            environment={**provenance.environment(best_device()), **provenance.engine_versions(engines or {})},
+            environment={**provenance.environment(best_device()), **(engines or {})},
             warnings=[
                 *self._skip_warnings(skipped),
                 *_unknown_classes(train_labels, test_labels),
@@ -154,6 +154,7 @@ class Study:
                 *warnings,
             ],
             selection=selection,
+            config=self.config.model_dump(mode="json", exclude={"out"}),
             by_class=None if told is None else {**told.describe(), "sheet": drawing.name if sheet else None},
         )
         make_way(self.out, record)
@@ -165,9 +166,12 @@ class Study:
         return record
 
     def _data(self, train_labels: Tensor, test_labels: Tensor) -> dict[str, Any]:
-        """What a record says of the pictures."""
+        """What a record says of the pictures; their folders as they were named."""
+        given = self.config.data
         return {
-            "name": data_name(self.config.data),
+            "name": data_name(given),
+            "root": str(given.root or given.train),
+            **({} if given.test is None else {"test": str(given.test)}),
             "n_train": len(train_labels),
             "n_test": len(test_labels),
             "n_classes": len(torch.unique(torch.cat([train_labels, test_labels]))),

@@ -59,6 +59,7 @@ class Comparison(NamedTuple):
     columns: list[Column]
     rows: list[Row]
     paired: list[Paired]
+    optimistic: set[Column]  # chosen by the test pictures: too high
     notes: list[str]
 
     def best(self, column: Column) -> float | None:
@@ -103,7 +104,14 @@ def compare(records: Sequence[SavedRecord], *, mix: bool) -> Comparison:
         cells[name] |= {Column(group, metric.name): metric for metric in record.score.metrics}
     rows = [Row(name, own, baseline=False) for name, own in cells.items()]
     paired, missing = _pairs(latest)
-    return Comparison(_ordered(cells.values()), rows + _baselines(latest), paired, notes + missing)
+    notes += [*missing, *_roundings(latest), *_warnings(latest)]
+    optimistic = {
+        Column(group, metric.name)
+        for (_, group), record in latest.items()
+        for metric in record.score.metrics
+        if record.chosen_on_test(metric.name)
+    }
+    return Comparison(_ordered(cells.values()), rows + _baselines(latest), paired, optimistic, notes)
 
 
 def _ordered(rows: Iterable[Mapping[Column, SavedMetric]]) -> list[Column]:
@@ -145,11 +153,11 @@ def _names(records: Sequence[SavedRecord]) -> dict[str, str]:
     """What each record's network is called, by the record's id; of one name with other weights by their hash, too."""
     hashes: dict[str, set[str | None]] = defaultdict(set)
     for record in records:
-        hashes[record.model.name].add(record.model.sha256)
+        hashes[record.model.name].add(record.model.identity)
     return {
         record.id: record.model.name
         if len(hashes[record.model.name]) == 1
-        else f"{record.model.name} ({(record.model.sha256 or 'no file')[:8]})"
+        else f"{record.model.name} ({(record.model.identity or 'no file')[:8]})"
         for record in records
     }
 
@@ -181,7 +189,10 @@ def _pairs(latest: Latest) -> tuple[list[Paired], list[str]]:
     notes: list[str] = []
     for group, ((first, base), *others) in groups.items():
         for metric in base.score.metrics:
-            if metric.name.partition(",")[0] != "top-1":
+            if metric.name.partition(",")[0] != "top-1" or not others:
+                continue
+            if reason := _unpaired(metric, [base, *(record for _, record in others)]):
+                notes.append(f"{group}: {reason}")
                 continue
             for name, record in others:
                 result = _difference(base, record, metric.name.removeprefix("top-1"))
@@ -191,6 +202,45 @@ def _pairs(latest: Latest) -> tuple[list[Paired], list[str]]:
                     notes.append(f"{name} and {first} are not compared in pairs for {group}: {result}")
     corrected = holm([result.p for *_, result in found])
     return [Paired(*parts, p) for parts, p in zip(found, corrected, strict=True)], list(dict.fromkeys(notes))
+
+
+def _unpaired(metric: SavedMetric, records: Sequence[SavedRecord]) -> str | None:
+    """Why a metric is of no use for paired tests, whatever was answered."""
+    if metric.over_subsets:
+        return "paired tests are not made of means over subsets"
+    if any(record.chosen_on_test(metric.name) for record in records):
+        return f"no paired test of {metric.name}, which was chosen by the test pictures"
+    return None
+
+
+def _roundings(latest: Latest) -> list[str]:
+    """Where the networks of one group computed in numbers of different precision."""
+    groups: dict[Group, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for (name, group), record in latest.items():
+        if record.environment.forward is not None:
+            groups[group][record.environment.forward].append(name)
+    texts = {
+        group: " and ".join(f"{kind} ({_listed(names)})" for kind, names in kinds.items())
+        for group, kinds in groups.items()
+        if len(kinds) > 1
+    }
+    return [
+        f"{group}: the networks computed in {text}; rounding is part of their difference"
+        for group, text in texts.items()
+    ]
+
+
+def _warnings(latest: Latest) -> list[str]:
+    """What the records warn of, each once, with the networks."""
+    found: dict[tuple[Group, str], list[str]] = defaultdict(list)
+    for (name, group), record in latest.items():
+        for text in dict.fromkeys(record.warnings):
+            found[group, text].append(name)
+    return [f"warning, {group}, {_listed(names)}: {text}" for (group, text), names in found.items()]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names)
 
 
 def _difference(first: SavedRecord, second: SavedRecord, suffix: str) -> Difference | str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import yaml
 
 from ssl_vit import __version__
-from ssl_vit.models.weights import LoadedBackbone
+from ssl_vit.models.weights import LoadedBackbone, state_sha256
 from ssl_vit.records.naming import model_name
 from ssl_vit.training.hardware import autocast_dtype, peak_memory
 
@@ -38,19 +39,19 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
+        "faiss": _faiss(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "forward": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
 
 
-def engine_versions(engines: dict[str, str]) -> dict[str, str]:
-    """The engines that were taken, and the version of faiss where it was one of them."""
-    if "faiss" not in engines.values():
-        return engines
-    import faiss  # as where it searches: only where it was asked for
-
-    return {**engines, "faiss": faiss.__version__}
+def _faiss() -> str | None:
+    """Its version, without importing it; None where it was not installed as the package that we name."""
+    try:
+        return version("faiss-cpu")
+    except PackageNotFoundError:
+        return None
 
 
 def cost(started: float, device: torch.device) -> dict[str, Any]:
@@ -73,6 +74,7 @@ def network(loaded: LoadedBackbone, checkpoint: str, which: str) -> dict[str, An
         "name": model_name(loaded, checkpoint, which),
         "source": loaded.source,
         "sha256": loaded.sha256,
+        "state_sha256": state_sha256(loaded.backbone.vit.state_dict()),
         "weights": loaded.weights,
         "run": None if loaded.run is None else str(loaded.run),
         "epoch": loaded.epoch,

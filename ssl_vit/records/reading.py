@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ssl_vit.errors import UserError
-from ssl_vit.records.record import SCHEMA, Answers
+from ssl_vit.records.record import LAST_EPOCH, ON_TEST, SCHEMA, Answers
 
 
 class _Part(BaseModel):
@@ -31,6 +31,11 @@ class SavedMetric(_Part):
     high: float | None
     interval: str
 
+    @property
+    def over_subsets(self) -> bool:
+        """Whether it is a mean over subsets of the training pictures: no one picture is right or wrong."""
+        return self.interval.endswith(" subsets")
+
 
 class SavedScore(_Part):
     """As `records.Score`."""
@@ -44,7 +49,25 @@ class SavedModel(_Part):
 
     name: str
     sha256: str | None
+    state_sha256: str | None = None  # older records lack it
     source: str
+
+    @property
+    def identity(self) -> str | None:
+        """Equal for the same network: the hash of its file, without one that of its weights."""
+        return self.sha256 or self.state_sha256
+
+
+class SavedEnvironment(_Part):
+    """What the numbers were computed with."""
+
+    forward: str | None = None  # type of the network's numbers
+
+
+class SavedSelection(_Part):
+    """What was chosen, and by which pictures."""
+
+    on: str
 
 
 class SavedData(_Part):
@@ -73,8 +96,15 @@ class SavedRecord(_Part):
     score: SavedScore
     baselines: list[SavedScore]
     answers: str | None
+    environment: SavedEnvironment
+    selection: SavedSelection | None = None
+    warnings: list[str]
     path: Path = Path()
     told: dict[str, str] = Field(default_factory=dict)  # what must agree in a column: dotted keys, values as JSON
+
+    def chosen_on_test(self, metric: str) -> bool:
+        """Whether a metric was chosen by the test pictures, so that it is too high."""
+        return self.selection is not None and self.selection.on.startswith(ON_TEST) and not metric.endswith(LAST_EPOCH)
 
 
 # What damage in an .npz file has been seen to provoke.

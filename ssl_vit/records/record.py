@@ -22,6 +22,8 @@ from ssl_vit.records.intervals import wilson
 from ssl_vit.records.provenance import tool
 
 SCHEMA = 2  # of the JSON; grows when a key changes its meaning
+ON_TEST = "test pictures"  # how `selection.on` begins where they were chosen by,
+LAST_EPOCH = ", last epoch"  # and how the names of those metrics end that were not
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Record:
     score: Score
     baselines: list[Score]
     by_class: dict[str, Any] | None = field(default=None, kw_only=True)  # the network's mistakes, told by `Mistakes`
+    config: dict[str, Any] = field(default_factory=dict, kw_only=True)  # of the command, but where it writes to
     cost: dict[str, Any]
     environment: dict[str, Any]
     warnings: list[str]
@@ -91,7 +94,7 @@ class Record:
         content = {
             "schema": SCHEMA,
             "id": name,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "created": datetime.now(UTC).isoformat(timespec="microseconds"),
             "tool": tool(),
             "protocol_hash": protocol_hash(self.task, self.protocol),
             **asdict(self, dict_factory=_without_answers),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Literal
 
-from ssl_vit.records.comparison import Comparison, Paired
+from ssl_vit.records.comparison import Column, Comparison, Paired
 from ssl_vit.records.intervals import RESAMPLES
 from ssl_vit.records.reading import SavedMetric
 
@@ -18,9 +19,11 @@ _LATEX = {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "→": r"$\rightarrow$",
+    "†": r"\textdagger{}",
     **{letter: f"\\{letter}" for letter in "&%$#_{}"},
 }
 _MARKDOWN = re.compile(r"([\\`*_|<>\[\]])")
+_DEVIATION = "mean ± standard deviation"  # of few labels, in records of before there was an interval
 _PAIRED = ("evaluation", "network", "difference in points", "gained", "lost", "p", "p by Holm")
 
 
@@ -30,15 +33,30 @@ def render(comparison: Comparison, form: Format) -> str:
 
 
 def _text(comparison: Comparison) -> str:
-    head = ["in %", *(column.metric for column in comparison.columns)]
-    lines = _aligned([head, *([name, *cells] for name, cells in _rows(comparison))], _groups(comparison))
+    """A block per evaluation, networks side by side: terminals are narrow."""
+    rows, lines, first = _rows(comparison), [], 0
+    for title, count in _groups(comparison):
+        places = range(first, first + count)
+        first += count
+        measured = [
+            (name, cells)
+            for row, (name, cells) in zip(comparison.rows, rows, strict=True)
+            if not row.baseline or any(cells[place] != "–" for place in places)
+        ]
+        block = [[f"{title}, in %", *(name for name, _ in measured)]]
+        block += [
+            [_metric(comparison, comparison.columns[place]), *(cells[place] for _, cells in measured)]
+            for place in places
+        ]
+        lines += [*_aligned(block), ""]
+    del lines[-1]
     if comparison.paired:
         lines += ["", _paired_title(comparison), "", *_aligned([list(_PAIRED), *map(_paired, comparison.paired)])]
     return "\n".join([*lines, *(f"\n{note}" for note in _notes(comparison))])
 
 
 def _markdown(comparison: Comparison) -> str:
-    head = ["in %", *(f"{_escaped(str(c.group))}<br>{_escaped(c.metric)}" for c in comparison.columns)]
+    head = ["in %", *(f"{_escaped(str(c.group))}<br>{_escaped(_metric(comparison, c))}" for c in comparison.columns)]
     rows = [[_escaped(name), *cells] for name, cells in _rows(comparison, bold="**{}**".format)]
     lines = _pipes([head, *rows])
     if comparison.paired:
@@ -53,7 +71,7 @@ def _latex(comparison: Comparison) -> str:
         titles.append(rf"\multicolumn{{{count}}}{{c}}{{{_tex(title)}}}")
         rules.append(rf"\cmidrule(lr){{{start}-{start + count - 1}}}")
         start += count
-    head = [r"in \%", *(_tex(column.metric) for column in comparison.columns)]
+    head = [r"in \%", *(_tex(_metric(comparison, column)) for column in comparison.columns)]
     parts: dict[bool, list[str]] = {False: [], True: []}  # networks, baselines
     texts = _rows(comparison, bold=r"\textbf{{{}}}".format)
     for row, (name, cells) in zip(comparison.rows, texts, strict=True):
@@ -77,6 +95,11 @@ def _latex(comparison: Comparison) -> str:
         lines += ["", f"% {_paired_title(comparison)}", r"\begin{tabular}{llrrrrr}", r"\toprule"]
         lines += [_tex_row(map(_tex, _PAIRED)), r"\midrule", *paired, r"\bottomrule", r"\end{tabular}"]
     return "\n".join([*lines, *(f"% {' '.join(note.split())}" for note in _notes(comparison))])
+
+
+def _metric(comparison: Comparison, column: Column) -> str:
+    """The head of a column."""
+    return f"{column.metric} †" if column in comparison.optimistic else column.metric
 
 
 def _groups(comparison: Comparison) -> list[tuple[str, int]]:
@@ -133,21 +156,20 @@ def _counted(count: int) -> str:
 
 
 def _notes(comparison: Comparison) -> list[str]:
-    intervals = sorted({cell.interval for row in comparison.rows for cell in row.cells.values()})
-    return [f"± is half of the 95 % interval ({', '.join(intervals)})", *comparison.notes]
+    groups: dict[str, dict[str, None]] = defaultdict(dict)
+    for row in comparison.rows:
+        for column, cell in row.cells.items():
+            kind = cell.interval if cell.interval.startswith(_DEVIATION) else f"95 %, {cell.interval}"
+            groups[kind][str(column.group)] = None
+    kinds = "; ".join(f"{kind} ({', '.join(groups[kind])})" for kind in sorted(groups))
+    daggers = ["† chosen by the test pictures: too high by design"] if comparison.optimistic else []
+    return [f"± is half of the interval: {kinds}", *daggers, *comparison.notes]
 
 
-def _aligned(cells: Sequence[Sequence[str]], groups: Sequence[tuple[str, int]] = ()) -> list[str]:
-    """Lines with the first column to the left and the others to the right, the groups' titles above their columns."""
+def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with the first column to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    line, start = " " * widths[0], 1
-    for title, count in groups:
-        end = start + count
-        wide = sum(widths[start:end]) + 2 * (count - 1)
-        widths[start] += max(0, len(title) - wide)
-        line += f"  {title.ljust(wide)}"
-        start = end
-    lines = [line.rstrip()] if groups else []
+    lines = []
     for row in cells:
         rest = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
         lines.append("  ".join([row[0].ljust(widths[0]), *rest]).rstrip())
