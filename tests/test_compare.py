@@ -192,6 +192,11 @@ def test_what_is_no_record_is_refused_in_words(tmp_path, capsys, runs):
     assert "foo: unknown key" in refused(capsys, runs, "foo=1")
 
 
+def test_the_classifier_beside_a_record_is_no_record(runs, capsys):
+    (runs / "dino" / "eval" / "linear-photos.probe.json").write_text("{}")
+    assert "left out" not in shown(capsys, runs / "dino")
+
+
 def test_an_old_record_in_a_folder_is_left_out_and_said(runs, capsys):
     (runs / "dino" / "eval" / "old.json").write_text('{"schema": 1, "task": "knn"}')
     text = shown(capsys, runs / "dino")

@@ -149,7 +149,7 @@ def find_records(places: list[Path]) -> Found:
             continue
         folder = place / "eval" if (place / "eval").is_dir() else place
         read, refused = [], []
-        for file in sorted(folder.glob("*.json")):
+        for file in sorted(set(folder.glob("*.json")) - set(folder.glob("*.probe.json"))):  # classifiers beside them
             try:
                 read.append(read_record(file))
             except _NoRecordError as error:
