@@ -129,7 +129,6 @@ class Study:
         """
         transform = self.transform.describe()
         del transform["mean"], transform["std"]  # of the network, where they are told
-        skipped = [part.count() for part in self._skipped()]
         answers = None if by_class is None else scores[0].answers[by_class]
         told = answers and Mistakes(f"top-1{by_class}", self._asked().classes, answers.truth, answers.predicted)
         drawing = beside(self.out, ".png")
@@ -137,7 +136,7 @@ class Study:
             task=self.task,
             protocol={**protocol, "transform": transform},
             model=provenance.network(self.loaded, self.config.checkpoint, self.config.weights),
-            data={**self._data(train_labels, test_labels), "skipped": sum(skipped), **findings},
+            data={**self._data(train_labels, test_labels), **findings},
             seeds={
                 "pretrain": provenance.pretraining_seed(self.loaded.run),
                 "evaluation": self.config.seed,
@@ -147,12 +146,7 @@ class Study:
             baselines=list(scores[1:]),
             cost=provenance.cost(self.started, best_device()),
             environment={**provenance.environment(best_device()), **(engines or {})},
-            warnings=[
-                *self._skip_warnings(skipped),
-                *_unknown_classes(train_labels, test_labels),
-                *_untested_classes(train_labels, test_labels),
-                *warnings,
-            ],
+            warnings=[*self._skip_warnings(), *_classes_apart(train_labels, test_labels), *warnings],
             selection=selection,
             config=self.config.model_dump(mode="json", exclude={"out"}),
             by_class=None if told is None else {**told.describe(), "sheet": drawing.name if sheet else None},
@@ -176,6 +170,7 @@ class Study:
             "n_test": len(test_labels),
             "n_classes": len(torch.unique(torch.cat([train_labels, test_labels]))),
             "fingerprints": [part.fingerprint(sizes=True) for part in self.pictures if part is not None],
+            "skipped": sum(part.count() for part in self._skipped()),
         }
 
     def _asked(self) -> Pictures:
@@ -216,11 +211,9 @@ class Study:
         train, test = (self.out.with_name(f"{self.out.stem}-skipped-{part}.txt") for part in ("train", "test"))
         return SkippedPictures(train), SkippedPictures(test)
 
-    def _skip_warnings(self, counts: Sequence[int]) -> list[str]:
+    def _skip_warnings(self) -> list[str]:
         return [
-            f"{count:,} pictures could not be read: {part.path}"
-            for count, part in zip(counts, self._skipped(), strict=True)
-            if count
+            f"{count:,} pictures could not be read: {part.path}" for part in self._skipped() if (count := part.count())
         ]
 
 
@@ -253,12 +246,14 @@ def stored(
     ]
 
 
-def _unknown_classes(train_labels: Tensor, test_labels: Tensor) -> list[str]:
-    count = int((~torch.isin(test_labels, train_labels)).sum())
-    return [f"{count:,} test pictures are of classes without training pictures: they count as wrong"] if count else []
-
-
-def _untested_classes(train_labels: Tensor, test_labels: Tensor) -> list[str]:
+def _classes_apart(train_labels: Tensor, test_labels: Tensor) -> list[str]:
+    """Warnings of classes that stand on one side only."""
     known = torch.unique(train_labels)
-    count = int((~torch.isin(known, test_labels)).sum())
-    return [f"{count:,} of {len(known):,} classes have no test pictures: nothing is said of them"] if count else []
+    strangers = int((~torch.isin(test_labels, known)).sum())
+    untested = int((~torch.isin(known, test_labels)).sum())
+    texts = []
+    if strangers:
+        texts.append(f"{strangers:,} test pictures are of classes without training pictures: they count as wrong")
+    if untested:
+        texts.append(f"{untested:,} of {len(known):,} classes have no test pictures: nothing is said of them")
+    return texts
