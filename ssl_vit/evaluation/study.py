@@ -137,11 +137,7 @@ class Study:
             protocol={**protocol, "transform": transform},
             model=provenance.network(self.loaded, self.config.checkpoint, self.config.weights),
             data={**self._data(train_labels, test_labels), **findings},
-            seeds={
-                "pretrain": provenance.pretraining_seed(self.loaded.run),
-                "evaluation": self.config.seed,
-                **(seeds or {}),
-            },
+            seeds={**self._seeds(), **(seeds or {})},
             score=scores[0],
             baselines=list(scores[1:]),
             cost=provenance.cost(self.started, best_device()),
@@ -158,6 +154,9 @@ class Study:
             title = f"{record.model['name']}: {self.task}, {told.metric}, on {record.data['name']}"
             write_sheet(drawing, told, hardest_tiles(answers, self._asked()), title)
         return record
+
+    def _seeds(self) -> dict[str, int | None]:
+        return {"pretrain": provenance.pretraining_seed(self.loaded.run), "evaluation": self.config.seed}
 
     def _data(self, train_labels: Tensor, test_labels: Tensor) -> dict[str, Any]:
         """What a record says of the pictures; their folders as they were named."""
