@@ -214,6 +214,7 @@ class FinetuneConfig(LabelledConfig):
     held_out: Annotated[float, Field(gt=0, lt=1)]
     method: FinetuneMethodConfig
     validate_every_epochs: Count | None
+    sheet: bool
     run: RunConfig
     trainer: TrainerConfig
 

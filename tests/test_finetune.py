@@ -1,8 +1,13 @@
 """Fine-tuning: it learns, its parts are what the papers say, and it is a run like any other."""
 
+import hashlib
 import json
 import random
+import shutil
 import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -59,7 +64,7 @@ def words(network, sample, tmp_path):
     """A function: the words of a `finetune` command that takes seconds, then those given to it."""
     return lambda *more: [
         f"checkpoint={network}", f"data.root={sample}", "data.batch_size=16", "data.workers=0", "trainer=smoke",
-        "trainer.accelerator=cpu", "trainer.max_steps=4", "validate_every_epochs=null",
+        "trainer.accelerator=cpu", "trainer.max_steps=4", "validate_every_epochs=null", "sheet=false",
         f"run.folder={tmp_path / 'runs'}", *more,
     ]  # fmt: skip
 
@@ -81,14 +86,14 @@ def record_of(run):
 # --- what comes out --------------------------------------------------------------------------------------------
 
 
-def test_it_learns_and_the_test_pictures_are_answered_by_the_weights_that_it_leaves_behind(config, tmp_path):
+def test_it_learns_and_the_test_pictures_are_answered_by_the_weights_that_it_leaves_behind(config, tmp_path, capsys):
     folder = tmp_path / "pictures"
     make_sample(folder, pictures=900, seed=1)
     run = finetune(
         config(
             f"data.root={folder}", "data.batch_size=32", "trainer.max_steps=null", "trainer.max_epochs=6",
             "validate_every_epochs=3", *NO_MIXING, "method.optimizer.lr=0.02", "method.crops.scale=[0.5,1]",
-            "method.layer_decay=1",
+            "method.layer_decay=1", "sheet=true",
         )
     )  # fmt: skip
     held = [float(row["held_out/top1"]) for row in rows(run) if row["held_out/top1"]]
@@ -102,6 +107,11 @@ def test_it_learns_and_the_test_pictures_are_answered_by_the_weights_that_it_lea
     assert record["data"]["n_train"] == 648  # 720 but for a tenth of each class
     assert record["task"] == "finetune"
     assert record["protocol"]["selection"] == "none: the last weights, tested once"
+    assert record["selection"] is None
+    assert record["by_class"]["metric"] == "top-1"
+    assert str(run / "eval" / record["by_class"]["sheet"]) in capsys.readouterr().out.splitlines()
+    with Image.open(run / "eval" / record["by_class"]["sheet"]) as sheet:
+        assert min(sheet.size) > 400
 
     network, head = load_backbone(str(run)), load_file(run / "head.safetensors")
     pictures = folder_pictures(folder / "test")
@@ -207,7 +217,78 @@ def test_changed_settings_are_refused_and_harmless_ones_are_not(config):
         finetune(config("run.resume=true", "method.mixup=0.5"))
     with pytest.raises(UserError, match=r"trainer.devices: 1 -> 2"):  # pictures are mixed within a process
         finetune(config("run.resume=true", "trainer.devices=2"))
-    finetune(config("run.resume=true", "data.workers=1"))
+    finetune(config("run.resume=true", "data.workers=1", "sheet=true"))
+
+
+class Begun(NamedTuple):
+    run: Path
+    folder: Path
+    go_on: Callable[..., Path]
+
+
+@pytest.fixture
+def begun(config, sample, tmp_path, stop_at):
+    """Pictures and a network of its own, and a run of theirs that was stopped after two of four steps."""
+    folder = tmp_path / "pictures"
+    shutil.copytree(sample, folder)
+    network = exported(tmp_path)
+    with stop_at(2):
+        run = finetune(config(f"checkpoint={network}", f"data.root={folder}"))
+    return Begun(run, folder, lambda *more: finetune(config(f"checkpoint={network}", "run.resume=true", *more)))
+
+
+def test_a_run_never_goes_on_to_be_tested_on_what_it_has_learned_from(begun):
+    with pytest.raises(UserError, match=r"168 learned, 24 held out, 48 tested .*; now 144 learned, 12 held out, 36"):
+        begun.go_on(f"data.root={begun.folder / 'train'}")
+    assert state(begun.run)[1] == 2
+    assert not (begun.run / "eval").exists()
+
+
+def test_a_run_does_not_go_on_with_another_test_set(begun):
+    changed = begun.folder.with_name("changed")
+    shutil.copytree(begun.folder / "test", changed)
+    picture = sorted(changed.rglob("*.png"))[0]
+    picture.write_bytes(picture.read_bytes() + b" ")  # the names are the same
+    train = f"data.train={begun.folder / 'train'}"
+    with pytest.raises(UserError, match="to test on are not those that the run began with"):
+        begun.go_on("data.root=null", train, f"data.test={changed}")
+    assert state(begun.run)[1] == 2
+    begun.go_on("data.root=null", train, f"data.test={begun.folder / 'test'}")  # the same by another name
+    assert state(begun.run)[1] == 4
+    assert record_of(begun.run)["data"]["n_test"] == 48
+
+
+def test_a_run_does_not_go_on_under_the_name_of_another_network(begun, tmp_path):
+    root = f"data.root={begun.folder}"
+    first = (tmp_path / "network.safetensors").read_bytes()
+    export_backbone(make_network(init="timm"), tmp_path / "network.safetensors", mean=[0.5] * 3, std=[0.25] * 3,
+                    source="a test")  # fmt: skip
+    with pytest.raises(UserError, match=r"another network than the one that the run began with(.|\n)*run.overwrite"):
+        begun.go_on(root)
+    assert state(begun.run)[1] == 2
+    (tmp_path / "network.safetensors").write_bytes(first)
+    begun.go_on(root)
+    assert record_of(begun.run)["model"]["sha256"] == hashlib.sha256(first).hexdigest()
+
+
+def test_a_run_that_does_not_know_what_it_comes_from_says_so_and_goes_on(begun, capsys):
+    (begun.run / "origin.json").write_text("{")
+    begun.go_on(f"data.root={begun.folder}")
+    assert "whether network and test pictures are the same is not known" in capsys.readouterr().out
+    assert state(begun.run)[1] == 4
+
+
+def test_a_run_that_keeps_its_pictures_is_tested_on_its_own(config, sample, tmp_path, stop_at):
+    folder = tmp_path / "pictures"
+    shutil.copytree(sample / "train", folder)
+    words = (f"data.root={folder}", "trainer.max_steps=12")
+    with stop_at(11):
+        run = finetune(config(*words))
+    (folder / "a new class").mkdir()
+    sorted(folder.rglob("*.png"))[-1].rename(folder / "a new class" / "picture.png")  # as many as before
+    run = finetune(config(*words, "run.resume=true", "run.keep_pictures=true"))
+    assert record_of(run)["data"]["n_classes"] == 12
+    assert len(json.loads((run / "head.json").read_text())["classes"]) == 12
 
 
 @pytest.mark.slow

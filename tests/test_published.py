@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def words(networks, sample, tmp_path):
         name = {"dino": "plain", "sit": "two"}[protocol]
         return [
             f"checkpoint={networks / name}.safetensors", f"data.root={sample}", "data.batch_size=32", "data.workers=0",
-            f"protocol={protocol}", "epochs=3", f"out={tmp_path / 'record.json'}", *more,
+            f"protocol={protocol}", "epochs=3", "sheet=false", f"out={tmp_path / 'record.json'}", *more,
         ]  # fmt: skip
 
     return make
@@ -52,6 +53,10 @@ def words(networks, sample, tmp_path):
 @pytest.fixture
 def config(words):
     return lambda *more: load_config("linear", words(*more), LinearConfig)
+
+
+def folder_of(record, seed=0):
+    return record.with_name(f"{record.stem}-seed{seed}")
 
 
 def without_time(path):
@@ -134,7 +139,7 @@ def test_sits_answer_is_the_mean_of_two_heads_and_its_loss_their_sum():
                             ", nonlinear", ", nonlinear, last epoch"])]
 )  # fmt: skip
 def test_the_record_says_what_it_was_chosen_on_and_gives_the_last_epoch_beside_it(config, protocol, heads):
-    record, path = published_probe(config(protocol))
+    record, path = published_probe(config(protocol, "sheet=true"))
     assert [metric.name for metric in record.score.metrics[::2]] == [f"top-1{suffix}" for suffix in heads]
     assert list(record.score.answers) == heads
     assert record.protocol["selection"].startswith("on the test pictures")
@@ -147,6 +152,14 @@ def test_the_record_says_what_it_was_chosen_on_and_gives_the_last_epoch_beside_i
         wanted = looks[-1][1] if "last" in suffix else max(accuracy for _, accuracy in looks)
         assert metric.value == pytest.approx(wanted)
     assert json.loads(path.read_text())["task"] == f"linear-{protocol}"
+    best = record.score.details["best_epoch"]
+    assert record.selection == {"on": "test pictures", "chosen": {"epoch": best}}
+    assert set(best) == {"dino": {"linear"}, "sit": {"linear", "nonlinear"}}[protocol]
+    for head, epoch in best.items():
+        looks = dict(record.score.details["looks"][head])
+        assert looks[epoch] == max(looks.values())
+    assert record.by_class["metric"] == f"top-1{heads[1]}"  # that nothing was chosen for
+    assert path.with_name(record.by_class["sheet"]).is_file()
 
 
 def test_it_learns_and_the_frozen_network_stays_as_it_was(config, tmp_path, monkeypatch):
@@ -166,7 +179,7 @@ def test_it_learns_and_the_frozen_network_stays_as_it_was(config, tmp_path, monk
     (backbone,) = seen
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     assert not backbone.training
-    lines = [json.loads(line) for line in (path.with_suffix("") / "epochs.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder_of(path) / "epochs.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert lines[0]["loss"] == pytest.approx(math.log(12), abs=0.3)
     assert record.score.metrics[0].n == 120
@@ -175,7 +188,7 @@ def test_it_learns_and_the_frozen_network_stays_as_it_was(config, tmp_path, monk
 @pytest.mark.parametrize("protocol", ["dino", "sit"])
 def test_interrupted_and_resumed_equals_uninterrupted(config, monkeypatch, protocol, tmp_path, capsys):
     whole = published_probe(config(protocol, f"out={tmp_path / 'whole.json'}"))[1]
-    save = published._save
+    save = published.save_state
 
     def stop(folder, probe, identity, course):
         save(folder, probe, identity, course)
@@ -183,12 +196,12 @@ def test_interrupted_and_resumed_equals_uninterrupted(config, monkeypatch, proto
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(published, "_save", stop)
+        patch.setattr(published, "save_state", stop)
         with pytest.raises(KeyboardInterrupt):
             published_probe(config(protocol))
     parts = published_probe(config(protocol))[1]
     assert without_time(whole) == without_time(parts)
-    first, second = (path.with_suffix("") for path in (whole, parts))
+    first, second = (folder_of(path) for path in (whole, parts))
     assert (first / "epochs.jsonl").read_text() == (second / "epochs.jsonl").read_text()
 
     capsys.readouterr()
@@ -201,6 +214,65 @@ def test_a_folder_of_another_probe_is_not_gone_on_with(config):
     published_probe(config("dino", "epochs=1"))
     with pytest.raises(UserError, match="holds a probe with another protocol"):
         published_probe(config("dino", "epochs=2"))
+
+
+def test_another_seed_is_another_probe_and_both_are_kept(config, capsys):
+    first, path = published_probe(config("dino", "epochs=1"))
+    other, _ = published_probe(config("dino", "epochs=1", "seed=1"))
+    assert "complete already" not in capsys.readouterr().out
+    assert (first.seeds["evaluation"], other.seeds["evaluation"]) == (0, 1)
+    weights = [torch.load(folder_of(path, seed) / "state.pt", weights_only=True)["heads"] for seed in (0, 1)]
+    assert not any(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    again, _ = published_probe(config("dino", "epochs=1"))
+    assert "complete already" in capsys.readouterr().out
+    assert again.score.metrics == first.score.metrics
+
+
+def test_a_probe_of_another_precision_is_not_gone_on_with(config, monkeypatch):
+    monkeypatch.setattr(published, "autocast_dtype", lambda device: None)
+    published_probe(config("dino", "epochs=1"))
+    monkeypatch.setattr(published, "autocast_dtype", lambda device: torch.bfloat16)
+    with pytest.raises(UserError, match="another precision of the network"):
+        published_probe(config("dino", "epochs=1"))
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_pictures_of_the_same_names_but_other_sizes_are_others(config, sample, tmp_path, part):
+    folder = tmp_path / "pictures"
+    shutil.copytree(sample, folder)
+    published_probe(config("dino", "epochs=1", f"data.root={folder}"))
+    picture = sorted((folder / part).rglob("*.png"))[0]
+    picture.write_bytes(picture.read_bytes() + b" ")
+    with pytest.raises(UserError, match="another set of pictures"):
+        published_probe(config("dino", "epochs=1", f"data.root={folder}"))
+
+
+def test_where_other_test_pictures_can_be_read_it_starts_anew_with_a_word(config, sample, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    shutil.copytree(sample, folder)
+    words = ("dino", "epochs=2", f"data.root={folder}")
+    whole = published_probe(config(*words))[1]
+    wanted = without_time(whole)
+    picture = sorted((folder / "test").rglob("*.png"))[0]
+    good = picture.read_bytes()
+    picture.write_bytes(bytes(len(good)))  # as large as before
+    capsys.readouterr()
+    less, _ = published_probe(config(*words))
+    assert "starts anew" in capsys.readouterr().out
+    assert (less.data["n_test"], less.data["skipped"], less.score.metrics[0].n) == (47, 1, 47)
+    picture.write_bytes(good)
+    published_probe(config(*words))
+    assert "starts anew" in capsys.readouterr().out
+    assert without_time(whole) == wanted
+    assert len((folder_of(whole) / "epochs.jsonl").read_text().splitlines()) == 2
+
+
+def test_other_processes_of_a_launch_leave_it_to_the_first(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["linear", *words("dino")]) == 0
+    assert capsys.readouterr().out == ""
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_broken_picture_is_skipped_and_counted(config, tmp_path):

@@ -7,6 +7,7 @@ ssl-vit finetune checkpoint=runs/photos data.root=labelled data.image_size=384 r
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import save
 
 from ssl_vit.commands.pretrain import make_loggers
+from ssl_vit.commands.publish import shown
 from ssl_vit.config import PretrainDataConfig
 from ssl_vit.config_evaluation import FinetuneConfig
 from ssl_vit.data.loading import training_loader
@@ -27,6 +29,7 @@ from ssl_vit.evaluation.study import NETWORK, Study
 from ssl_vit.methods.base import Plan, make_plan
 from ssl_vit.methods.finetune import FineTuning, trainable
 from ssl_vit.models.weights import export_backbone
+from ssl_vit.processes import first_process
 from ssl_vit.records.naming import data_name
 from ssl_vit.records.record import Answers, Score, accuracies
 from ssl_vit.training.agreement import SameStart
@@ -35,6 +38,7 @@ from ssl_vit.training.hardware import best_device
 from ssl_vit.training.held_out import HeldOut, answer
 from ssl_vit.training.journal import Journal
 from ssl_vit.training.keeper import Keeper
+from ssl_vit.training.origin import compare_origin, keep_origin, origin
 from ssl_vit.training.progress import RunProgress
 from ssl_vit.training.report import conclusion, schedules_along, way_on
 from ssl_vit.training.runs import Start, begin_run, locked, open_run, with_extension
@@ -75,10 +79,16 @@ def finetune(config: FinetuneConfig) -> Path:
     method = build(config, study, plan)
     with locked(config.run):
         start = open_run(config, study.pictures.train)
-        if len(start.pictures) != len(study.pictures.train):  # run.keep_pictures
+        if start.pictures is not study.pictures.train:  # run.keep_pictures
+            study = replace(study, pictures=study.pictures._replace(train=start.pictures))
             parts = divide(config, start.pictures, study.pictures.test)
             plan = make_plan(config, len(parts.learned))
             method = build(config, study, plan)
+        now = origin(study.loaded, parts.learned, parts.held_out, parts.test)
+        if start.checkpoint:
+            start = start._replace(notes=[*start.notes, *compare_origin(config.run.path, now)])
+        elif first_process():
+            keep_origin(config.run.path, now)
         return train(config, study, parts, plan, method, start)
 
 
@@ -229,5 +239,7 @@ def test(config: FinetuneConfig, study: Study, parts: Parts, method: FineTuning)
         test_labels=labels,
         findings={"skipped": sum(part.count() for part in skipped)},
         warnings=[f"{n:,} pictures could not be read: {part.path}" for part in skipped if (n := part.count())],
+        by_class="",
+        sheet=config.sheet,
     )
-    print(f"{record.table()}\n\n{study.out}")
+    print(shown(record, study.out))

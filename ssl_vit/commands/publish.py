@@ -20,10 +20,15 @@ def publish(record: Record, path: Path, config: EvaluationConfig) -> None:
     Raises:
         UserError: Weights & Biases cannot be reached; the record is written all the same.
     """
-    sheet = _sheet(record, path)
-    print(f"{record.table()}\n\n{path}" + (f"\n{sheet}" if sheet else ""))
+    print(shown(record, path))
     if config.logger.name == "wandb":
         _send(record, path, config)
+
+
+def shown(record: Record, path: Path) -> str:
+    """The table, the file that it was written to, and that of its drawing if one was made."""
+    sheet = _sheet(record, path)
+    return f"{record.table()}\n\n{path}" + (f"\n{sheet}" if sheet else "")
 
 
 def values(record: Record) -> dict[str, float]:

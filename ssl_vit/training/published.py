@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,14 +15,14 @@ from ssl_vit.config import PretrainDataConfig
 from ssl_vit.config_evaluation import LinearConfig
 from ssl_vit.data.loading import ResidentLoader, TrainingLoader, eval_loader, training_loader
 from ssl_vit.data.pictures import Pictures, SkippedPictures
-from ssl_vit.durable import durable
-from ssl_vit.errors import UserError
+from ssl_vit.errors import PartDone, UserError
 from ssl_vit.evaluation.features import on_best_device
 from ssl_vit.evaluation.knn import rank_of
 from ssl_vit.evaluation.study import NETWORK, Study
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.weights import read_plain
-from ssl_vit.records.record import Answers, Record, Score, accuracies
+from ssl_vit.processes import place_in_launch
+from ssl_vit.records.record import Answers, Record, Score, accuracies, beside
+from ssl_vit.training.course import Course, alone, read_state, resume, save_state
 from ssl_vit.training.hardware import autocast_dtype
 from ssl_vit.training.journal import Journal
 from ssl_vit.training.protocols import PROBES, Probe
@@ -35,29 +31,22 @@ from ssl_vit.transforms.crops import MultiCrop
 from ssl_vit.transforms.photometric import Photometric
 from ssl_vit.transforms.randomness import library_randomness
 
-STATE = "state.pt"
+_SKIPPED = "skipped.txt"  # training pictures that could not be read
+_LAST = ", last epoch"  # how the metrics are called that nothing was chosen for
 _MEMORY_GB = 2.0  # data sets that fit into this stay in memory
-
-
-@dataclass
-class Course:
-    """How far a probe has come, apart from its weights."""
-
-    epoch: int = 0  # that are done
-    seconds: float = 0.0
-    accuracy: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # by head: epochs done, test accuracy
-    best: dict[str, Tensor] = field(default_factory=dict)  # by head: ranks and predictions (2, Q) of its best epoch
-    last: dict[str, Tensor] = field(default_factory=dict)  # of the last look
 
 
 def published_probe(config: LinearConfig) -> tuple[Record, Path]:
     """Train the heads of `config.protocol`, or go on where they stand; the record, and its file.
 
-    The state is saved after every epoch in a folder beside the record: the same command goes on from there.
+    The same command goes on from the state that is saved after every epoch, in a folder beside the record for each seed.
 
     Raises:
         UserError: Network and pictures do not fit the protocol, or the folder holds another probe.
+        PartDone: Another process of this launch does it.
     """
+    if place_in_launch()[0]:
+        raise PartDone
     study = Study.begin(f"linear-{config.protocol}", config)
     pictures, test = study.pictures
     if test is None:
@@ -72,41 +61,39 @@ def published_probe(config: LinearConfig) -> tuple[Record, Path]:
     backbone = on_best_device(study.loaded).backbone
     device = next(backbone.parameters()).device
     probe.heads.to(device)
-    folder = study.out.with_suffix("")
-    protocol = {
-        "probe": config.protocol,
-        **probe.about,
-        "epochs": probe.epochs,
-        "batch_size": config.data.batch_size,
-        "selection": f"on the test pictures: the best of {_looks(probe)} looks at them, as published",
-        "split": "train and test",
-    }
-    identity = {
-        "protocol": repr(protocol),
-        "network": f"{study.loaded.source} {study.loaded.sha256}",
-        "pictures": [part.fingerprint(sizes=False) for part in (pictures, test)],
-        "transform": repr(study.transform.describe()),
-    }
-    with _alone(folder):
-        skipped = SkippedPictures(folder / "skipped.txt")
-        course = _open(folder, probe, identity)
+    folder, protocol = _folder(study), _protocol(config, probe)
+    identity = _identity(study, protocol, device)
+    with alone(folder):
+        before = read_state(folder, identity)
+        skipped = [SkippedPictures(folder / name) for name in (_SKIPPED, "skipped_test.txt")]
+        skipped[1].path.unlink(missing_ok=True)
+        features, index = _features(study, test, probe, backbone, skipped[1])
+        course, labels = resume(before, probe, index), test.labels[index]
+        if course.epoch == 0:
+            skipped[0].path.unlink(missing_ok=True)
+        if before and course.epoch == 0:
+            print(f"{folder}: other test pictures can be read than before; the probe starts anew")
         if course.epoch == probe.epochs:
             print(f"{folder} is complete already")
-        answered = _features(study, test, probe, backbone, skipped)
-        labels, index = test.labels[answered[1]], answered[1]
-        if course.epoch < probe.epochs:
-            _learn(config, study, probe, course, answered[0], labels, save=partial(_save, folder, probe, identity))
+        else:
+            _learn(config, study, probe, course, features, labels, save=partial(save_state, folder, probe, identity))
+    score = _score(probe, course, labels, index, len(pictures.classes), folder)
+    warnings = [
+        "chosen on the test pictures, as published: the first accuracy of each head is the best over the epochs, "
+        "too high by design; 'last epoch' is not chosen"
+    ]
+    if unread := sum(part.count() for part in skipped):
+        warnings.append(f"{unread:,} pictures could not be read: {folder / 'skipped*.txt'}")
     record = study.finish(
-        [_score(probe, course, labels, index, len(pictures.classes), folder)],
+        [score],
         protocol=protocol,
         train_labels=pictures.labels,
         test_labels=labels,
-        findings={"skipped": skipped.count()},
-        warnings=[
-            "chosen on the test pictures, as published: the first accuracy of each head is the best over the epochs, "
-            "too high by design; 'last epoch' is not chosen",
-            *([f"{skipped.count():,} pictures could not be read: {skipped.path}"] if skipped.count() else []),
-        ],
+        findings={"skipped": unread},
+        warnings=warnings,
+        selection={"on": "test pictures", "chosen": {"epoch": score.details["best_epoch"]}},
+        by_class=next(suffix for suffix in score.answers if suffix.endswith(_LAST)),
+        sheet=config.sheet,
     )
     return record, study.out
 
@@ -124,10 +111,10 @@ def _learn(
     """Train to the end, looking at the test pictures as often as the protocol does."""
     backbone = study.loaded.backbone
     device = next(backbone.parameters()).device
-    folder = study.out.with_suffix("")
+    folder = _folder(study)
     views = crop_views(probe.augmentation, study.transform.image_size, study.loaded.mean, study.loaded.std)
     change, mix = Photometric(views), Mixing(probe.augmentation, len(study.pictures.train.classes))
-    loader = _loader(config, study, probe, SkippedPictures(folder / "skipped.txt"))
+    loader = _loader(config, study, probe, SkippedPictures(folder / _SKIPPED))
     journal = Journal(folder / "epochs.jsonl", course.epoch)
     for epoch in tqdm(range(course.epoch, probe.epochs), initial=course.epoch, total=probe.epochs, disable=None):
         started, losses = time.perf_counter(), []
@@ -232,7 +219,7 @@ def _score(probe: Probe, course: Course, labels: Tensor, index: Tensor, classes:
     metrics, answers = [], {}
     for head in probe.heads:
         name = f", {head}" if len(probe.heads) > 1 else ""
-        for suffix, (ranks, predicted) in ((name, course.best[head]), (f"{name}, last epoch", course.last[head])):
+        for suffix, (ranks, predicted) in ((name, course.best[head]), (f"{name}{_LAST}", course.last[head])):
             metrics += accuracies(ranks, classes, suffix)
             answers[suffix] = Answers(index, labels, predicted, ranks)
     best = {head: max(looks, key=lambda look: look[1])[0] for head, looks in course.accuracy.items()}
@@ -240,48 +227,30 @@ def _score(probe: Probe, course: Course, labels: Tensor, index: Tensor, classes:
     return Score(NETWORK, metrics, details, answers)
 
 
-def _looks(probe: Probe) -> int:
-    return -(-probe.epochs // probe.every)
+def _protocol(config: LinearConfig, probe: Probe) -> dict[str, Any]:
+    looks = -(-probe.epochs // probe.every)
+    return {
+        "probe": config.protocol,
+        **probe.about,
+        "epochs": probe.epochs,
+        "batch_size": config.data.batch_size,
+        "selection": f"on the test pictures: the best of {looks} looks at them, as published",
+        "split": "train and test",
+    }
 
 
-def _open(folder: Path, probe: Probe, identity: dict[str, Any]) -> Course:
-    """Where the probe stands; its weights and its optimizer are filled in.
-
-    Raises:
-        UserError: The folder holds a probe of something else, or a damaged state.
-    """
-    path = folder / STATE
-    if not path.is_file():
-        return Course()
-    content = read_plain(path)
-    changed = [name for name, value in identity.items() if content["identity"][name] != value]
-    if changed:
-        raise UserError(
-            f"{folder} holds a probe with another {' and another '.join(changed)}: delete the folder, or name another "
-            "record with out=OTHER.json"
-        )
-    probe.heads.load_state_dict(content["heads"])
-    probe.optimizer.load_state_dict(content["optimizer"])
-    return Course(**content["course"])
+def _identity(study: Study, protocol: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What a probe must share with another one to go on with it."""
+    return {
+        "protocol": repr(protocol),
+        "network": f"{study.loaded.source} {study.loaded.sha256}",
+        "set of pictures": [part.fingerprint(sizes=True) for part in study.pictures if part is not None],
+        "transform": repr(study.transform.describe()),
+        "seed": study.config.seed,
+        "precision of the network": str(autocast_dtype(device) or torch.float32),
+    }
 
 
-def _save(folder: Path, probe: Probe, identity: dict[str, Any], course: Course) -> None:
-    with durable(folder / STATE) as file:
-        content = {
-            "identity": identity,
-            "heads": probe.heads.state_dict(),
-            "optimizer": probe.optimizer.state_dict(),
-            "course": vars(course),
-        }
-        torch.save(content, file)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other commands out of the folder, which is made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock").acquire(timeout=0):
-            yield
-    except Timeout:
-        raise UserError(f"another command trains a probe in {folder}; wait for it, or name out=OTHER.json") from None
+def _folder(study: Study) -> Path:
+    """What goes on: a probe of another seed is another one."""
+    return beside(study.out, f"-seed{study.config.seed}")

@@ -30,7 +30,7 @@ LENGTH = {"max_epochs", "max_steps"}
 PICTURES = "pictures.safetensors"  # their names, where they are files
 
 # Keys that may differ on resume without changing what the run computes. That data.root holds the same pictures is seen
-# from their fingerprint.
+# from their fingerprint; that a fine-tuning learns from and tests on the same ones, from its origin.
 HARMLESS = (
     "run.",
     "data.root",
@@ -50,6 +50,7 @@ HARMLESS = (
     "trainer.skip_budget",
     "logger.",
     "online.",
+    "sheet",
 )
 
 
