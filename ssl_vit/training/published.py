@@ -39,7 +39,7 @@ _MEMORY_GB = 2.0  # data sets that fit into this stay in memory
 def published_probe(config: LinearConfig) -> tuple[Record, Path]:
     """Train the heads of `config.protocol`, or go on where they stand; the record, and its file.
 
-    The same command goes on from the state that is saved after every epoch, in a folder beside the record for each seed.
+    The same command goes on from the state that is saved after every epoch, in a folder per seed beside the record.
 
     Raises:
         UserError: Network and pictures do not fit the protocol, or the folder holds another probe.
