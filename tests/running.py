@@ -12,7 +12,9 @@ TIMES = ("speed/", "online/seconds")  # columns of metrics.csv that differ from 
 
 
 def environment(**more):
-    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+    """Of a command of its own, which shares no service with what wandb did in this process."""
+    inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    return {**inherited, "OMP_NUM_THREADS": "1", **more}
 
 
 def command(words, launcher=(), name="pretrain"):
