@@ -74,6 +74,7 @@ def without_time(path):
 def test_dinos_learning_rate_is_torchs_cosine_of_the_epoch():
     probe = dino_probe(make_network(), 5, epochs=None, batch_size=1024)
     assert probe.epochs == 100
+    assert any("smaller batch of an epoch" in text for text in probe.about["not reproduced"])
     (group,) = probe.optimizer.param_groups
     assert (group["momentum"], group["weight_decay"], group["lr"]) == (0.9, 0.0, pytest.approx(0.004))
     reference = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.004)
@@ -253,14 +254,16 @@ def test_where_other_test_pictures_can_be_read_it_starts_anew_with_a_word(config
     words = ("dino", "epochs=2", f"data.root={folder}")
     whole = published_probe(config(*words))[1]
     wanted = without_time(whole)
-    picture = sorted((folder / "test").rglob("*.png"))[0]
-    good = picture.read_bytes()
-    picture.write_bytes(bytes(len(good)))  # as large as before
+    broken = [sorted((folder / part).rglob("*.png"))[0] for part in ("train", "test")]
+    good = [picture.read_bytes() for picture in broken]
+    for picture, content in zip(broken, good, strict=True):
+        picture.write_bytes(bytes(len(content)))  # as large as before
     capsys.readouterr()
     less, _ = published_probe(config(*words))
     assert "starts anew" in capsys.readouterr().out
-    assert (less.data["n_test"], less.data["skipped"], less.score.metrics[0].n) == (47, 1, 47)
-    picture.write_bytes(good)
+    assert (less.data["n_test"], less.data["skipped"], less.score.metrics[0].n) == (47, 2, 47)
+    for picture, content in zip(broken, good, strict=True):
+        picture.write_bytes(content)
     published_probe(config(*words))
     assert "starts anew" in capsys.readouterr().out
     assert without_time(whole) == wanted
