@@ -81,11 +81,6 @@ def uniform(key: Tensor, count: int) -> Tensor:
     return _shift(_mix(key.unsqueeze(-1) + counter), 40).float() * 2.0**-24
 
 
-def uniform_between(key: Tensor, low: float, high: float) -> Tensor:
-    """Draw one float32 in [low, high) per key, in the keys' shape."""
-    return low + (high - low) * uniform(key, 1).squeeze(-1)
-
-
 def normal(key: Tensor, count: int, *, where: Tensor | None = None) -> Tensor:
     """Draw (*key.shape, count) float32, standard normal, two from each 64 bits (Box & Muller, 1958); at most 6.7.
 
