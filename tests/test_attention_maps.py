@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssl_vit.attention.maps import cls_attention, fit_to_patches
+from ssl_vit.attention.maps import cls_attention, fit_to_patches, look, tapped
 from ssl_vit.config import BackboneConfig
 from ssl_vit.errors import UserError
 from ssl_vit.models.backbone import Backbone
@@ -50,7 +50,7 @@ def plain_attention(backbone: Backbone, images: torch.Tensor) -> torch.Tensor:
 def test_equals_the_unfused_softmax(size, registers):
     backbone = make_backbone(registers)
     images = torch.randn(2, 3, *size)
-    maps = cls_attention(backbone, images)
+    maps = cls_attention(backbone, images)[0]
     assert maps.shape == (2, 3, size[0] // 8, size[1] // 8)
     torch.testing.assert_close(maps.flatten(2), plain_attention(backbone, images), atol=1e-6, rtol=0)
     torch.testing.assert_close(maps.sum((-2, -1)), torch.ones(2, 3))
@@ -62,14 +62,14 @@ def test_query_and_key_norms_are_respected():
     attention.q_norm, attention.k_norm = torch.nn.LayerNorm(16), torch.nn.LayerNorm(16)
     images = torch.randn(1, 3, 32, 32)
     expected = plain_attention(backbone, images)
-    torch.testing.assert_close(cls_attention(backbone, images).flatten(2), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(cls_attention(backbone, images)[0].flatten(2), expected, atol=1e-6, rtol=0)
 
 
 def test_leaves_the_network_as_it_was():
     backbone = make_backbone()
     images = torch.randn(1, 3, 32, 32)
     before = backbone(images).cls
-    cls_attention(backbone, images)
+    cls_attention(backbone, images)[0]
     with pytest.raises(AssertionError, match="divisible"):
         cls_attention(backbone, torch.randn(1, 3, 33, 32))
     assert all(block.attn.fused_attn for block in backbone.vit.blocks)
@@ -80,14 +80,53 @@ def test_leaves_the_network_as_it_was():
 def test_softmax_stays_float32_under_bfloat16_autocast():
     backbone = make_backbone(scale=1.5)
     images = torch.randn(2, 3, 32, 64)
-    exact = cls_attention(backbone, images)
+    exact = cls_attention(backbone, images)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        maps = cls_attention(backbone, images)
+        maps = cls_attention(backbone, images)[0]
     assert maps.dtype == torch.float32
     # A softmax in bfloat16 would round each weight to 8 bits: its sums and its values would be off by 2^-9.
     torch.testing.assert_close(maps.sum((-2, -1)), torch.ones(2, 3), atol=1e-6, rtol=0)
     assert not torch.equal(maps, maps.bfloat16().float())
     torch.testing.assert_close(maps, exact, atol=0.02, rtol=0.3)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_every_block_is_seen_in_one_pass(fused):
+    backbone = make_backbone(registers=2)
+    images = torch.randn(2, 3, 32, 40)
+    backbone.set_fused_attention(fused)
+    maps = cls_attention(backbone, images, blocks=range(2))
+    assert maps.shape == (2, 2, 3, 4, 5)
+    torch.testing.assert_close(maps[1], cls_attention(backbone, images)[0])
+    torch.testing.assert_close(maps[0], cls_attention(backbone, images, blocks=[0])[0])
+    assert not torch.allclose(maps[0], maps[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("registers", [0, 3])
+def test_a_look_tells_pictures_and_patches_apart(registers):
+    backbone = make_backbone(registers)
+    images = torch.randn(2, 3, 16, 40)
+    sights = look(backbone, images)
+    tokens = backbone(images)
+    keys = []
+    with tapped(backbone, lambda _block, _queries, key: keys.append(key), blocks=[1]):
+        backbone(images)
+    for place, sight in enumerate(sights):
+        torch.testing.assert_close(sight.patches.flatten(0, 1), tokens.patches[place])
+        torch.testing.assert_close(sight.cls, cls_attention(backbone, images)[0, place])
+        assert sight.keys.shape == (3, 2, 5, 16)
+        torch.testing.assert_close(sight.keys[:, 1, 2], keys[0][place, :, 1 + registers + 7])
+
+
+def test_without_a_class_token_there_are_keys_and_patches():
+    config = make_backbone().config
+    gap = Backbone(config.model_copy(update={"name": "vit_medium_patch16_gap_256"})).eval()
+    (sight,) = look(gap, torch.randn(1, 3, 16, 24))
+    assert sight.cls is None
+    assert sight.keys.shape == (3, 2, 3, 16)
+    assert sight.patches.shape == (2, 3, 48)
+    with pytest.raises(UserError, match="no class token"):
+        gap.need_cls()
 
 
 def test_other_attention_is_refused_by_name():

@@ -1,48 +1,137 @@
-"""What the [CLS] token looks at: the last block's softmax attention, read while fused attention stays on."""
+"""What a frozen network sees in pictures: attention, keys and patch tokens, read while fused attention stays on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers.attention import Attention
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_vit.errors import UserError
 from ssl_vit.models.backbone import Backbone
 
+Visit = Callable[[int, Tensor, Tensor], None]  # block, then its queries and keys (B, heads, tokens, d)
+
+
+class Sight(NamedTuple):
+    """What the last block makes of one picture, patch by patch; all in float32 on the CPU."""
+
+    cls: Tensor | None  # (heads, rows, columns): attention of the [CLS] query, sums to 1; None without a class token
+    keys: Tensor  # (heads, rows, columns, d)
+    patches: Tensor  # (rows, columns, D), after the final norm
+
 
 @torch.no_grad()
-def cls_attention(backbone: Backbone, images: Tensor) -> Tensor:
-    """Attention of the [CLS] query over the patches, for each head of the last block.
-
-    Queries and keys are caught on their way into the attention, so the forward pass itself keeps its fused kernel.
-    The softmax runs over all tokens in float32, also under autocast; then the class token's and the registers' columns
-    are dropped and the rest is scaled to sum 1 over the patches.
+def look(backbone: Backbone, images: Tensor) -> list[Sight]:
+    """What the last block makes of each picture, from one forward pass.
 
     Args:
         backbone: In evaluation mode.
         images: (B, C, H, W) float, normalised; H and W are multiples of the patch.
 
-    Returns:
-        (B, heads, rows, columns) float32; each map sums to 1.
-
     Raises:
         UserError: The last block does not compute the plain softmax(q k) attention.
     """
-    attention = _plain_attention(backbone)
-    with _outputs_of(attention.q_norm) as queries, _outputs_of(attention.k_norm) as keys:
+    caught: list[tuple[Tensor, Tensor]] = []
+    with tapped(backbone, lambda _block, queries, keys: caught.append((queries, keys)), blocks=[-1]):
+        tokens = backbone.vit.forward_features(images)  # (B, prefix + N, D)
+    queries, keys = caught[0]
+    grid = images.shape[-2] // backbone.patch_size, images.shape[-1] // backbone.patch_size
+    maps = cls_row(backbone, queries, keys).cpu() if backbone.has_cls else None
+    prefix = backbone.vit.num_prefix_tokens
+    of_patches, patches = keys[:, :, prefix:].float().cpu(), tokens[:, prefix:].float().cpu()
+    return [
+        Sight(
+            None if maps is None else maps[place].view(-1, *grid),
+            of_patches[place].reshape(-1, *grid, keys.shape[-1]),
+            patches[place].reshape(*grid, -1),
+        )
+        for place in range(len(images))
+    ]
+
+
+@torch.no_grad()
+def cls_attention(backbone: Backbone, images: Tensor, *, blocks: Sequence[int] = (-1,)) -> Tensor:
+    """Attention of the [CLS] query over the patches, for each head of some blocks.
+
+    Args:
+        backbone: In evaluation mode, with a class token.
+        images: (B, C, H, W) float, normalised; H and W are multiples of the patch.
+        blocks: Their numbers from 0; negative ones count from the end.
+
+    Returns:
+        (blocks, B, heads, rows, columns) float32; each map sums to 1.
+
+    Raises:
+        UserError: A block does not compute the plain softmax(q k) attention.
+    """
+    maps: list[Tensor] = []
+    with tapped(backbone, lambda _block, queries, keys: maps.append(cls_row(backbone, queries, keys)), blocks=blocks):
         backbone.vit.forward_features(images)
-    with torch.autocast(images.device.type, enabled=False):
-        query = queries[0][:, :, :1].float()  # (B, heads, 1, d): the class token comes first
-        logits = (query * attention.scale) @ keys[0].float().transpose(-2, -1)  # (B, heads, 1, tokens)
-        weights: Tensor = logits.softmax(dim=-1).squeeze(2)
+    grid = images.shape[-2] // backbone.patch_size, images.shape[-1] // backbone.patch_size
+    stacked = torch.stack(maps)  # (blocks, B, heads, N)
+    return stacked.view(*stacked.shape[:3], *grid)
+
+
+def cls_row(backbone: Backbone, queries: Tensor, keys: Tensor) -> Tensor:
+    """Attention (B, heads, N) of [CLS] over the patches, from a block's queries and keys (B, heads, tokens, d).
+
+    The softmax runs over all tokens in float32, also under autocast; then the class token's and the registers' columns
+    are dropped and the rest is scaled to sum 1.
+    """
+    weights = softmax_rows(queries[:, :, :1], keys).squeeze(2)  # (B, heads, tokens): the class token comes first
     patches = weights[..., backbone.vit.num_prefix_tokens :]
-    patches = patches / patches.sum(dim=-1, keepdim=True)
-    rows, columns = images.shape[-2] // backbone.patch_size, images.shape[-1] // backbone.patch_size
-    return patches.view(*patches.shape[:2], rows, columns)
+    return patches / patches.sum(dim=-1, keepdim=True)
+
+
+def softmax_rows(queries: Tensor, keys: Tensor) -> Tensor:
+    """Attention (B, heads, M, tokens) in float32 of M queries (B, heads, M, d) over all keys (B, heads, tokens, d)."""
+    with torch.autocast(queries.device.type, enabled=False):
+        scaled = queries.float() * queries.shape[-1] ** -0.5
+        weights: Tensor = (scaled @ keys.float().mT).softmax(dim=-1)
+        return weights
+
+
+@contextmanager
+def tapped(backbone: Backbone, visit: Visit, *, blocks: Sequence[int]) -> Iterator[None]:
+    """Within it, every forward pass hands the queries and keys of some blocks to `visit`, in the order of the blocks.
+
+    They are caught where they leave the projection, so that the network computes as ever: with its fused kernel.
+
+    Args:
+        backbone: Nothing stays attached to it afterwards.
+        visit: Is given the block's number from 0; queries and keys are as they enter the softmax, but not scaled.
+        blocks: Their numbers from 0; negative ones count from the end.
+
+    Raises:
+        UserError: One of them does not compute the plain softmax(q k) attention.
+    """
+    depth = len(backbone.vit.blocks)
+    numbers = sorted({block % depth for block in blocks})
+    attentions = [_plain_attention(backbone, block) for block in numbers]
+    handles = [
+        attention.qkv.register_forward_hook(partial(_split_and_visit, attention, partial(visit, block)))
+        for block, attention in zip(numbers, attentions, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _split_and_visit(
+    attention: Attention, visit: Callable[[Tensor, Tensor], None], _module: object, _inputs: object, output: Tensor
+) -> None:
+    batch, tokens, _ = output.shape
+    split = output.view(batch, tokens, 3, attention.num_heads, attention.head_dim)
+    queries, keys, _ = split.permute(2, 0, 3, 1, 4).unbind()  # (B, heads, tokens, d) each
+    visit(attention.q_norm(queries), attention.k_norm(keys))
 
 
 def fit_to_patches(picture: Tensor, patch: int, max_side: int | None = None) -> Tensor:
@@ -71,19 +160,8 @@ def fit_to_patches(picture: Tensor, patch: int, max_side: int | None = None) -> 
     return resized[0].round().clamp(0, 255).to(torch.uint8)
 
 
-def _plain_attention(backbone: Backbone) -> Attention:
-    modules = [module for module in backbone.vit.blocks[-1].modules() if type(module) is Attention]
+def _plain_attention(backbone: Backbone, block: int) -> Attention:
+    modules = [module for module in backbone.vit.blocks[block].modules() if type(module) is Attention]
     if len(modules) != 1:
-        raise UserError(f"{backbone.config.name}: attention maps need a last block with one plain softmax attention")
+        raise UserError(f"{backbone.config.name}: attention maps need blocks with one plain softmax attention each")
     return modules[0]
-
-
-@contextmanager
-def _outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect what the module returns; nothing stays attached to it afterwards."""
-    outputs: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
-    try:
-        yield outputs
-    finally:
-        handle.remove()

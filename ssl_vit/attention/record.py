@@ -41,7 +41,7 @@ def write_record(
         data: Counts of the pictures, and their fingerprint.
         started: When the maps were begun, in seconds of `time.perf_counter`.
     """
-    device = network.backbone.vit.cls_token.device
+    device = network.backbone.vit.patch_embed.proj.weight.device
     scores = [result.score() for result in results] or [Score(NETWORK, [], {})]
     left_out = {"skipped": "could not be used", "unscored": "have no usable mask"}
     Record(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssl_vit.attention.maps import cls_attention, fit_to_patches
+from ssl_vit.attention.maps import Sight, fit_to_patches, look
 from ssl_vit.data.pictures import BrokenPicture, Pictures, SkippedPictures
 from ssl_vit.errors import UserError
 from ssl_vit.models.weights import LoadedBackbone
@@ -19,11 +19,11 @@ WAITING_PIXELS = 2**25  # of pictures at their own size that wait for others of 
 
 
 class Attended(NamedTuple):
-    """One picture and where each network's [CLS] token looks in it."""
+    """One picture and what each network sees in it."""
 
     place: int  # among the pictures
     picture: Tensor  # (C, H, W) uint8, at its own size
-    maps: list[Tensor]  # one (heads, rows, columns) float32 per network
+    sights: list[Sight]  # one per network
 
 
 class _Waiting(NamedTuple):
@@ -40,7 +40,7 @@ def attend(
     max_side: int | None,
     skipped: SkippedPictures,
 ) -> Iterator[Attended]:
-    """Attention maps of every picture that can be read, in the order in which batches fill up.
+    """What networks see in every picture that can be read, in the order in which batches fill up.
 
     Args:
         pictures: Of any size and aspect.
@@ -73,10 +73,10 @@ def attend(
 
 
 def _attend_batch(batch: list[_Waiting], networks: list[LoadedBackbone]) -> Iterator[Attended]:
-    device = networks[0].backbone.vit.cls_token.device
+    device = networks[0].backbone.vit.patch_embed.proj.weight.device
     pixels = torch.stack([item.fitted for item in batch]).to(device).float() / 255  # (B, C, h, w)
-    maps = [cls_attention(network.backbone, _normalise(pixels, network)).cpu() for network in networks]
-    for item, *of_picture in zip(batch, *maps, strict=True):
+    sights = [look(network.backbone, _normalise(pixels, network)) for network in networks]
+    for item, *of_picture in zip(batch, *sights, strict=True):
         yield Attended(item.place, item.picture, of_picture)
 
 

@@ -68,10 +68,11 @@ def segment(config: AttentionConfig) -> Outcome:
     stream = attend(pictures, places, networks=networks, max_side=config.max_side, skipped=skipped)
     for seen in tqdm(stream, total=len(places), unit=" pictures", desc="attention"):
         truth = _truth(truths, pictures.name(seen.place), seen.picture, unscored)
-        gallery.write(seen.place, make_example(seen.picture, seen.maps[0], config.mass, truth))
+        maps = [sight.cls for sight in seen.sights]
+        gallery.write(seen.place, make_example(seen.picture, maps[0], config.mass, truth))
         written.append(seen.place)
         if truth is not None:
-            summary.add(seen.place, seen.maps, truth)
+            summary.add(seen.place, maps, truth)
     seconds = time.perf_counter() - start
     if not written:
         raise UserError(f"images={config.images}: no picture could be used; {skipped.path} says why")

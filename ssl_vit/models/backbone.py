@@ -22,6 +22,9 @@ from ssl_vit.models.recompute import recompute_activations
 _MOST_GRAPHS = 64  # of all blocks of a process: a network in training has five, and a process may build several
 
 
+NOT_PLAIN = "a plain ViT is needed; hybrids and ViTs with rotary position embeddings are not supported yet"
+
+
 class Tokens(NamedTuple):
     """What the backbone says of B pictures, after its final norm."""
 
@@ -32,7 +35,7 @@ class Tokens(NamedTuple):
 
 
 class Backbone(nn.Module):
-    """A plain timm ViT with a class token; pictures may have any size that is a multiple of the patch.
+    """A plain timm ViT; pictures may have any size that is a multiple of the patch.
 
     Initialisation and interpolation of the position embeddings are timm's. DINO's own differ a little: its class token
     starts at std .02 instead of 1e-6, and it interpolates without antialias.
@@ -41,7 +44,7 @@ class Backbone(nn.Module):
         config: Name, sizes and initialisation; `drop_path` included.
 
     Raises:
-        UserError: timm does not know the name, or it is not a plain ViT with a class token, or it has batch norm.
+        UserError: timm does not know the name, or it is not a plain ViT, or it has batch norm.
     """
 
     def __init__(self, config: BackboneConfig) -> None:
@@ -50,6 +53,21 @@ class Backbone(nn.Module):
         self.vit = _create(config)
         self.drop_paths = use_keyed_drop_paths(self.vit)
         self.compiled = False
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether there is a class token that stands for the picture; without one there are no `Tokens` to speak of."""
+        return bool(self.vit.has_class_token and self.vit.global_pool == "token")
+
+    def need_cls(self) -> Backbone:
+        """Itself.
+
+        Raises:
+            UserError: There is no class token.
+        """
+        if not self.has_cls:
+            raise UserError(f"{self.config.name} has no class token that it pools: a ViT with one is needed here")
+        return self
 
     @property
     def embed_dim(self) -> int:
@@ -135,9 +153,9 @@ def _create(config: BackboneConfig) -> VisionTransformer:
         with _quiet_timm():
             vit = timm.create_model(config.name, pretrained=False, **arguments)
     except TypeError as error:
-        raise UserError(f"backbone.name={config.name} is not a plain ViT: {error}") from None
-    if type(vit) is not VisionTransformer or not vit.has_class_token or vit.global_pool != "token":
-        raise UserError(f"backbone.name={config.name}: a plain ViT that pools its class token is needed")
+        raise UserError(f"backbone.name={config.name}: {NOT_PLAIN} ({error})") from None
+    if type(vit) is not VisionTransformer:
+        raise UserError(f"backbone.name={config.name}: {NOT_PLAIN}")
     if any(isinstance(module, _BatchNorm) for module in vit.modules()):
         raise UserError(
             f"backbone.name={config.name} has batch norm, whose result depends on how a batch is spread over processes "

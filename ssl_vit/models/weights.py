@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -23,8 +20,9 @@ from ssl_vit.config import BackboneConfig, Section
 from ssl_vit.config_values import Positive
 from ssl_vit.durable import durable, write_json
 from ssl_vit.errors import UserError
-from ssl_vit.models.backbone import Backbone, timm_arguments
+from ssl_vit.models.backbone import NOT_PLAIN, Backbone, timm_arguments
 from ssl_vit.models.official import IMAGENET_MEAN, IMAGENET_STD, read_official
+from ssl_vit.models.plain import read_plain
 
 Weights = Literal["teacher", "student"]
 StateDict = Mapping[str, Tensor]
@@ -64,20 +62,30 @@ class LoadedBackbone(NamedTuple):
     step: int | None = None
 
 
-def load_backbone(checkpoint: str, weights: Weights = "teacher") -> LoadedBackbone:
+def load_backbone(checkpoint: str, weights: Weights = "teacher", *, cls_needed: bool = True) -> LoadedBackbone:
     """Load a run folder, a `.ckpt`, an exported `.safetensors`, `timm:<model>`, `random:<model>`, or an official file.
 
     `weights` chooses between teacher and student where the file holds both. `random:` takes a timm name or anything
     else that can be loaded, and gives that architecture random weights.
 
     Raises:
-        UserError: There is no such file or model, the file is none of these, or its keys do not fit exactly.
+        UserError: There is no such file or model, the file is none of these, its keys do not fit exactly, or there is
+            no class token where one is needed.
     """
+    loaded = _load(checkpoint, weights)
+    if cls_needed:
+        loaded.backbone.need_cls()
+    return loaded
+
+
+def _load(checkpoint: str, weights: Weights) -> LoadedBackbone:
     kind, _, name = checkpoint.partition(":")
     if kind == "timm":
         return _from_timm(name, pretrained=True)
     if kind == "random":
-        return random_twin(_from_timm(name, pretrained=False) if timm.is_model(name) else load_backbone(name), seed=0)
+        return random_twin(
+            _from_timm(name, pretrained=False) if timm.is_model(name) else _load(name, "teacher"), seed=0
+        )
     path = _file_of(Path(checkpoint))
     try:
         return _from_file(path, weights)
@@ -173,30 +181,6 @@ def _file_of(path: Path) -> Path:
     )
 
 
-def read_plain(path: Path) -> dict[str, Any]:
-    """A torch file as plain containers and tensors.
-
-    Raises:
-        UserError: It is damaged, or holds anything else, which could run code.
-    """
-    refused = UserError(
-        f"{path} is damaged or not a checkpoint of plain tensors; nothing else is read, it could run code"
-    )
-    try:
-        official = torch.serialization.safe_globals([argparse.Namespace])  # official DINO files carry their arguments
-        if zipfile.is_zipfile(path):  # with a CRC-32 of each record, which torch does not look at
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip():
-                    raise refused
-        with warnings.catch_warnings(action="ignore"), official:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises whatever the damage in a file happens to provoke
-        raise refused from None
-    if not isinstance(content, dict):
-        raise refused
-    return content
-
-
 def _from_file(path: Path, weights: Weights) -> LoadedBackbone:
     if path.suffix == ".safetensors":
         return _from_export(path)
@@ -215,7 +199,7 @@ def _from_timm(name: str, *, pretrained: bool) -> LoadedBackbone:
     except (OSError, RuntimeError) as error:
         raise UserError(f"timm:{name}: its weights cannot be loaded here: {error}") from None
     if type(plain) is not VisionTransformer:
-        raise UserError(f"timm:{name} is not a plain ViT; one that pools its class token is needed")
+        raise UserError(f"timm:{name}: {NOT_PLAIN}")
     config = BackboneConfig(
         name=name,
         img_size=settings.input_size[-1],

@@ -12,7 +12,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 
 from ssl_vit.durable import durable, sync_folder
 from ssl_vit.errors import UserError
-from ssl_vit.models.weights import read_plain
+from ssl_vit.models.plain import read_plain
 
 LAST = "last.ckpt"
 PREVIOUS = "previous.ckpt"

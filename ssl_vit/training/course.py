@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssl_vit.durable import durable
 from ssl_vit.errors import UserError
-from ssl_vit.models.weights import read_plain
+from ssl_vit.models.plain import read_plain
 from ssl_vit.training.protocols import Probe
 
 STATE = "state.pt"
