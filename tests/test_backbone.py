@@ -9,6 +9,7 @@ from timm.layers import DropPath as TimmDropPath
 
 from ssl_vit.config import BackboneConfig
 from ssl_vit.errors import UserError
+from ssl_vit.methods.base import make_backbone
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.drop_path import DropPath, choose_paths
 from ssl_vit.transforms.randomness import sample_keys
@@ -84,10 +85,18 @@ def test_timm_models_by_name_keep_their_own_sizes():
     assert len(backbone.vit.blocks) == len(plain.blocks)
 
 
-@pytest.mark.parametrize("name", ["resnet50", "swin_tiny_patch4_window7_224", "vit_base_patch16_siglip_224", "vit_x"])
+@pytest.mark.parametrize("name", ["resnet50", "swin_tiny_patch4_window7_224", "vit_small_patch16_dinov3", "vit_x"])
 def test_what_is_no_plain_vit_is_refused_by_name(name):
     with pytest.raises(UserError, match=name):
         Backbone(tiny(name=name, embed_dim=None, depth=None, num_heads=None))
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_siglip_224", "vit_medium_patch16_gap_256"])
+def test_a_network_without_a_pooled_class_token_trains_by_no_method(name):
+    config = tiny(name=name, embed_dim=48, depth=1, num_heads=3)
+    assert not Backbone(config).has_cls
+    with pytest.raises(UserError, match=rf"{name} has no class token"):
+        make_backbone(config, drop_path=False)
 
 
 def test_batch_norm_is_refused_with_the_reason(monkeypatch):

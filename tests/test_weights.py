@@ -206,10 +206,17 @@ def test_keys_that_do_not_fit_are_listed(plain, tmp_path):
     assert "norm.weight (3,) instead of (64,)" in text
 
 
-@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224", "vit_small_patch16_dinov3"])
 def test_another_architecture_of_timm_is_refused(name):
     with pytest.raises(UserError, match="not a plain ViT"):
         load_backbone(f"random:{name}")
+
+
+def test_a_network_without_a_class_token_loads_where_none_is_needed():
+    name = "random:vit_medium_patch16_gap_256"
+    with pytest.raises(UserError, match="no class token"):
+        load_backbone(name)
+    assert not load_backbone(name, cls_needed=False).backbone.has_cls
 
 
 @pytest.mark.parametrize("text", ["nonsense", "{}", "[1]", '{"backbone": {"name": "vit"}, "normalisation": {}}'])

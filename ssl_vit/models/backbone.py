@@ -22,7 +22,7 @@ from ssl_vit.models.recompute import recompute_activations
 _MOST_GRAPHS = 64  # of all blocks of a process: a network in training has five, and a process may build several
 
 
-NOT_PLAIN = "a plain ViT is needed; hybrids and ViTs with rotary position embeddings are not supported yet"
+NOT_PLAIN = "not a plain ViT (hybrids and ViTs with rotary position embeddings are not supported yet)"
 
 
 class Tokens(NamedTuple):
@@ -153,9 +153,9 @@ def _create(config: BackboneConfig) -> VisionTransformer:
         with _quiet_timm():
             vit = timm.create_model(config.name, pretrained=False, **arguments)
     except TypeError as error:
-        raise UserError(f"backbone.name={config.name}: {NOT_PLAIN} ({error})") from None
+        raise UserError(f"backbone.name={config.name} is {NOT_PLAIN}: {error}") from None
     if type(vit) is not VisionTransformer:
-        raise UserError(f"backbone.name={config.name}: {NOT_PLAIN}")
+        raise UserError(f"backbone.name={config.name} is {NOT_PLAIN}")
     if any(isinstance(module, _BatchNorm) for module in vit.modules()):
         raise UserError(
             f"backbone.name={config.name} has batch norm, whose result depends on how a batch is spread over processes "

@@ -199,7 +199,7 @@ def _from_timm(name: str, *, pretrained: bool) -> LoadedBackbone:
     except (OSError, RuntimeError) as error:
         raise UserError(f"timm:{name}: its weights cannot be loaded here: {error}") from None
     if type(plain) is not VisionTransformer:
-        raise UserError(f"timm:{name}: {NOT_PLAIN}")
+        raise UserError(f"timm:{name} is {NOT_PLAIN}")
     config = BackboneConfig(
         name=name,
         img_size=settings.input_size[-1],
