@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ssl_vit.config import SiTConfig
+from ssl_vit.errors import UserError
 from ssl_vit.transforms.corruption import Corruption
 from ssl_vit.transforms.randomness import sample_keys, view_keys
 
@@ -46,12 +47,17 @@ def reconstruct(pictures: Tensor, restore: Restore, config: SiTConfig, *, seed: 
         restore: The network, in evaluation mode.
         config: Of the run: its corruption and its normalisation.
         seed: Of the corruption.
+
+    Raises:
+        UserError: What the network makes is not finite.
     """
     mean, std = (torch.tensor(part).view(-1, 1, 1) for part in (config.views.mean, config.views.std))
     clean = pictures.float() / 255
     key = view_keys(sample_keys(seed, 0, torch.arange(len(pictures))), 0, 1).squeeze(1)
     corrupted, mask = Corruption(config.corruption)((clean - mean) / std, key, view=0)
     restored = restore(corrupted).float().cpu()
+    if not restored.isfinite().all():
+        raise UserError("the reconstructions are not finite: the network has diverged")
     return [
         compared(*parts)
         for parts in zip(

@@ -57,4 +57,5 @@ def restored(network: SiTNetwork, pictures: Tensor) -> Tensor:
     device = network.backbone.vit.patch_embed.proj.weight.device
     with torch.no_grad():
         _, outputs = network(pictures.to(device))
-    return outputs["reconstruction"]
+    made: Tensor = outputs["reconstruction"]
+    return made
