@@ -38,8 +38,8 @@ def views_panel(run: Path, *, count: int = 4) -> Panel:
     if kinds.local_crops.count:
         views += f" and {kinds.local_crops.count} local views of {kinds.local_crops.size} px"
     text = (
-        f"The first {len(seen)} pictures of the run's first step with their {views}, as the network was given them. The "
-        "frame with a view's number and colour is where it was cut out."
+        f"The first {len(seen)} pictures of the run's first step with their {views}, as the network was given them. "
+        "The frame with a view's number and colour is where it was cut out."
     )
     if seen[0].puzzles:
         text += " SiT turns each view, hides parts of it with noise and other pictures, and has to restore it."
