@@ -94,6 +94,12 @@ class OnlineConfig(Section):
     k: Annotated[list[Count], Field(min_length=1)]
 
 
+class PanelsConfig(Section):
+    root: Path | None
+    every_epochs: Count | None
+    pictures: Count
+
+
 # --- data ------------------------------------------------------------------------------------------------------
 
 Source = Literal["folder", "list", "shards", "cifar10", "cifar100", "stl10"]
@@ -331,6 +337,7 @@ class PretrainConfig(TrainingConfig):
     run: RunConfig
     logger: LoggerConfig
     online: OnlineConfig
+    panels: PanelsConfig
 
     @property
     def tied_to_processes(self) -> bool:

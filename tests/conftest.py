@@ -35,6 +35,7 @@ SHRUNK = (
     "trainer.accelerator=cpu",
     "trainer.max_steps=4",
     "online.every_epochs=null",
+    "panels.every_epochs=null",
 )
 SHRUNK_DINO = (
     "method.views.local_crops.count=2",

@@ -24,6 +24,7 @@ from ssl_vit.training.keeper import Keeper
 from ssl_vit.training.metrics import MetricsCSV, Wandb
 from ssl_vit.training.online import OnlineEvaluation
 from ssl_vit.training.outlook import outlook
+from ssl_vit.training.panels import Panels
 from ssl_vit.training.progress import RunProgress
 from ssl_vit.training.report import conclusion, introduction
 from ssl_vit.training.runs import AnyRun, Start, begin_run, locked, open_run, with_extension
@@ -74,7 +75,8 @@ def train(config: PretrainConfig, plan: Plan, method: SSLMethod, start: Start) -
         every=plan.log_every,
     )
     progress = RunProgress(plan.total_steps, plan.batch_size, every=plan.log_every)
-    callbacks = [signals, SameStart(config, start), steps, progress, health, online, keeper]
+    panels = Panels(config, plan, start, skipped)
+    callbacks = [signals, SameStart(config, start), steps, progress, health, online, keeper, panels]
     trainer = make_trainer(config, plan, make_loggers(config, start.done), callbacks, keeper.files, folder)
     loader = training_loader(
         start.pictures,
@@ -107,7 +109,8 @@ def train(config: PretrainConfig, plan: Plan, method: SSLMethod, start: Start) -
         # From the checkpoint: with fsdp no process has the whole network.
         target = load_backbone(str(folder)).backbone
         export_backbone(target, folder / "backbone.safetensors", mean=views.mean, std=views.std, source=source)
-        print(conclusion(folder, trainer.global_step, plan, health.verdict, steps, skipped, online.summary()))
+        said = [*online.summary(), *panels.summary()]
+        print(conclusion(folder, trainer.global_step, plan, health.verdict, steps, skipped, said))
         if outcome := signals.pass_on():
             print(outcome)
     return folder

@@ -16,8 +16,8 @@ from ssl_vit.models.heads import ReconstructionHead, mlp
 from ssl_vit.precision import at_least_float32
 from ssl_vit.training.flops import flops_per_picture
 from ssl_vit.transforms.batch import Batch
-from ssl_vit.transforms.corruption import Corruption, rotate
-from ssl_vit.transforms.randomness import Stream, fold, uniform, view_keys
+from ssl_vit.transforms.corruption import Corruption, corrupt_views, quarter_turns, rotate
+from ssl_vit.transforms.randomness import view_keys
 from ssl_vit.transforms.transfer import sent
 
 
@@ -122,16 +122,12 @@ class SiT(SSLMethod):
         images = by_view(views)
         if not self.config.rotation.enabled:
             return images, torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        draws = uniform(fold(view_keys(key, 0, 2), Stream.ROTATION), 1)  # (B, 2, 1)
-        quarter = sent((draws * 4).long().squeeze(-1).T.flatten(), views.device)  # (2B,)
+        quarter = sent(quarter_turns(key).T.flatten(), views.device)  # (2B,)
         return rotate(images, quarter), quarter
 
     def corrupted(self, clean: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Corrupt each view within itself: lenders are other pictures of the same view."""
-        keys = view_keys(key, 0, 2).unbind(1)  # (B,) each
-        views = [self.corrupt(clean_view, keys[view], view=view) for view, clean_view in enumerate(clean.chunk(2))]
-        images, masks = zip(*views, strict=True)
-        return torch.cat(images), torch.cat(masks)
+        """Both views (2B, C, H, W) corrupted, and where: (2B, 1, H, W) bool."""
+        return corrupt_views(self.corrupt, clean, key)
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """All but biases, one-dimensional parameters, positions and tokens."""

@@ -50,9 +50,9 @@ HARMLESS = (
     "trainer.skip_budget",
     "logger.",
     "online.",
+    "panels.",
     "sheet",
 )
-
 
 AnyRun = PretrainConfig | FinetuneConfig
 RunT = TypeVar("RunT", PretrainConfig, FinetuneConfig)

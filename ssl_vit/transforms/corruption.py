@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ssl_vit.config import CorruptionConfig
-from ssl_vit.transforms.randomness import Stream, fold, normal, uniform
+from ssl_vit.transforms.randomness import Stream, fold, normal, uniform, view_keys
 from ssl_vit.transforms.separable import blur, blur_weights
 from ssl_vit.transforms.threads import one_thread
 from ssl_vit.transforms.transfer import sent
@@ -103,6 +103,24 @@ def rotate(x: Tensor, quarter: Tensor) -> Tensor:
     x = torch.where(quarter % 2 == 1, x.mT, x)
     x = torch.where((quarter == 1) | (quarter == 2), x.flip(-1), x)
     return torch.where(quarter >= 2, x.flip(-2), x)
+
+
+def quarter_turns(key: Tensor) -> Tensor:
+    """By how much SiT turns the two views of samples with keys (B,): quarter turns (B, 2) of 0 to 3."""
+    return (uniform(fold(view_keys(key, 0, 2), Stream.ROTATION), 1) * 4).long().squeeze(-1)
+
+
+def corrupt_views(corrupt: Corruption, clean: Tensor, key: Tensor) -> Corrupted:
+    """Corrupt each view within itself: lenders are other pictures of the same view.
+
+    Args:
+        corrupt: By which settings.
+        clean: (2B, C, H, W) float, normalised: one view of each picture, then the other.
+        key: The samples' keys (B,).
+    """
+    keys = view_keys(key, 0, 2).unbind(1)  # (B,) each
+    views = [corrupt(clean_view, keys[view], view=view) for view, clean_view in enumerate(clean.chunk(2))]
+    return Corrupted(*map(torch.cat, zip(*views, strict=True)))
 
 
 def _blocks(
