@@ -52,6 +52,11 @@ class GivenMasks:
             pictures = folder_pictures(place)
             self._files = {_key(pictures.name(index)): pictures.path(index) for index in range(len(pictures))}
 
+    @property
+    def several(self) -> bool:
+        """Whether there may be masks to score by, besides the first."""
+        return len(self._files) > 1
+
     def path(self, name: str, *, first: bool) -> Path | None:
         """The file of the frame with this name, if there is one."""
         return (self.place if first else None) if not self._files else self._files.get(_key(name))
@@ -106,15 +111,22 @@ def read_mask(path: Path, *, binary: bool | None = None) -> Mask:
             raise BrokenPicture(
                 path.name, f"a mask of mode {image.mode}: objects are numbers, in palette or grey files"
             )
-        palette = image.getpalette() if image.mode == "P" else None
+        palette = image.getpalette() if image.mode == "P" else None  # may end behind the last colour in use
         values = torch.from_numpy(np.array(image).astype(np.int64))
         if image.format == "JPEG":
             values = (values > JPEG_NOISE) * VOID
     if values.max() > VOID:
         raise BrokenPicture(path.name, f"a mask with the number {values.max()}: objects are 1 to 254")
     if binary is None:
-        binary = set(values.unique().tolist()) <= {0, VOID}
+        binary = set(numbers_in(values)) <= {0, VOID}
+    if palette:
+        palette += default_palette()[len(palette) :]
     return Mask(values.where(values != VOID, 1) if binary else values, palette, binary)
+
+
+def numbers_in(numbers: Tensor) -> list[int]:
+    """Which numbers there are, ascending."""
+    return torch.bincount(numbers.flatten()).nonzero().flatten().tolist()
 
 
 def write_mask(path: Path, numbers: Tensor, palette: list[int] | None) -> None:

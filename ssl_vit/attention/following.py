@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_vit.attention.boundary import Course, boundary_f, course, region
-from ssl_vit.attention.davis import VOID, Clip, Mask, default_palette, read_mask, write_mask
+from ssl_vit.attention.davis import VOID, Clip, Mask, default_palette, numbers_in, read_mask, write_mask
 from ssl_vit.attention.propagation import Propagation, Rule, nearest
 from ssl_vit.data.pictures import BrokenPicture
 from ssl_vit.data.video import Skip
@@ -60,11 +60,11 @@ def follow(
     if first is None:
         raise UserError(f"{clip.name}: no frame of this video can be read")
     mask = _first_mask(clip, first.name, first.picture)
-    objects = [number for number in mask.numbers.unique().tolist() if number not in (0, VOID)]
+    objects = [number for number in numbers_in(mask.numbers) if number not in (0, VOID)]
     if not objects:
         raise UserError(f"{clip.name}: the mask of the first frame, {first.name}, holds no object")
     numbers = torch.tensor([0, *objects])  # by class
-    start = sum((mask.numbers == number) * place for place, number in enumerate(numbers.tolist()))
+    start = _classes(mask.numbers, numbers)
     carriers: dict[str, Callable[[Tensor], Tensor]] = {
         name: Propagation(network, rule, first.picture, start).step for name, network in networks.items()
     }
@@ -105,6 +105,13 @@ def _first_mask(clip: Clip, name: str, picture: Tensor) -> Mask:
     return mask
 
 
+def _classes(numbers: Tensor, of_class: Tensor) -> Tensor:
+    """Classes (H, W) of the numbers (H, W); void is background."""
+    table = torch.zeros(VOID + 1, dtype=torch.int64)
+    table[of_class] = torch.arange(len(of_class))
+    return table[numbers]
+
+
 def _truth(clip: Clip, name: str, like: Tensor, *, binary: bool, skip: Skip) -> Tensor | None:
     """The given numbers (H, W) of a later frame, if there is a mask that fits."""
     path = clip.masks.path(name, first=False)
@@ -115,7 +122,7 @@ def _truth(clip: Clip, name: str, like: Tensor, *, binary: bool, skip: Skip) -> 
         if numbers.shape != like.shape:
             raise BrokenPicture(path.name, f"the mask has {_size(numbers)} pixels, its frame {_size(like)}")
     except BrokenPicture as broken:
-        skip(BrokenPicture(f"{clip.name}/{path.name}", broken.reason))
+        skip(BrokenPicture(path.name, broken.reason))
         return None
     return numbers
 
