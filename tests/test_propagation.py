@@ -283,7 +283,7 @@ def test_own_frames_with_their_first_mask_alone(davis, tiny_network, tmp_path, c
     assert run(tiny_network, tmp_path, f"frames={frames}", f"masks={tmp_path / 'first.png'}") == 0
     told = capsys.readouterr().out
     assert "8 frames of 1 videos" in told
-    assert "1 frames or masks could not be used" in told
+    assert "1 frames, masks or videos could not be used" in told
     assert "all objects" not in told
     assert "squares/00004.jpg" in (tmp_path / "out" / "skipped.txt").read_text()
     assert len(list((tmp_path / "out" / "masks").glob("*.png"))) == 8
@@ -349,3 +349,13 @@ def test_a_listed_video_that_is_missing_is_named(davis, tiny_network, tmp_path, 
     (davis / "ImageSets" / "2017" / "val.txt").write_text("squares\nlost\n")
     assert run(tiny_network, tmp_path, f"davis={davis}") == 2
     assert "JPEGImages/480p/lost is missing" in capsys.readouterr().err
+
+
+def test_a_video_that_cannot_be_followed_does_not_stop_the_others(davis, tiny_network, tmp_path, capsys):
+    (davis / "Annotations" / "480p" / "squares" / "00000.png").write_bytes(b"no mask")
+    assert run(tiny_network, tmp_path, f"davis={davis}", "baselines=false") == 0
+    record = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (record["data"]["videos"], record["data"]["objects"]) == (1, 2)
+    assert "1 frames, masks or videos could not be used" in record["warnings"][0]
+    assert "squares\tthe whole video: " in (tmp_path / "out" / "skipped.txt").read_text()
+    assert "more" in capsys.readouterr().out

@@ -38,7 +38,14 @@ class Followed(NamedTuple):
 
 
 def follow(
-    clip: Clip, networks: dict[str, LoadedBackbone], rule: Rule, *, out: Path, still: str | None, skip: Skip
+    clip: Clip,
+    networks: dict[str, LoadedBackbone],
+    rule: Rule,
+    *,
+    out: Path,
+    still: str | None,
+    skip: Skip,
+    tick: Callable[[], object],
 ) -> Followed:
     """Carry the first frame's objects through a video, write a mask for each frame, and score those with a given mask.
 
@@ -51,6 +58,7 @@ def follow(
         out: Folder for the masks, which carry the frames' names.
         still: Name of the baseline that keeps the first mask; None: without it.
         skip: Is told every frame and every mask that cannot be used.
+        tick: Is called after every frame.
 
     Raises:
         UserError: There is no frame, or no usable mask of the first one, or no object in it.
@@ -76,6 +84,7 @@ def follow(
     _write(out, first.name, numbers[start], colours)
     values: dict[int, list[Tensor]] = {}  # place -> (2, objects) of each carrier
     place = 0
+    tick()
     for place, frame in enumerate(frames, start=1):
         carried = [carry(frame.picture) for carry in carriers.values()]
         _write(out, frame.name, numbers[carried[0]], colours)
@@ -84,6 +93,7 @@ def follow(
         truth = _truth(clip, frame.name, carried[0], binary=mask.binary, skip=skip)
         if truth is not None:
             values[place] = [_score(classes, truth, objects) for classes in carried]
+        tick()
     values.pop(place, None)  # the last frame's
     stacked = [torch.stack(of_carrier, dim=-1) for of_carrier in zip(*values.values(), strict=True)]
     by_name = dict(zip(carriers, stacked, strict=True)) if stacked else {}

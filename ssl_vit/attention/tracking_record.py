@@ -20,6 +20,7 @@ from ssl_vit.records import provenance
 from ssl_vit.records.record import Metric, Record, Score
 
 NETWORK, RANDOM, STILL = "network", "random network", "first mask kept still"
+INTERVAL = "± 95 % over objects"
 MEASURES = ("J-mean", "J-recall", "J-decay", "F-mean", "F-recall", "F-decay")
 PROTOCOL = {
     "task": "semi-supervised: the first frame's mask is given; DAVIS-2017's measures over its objects",
@@ -61,27 +62,27 @@ def scores(videos: list[Followed]) -> list[Score]:
 def table(videos: list[Followed], found: list[Score]) -> str:
     """A row for each video, and the means over all objects with their 95 % intervals."""
     scored = [video for video in videos if video.values]
-    followers = [score.name for score in found]
-    width = max(len("all objects, ± 95 %"), *(len(video.name) for video in scored))
-    head = f"{'video':<{width}}  objects  frames      J      F    J&F"
-    lines = [head + "".join(f"  {name}" for name in followers[1:])]
+    baselines = [f"J&F {score.name}" for score in found[1:]]
+    width = max(len(INTERVAL), *(len(video.name) for video in scored))
+
+    def line(name: str, objects: object, frames: object, cells: list[str]) -> str:
+        own = "".join(f"{cell:>8}" for cell in cells[:3])
+        others = "".join(f"  {cell:>{len(title)}}" for title, cell in zip(baselines, cells[3:], strict=True))
+        return f"{name:<{width}}  {objects:>7}  {frames:>6}{own}{others}"
+
+    lines = [line("video", "objects", "frames", ["J", "F", "J&F", *baselines])]
     for video in scored:
-        means = [object_values([video], follower).mean(0) for follower in followers]
-        own = f"{means[0][1]:>7.3f}{means[0][4]:>7.3f}{means[0][0]:>7.3f}"
-        others = [f"  {mean[0]:>{len(name)}.3f}" for name, mean in zip(followers[1:], means[1:], strict=True)]
-        lines.append(f"{video.name:<{width}}{len(video.objects):>9}{video.scored:>8}{own}{''.join(others)}")
-    count, frames = sum(len(video.objects) for video in scored), sum(video.scored for video in scored)
-    values = [{metric.name: metric for metric in score.metrics} for score in found]
-    own = "".join(f"{values[0][name].value:>7.3f}" for name in ("J-mean", "F-mean", "J&F"))
-    others = [f"  {value['J&F'].value:>{len(name)}.3f}" for name, value in zip(followers[1:], values[1:], strict=True)]
-    lines.append(f"{'all objects':<{width}}{count:>9}{frames:>8}{own}{''.join(others)}")
-    halves = [[(m[name].high - m[name].low) / 2 for name in ("J-mean", "F-mean", "J&F")] for m in values]
-    if count > 1:
-        own = "".join(f"{f'±{half:.3f}':>7}" for half in halves[0])
-        others = [f"  {f'±{half[2]:.3f}':>{len(name)}}" for name, half in zip(followers[1:], halves[1:], strict=True)]
-        lines.append(f"{'± 95 % over objects':<{width}}{'':>17}{own}{''.join(others)}")
-    rest = {name: metric for name, metric in values[0].items() if name not in ("J&F", "J-mean", "F-mean")}
-    lines.append("  ".join(f"{name} {metric.value:.3f}" for name, metric in rest.items()))
+        means = [object_values([video], score.name).mean(0).tolist() for score in found]
+        values = [means[0][1], means[0][4], means[0][0], *(mean[0] for mean in means[1:])]
+        lines.append(line(video.name, len(video.objects), video.scored, [f"{value:.3f}" for value in values]))
+    by_name = [{metric.name: metric for metric in score.metrics} for score in found]
+    shown = [by_name[0]["J-mean"], by_name[0]["F-mean"], *(metrics["J&F"] for metrics in by_name)]
+    frames = sum(video.scored for video in scored)
+    lines.append(line("all objects", shown[0].n, frames, [f"{metric.value:.3f}" for metric in shown]))
+    if shown[0].n > 1:
+        lines.append(line(INTERVAL, "", "", [f"±{(metric.high - metric.low) / 2:.3f}" for metric in shown]))
+    rest = [metric for metric in found[0].metrics if metric not in shown]
+    lines.append("  ".join(f"{metric.name} {metric.value:.3f}" for metric in rest))
     return "\n".join(lines)
 
 

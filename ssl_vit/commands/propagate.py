@@ -38,16 +38,22 @@ def main(config: PropagateConfig) -> None:
     skipped = _fresh_list(config.out / "skipped.txt")
     start = time.perf_counter()
     videos: list[Followed] = []
-    bar = tqdm(clips, unit=" videos", desc="propagate")
-    for clip in bar:
-        bar.set_postfix_str(clip.name)
-        out = config.out / "masks" / (clip.name if config.davis else "")
-        skip = partial(_skip, skipped, clip.name)
-        videos.append(follow(clip, networks, rule, out=out, still=STILL if baselines else None, skip=skip))
+    still = STILL if baselines else None
+    with tqdm(total=sum(clip.frames.count or 0 for clip in clips) or None, unit=" frames", desc="propagate") as bar:
+        for clip in clips:
+            bar.set_postfix_str(clip.name)
+            out = config.out / "masks" / (clip.name if config.davis else "")
+            skip = partial(_skip, skipped, clip.name)
+            try:
+                videos.append(follow(clip, networks, rule, out=out, still=still, skip=skip, tick=bar.update))
+            except UserError as error:
+                if clip is clips[-1] and not videos:
+                    raise
+                skipped.record(BrokenPicture(clip.name, f"the whole video: {error}"))
     seconds = time.perf_counter() - start
     found = scores(videos)
     left_out = skipped.count()
-    warnings = [f"{left_out} frames or masks could not be used: {skipped.path} says why"] if left_out else []
+    warnings = [f"{left_out} frames, masks or videos could not be used: {skipped.path} says why"] if left_out else []
     write_record(config, networks[NETWORK], videos, found, warnings=warnings, started=start)
     sheet(videos[:SHEET_ROWS]).save(config.out / "sheet.jpg", quality=90, subsampling=0)
     if found:
