@@ -33,6 +33,7 @@ KINDS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}  # FFm
 CODECS = {"libx264": {"crf": "18", "preset": "medium"}, "mpeg4": {"qmin": "2", "qmax": "5"}}  # the better one first
 BT709 = 1  # FFmpeg's number, of the colours that players take for granted
 FINEST = 65_535  # ticks a second: MPEG-4 has no finer clock
+HELD_PIXELS = 2**23  # of frames at their own size that wait for the network
 CARRY = 0.95  # share of the colour scale that the next frame takes over: it follows within about a second
 
 Write = Callable[[str, Image.Image, Fraction], None]  # name of the frame, what is drawn, seconds
@@ -70,12 +71,19 @@ def watch(
         except UserError as too_small:
             skip(BrokenPicture(frame.name, str(too_small)))
             continue
-        if waiting and (waiting[0][1].shape != fitted.shape or (len(waiting) + 1) * fitted[0].numel() > BATCH_PIXELS):
+        if waiting and not _joins(frame, fitted, waiting):
             yield _see(waiting, network, head)
             waiting = []
         waiting.append((frame, fitted))
     if waiting:
         yield _see(waiting, network, head)
+
+
+def _joins(frame: Frame, fitted: Tensor, waiting: list[tuple[Frame, Tensor]]) -> bool:
+    """Whether a frame goes through the network together with those that wait."""
+    count = len(waiting) + 1
+    same = waiting[0][1].shape == fitted.shape
+    return same and count * fitted[0].numel() <= BATCH_PIXELS and count * frame.picture[0].numel() <= HELD_PIXELS
 
 
 def _see(batch: list[tuple[Frame, Tensor]], network: LoadedBackbone, head: int | None) -> list[Seen]:
