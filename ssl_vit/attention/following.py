@@ -68,10 +68,8 @@ def follow(
     if first is None:
         raise UserError(f"{clip.name}: no frame of this video can be read")
     mask = _first_mask(clip, first.name, first.picture)
-    objects = [number for number in numbers_in(mask.numbers) if number not in (0, VOID)]
-    if not objects:
-        raise UserError(f"{clip.name}: the mask of the first frame, {first.name}, holds no object")
-    numbers = torch.tensor([0, *objects])  # by class
+    numbers = _numbers(mask, f"{clip.name}: the mask of the first frame, {first.name},")  # by class
+    objects = numbers[1:].tolist()
     start = _classes(mask.numbers, numbers)
     carriers: dict[str, Callable[[Tensor], Tensor]] = {
         name: Propagation(network, rule, first.picture, start).step for name, network in networks.items()
@@ -113,6 +111,14 @@ def _first_mask(clip: Clip, name: str, picture: Tensor) -> Mask:
     if mask.numbers.shape != picture.shape[-2:]:
         raise UserError(f"{path} has {_size(mask.numbers)} pixels, its frame {_size(picture)}")
     return mask
+
+
+def _numbers(mask: Mask, called: str) -> Tensor:
+    """The number of each class: 0, which is background, then those of the objects."""
+    objects = [number for number in numbers_in(mask.numbers) if number not in (0, VOID)]
+    if not objects:
+        raise UserError(f"{called} holds no object")
+    return torch.tensor([0, *objects])
 
 
 def _classes(numbers: Tensor, of_class: Tensor) -> Tensor:
