@@ -60,6 +60,14 @@ COMMANDS = {
         "what the [CLS] token looks at: maps, masks, overlays",
         "ssl-vit attention checkpoint=runs/photos images=photos out=maps",
     ),
+    "video": Command(
+        "what the [CLS] token looks at in every frame of a video, as a video",
+        "ssl-vit video checkpoint=runs/photos video=clip.mp4 out=overlay.mp4",
+    ),
+    "propagate": Command(
+        "carry the masks of a video's first frame through the others; scores on DAVIS",
+        "ssl-vit propagate checkpoint=runs/photos davis=DAVIS split=val",
+    ),
     "export": Command("weights that bare timm loads", "ssl-vit export checkpoint=runs/photos out=backbone.safetensors"),
     "scan": Command("what is in a picture folder, broken files included", "ssl-vit scan data.root=photos"),
     "bench": Command(

@@ -46,7 +46,7 @@ def make_example(picture: Tensor, maps: Tensor, mass: float, truth: Tensor | Non
 def overlay(example: Example) -> Image.Image:
     """The heads' mean over the picture at its own size, with the outline of its mask."""
     size = (example.picture.shape[-2], example.picture.shape[-1])
-    return _tile(example, len(example.maps) - 1, size, _scale_top(example.maps))
+    return _tile(example, len(example.maps) - 1, size, scale_top(example.maps))
 
 
 def head_figure(example: Example) -> Image.Image:
@@ -62,7 +62,7 @@ def head_figure(example: Example) -> Image.Image:
         left, top = GAP + place % columns * cell[0], place // columns * cell[1] + 4
         draw.text((left, top), caption, INK, font=font(14))
         figure.paste(tile, (left, top + 20))
-    _colour_bar(figure, _scale_top(example.maps), (GAP, figure.height - 54))
+    _colour_bar(figure, scale_top(example.maps), (GAP, figure.height - 54))
     _legend(draw, (GAP, figure.height - 22), with_truth=example.truth is not None)
     return figure
 
@@ -99,7 +99,7 @@ def at_size(map_: Tensor, size: tuple[int, int]) -> npt.NDArray[np.float32]:
 
 def _tiles(example: Example, size: tuple[int, int]) -> list[tuple[str, Image.Image]]:
     """Captioned tiles of (height, width): the picture, the mean, then the heads."""
-    top = _scale_top(example.maps)
+    top = scale_top(example.maps)
     heads = len(example.maps) - 1
     picture = as_image(example.picture, size)
     if example.truth is not None:
@@ -113,19 +113,32 @@ def _tiles(example: Example, size: tuple[int, int]) -> list[tuple[str, Image.Ima
 
 
 def _tile(example: Example, index: int, size: tuple[int, int], top: float) -> Image.Image:
-    """The picture in dim grey under one map's colours, with the outline of its mask."""
-    times_uniform = at_size(example.maps[index], size) * example.maps[index].numel()
-    heat = np.sqrt(np.clip(times_uniform / top, 0, 1))  # (height, width)
-    colours = matplotlib.colormaps[COLOURS](heat, bytes=True)[..., :3]
-    grey = np.asarray(as_image(example.picture, size).convert("L"))[..., None]
-    strength = 0.2 + 0.6 * heat[..., None]
-    tile = Image.fromarray(np.rint(grey * (1 - strength) + colours * strength).astype(np.uint8))
-    _draw_outline(tile, to_pixels(example.masks[index], size), MASK)
+    return draw_map(as_image(example.picture, size), example.maps[index], example.masks[index], top=top)
+
+
+def draw_map(picture: Image.Image, map_: Tensor, mask: Tensor, *, top: float) -> Image.Image:
+    """A picture in dim grey under a map's colours, with the outline of its mask.
+
+    Args:
+        picture: RGB.
+        map_: (rows, columns) float, sums to 1.
+        mask: (rows, columns) bool.
+        top: Upper end of the colour scale, in multiples of uniform attention.
+    """
+    size = (picture.height, picture.width)
+    times_uniform = at_size(map_, size) * map_.numel()
+    heat = np.rint(np.sqrt(np.clip(times_uniform / top, 0, 1)) * 255).astype(np.uint8)  # (height, width)
+    levels = np.linspace(0, 1, 256, dtype=np.float32)[:, None]
+    strength = 0.2 + 0.6 * levels
+    colours = matplotlib.colormaps[COLOURS](levels[:, 0])[:, :3].astype(np.float32) * 255 * strength
+    grey = np.asarray(picture.convert("L"))[..., None] * (1 - strength)[heat]
+    tile = Image.fromarray((grey + colours[heat] + 0.5).astype(np.uint8))
+    _draw_outline(tile, to_pixels(mask, size), MASK)
     return tile
 
 
-def _scale_top(maps: Tensor) -> float:
-    """Upper end of a picture's colour scale, in multiples of uniform attention: shared by all its heads."""
+def scale_top(maps: Tensor) -> float:
+    """Upper end of a picture's colour scale, in multiples of uniform attention: shared by its maps (n, r, c)."""
     values = maps.flatten()
     return max(LEAST_TOP, values.kthvalue(math.ceil(0.995 * len(values))).values.item() * maps[0].numel())
 

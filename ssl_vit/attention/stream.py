@@ -75,11 +75,12 @@ def attend(
 def _attend_batch(batch: list[_Waiting], networks: list[LoadedBackbone]) -> Iterator[Attended]:
     device = networks[0].backbone.vit.patch_embed.proj.weight.device
     pixels = torch.stack([item.fitted for item in batch]).to(device).float() / 255  # (B, C, h, w)
-    sights = [look(network.backbone, _normalise(pixels, network)) for network in networks]
+    sights = [look(network.backbone, normalise(pixels, network)) for network in networks]
     for item, *of_picture in zip(batch, *sights, strict=True):
         yield Attended(item.place, item.picture, of_picture)
 
 
-def _normalise(pixels: Tensor, network: LoadedBackbone) -> Tensor:
+def normalise(pixels: Tensor, network: LoadedBackbone) -> Tensor:
+    """Pixels (B, C, H, W) in [0, 1] as the network was trained to see them."""
     mean, std = (pixels.new_tensor(values).view(-1, 1, 1) for values in (network.mean, network.std))
     return (pixels - mean) / std

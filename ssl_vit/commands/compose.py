@@ -33,6 +33,7 @@ from ssl_vit.config_evaluation import (
     NeighboursConfig,
     TransferConfig,
 )
+from ssl_vit.config_pictures import PropagateConfig, VideoConfig
 from ssl_vit.errors import SharedError, UserError
 
 ConfigT = TypeVar("ConfigT", bound=Section)
@@ -51,16 +52,18 @@ MODELS: dict[str, type[Section]] = {
     "linear": LinearConfig,
     "neighbours": NeighboursConfig,
     "pretrain": PretrainConfig,
+    "propagate": PropagateConfig,
     "scan": ScanConfig,
     "shard": ShardConfig,
     "transfer": TransferConfig,
+    "video": VideoConfig,
 }
 
 # Names and paths, and lists of such: `run.name=2024` is a text, and so is a folder called [old].
-TEXTS = {"run.name", "run.folder", "data.root", "data.train", "data.test", "online.root", "backbone.name"} | {
-    "logger.project", "panels.root", "checkpoint", "features", "images", "masks", "out"
-} | {"checkpoints", "data.roots", "linear", "versus"
-}  # fmt: skip
+TEXTS = set(
+    "run.name run.folder data.root data.train data.test data.roots online.root panels.root backbone.name logger.project "
+    "checkpoint checkpoints features images masks out linear versus video davis split frames".split()
+)
 
 # The key of a command that takes the words without an equals sign, and those that are files or folders.
 WORDS_OF = {"compare": "records"}

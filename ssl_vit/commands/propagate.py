@@ -1,0 +1,97 @@
+"""`ssl-vit propagate`: the first frame's objects carried through a video by frozen features, scored as on DAVIS-2017.
+
+ssl-vit propagate checkpoint=runs/photos davis=DAVIS split=val
+ssl-vit propagate checkpoint=runs/photos frames=frames masks=first.png out=followed
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ssl_vit.attention.davis import Clip, davis_clips, own_clip
+from ssl_vit.attention.following import Followed, follow
+from ssl_vit.attention.propagation import Rule
+from ssl_vit.attention.tracking_record import NETWORK, RANDOM, STILL, scores, sheet, table, write_record
+from ssl_vit.config_pictures import PropagateConfig
+from ssl_vit.data.pictures import BrokenPicture, SkippedPictures
+from ssl_vit.errors import UserError
+from ssl_vit.models.weights import LoadedBackbone, load_backbone, random_twin
+from ssl_vit.training.hardware import best_device
+
+SHEET_ROWS = 12  # videos on the sheet
+
+
+def main(config: PropagateConfig) -> None:
+    """Run the command.
+
+    Raises:
+        UserError: There is no video, or one without a usable first frame and mask.
+    """
+    clips = _clips(config)
+    baselines = config.baselines and any(clip.masks.several for clip in clips)
+    networks = _networks(config, baselines=baselines)
+    rule = Rule(config.side, config.context, config.radius, config.top_k, config.temperature)
+    skipped = _fresh_list(config.out / "skipped.txt")
+    start = time.perf_counter()
+    videos: list[Followed] = []
+    still = STILL if baselines else None
+    with tqdm(total=sum(clip.frames.count or 0 for clip in clips) or None, unit=" frames", desc="propagate") as bar:
+        for clip in clips:
+            bar.set_postfix_str(clip.name)
+            out = config.out / "masks" / (clip.name if config.davis else "")
+            skip = partial(_skip, skipped, clip.name)
+            try:
+                videos.append(follow(clip, networks, rule, out=out, still=still, skip=skip, tick=bar.update))
+            except UserError as error:
+                if clip is clips[-1] and not videos:
+                    raise
+                skipped.record(BrokenPicture(clip.name, f"the whole video: {error}"))
+    seconds = time.perf_counter() - start
+    found = scores(videos)
+    left_out = skipped.count()
+    warnings = [f"{left_out} frames, masks or videos could not be used: {skipped.path} says why"] if left_out else []
+    write_record(config, networks[NETWORK], videos, found, warnings=warnings, started=start)
+    sheet(videos[:SHEET_ROWS]).save(config.out / "sheet.jpg", quality=90, subsampling=0)
+    if found:
+        print(table(videos, found))
+    frames = sum(video.frames for video in videos)
+    print(f"{frames} frames of {len(videos)} videos in {seconds:.0f} s ({seconds / frames:.2f} s a frame)")
+    print("\n".join([*warnings, f"{config.out} holds masks/, summary.json and sheet.jpg"]))
+
+
+def _clips(config: PropagateConfig) -> list[Clip]:
+    if config.davis is not None:
+        return davis_clips(config.davis, config.split)[: config.limit]
+    assert config.frames is not None  # the configuration demands both with no davis
+    assert config.masks is not None
+    for key, place in {"frames": config.frames, "masks": config.masks}.items():
+        if not place.exists():
+            raise UserError(f"{key}={place}: there is no such file or folder")
+        if config.out.absolute().is_relative_to(place.absolute()):
+            raise UserError(f"out={config.out} lies inside {key}={place}: choose a folder outside of it")
+    return [own_clip(config.frames, config.masks)]
+
+
+def _networks(config: PropagateConfig, *, baselines: bool) -> dict[str, LoadedBackbone]:
+    """The network, and beside it, where there are scores to compare, the same with random weights."""
+    networks = {NETWORK: load_backbone(config.checkpoint, config.weights, cls_needed=False)}
+    if networks[NETWORK].backbone.config.in_chans != 3:
+        raise UserError(f"checkpoint={config.checkpoint}: frames have 3 channels, the network takes another number")
+    if baselines:
+        networks[RANDOM] = random_twin(networks[NETWORK], config.seed)
+    for network in networks.values():
+        network.backbone.to(best_device())
+    return networks
+
+
+def _skip(skipped: SkippedPictures, clip: str, broken: BrokenPicture) -> None:
+    skipped.record(BrokenPicture(f"{clip}/{broken.name}", broken.reason))
+
+
+def _fresh_list(path: Path) -> SkippedPictures:
+    path.unlink(missing_ok=True)
+    return SkippedPictures(path)

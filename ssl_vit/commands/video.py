@@ -1,0 +1,103 @@
+"""`ssl-vit video`: what the [CLS] token looks at in every frame of a video, drawn over it.
+
+ssl-vit video checkpoint=runs/photos video=clip.mp4 out=overlay.mp4
+ssl-vit video checkpoint=runs/photos video=frames out=overlays head=3
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from types import FrameType
+
+from tqdm import tqdm
+
+from ssl_vit.attention.film import Painter, picture_writer, video_codec, video_writer, watch
+from ssl_vit.config_pictures import VideoConfig
+from ssl_vit.data.pictures import BrokenPicture
+from ssl_vit.data.video import open_frames
+from ssl_vit.errors import UserError
+from ssl_vit.models.weights import load_backbone
+from ssl_vit.training.hardware import best_device
+
+MOST_NAMED = 5  # skipped frames
+
+
+def main(config: VideoConfig) -> None:
+    """Draw all frames; after Ctrl-C those that were done are kept, in a video that plays.
+
+    Raises:
+        UserError: There is no frame that can be used, or the network has no class token or other channels.
+        KeyboardInterrupt: Ctrl-C was pressed; the video is whole up to there.
+    """
+    _check_places(config)
+    frames = open_frames(config.video, fps=config.fps)
+    network = load_backbone(config.checkpoint, config.weights)
+    if network.backbone.config.in_chans != 3:
+        raise UserError(f"checkpoint={config.checkpoint}: frames have 3 channels, the network takes another number")
+    network.backbone.to(best_device())
+    skipped: list[BrokenPicture] = []
+    total = min(frames.count or config.limit or 0, config.limit or frames.count or 0) or None
+    as_video = bool(config.out.suffix)
+    writer = video_writer(config.out, rate=frames.rate, clock=frames.clock) if as_video else picture_writer(config.out)
+    painter, written, start = Painter(config.mass), 0, time.perf_counter()
+    batches = watch(
+        islice(frames.read(skipped.append), config.limit),
+        network,
+        head=config.head,
+        max_side=config.max_side,
+        skip=skipped.append,
+    )
+    with _ctrl_c() as stopped, writer as write, tqdm(total=total, unit=" frames", desc="video") as bar:
+        for batch in batches:
+            for (frame, _), image in zip(batch, painter.draw(batch), strict=True):
+                write(frame.name, image, frame.time)
+                written += 1
+                bar.update()
+            if stopped:
+                break
+        if not written:
+            raise UserError(f"video={config.video}: no frame could be used; {_told(skipped)}")
+    _report(config, written, skipped, time.perf_counter() - start, codec=video_codec() if as_video else "JPEG")
+    if stopped:
+        raise KeyboardInterrupt
+
+
+def _check_places(config: VideoConfig) -> None:
+    if not config.video.exists():
+        raise UserError(f"video={config.video}: there is no such file or folder")
+    if config.out.absolute().resolve() == config.video.absolute().resolve():
+        raise UserError(f"out={config.out} is the video itself: name another file")
+    if config.video.is_dir() and config.out.absolute().is_relative_to(config.video.absolute()):
+        raise UserError(f"out={config.out} lies inside video={config.video}: choose a place outside of it")
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[list[int]]:
+    """A list that is empty until Ctrl-C was pressed; the second time it stops at once."""
+    received: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _report(config: VideoConfig, written: int, skipped: list[BrokenPicture], seconds: float, *, codec: str) -> None:
+    print(f"{written} frames in {seconds:.0f} s ({written / seconds:.1f} a second) in {config.out} ({codec})")
+    if skipped:
+        print(f"{len(skipped)} frames could not be used: {_told(skipped)}")
+
+
+def _told(skipped: list[BrokenPicture]) -> str:
+    rest = len(skipped) - MOST_NAMED
+    named = "; ".join(map(str, skipped[:MOST_NAMED])) or "it holds none"
+    return named + (f"; and {rest} more" if rest > 0 else "")
