@@ -60,6 +60,10 @@ COMMANDS = {
         "what the [CLS] token looks at: maps, masks, overlays",
         "ssl-vit attention checkpoint=runs/photos images=photos out=maps",
     ),
+    "inspect": Command(
+        "what is inside the network: attention, weights and features as panels and arrays",
+        "ssl-vit inspect checkpoint=runs/photos images=photos out=inspect",
+    ),
     "export": Command("weights that bare timm loads", "ssl-vit export checkpoint=runs/photos out=backbone.safetensors"),
     "scan": Command("what is in a picture folder, broken files included", "ssl-vit scan data.root=photos"),
     "bench": Command(
