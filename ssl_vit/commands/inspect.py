@@ -76,7 +76,8 @@ def inspect(config: InspectConfig) -> Outcome:
     skipped.path.unlink(missing_ok=True)
     found, count = Findings.none(), 0
     if pictures is None:
-        found.left_out.update(dict.fromkeys(NEED_PICTURES, "no pictures: name some with images=FOLDER"))
+        needing = [*NEED_PICTURES, *(["versus"] if config.versus else [])]
+        found.left_out.update(dict.fromkeys(needing, "no pictures: name some with images=FOLDER"))
     else:
         found, count = _of_pictures(config, pictures, networks, skipped)
     found.add(of_weights(networks))

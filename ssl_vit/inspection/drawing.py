@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import matplotlib.style
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -37,9 +38,10 @@ def new_figure(height: float) -> Figure:
 
 def as_picture(figure: Figure) -> Image.Image:
     """The figure as an RGB picture."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI)
-    return Image.open(buffer).convert("RGB")
+    figure.set_dpi(_DPI)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")  # type: ignore[no-untyped-call]
 
 
 def head_chart(values: dict[str, Tensor], label: str, *, line: tuple[str, float] | None = None) -> Image.Image:
@@ -61,19 +63,12 @@ def head_chart(values: dict[str, Tensor], label: str, *, line: tuple[str, float]
                 place = [block + (head - (heads - 1) / 2) * apart for block in range(blocks)]
                 axes.plot(place, points[:, head].numpy(), "o", ms=2.2 if small else 4, color=COLOURS[name], mew=0)
             mean = points.mean(1).numpy()
-            axes.plot(
-                range(blocks),
-                mean,
-                "-",
-                lw=1 if small else 1.5,
-                color=COLOURS[name],
-                alpha=0.7,
-                label=f"{name} (dots: heads)",
-            )
+            width = 1 if small else 1.5
+            axes.plot(range(blocks), mean, lw=width, color=COLOURS[name], alpha=0.7, label=f"{name} (dots: heads)")
         if line:
             axes.axhline(line[1], color=INK, lw=1, ls="--", label=line[0])
         over_blocks(axes, label)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, axes.get_ylim()[1])
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
         return as_picture(figure)
 

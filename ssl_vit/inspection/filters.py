@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import SubFigure
 from matplotlib.ticker import StrMethodFormatter
 from torch import Tensor
 
@@ -46,10 +45,9 @@ def filter_panel(components: dict[str, FilterComponents]) -> Panel:
     side, lines = first.filters.shape[-1], math.ceil(len(first.filters) / _COLUMNS)
     with plain_style():
         figure = new_figure(0.95 * lines + 2.4)
-        parts = figure.add_gridspec(2, 1, height_ratios=[0.95 * lines, 2.4])
-        upper, lower = figure.add_subfigure(parts[0]), figure.add_subfigure(parts[1])
+        upper, lower = figure.subplots(2, 1, height_ratios=[0.95 * lines, 2.4])
         _draw_tiles(upper, first.filters, lines)
-        _draw_explained(lower.subplots(), components)
+        _draw_explained(lower, components)
         image = as_picture(figure)
     share = float(first.explained[: len(first.filters)].sum())
     text = (
@@ -61,16 +59,22 @@ def filter_panel(components: dict[str, FilterComponents]) -> Panel:
     return Panel("Principal components of the patch filters", image, text)
 
 
-def _draw_tiles(figure: SubFigure, filters: Tensor, lines: int) -> None:
+def _draw_tiles(axes: Axes, filters: Tensor, lines: int) -> None:
     low, high = filters.amin((1, 2, 3), keepdim=True), filters.amax((1, 2, 3), keepdim=True)
     tiles = (filters - low) / (high - low)  # (K, C, p, p) in [0, 1]
-    grid = figure.subplots(lines, _COLUMNS, squeeze=False).flat
-    for place, axes in enumerate(grid):
-        axes.set_axis_off()
-        if place < len(tiles):
-            tile = tiles[place] if tiles.shape[1] == 3 else tiles[place].mean(0, keepdim=True).expand(3, -1, -1)
-            axes.imshow(tile.permute(1, 2, 0).numpy(), interpolation="nearest")
-            axes.set_title(str(place + 1), fontsize=8, pad=2)
+    if tiles.shape[1] != 3:
+        tiles = tiles.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    zoom = max(1, 96 // tiles.shape[-1])
+    tiles = tiles.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    gap = tiles.shape[-1] // 4
+    side = tiles.shape[-1] + gap
+    sheet = tiles.new_ones(3, lines * side, _COLUMNS * side)
+    for place, tile in enumerate(tiles):
+        upper, left = place // _COLUMNS * side + gap, place % _COLUMNS * side + gap
+        sheet[:, upper : upper + tile.shape[1], left : left + tile.shape[2]] = tile
+        axes.text(left + tile.shape[2] / 2, upper - gap / 10, str(place + 1), ha="center", va="bottom", fontsize=7.5)
+    axes.imshow(sheet.permute(1, 2, 0).numpy(), interpolation="nearest")
+    axes.set_axis_off()
 
 
 def _draw_explained(axes: Axes, components: dict[str, FilterComponents]) -> None:

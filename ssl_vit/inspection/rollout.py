@@ -95,4 +95,4 @@ def rollout_panel(rows: list[Rolled]) -> Panel:
 def _top(maps: list[Tensor]) -> float:
     """The upper end of a colour scale for maps of one column, in multiples of uniform attention; 1.5 at least."""
     values = torch.stack(maps).flatten()
-    return max(1.5, float(values.kthvalue(math.ceil(0.998 * len(values))).values) * maps[0].numel())
+    return max(1.5, float(values.kthvalue(math.ceil(0.99 * len(values))).values) * maps[0].numel())
