@@ -141,7 +141,7 @@ def test_registers_and_another_size(sample, tmp_path):
     assert main(["inspect", *words]) == 0
     content, arrays = read(tmp_path / "out")
     assert content["left_out"] == {}
-    assert "class token and 4 registers" in next(p["text"] for p in content["panels"] if p["file"] == "prefix.png")
+    assert "the class token and 4 registers" in next(p["text"] for p in content["panels"] if p["file"] == "prefix.png")
     assert arrays["network/prefix by token"].shape == (3, 2, 5)
     assert content["measured"]["distance"]["uniform"] == pytest.approx(0.52 * 48, rel=0.02)
 

@@ -10,11 +10,11 @@ from ssl_vit.config import BackboneConfig
 from ssl_vit.errors import UserError
 from ssl_vit.inspection import heads as heads_module
 from ssl_vit.inspection.filters import filter_components, filter_panel
-from ssl_vit.inspection.heads import patch_centres, read_heads, uniform_distance
+from ssl_vit.inspection.heads import attention_rows, patch_centres, read_heads, uniform_distance
 from ssl_vit.inspection.norms import OUTLIER, NormMap, norms_panel, token_norms, worst_block
 from ssl_vit.inspection.observer import Observer
 from ssl_vit.inspection.positions import position_panel, position_similarity
-from ssl_vit.inspection.rollout import Rolled, mean_attention, rollout_panel
+from ssl_vit.inspection.rollout import Rolled, rollout_panel
 from ssl_vit.inspection.similarity import LinearCKA, layers_panel, versus_panel
 from ssl_vit.inspection.spectrum import spectrum, spectrum_panel
 from ssl_vit.models.backbone import Backbone
@@ -81,10 +81,14 @@ def test_every_block_gives_the_unfused_attention(registers):
     network = make_network(registers=registers)
     images = torch.randn(2, 3, 24, 40)
     found = []
-    with tapped(network.backbone, lambda _block, q, k: found.append(mean_attention(q, k)), blocks=range(3)):
+
+    def visit(_block, queries, keys):
+        found.append(torch.cat([weights for _, weights in attention_rows(queries, keys)], dim=2))
+
+    with tapped(network.backbone, visit, blocks=range(3)):
         network.backbone.vit.forward_features(images)
     for mine, matrix in zip(found, slow.unfused_attention(network.backbone, images), strict=True):
-        torch.testing.assert_close(mine, matrix.mean(1), atol=1e-6, rtol=0)
+        torch.testing.assert_close(mine, matrix, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("registers", [0, 3])

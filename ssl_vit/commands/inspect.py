@@ -153,13 +153,15 @@ def _batches(
     places = torch.randperm(len(pictures), generator=generator)[: config.limit].tolist()
     size = max(1, BATCH_PIXELS // max(observer.cut.image_size for observer in observers.values()) ** 2)
     waiting: list[dict[str, Tensor]] = []
+    given = 0
     for place in tqdm(places, unit=" pictures", desc="inspect"):
         try:
             waiting.append(_crops(pictures, place, observers))
         except BrokenPicture as broken:
             skipped.record(broken)
-        if len(waiting) == size:
+        if waiting and (len(waiting) == size or given < DRAWN):  # of a drawn picture more is held in memory: alone
             yield _stacked(waiting)
+            given += len(waiting)
             waiting = []
     if waiting:
         yield _stacked(waiting)

@@ -68,7 +68,7 @@ def head_chart(values: dict[str, Tensor], label: str, *, line: tuple[str, float]
         if line:
             axes.axhline(line[1], color=INK, lw=1, ls="--", label=line[0])
         over_blocks(axes, label)
-        axes.set_ylim(0, axes.get_ylim()[1])
+        axes.set_ylim(0, 1.03 * axes.get_ylim()[1])
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
         return as_picture(figure)
 

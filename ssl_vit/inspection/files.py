@@ -13,7 +13,7 @@ from ssl_vit.inspection.findings import Findings
 
 INDEX = "inspect.json"
 PROTOCOL = {
-    "pictures": "chosen at random; short side to image_size, bicubic, antialias, and the crop from the middle",
+    "pictures": "chosen at random; short side to the network's image_size, bicubic, antialias; crop from the middle",
     "attention": "softmax over all tokens in float32; rows of the patches; of them only the patches' columns, sum 1",
     "distance": "mean over the patches i of sum_j A_ij |p_i - p_j| in pixels; per head, then the mean of the pictures",
     "entropy": "-sum_j A_ij ln A_ij over ln N, mean over the N patches",

@@ -81,7 +81,7 @@ def of_attention(observers: dict[str, Observer], seen: dict[str, Observation]) -
     measured = {"distance": distance, "entropy": entropy}
     if vit.num_prefix_tokens:
         masses = {name: heads.prefix.mean(0) for name, heads in readings.items()}  # (blocks, heads, prefix)
-        kinds = {"class token": int(vit.has_class_token), "registers": vit.num_reg_tokens}
+        kinds = {"class token": int(vit.has_class_token), "register": vit.num_reg_tokens}
         found.panels["prefix"] = prefix_panel(masses, kinds, len(observers[NETWORK].centres), pictures)
         measured["prefix"] = {name: mass.sum(-1) for name, mass in masses.items()}
         found.arrays.update({f"{name}/prefix by token": mass for name, mass in masses.items()})

@@ -92,12 +92,12 @@ class Observer:
         norms = torch.stack([patches.float().norm(dim=-1) for patches in between], dim=1)  # (B, blocks, N)
         self._norms.append(token_norms(norms))
         features = tokens[:, 0] if self.backbone.has_cls else tokens[:, prefix:].mean(1)
-        self._features.append(features.float().cpu())
+        self._features.append(features.float().cpu().clone())  # not a view that keeps all tokens
         rolled = rollout.cls_map(prefix, self.grid) if last else None
         for place, crop in enumerate(crops[:drawn]):
             map_ = None if rolled is None else last[0][place].view(self.grid)
             maps = norms[place].view(self.depth, *self.grid).cpu()
-            self._drawn.append(Drawn(crop, map_, None if rolled is None else rolled[place], maps))
+            self._drawn.append(Drawn(crop.clone(), map_, None if rolled is None else rolled[place], maps))
         return [patches.mean(1).float().cpu() for patches in between]
 
     def observation(self) -> Observation:

@@ -19,31 +19,33 @@ _GAP = 12
 
 
 class Rollout:
-    """The product of the blocks' attention so far: one tokens x tokens matrix for each of B pictures.
+    """Follows what B pictures' class tokens draw on back through the blocks, once all of these have been visited.
 
     Abnar & Zuidema 2020 (arXiv 2005.00928), section 3: with the mean over the heads A_l of block l, the residual branch
     makes it ½ (A_l + I), whose rows sum to 1 as they are, and the rollout is the product with the last block leftmost.
+    Only its first row is wanted. That needs no product of matrices: the row goes from the last block to the first, and
+    of the blocks their queries and keys are enough.
     """
 
     def __init__(self) -> None:
-        self._product: Tensor | None = None
+        self._blocks: list[tuple[Tensor, Tensor]] = []
 
     def visit(self, queries: Tensor, keys: Tensor) -> None:
-        """Go through the next block, given its queries and keys (B, heads, tokens, d)."""
-        mixed = 0.5 * mean_attention(queries, keys)
-        mixed.diagonal(dim1=-2, dim2=-1).add_(0.5)
-        self._product = mixed if self._product is None else mixed @ self._product
+        """Take the next block's queries and keys (B, heads, tokens, d)."""
+        self._blocks.append((queries.clone(), keys.clone()))
 
     def cls_map(self, prefix: int, grid: tuple[int, int]) -> Tensor:
         """(B, rows, columns) on the CPU: the row of the class token over the patches, scaled to sum 1."""
-        assert self._product is not None  # a network has blocks
-        row = self._product[:, 0, prefix:]
-        return (row / row.sum(-1, keepdim=True)).view(-1, *grid).cpu()
-
-
-def mean_attention(queries: Tensor, keys: Tensor) -> Tensor:
-    """The heads' mean attention (B, tokens, tokens) in float32, from queries and keys (B, heads, tokens, d)."""
-    return torch.cat([weights.mean(1) for _, weights in attention_rows(queries, keys)], dim=1)
+        batch, heads, tokens, _ = self._blocks[0][0].shape
+        row = self._blocks[0][0].new_zeros(batch, tokens, dtype=torch.float32)
+        row[:, 0] = 1
+        for queries, keys in reversed(self._blocks):
+            passed = torch.zeros_like(row)
+            for some, weights in attention_rows(queries, keys):  # (B, heads, M, tokens)
+                passed += torch.einsum("bm,bhmt->bt", row[:, some], weights) / heads
+            row = 0.5 * (passed + row)
+        patches = row[:, prefix:]
+        return (patches / patches.sum(-1, keepdim=True)).view(batch, *grid).cpu()
 
 
 class Rolled(NamedTuple):

@@ -51,7 +51,7 @@ def prefix_panel(masses: dict[str, Tensor], kinds: dict[str, int], patches: int,
         pictures: How many the means are over.
     """
     prefix = sum(kinds.values())
-    names = " and ".join(f"{count} {kind}" if kind == "registers" else kind for kind, count in kinds.items() if count)
+    names = " and ".join(_counted(kind, count) for kind, count in kinds.items() if count)
     share = 100 * prefix / (patches + prefix)
     shown = {name: 100 * mass.sum(-1) for name, mass in masses.items()}
     line = f"uniform attention: {share:.2g} %", share
@@ -60,10 +60,7 @@ def prefix_panel(masses: dict[str, Tensor], kinds: dict[str, int], patches: int,
         f"Share of the patches' attention that goes to {names}, of {prefix + patches:,} tokens, mean of {pictures:,} "
         "pictures. Far above the dashed line, a head parks its attention there: it has little to say of these patches."
     )
-    title = (
-        "Attention on the class token" if prefix == kinds["class token"] else "Attention on class token and registers"
-    )
-    return Panel(title, image, text)
+    return Panel(f"Attention on {names}", image, text)
 
 
 def diversity_panel(diversity: dict[str, Tensor], pictures: int) -> Panel:
@@ -74,3 +71,7 @@ def diversity_panel(diversity: dict[str, Tensor], pictures: int) -> Panel:
         f"one. Mean of {pictures:,} pictures. {_PATCHES}"
     )
     return Panel("Head diversity", image, text)
+
+
+def _counted(kind: str, count: int) -> str:
+    return f"the {kind}" if kind == "class token" else f"{count} {kind}{'s' if count > 1 else ''}"
