@@ -68,6 +68,10 @@ COMMANDS = {
         "carry the masks of a video's first frame through the others; scores on DAVIS",
         "ssl-vit propagate checkpoint=runs/photos davis=DAVIS split=val",
     ),
+    "inspect": Command(
+        "what is inside the network: attention, weights and features as panels and arrays",
+        "ssl-vit inspect checkpoint=runs/photos images=photos out=inspect",
+    ),
     "export": Command("weights that bare timm loads", "ssl-vit export checkpoint=runs/photos out=backbone.safetensors"),
     "scan": Command("what is in a picture folder, broken files included", "ssl-vit scan data.root=photos"),
     "bench": Command(

@@ -31,6 +31,7 @@ NEEDED = {
     "attention": (evaluations.AttentionConfig, ["checkpoint=runs/x", "images=pictures"]),
     "video": (pictures.VideoConfig, ["checkpoint=runs/x", "video=clip.mp4"]),
     "propagate": (pictures.PropagateConfig, ["checkpoint=runs/x", "davis=DAVIS"]),
+    "inspect": (evaluations.InspectConfig, ["checkpoint=runs/x"]),
     "export": (models.ExportConfig, ["checkpoint=runs/x"]),
     "scan": (models.ScanConfig, ["data.root=pictures"]),
     "bench": (models.BenchConfig, []),

@@ -97,6 +97,16 @@ def at_size(map_: Tensor, size: tuple[int, int]) -> npt.NDArray[np.float32]:
     return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
+def heat_over(picture: Image.Image, heat: npt.NDArray[np.float32]) -> Image.Image:
+    """An RGB picture in dim grey under the colours of a heat (height, width) in [0, 1] of its size."""
+    levels = np.linspace(0, 1, 256, dtype=np.float32)[:, None]
+    strength = 0.2 + 0.6 * levels
+    colours = matplotlib.colormaps[COLOURS](levels[:, 0])[:, :3].astype(np.float32) * 255 * strength
+    level = np.rint(heat * 255).astype(np.uint8)  # (height, width)
+    grey = np.asarray(picture.convert("L"))[..., None] * (1 - strength)[level]
+    return Image.fromarray((grey + colours[level] + 0.5).astype(np.uint8))
+
+
 def _tiles(example: Example, size: tuple[int, int]) -> list[tuple[str, Image.Image]]:
     """Captioned tiles of (height, width): the picture, the mean, then the heads."""
     top = scale_top(example.maps)
@@ -127,12 +137,7 @@ def draw_map(picture: Image.Image, map_: Tensor, mask: Tensor, *, top: float) ->
     """
     size = (picture.height, picture.width)
     times_uniform = at_size(map_, size) * map_.numel()
-    heat = np.rint(np.sqrt(np.clip(times_uniform / top, 0, 1)) * 255).astype(np.uint8)  # (height, width)
-    levels = np.linspace(0, 1, 256, dtype=np.float32)[:, None]
-    strength = 0.2 + 0.6 * levels
-    colours = matplotlib.colormaps[COLOURS](levels[:, 0])[:, :3].astype(np.float32) * 255 * strength
-    grey = np.asarray(picture.convert("L"))[..., None] * (1 - strength)[heat]
-    tile = Image.fromarray((grey + colours[heat] + 0.5).astype(np.uint8))
+    tile = heat_over(picture, np.sqrt(np.clip(times_uniform / top, 0, 1)))
     _draw_outline(tile, to_pixels(mask, size), MASK)
     return tile
 
