@@ -68,14 +68,14 @@ def f_score(inside: Tensor, chosen: Tensor, area: Tensor, beta_squared: float) -
     Args:
         inside: (...) pixels that are chosen and object.
         chosen: (...) pixels that are chosen.
-        area: Pixels that are object, at least one.
+        area: Pixels that are object.
         beta_squared: 0 counts precision only; the larger, the more recall counts.
 
     >>> f_score(torch.tensor([6.0, 0.0]), torch.tensor([8.0, 0.0]), torch.tensor(12.0), 0.3)
     tensor([0.6724, 0.0000])
     """
-    # With P = inside / chosen and R = inside / area the formula is this, without a division by zero.
-    return (1 + beta_squared) * inside / (beta_squared * area + chosen)
+    # With P = inside / chosen and R = inside / area the formula becomes this one, which is also defined where P is not.
+    return (1 + beta_squared) * inside / (beta_squared * area + chosen).clamp(min=beta_squared)
 
 
 def count_levels(soft: Tensor, object_: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:

@@ -132,7 +132,9 @@ def _read_mask(path: Path) -> tuple[Tensor, Tensor]:
         values = np.asarray(image)
         threshold = JPEG_NOISE if image.format == "JPEG" else 0
         channels = len(image.getbands()) - image.mode.endswith("A")
-        void = values == VOID if threshold == 0 and _are_labels(values, image.mode) else np.zeros(values.shape[:2], bool)
+        void = (
+            values == VOID if threshold == 0 and _are_labels(values, image.mode) else np.zeros(values.shape[:2], bool)
+        )
     colours = values.reshape(*values.shape[:2], -1)[..., :channels]
     return torch.from_numpy((colours > threshold).any(-1) & ~void), torch.from_numpy(void)
 

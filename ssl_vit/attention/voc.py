@@ -44,12 +44,16 @@ class VOC:
 
     def __init__(self, root: Path, split: str) -> None:
         if not (root / "JPEGImages").is_dir():
-            raise UserError(f"voc={root}: there is no JPEGImages/ in it; name the folder of one year, VOCdevkit/VOC2012")
+            raise UserError(
+                f"voc={root}: there is no JPEGImages/ in it; name the folder of one year, VOCdevkit/VOC2012"
+            )
         path = PurePosixPath(split if "/" in split else f"{SEGMENTATION}/{split}")
         file = root / "ImageSets" / f"{path}.txt"
         if not file.is_file():
             lists = sorted(found.stem for found in (root / "ImageSets" / SEGMENTATION).glob("*.txt"))
-            raise UserError(f"split={split}: there is no {file}; ImageSets/Segmentation has {', '.join(lists) or 'none'}")
+            raise UserError(
+                f"split={split}: there is no {file}; ImageSets/Segmentation has {', '.join(lists) or 'none'}"
+            )
         names = [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         if not names:
             raise UserError(f"split={split}: there is no name in {file}")

@@ -58,7 +58,7 @@ MODELS: dict[str, type[Section]] = {
 
 # Names and paths, and lists of such: `run.name=2024` is a text, and so is a folder called [old].
 TEXTS = {"run.name", "run.folder", "data.root", "data.train", "data.test", "online.root", "backbone.name"} | {
-    "logger.project", "checkpoint", "features", "images", "masks", "out"
+    "logger.project", "checkpoint", "features", "images", "masks", "out", "voc", "split"
 } | {"checkpoints", "data.roots", "linear", "versus"
 }  # fmt: skip
 
