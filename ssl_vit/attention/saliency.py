@@ -82,7 +82,7 @@ def count_levels(soft: Tensor, object_: Tensor, counted: Tensor) -> tuple[Tensor
     """How many pixels of each soft map lie above each threshold k / 255, all of them and those of the object.
 
     Args:
-        soft: (M, rows, columns) float. It is enlarged bilinearly, then brought to 0..1; a constant map is 0 everywhere.
+        soft: (M, rows, columns) float. It is enlarged bilinearly, then brought to 0..1; a constant map is 1 everywhere.
         object_: (H, W) bool.
         counted: (H, W) bool: the pixels that count.
 
@@ -101,9 +101,9 @@ def count_levels(soft: Tensor, object_: Tensor, counted: Tensor) -> tuple[Tensor
 
 
 def scale(soft: Tensor) -> Tensor:
-    """Maps (M, H, W) from their own least and largest value to 0..1; constant ones to 0."""
+    """Maps (M, H, W) from their own least and largest value to 0..1; constant ones, which choose nothing, to 1."""
     low, high = soft.amin((-2, -1), keepdim=True), soft.amax((-2, -1), keepdim=True)
-    return (soft - low) / torch.where(high > low, high - low, 1)
+    return torch.where(high > low, (soft - low) / (high - low), 1)
 
 
 def at_best_threshold(curves: Tensor) -> tuple[Tensor, float]:
