@@ -25,7 +25,7 @@ def found(sight: Sight) -> Segmentation:
 
     The paper takes attention as it leaves the softmax; here each head's sums to 1 over the patches. Of patches with
     equally little attention the first, row by row, is the seed. Equal keys everywhere are all background: an empty
-    mask, as with a single patch.
+    mask, as with a single patch. Keys that are zero resemble nothing, not even the seed.
 
     Raises:
         UserError: The network has no class token.
