@@ -33,7 +33,9 @@ def write_curves(path: Path, results: list[Result], mass: float) -> None:
         if result.name == "centre prior":
             level = result.ious["IoU"].mean().item()
             axes.axhline(level, color="#555555", linestyle=":")
-            axes.annotate("centre prior", (0.01, level), (0, 3), textcoords="offset points", fontsize=8, color="#555555")
+            axes.annotate(
+                "centre prior", (0.01, level), (0, 3), textcoords="offset points", fontsize=8, color="#555555"
+            )
     axes.axvline(mass, color="#cccccc", linewidth=1, zorder=0)
     axes.set(xlabel="share of the attention that the mask holds", ylabel="mean IoU", xlim=(0, 1), ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)

@@ -82,7 +82,7 @@ def count_levels(soft: Tensor, object_: Tensor, counted: Tensor) -> tuple[Tensor
     """How many pixels of each soft map lie above each threshold k / 255, all of them and those of the object.
 
     Args:
-        soft: (M, rows, columns) float. It is enlarged bilinearly, then brought to 0..1; a constant map is 1 everywhere.
+        soft: (M, rows, columns) float. It is brought to 0..1, then enlarged bilinearly.
         object_: (H, W) bool.
         counted: (H, W) bool: the pixels that count.
 
@@ -90,8 +90,8 @@ def count_levels(soft: Tensor, object_: Tensor, counted: Tensor) -> tuple[Tensor
         Two (M, 255) float64.
     """
     maps, size = len(soft), (object_.shape[0], object_.shape[1])
-    scaled = scale(F.interpolate(soft[:, None].float(), size, mode="bilinear", align_corners=False)[:, 0])
-    passed = (scaled.double() * LEVELS).ceil().long()[:, counted]  # (M, pixels): how many thresholds it is above
+    scaled = F.interpolate(scale(soft)[:, None].float(), size, mode="bilinear", align_corners=False)[:, 0]
+    passed = (scaled[:, counted].double() * LEVELS).ceil().long().clamp(0, LEVELS)  # thresholds that a pixel is above
     places = passed + (LEVELS + 1) * torch.arange(maps)[:, None]
     result = []
     for values in (places, places[:, object_[counted]]):
@@ -101,7 +101,7 @@ def count_levels(soft: Tensor, object_: Tensor, counted: Tensor) -> tuple[Tensor
 
 
 def scale(soft: Tensor) -> Tensor:
-    """Maps (M, H, W) from their own least and largest value to 0..1; constant ones, which choose nothing, to 1."""
+    """Maps (M, rows, columns) from their own least and largest value to 0..1; constant ones, which choose nothing, to 1."""
     low, high = soft.amin((-2, -1), keepdim=True), soft.amax((-2, -1), keepdim=True)
     return torch.where(high > low, (soft - low) / (high - low), 1)
 
