@@ -101,7 +101,7 @@ def count_levels(soft: Tensor, object_: Tensor, counted: Tensor) -> tuple[Tensor
 
 
 def scale(soft: Tensor) -> Tensor:
-    """Maps (M, rows, columns) from their own least and largest value to 0..1; constant ones, which choose nothing, to 1."""
+    """Maps (M, rows, columns) from their own least and largest value to 0..1; constant ones to 1."""
     low, high = soft.amin((-2, -1), keepdim=True), soft.amax((-2, -1), keepdim=True)
     return torch.where(high > low, (soft - low) / (high - low), 1)
 
