@@ -255,7 +255,7 @@ class AttentionConfig(Section):
     split: str
     out: Path
     methods: Annotated[list[Literal["attention", "lost", "tokencut", "pca", "found"]], Field(min_length=1), Several]
-    refine: Literal["bilateral"] | None
+    refine: Literal["guided"] | None
     mass: Annotated[float, Field(gt=0, lt=1)]
     max_side: Count | None
     baselines: bool

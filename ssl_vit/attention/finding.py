@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 
 from ssl_vit.attention.maps import Sight
+from ssl_vit.attention.masks import mass_mask
+from ssl_vit.attention.refine import check_opencv, refine
 from ssl_vit.attention.scoring import Objects
-from ssl_vit.attention.segmenters import METHODS, NEED_CLS, make_segmenters
+from ssl_vit.attention.segmenters import METHODS, NEED_CLS, Segmentation, make_segmenters
 from ssl_vit.attention.stream import attend
 from ssl_vit.data.pictures import Pictures, SkippedPictures
 from ssl_vit.errors import UserError
 from ssl_vit.models.weights import LoadedBackbone
 
 ATTENTION = "attention"
+MEAN, REFINED = "mean", "+guided"  # the heads' mean, and what the names of refined masks end in
 SAMPLE = 50  # pictures from which components common to all are found
 
 
@@ -38,14 +41,18 @@ class Finder:
     """The methods, ready for one network.
 
     Args:
-        network: Whose pictures these are.
         names: Of the methods; `attention` is that of the [CLS] token.
         sample: What the network sees in a sample of the pictures; read only where a method needs it.
         mass: Share of the attention that a mask holds.
-        refine: Whether the masks are also drawn along the pictures' edges.
+        refine: Whether masks are also drawn along the pictures' edges: that of the heads' mean, and of each method.
+
+    Raises:
+        UserError: Masks are to be refined, and what that needs is not installed.
     """
 
     def __init__(self, names: Sequence[str], sample: Iterable[Sight], *, mass: float, refine: bool) -> None:
+        if refine:
+            check_opencv()
         self.with_attention = ATTENTION in names
         self.segmenters = make_segmenters([name for name in names if name != ATTENTION], sample)
         self.mass = mass
@@ -55,7 +62,18 @@ class Finder:
         """What is found in a picture (C, H, W) uint8 that the network sees so."""
         maps = sight.cls if self.with_attention else None
         methods = {name: segmenter(sight) for name, segmenter in self.segmenters.items()}
+        if self.refine:
+            masks = {name: found.mask for name, found in methods.items()}
+            if maps is not None:
+                masks = {MEAN: mass_mask(maps.mean(0), self.mass), **masks}
+            for name, mask in masks.items():
+                methods[name + REFINED] = from_mask(refine(mask, picture))
         return Objects(maps, methods)
+
+
+def from_mask(mask: Tensor) -> Segmentation:
+    """A mask whose soft map says no more than itself."""
+    return Segmentation(mask.float(), mask)
 
 
 def make_finders(

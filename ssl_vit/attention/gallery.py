@@ -21,7 +21,7 @@ class Gallery:
     """Writes one picture's files at a time.
 
     `maps/` holds NumPy arrays; `masks/mean/`, `masks/head0/`, ... (attention), `masks/lost/`, ... (other methods) and
-    `masks/lost+bilateral/`, ... (refined) are folders of masks (0 or 255, the pictures' sizes); `overlays/` shows the
+    `masks/lost+guided/`, ... (refined) are folders of masks (0 or 255, the pictures' sizes); `overlays/` shows the
     heads' mean, or else the first method, over each picture at its size, `heads/` everything side by side.
 
     Args:

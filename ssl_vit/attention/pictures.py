@@ -96,6 +96,9 @@ def head_figure(example: Example) -> Image.Image:
         figure.paste(tile, (left, top + 20))
     if len(example.maps):
         _colour_bar(figure, _scale_top(example.maps), (GAP, figure.height - 54))
+    if example.methods:
+        text = "other methods: each from its least to its largest value"
+        draw.text((GAP + 360 if len(example.maps) else GAP, figure.height - 55), text, INK, font=font(13))
     _legend(draw, (GAP, figure.height - 22), with_truth=example.truth is not None)
     return figure
 

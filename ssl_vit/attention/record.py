@@ -26,7 +26,8 @@ PROTOCOL = {
     "object/...": "IoU with each object's own mask, averaged over the objects, then over the pictures; oracle head: "
     "the best head of each object (Caron et al. 2021, dino#54); fixed head and mean: one map for all objects",
     "lost, tokencut, pca, found": "IoU of the method's mask of patches; pca's components are those of 50 pictures",
-    "...+bilateral": "the mask redrawn along the picture's edges, at its size",
+    "...+guided": "the mask (of attention: of the mean) through a guided filter with the picture, at its size; it has "
+    "no soft map: the maxF are those of the mask",
     "void": "left out of the intersection and the union, and of every other measure",
     "acc": "share of the pixels that the mask has right",
     "F@0.3": "F of the mask, beta² = 0.3, averaged over pictures: TokenCut's maxF without bilateral solver",

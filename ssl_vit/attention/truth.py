@@ -109,7 +109,8 @@ class MaskFolder:
     def remarks(self) -> list[str]:
         """In how many of the masks that were read 255 was taken for void."""
         count = len(self._with_void)
-        return [f"{count} masks hold labels and 255: 255 was taken for void and left out"] if count else []
+        text = f"255 was taken for void, and left out, in {count} of the masks: they hold labels beside it"
+        return [text] if count else []
 
 
 def check_size(mask: tuple[int, int], picture: tuple[int, int]) -> None:
