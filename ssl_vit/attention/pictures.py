@@ -86,7 +86,8 @@ def head_figure(example: Example) -> Image.Image:
     size = fitted(example.picture, TILE)
     tiles = _tiles(example, size)
     columns = math.ceil(len(tiles) / math.ceil(len(tiles) / 6))
-    cell = (max(size[1], 130) + GAP, size[0] + 22 + GAP)
+    widest = math.ceil(max(ImageDraw.Draw(Image.new("L", (1, 1))).textlength(name, font(14)) for name, _ in tiles))
+    cell = (max(size[1], widest) + GAP, size[0] + 22 + GAP)
     rows = math.ceil(len(tiles) / columns)
     figure = Image.new("RGB", (columns * cell[0] + GAP, rows * cell[1] + 68), PAPER)
     draw = ImageDraw.Draw(figure)
@@ -157,7 +158,13 @@ def _tile(example: Example, index: int, size: tuple[int, int], top: float) -> Im
 
 
 def _method_tile(example: Example, found: Segmentation, size: tuple[int, int]) -> Image.Image:
-    """As `_tile`, coloured from the least to the largest value of a method's soft map."""
+    """As `_tile`, coloured from the least to the largest value of a method's soft map; a mask of pixels is cut out."""
+    if found.mask.shape == example.picture.shape[-2:]:
+        colours = as_image(example.picture, size)
+        inside = Image.fromarray(to_pixels(found.mask, size).numpy())
+        tile = Image.composite(colours, colours.convert("L").point(lambda value: value // 4).convert("RGB"), inside)
+        _draw_outline(tile, to_pixels(found.mask, size), MASK)
+        return tile
     soft = at_size(found.soft, size)
     spread = max(float(np.ptp(soft)), np.finfo(np.float32).tiny)
     return _painted(example, (soft - soft.min()) / spread, found.mask)

@@ -86,9 +86,11 @@ def segment(config: AttentionConfig) -> Outcome:
             summary.add(seen.place, objects, given)
     seconds = time.perf_counter() - start
     if not written:
-        raise UserError(f"images={config.images}: no picture could be used; {skipped.path} says why")
+        source = f"images={config.images}" if config.images else f"voc={config.voc}"
+        raise UserError(f"{source}: no picture could be used; {skipped.path} says why")
     if truths and not summary.places:
-        raise UserError(f"masks={config.masks}: no picture has a usable mask; {unscored.path} says why")
+        source = f"masks={config.masks}" if config.masks else f"voc={config.voc}"
+        raise UserError(f"{source}: no picture has a usable mask; {unscored.path} says why")
     results = summary.results() if truths else []
     sheet = _write_sheet(config, pictures, gallery, truths, _choose(written, summary, results))
     remarks = truths.remarks() if truths else []
