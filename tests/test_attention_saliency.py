@@ -88,12 +88,19 @@ def test_f_weighs_precision_more_the_smaller_beta_is():
     assert f_score(area, area, area, 0.3) == 1
 
 
-def test_a_constant_map_chooses_the_whole_picture_or_nothing():
+@pytest.mark.parametrize(("value", "whole"), [(-2.7, False), (0.0, False), (1.0, True), (3.1, True)])
+def test_a_constant_map_chooses_the_whole_picture_or_nothing(value, whole):
     given = picture(0)[2]
-    chosen, inside = count_levels(torch.full((1, 3, 4), -2.7), given.object, given.counted)
-    assert (chosen == given.counted.sum()).all()
-    assert (inside == given.object.sum()).all()
+    chosen, inside = count_levels(torch.full((1, 3, 4), value), given.object, given.counted)
+    assert (chosen == given.counted.sum() * whole).all()
+    assert (inside == given.object.sum() * whole).all()
     assert scale(torch.tensor([[[-1.0, 1.0, 3.0]]])).tolist() == [[[0, 0.5, 1]]]
+
+
+def test_a_mask_as_soft_map_has_the_f_of_the_mask_at_every_threshold():
+    masks = torch.stack([blob(40, 53, seed) for seed in range(2)] + [torch.zeros(40, 53, dtype=torch.bool)])
+    measures = mark(masks.float(), masks, annotate(blob(40, 53, 5))).measures
+    assert torch.allclose(measures.f_curve.double(), measures.f[:, None].expand(-1, 255))
 
 
 def test_what_a_mask_says_of_void_pixels_changes_nothing():

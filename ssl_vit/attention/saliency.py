@@ -101,9 +101,9 @@ def count_levels(soft: Tensor, object_: Tensor, counted: Tensor) -> tuple[Tensor
 
 
 def scale(soft: Tensor) -> Tensor:
-    """Maps (M, rows, columns) from their own least and largest value to 0..1; constant ones to 1."""
+    """Maps (M, rows, columns) from their own least and largest value to 0..1; a constant one is cut to 0..1."""
     low, high = soft.amin((-2, -1), keepdim=True), soft.amax((-2, -1), keepdim=True)
-    return torch.where(high > low, (soft - low) / (high - low), 1)
+    return torch.where(high > low, (soft - low) / (high - low), soft.clamp(0, 1))
 
 
 def at_best_threshold(curves: Tensor) -> tuple[Tensor, float]:
