@@ -35,6 +35,7 @@ def lost(sight: Sight) -> Segmentation:
 
 def _degrees(keys: Tensor) -> Tensor:
     """How many others each patch is joined to (N,), without all similarities at one time."""
-    rows = range(0, len(keys), _ROWS)
-    joined = torch.cat([((keys[row : row + _ROWS] @ keys.T) > 0).sum(1) for row in rows])
-    return joined - (keys.square().sum(1) > 0).long()  # a patch does not count for itself
+    degrees = -(keys.square().sum(1) > 0).long()  # a patch does not count for itself
+    for start in range(0, len(keys), _ROWS):
+        degrees[start : start + _ROWS] += ((keys[start : start + _ROWS] @ keys.T) > 0).sum(1)
+    return degrees

@@ -11,7 +11,7 @@ from torch import Tensor
 from ssl_vit.attention.masks import to_pixels
 from ssl_vit.errors import UserError
 
-RADIUS = 1.25  # of the filter's windows, in sides of a patch
+RADIUS = 1.0  # of the filter's windows, in sides of a patch
 EDGE = 0.01  # standard deviation of the colours in a window, of 0 to 1, below which it is smoothed as if it had no edge
 
 
@@ -19,7 +19,7 @@ def refine(mask: Tensor, picture: Tensor) -> Tensor:
     """Move the outline of a mask of patches to the edges in its picture.
 
     The mask at the picture's size goes through a guided filter with the picture as guide (He et al. 2013, TPAMI 35(6):
-    window by window the mask is replaced by the linear function of the colours that fits it best; radius 1.25 patches,
+    window by window the mask is replaced by the linear function of the colours that fits it best; radius one patch,
     epsilon .01²), and pixels above one half are kept. TokenCut's bilateral solver is not used: OpenCV's published
     builds come without it, and on ECSSD it helped less. A mask of one component may have several afterwards; one of
     all or no patches stays as it is.
