@@ -249,14 +249,26 @@ class FinetuneConfig(LabelledConfig):
 class AttentionConfig(Section):
     checkpoint: str
     weights: Which
-    images: Path
+    images: Path | None
     masks: Path | None
+    voc: Path | None
+    split: str
     out: Path
+    methods: Annotated[list[Literal["attention", "lost", "tokencut", "pca", "found"]], Field(min_length=1), Several]
+    refine: Literal["guided"] | None
     mass: Annotated[float, Field(gt=0, lt=1)]
     max_side: Count | None
     baselines: bool
     seed: Seed
     limit: Count | None
+
+    @model_validator(mode="after")
+    def _some_pictures(self) -> Self:
+        if (self.images is None) == (self.voc is None):
+            raise ValueError("name the pictures: images=FOLDER, or voc=VOCdevkit/VOC2012")
+        if self.voc is not None and self.masks is not None:
+            raise ValueError("masks belongs to images; voc brings its own")
+        return self
 
 
 class InspectConfig(Section):

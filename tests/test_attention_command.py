@@ -10,7 +10,13 @@ from PIL import Image
 
 from ssl_vit.attention.gallery import Gallery
 from ssl_vit.attention.pictures import at_size, contact_sheet, head_figure, make_example, overlay
+from ssl_vit.attention.segmentation import Segmentation
+from ssl_vit.attention.summary import MEASURES
 from ssl_vit.cli import main
+from ssl_vit.config import BackboneConfig
+from ssl_vit.models.backbone import Backbone
+from ssl_vit.models.weights import export_backbone
+from tests.reference.saliency import slow_f
 
 CHECKPOINT = "checkpoint=random:vit_tiny_patch16_224"
 
@@ -45,6 +51,7 @@ def folder(tmp_path: Path) -> Path:
         mask[10:25, 8:30] = 255
         Image.fromarray(mask).save(masks / f"{name}.png")
     Image.new("L", (10, 10), 255).save(masks / "other size.png")
+    (tmp_path / "empty").mkdir()
     return tmp_path
 
 
@@ -154,6 +161,10 @@ def test_one_picture_and_a_limit_on_its_size(folder):
         (["out={folder}/images/maps"], "choose a folder outside of it"),
         (["mass=1.5"], "mass: input should be less than 1"),
         (["checkpoint=random:vit_nothing"], "vit_nothing"),
+        (["checkpoint=random:vit_small_patch16_dinov3", "methods=[lost]"], "rotary position embeddings"),
+        (["methods=[lost,cutler]"], "methods.1"),
+        (["methods=[]"], "methods: "),
+        (["masks={folder}/empty"], "no picture in this folder"),
     ],
 )
 def test_mistakes_get_a_clear_word(folder, capsys, words, message):
@@ -163,12 +174,105 @@ def test_mistakes_get_a_clear_word(folder, capsys, words, message):
     assert "Traceback" not in error
 
 
+METHODS = ["lost", "tokencut", "pca", "found"]
+
+
+def test_every_method_gets_its_masks_scores_and_drawings(folder, tiny_network, capsys):
+    words = ["methods=[attention,lost,tokencut,pca,found]", "refine=guided", f"masks={folder / 'masks'}"]
+    assert run(folder, f"checkpoint={tiny_network}", *words) == 0
+    out = folder / "out"
+    refined = [f"{name}+guided" for name in ("mean", *METHODS)]
+    for name in ("mean", "head0", "head2", *METHODS, *refined):
+        mask = np.asarray(Image.open(out / "masks" / name / "deep" / "rgba.png"))
+        assert mask.shape == (50, 33)
+        assert set(np.unique(mask)) <= {0, 255} | {False, True}
+    with np.load(out / "maps" / "odd.npz") as arrays:
+        for name in METHODS:
+            assert arrays[f"{name}/mask"].shape == arrays[f"{name}/soft"].shape == arrays["maps"].shape[1:]
+        assert arrays["lost+guided/mask"].shape == (33, 50)
+    record = json.loads((out / "summary.json").read_text())
+    assert record["protocol"]["refine"] == "guided"
+    for score in (record["score"], record["baselines"][0]):  # the network and its random twin
+        values = {metric["name"]: metric for metric in score["metrics"]}
+        for rule in ("mass/mean", "mass/fixed head", "mass/oracle head", *METHODS, *refined):
+            for name in (rule, *(f"{rule} {measure}" for measure in MEASURES)):
+                assert 0 <= values[name]["low"] <= values[name]["value"] <= values[name]["high"] <= 1
+                assert values[name]["n"] == 4
+        assert values["lost CorLoc"]["interval"] == "Wilson"
+        curve = score["details"]["IoU by mass"]
+        assert curve["mean"][11] == pytest.approx(values["mass/mean"]["value"])  # of .60
+        assert curve["oracle head"][11] == pytest.approx(values["mass/oracle head"]["value"])
+        assert curve["fixed head"][11] == pytest.approx(values["mass/fixed head"]["value"])
+    for score in record["baselines"][1:]:
+        assert {metric["name"] for metric in score["metrics"]} == {"IoU", *MEASURES}
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("  tokencut+guided ") for line in lines)
+    assert max(len(line) for line in lines if str(out) not in line) <= 100
+    assert Image.open(out / "curve.png").width > 400
+    assert Image.open(out / "sheet.jpg").width > 1200
+
+
+def test_written_masks_give_the_scores_that_are_told(folder, tiny_network):
+    run(folder, f"checkpoint={tiny_network}", f"masks={folder / 'masks'}", "methods=[attention,lost]")
+    with np.load(folder / "out" / "ious.npz") as scores:
+        for place, name in enumerate(scores["pictures"]):
+            stem = name if name.startswith("grey") else name.rpartition(".")[0]
+            given = np.asarray(Image.open(folder / "masks" / f"{name.rpartition('.')[0]}.png")) > 0
+            for rule, kind in (("mass/mean", "mean"), ("lost", "lost")):
+                mask = np.asarray(Image.open(folder / "out" / "masks" / kind / f"{stem}.png")) > 0
+                assert scores[f"network/{rule}"][place] == pytest.approx((mask & given).sum() / (mask | given).sum())
+                assert scores[f"network/{rule} acc"][place] == pytest.approx((mask == given).mean())
+                assert scores[f"network/{rule} F@0.3"][place] == pytest.approx(slow_f(mask, given, 0.3))
+
+
+def test_a_network_without_class_token_is_told_what_works(folder, tmp_path, capsys):
+    sizes = {"img_size": 32, "patch_size": 16, "in_chans": 3, "reg_tokens": 0, "embed_dim": 48, "depth": 2}
+    config = BackboneConfig(name="vit_medium_patch16_gap_256", drop_path=0.0, num_heads=3, init="jax", **sizes)
+    export_backbone(
+        Backbone(config).eval(), tmp_path / "gap.safetensors", mean=[0.5] * 3, std=[0.5] * 3, source="a test"
+    )
+    gap = f"checkpoint={tmp_path / 'gap.safetensors'}"
+    for methods, needing in (("attention", "attention"), ("lost,found", "found"), ("attention,found", "attention and")):
+        assert run(folder, gap, f"methods=[{methods}]") == 2
+        error = capsys.readouterr().err
+        assert "no class token" in error
+        assert needing in error
+        assert "methods=[lost,tokencut,pca] need none" in error
+    words = [gap, "methods=[lost,pca]", f"masks={folder / 'masks'}", "baselines=false", "max_side=32"]
+    assert run(folder, *words) == 0
+    out = folder / "out"
+    assert sorted(path.name for path in (out / "masks").iterdir()) == ["lost", "pca"]
+    assert (out / "overlays" / "odd.jpg").exists()
+    assert (out / "sheet.jpg").exists()
+    assert not (out / "curve.png").exists()
+    printed = capsys.readouterr().out
+    assert "attention:" not in printed
+    assert "random init" not in printed
+
+
+def test_void_is_told(folder, tiny_network, capsys):
+    mask = np.zeros((33, 50), dtype=np.uint8)
+    mask[5:20, 5:30], mask[6:19, 6:29] = 255, 1
+    Image.fromarray(mask).save(folder / "masks" / "odd.png")
+    assert run(folder, f"checkpoint={tiny_network}", f"masks={folder / 'masks'}") == 0
+    said = "255 was taken for void, and left out, in 1 of the masks"
+    assert said in capsys.readouterr().out
+    assert said in " ".join(json.loads((folder / "out" / "summary.json").read_text())["warnings"])
+    with np.load(folder / "out" / "ious.npz") as scores:
+        whole = scores["all foreground/IoU"][list(scores["pictures"]).index("odd.png")]
+    assert whole == pytest.approx((mask == 1).sum() / (mask != 255).sum())
+
+
 def test_drawings_of_any_shape_and_number_of_heads():
     for channels, size, heads in ((3, (30, 200), 12), (1, (200, 17), 3), (3, (400, 300), 1)):
         picture = torch.randint(0, 256, (channels, *size), dtype=torch.uint8)
         maps = torch.rand(heads, max(1, size[0] // 16), max(1, size[1] // 16))
         maps /= maps.sum((-2, -1), keepdim=True)
-        example = make_example(picture, maps, 0.6, torch.rand(size) > 0.7)
+        methods = {
+            "lost": Segmentation(maps[0], maps[0] > 0.5),
+            "+guided": Segmentation(torch.ones(size), torch.rand(size) > 0.5),
+        }
+        example = make_example(picture, maps, 0.6, torch.rand(size) > 0.7, methods=methods)
         assert overlay(example).size == size[::-1]
         assert head_figure(example).width > 240
         assert contact_sheet([("first", example), ("second", example)]).height > 120

@@ -2,7 +2,9 @@
 
 import torch
 
+from ssl_vit.attention.scoring import Objects
 from ssl_vit.attention.summary import Summary
+from ssl_vit.attention.truth import annotate
 from ssl_vit.commands.demo import table
 from ssl_vit.records.record import Metric, Record, Score
 
@@ -17,8 +19,8 @@ def test_the_table_holds_network_random_twin_and_centre_prior():
     generator = torch.Generator().manual_seed(0)
     summary = Summary(mass=0.6, seed=0)
     for place in range(4):
-        maps = [torch.rand(2, 6, 6, generator=generator).softmax(-1) for _ in range(2)]
-        summary.add(place, maps, torch.rand(48, 48, generator=generator) > 0.5)
+        seen = [Objects(torch.rand(2, 6, 6, generator=generator).softmax(-1), {}) for _ in range(2)]
+        summary.add(place, seen, annotate(torch.rand(48, 48, generator=generator) > 0.5))
     text = table(record(), record(), summary.results())
     assert "raw pixels" in text
     assert "centre prior" in text

@@ -21,14 +21,20 @@ class Truth(NamedTuple):
     """A given object mask, counted over the patches of a grid."""
 
     object: Tensor  # (rows, columns) float64: pixels of the object within each patch
-    pixels: Tensor  # (rows, columns) float64: all pixels within each patch
+    pixels: Tensor  # (rows, columns) float64: all pixels within each patch, void ones left out
 
 
-def count_truth(mask: Tensor, grid: tuple[int, int]) -> Truth:
-    """Count an object mask (H, W) bool over a grid of (rows, columns)."""
+def count_truth(mask: Tensor, grid: tuple[int, int], counted: Tensor | None = None) -> Truth:
+    """Count an object mask (H, W) bool over a grid of (rows, columns).
+
+    Args:
+        mask: The object, without void pixels.
+        grid: Of patches.
+        counted: (H, W) bool, False where a pixel is void: it is neither in the intersection nor in the union then.
+    """
     (height, width), (rows, columns) = mask.shape, grid
     patch = patch_of_pixel(height, rows)[:, None] * columns + patch_of_pixel(width, columns)  # (H, W)
-    pixels = torch.bincount(patch.flatten(), minlength=rows * columns).double()
+    pixels = torch.bincount(patch.flatten() if counted is None else patch[counted], minlength=rows * columns).double()
     inside = torch.bincount(patch[mask], minlength=rows * columns).double()
     return Truth(inside.view(grid), pixels.view(grid))
 
@@ -36,7 +42,7 @@ def count_truth(mask: Tensor, grid: tuple[int, int]) -> Truth:
 def iou(masks: Tensor, truth: Truth) -> Tensor:
     """Intersection over union (...) of masks of patches (..., rows, columns) with the object, in pixels."""
     inside = (masks * truth.object).sum((-2, -1))
-    return inside / ((masks * truth.pixels).sum((-2, -1)) + truth.object.sum() - inside)
+    return inside / ((masks * truth.pixels).sum((-2, -1)) + truth.object.sum() - inside).clamp(min=1)
 
 
 class HeadScores(NamedTuple):
@@ -73,11 +79,13 @@ def oracle_head(scores: HeadScores) -> Tensor:
     return scores.heads.amax(-1)
 
 
+def mass_curve(maps: Tensor, truth: Truth) -> Tensor:
+    """IoUs (19, maps) of one picture's maps (maps, rows, columns), holding .05, .10, ..., .95 of the attention."""
+    return torch.stack([iou(mass_mask(maps, mass), truth) for mass in THRESHOLDS.tolist()])
+
+
 def fixed_head(scores: HeadScores, seed: int) -> tuple[Tensor, list[int]]:
     """IoU (n,) of one head for all pictures, chosen on other pictures than it is scored on.
-
-    The pictures are split at random into two halves; the head with the best mean IoU on either half is scored on the
-    other one.
 
     Args:
         scores: Of at least two pictures.
@@ -86,21 +94,34 @@ def fixed_head(scores: HeadScores, seed: int) -> tuple[Tensor, list[int]]:
     Returns:
         The IoU of each picture, and the two heads that were chosen.
     """
-    count = len(scores.heads)
+    heads, chosen = choose_heads(scores.heads, seed)
+    return scores.heads.gather(1, heads[:, None])[:, 0], chosen
+
+
+def choose_heads(scores: Tensor, seed: int) -> tuple[Tensor, list[int]]:
+    """The fixed head for each picture (n,) int64, by the scores (n, heads) of other pictures.
+
+    The pictures are split at random into two halves; the head with the best mean score on either half serves the
+    other one.
+
+    Returns:
+        The head of each picture, and the two heads that were chosen.
+    """
+    count = len(scores)
     first = torch.zeros(count, dtype=torch.bool)
     first[torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: count // 2]] = True
-    result = torch.empty_like(scores.mean)
-    chosen = []
-    for half in (first, ~first):
-        head = int(scores.heads[half].mean(0).argmax())
-        result[~half] = scores.heads[~half, head]
-        chosen.append(head)
-    return result, chosen
+    chosen = [int(scores[half].mean(0).argmax()) for half in (first, ~first)]
+    return torch.where(first, chosen[1], chosen[0]), chosen
+
+
+def majority(truth: Truth) -> Tensor:
+    """The best guess at this patch size (rows, columns) bool: every patch that is mostly object."""
+    return truth.object > truth.pixels / 2
 
 
 def majority_ceiling(truth: Truth) -> Tensor:
-    """IoU of the best guess at this patch size: every patch that is mostly object."""
-    return iou(truth.object > truth.pixels / 2, truth)
+    """IoU of the best guess at this patch size."""
+    return iou(majority(truth), truth)
 
 
 def all_foreground(truth: Truth) -> Tensor:

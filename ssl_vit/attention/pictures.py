@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import matplotlib
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ssl_vit.attention.masks import mass_mask, to_pixels
 from ssl_vit.attention.metrics import count_truth, iou
+from ssl_vit.attention.segmentation import Segmentation
 from ssl_vit.evaluation.tiles import INK, PAPER, as_image, fitted, font, shortened
 
 TILE = 240  # pixels of a tile's longer side
@@ -24,37 +26,68 @@ LEAST_TOP = 6.0  # times uniform: a colour scale that ends lower would make nois
 
 
 class Example(NamedTuple):
-    """One picture with all that can be drawn of it. The heads come first, their mean last."""
+    """One picture with all that can be drawn of it. The heads come first, their mean last; no map without attention."""
 
     picture: Tensor  # (C, H, W) uint8
     maps: Tensor  # (heads + 1, rows, columns) float, each sums to 1
     masks: Tensor  # (heads + 1, rows, columns) bool
     truth: Tensor | None  # (H, W) bool: the given object mask
     ious: list[float] | None  # heads + 1, of the masks with the truth
+    methods: Mapping[str, Segmentation]  # what others than attention find: of patches, or of pixels
+    method_ious: Mapping[str, float]
 
 
-def make_example(picture: Tensor, maps: Tensor, mass: float, truth: Tensor | None) -> Example:
-    """What can be drawn of a picture (C, H, W) uint8 with maps (heads, rows, columns) and, if given, a mask (H, W)."""
-    maps = torch.cat([maps, maps.mean(0, keepdim=True)])
-    masks = mass_mask(maps, mass)
+def make_example(
+    picture: Tensor,
+    maps: Tensor | None,
+    mass: float,
+    truth: Tensor | None,
+    *,
+    counted: Tensor | None = None,
+    methods: Mapping[str, Segmentation] | None = None,
+) -> Example:
+    """What can be drawn of a picture (C, H, W) uint8.
+
+    Args:
+        picture: Of any size.
+        maps: (heads, rows, columns); None: attention is not drawn.
+        mass: Share of the attention that a mask holds.
+        truth: The given object (H, W) bool, if any.
+        counted: (H, W) bool, False where a pixel is void.
+        methods: What other methods find, at least one where there are no maps.
+    """
+    maps = torch.zeros(0, 1, 1) if maps is None else torch.cat([maps, maps.mean(0, keepdim=True)])
+    masks, methods = mass_mask(maps, mass), methods or {}
     if truth is None:
-        return Example(picture, maps, masks, None, None)
-    counted = count_truth(truth, (maps.shape[-2], maps.shape[-1]))
-    return Example(picture, maps, masks, truth, iou(masks, counted).tolist())
+        return Example(picture, maps, masks, None, None, methods, {})
+    truths = {grid: count_truth(truth, grid, counted) for grid in {_grid(maps), *map(_grid, _softs(methods))}}
+    of_methods = {name: iou(found.mask, truths[_grid(found.mask)]).item() for name, found in methods.items()}
+    return Example(picture, maps, masks, truth, iou(masks, truths[_grid(maps)]).tolist(), methods, of_methods)
+
+
+def _softs(methods: Mapping[str, Segmentation]) -> list[Tensor]:
+    return [found.soft for found in methods.values()]
+
+
+def _grid(values: Tensor) -> tuple[int, int]:
+    return values.shape[-2], values.shape[-1]
 
 
 def overlay(example: Example) -> Image.Image:
-    """The heads' mean over the picture at its own size, with the outline of its mask."""
-    size = (example.picture.shape[-2], example.picture.shape[-1])
-    return _tile(example, len(example.maps) - 1, size, scale_top(example.maps))
+    """The heads' mean, or else the first method, over the picture at its own size, with the outline of its mask."""
+    size = _grid(example.picture)
+    if len(example.maps):
+        return _tile(example, len(example.maps) - 1, size, scale_top(example.maps))
+    return _method_tile(example, next(iter(example.methods.values())), size)
 
 
 def head_figure(example: Example) -> Image.Image:
-    """The picture, the heads' mean and every head as tiles that share one colour scale."""
+    """The picture, the heads' mean and every head as tiles that share one colour scale, then the other methods."""
     size = fitted(example.picture, TILE)
     tiles = _tiles(example, size)
     columns = math.ceil(len(tiles) / math.ceil(len(tiles) / 6))
-    cell = (max(size[1], 130) + GAP, size[0] + 22 + GAP)
+    widest = math.ceil(max(ImageDraw.Draw(Image.new("L", (1, 1))).textlength(name, font(14)) for name, _ in tiles))
+    cell = (max(size[1], widest) + GAP, size[0] + 22 + GAP)
     rows = math.ceil(len(tiles) / columns)
     figure = Image.new("RGB", (columns * cell[0] + GAP, rows * cell[1] + 68), PAPER)
     draw = ImageDraw.Draw(figure)
@@ -62,7 +95,11 @@ def head_figure(example: Example) -> Image.Image:
         left, top = GAP + place % columns * cell[0], place // columns * cell[1] + 4
         draw.text((left, top), caption, INK, font=font(14))
         figure.paste(tile, (left, top + 20))
-    _colour_bar(figure, scale_top(example.maps), (GAP, figure.height - 54))
+    if len(example.maps):
+        _colour_bar(figure, scale_top(example.maps), (GAP, figure.height - 54))
+    if example.methods:
+        text = "other methods: each from its least to its largest value"
+        draw.text((GAP + 360 if len(example.maps) else GAP, figure.height - 55), text, INK, font=font(13))
     _legend(draw, (GAP, figure.height - 22), with_truth=example.truth is not None)
     return figure
 
@@ -71,7 +108,7 @@ def contact_sheet(rows: list[tuple[str, Example]]) -> Image.Image:
     """One row of tiles per captioned example; within a row the heads share one colour scale.
 
     Args:
-        rows: Caption and example; all have the same number of heads.
+        rows: Caption and example; all have the same number of heads and the same methods.
     """
     side, left, header = 130, 150, 28
     columns = [_tiles(example, fitted(example.picture, side)) for _, example in rows]
@@ -108,17 +145,19 @@ def heat_over(picture: Image.Image, heat: npt.NDArray[np.float32]) -> Image.Imag
 
 
 def _tiles(example: Example, size: tuple[int, int]) -> list[tuple[str, Image.Image]]:
-    """Captioned tiles of (height, width): the picture, the mean, then the heads."""
-    top = scale_top(example.maps)
+    """Captioned tiles of (height, width): the picture, the mean, the heads, then the other methods."""
     heads = len(example.maps) - 1
     picture = as_image(example.picture, size)
     if example.truth is not None:
         _draw_outline(picture, to_pixels(example.truth, size), TRUTH)
     tiles = [("picture", picture)]
-    for index in [heads, *range(heads)]:
+    for index in [heads, *range(heads)] if len(example.maps) else []:
         name = "mean" if index == heads else f"head {index}"
         score = f"  IoU {example.ious[index]:.2f}" if example.ious else ""
-        tiles.append((name + score, _tile(example, index, size, top)))
+        tiles.append((name + score, _tile(example, index, size, scale_top(example.maps))))
+    for name, found in example.methods.items():
+        score = f"  IoU {example.method_ious[name]:.2f}" if example.method_ious else ""
+        tiles.append((name + score, _method_tile(example, found, size)))
     return tiles
 
 
@@ -139,6 +178,21 @@ def draw_map(picture: Image.Image, map_: Tensor, mask: Tensor, *, top: float) ->
     times_uniform = at_size(map_, size) * map_.numel()
     tile = heat_over(picture, np.sqrt(np.clip(times_uniform / top, 0, 1)))
     _draw_outline(tile, to_pixels(mask, size), MASK)
+    return tile
+
+
+def _method_tile(example: Example, found: Segmentation, size: tuple[int, int]) -> Image.Image:
+    """As `_tile`, coloured from the least to the largest value of a method's soft map; a mask of pixels is cut out."""
+    if found.mask.shape == example.picture.shape[-2:]:
+        colours = as_image(example.picture, size)
+        inside = Image.fromarray(to_pixels(found.mask, size).numpy())
+        tile = Image.composite(colours, colours.convert("L").point(lambda value: value // 4).convert("RGB"), inside)
+        _draw_outline(tile, to_pixels(found.mask, size), MASK)
+        return tile
+    soft = at_size(found.soft, size)
+    spread = max(float(np.ptp(soft)), np.finfo(np.float32).tiny)
+    tile = heat_over(as_image(example.picture, size), (soft - soft.min()) / spread)
+    _draw_outline(tile, to_pixels(found.mask, size), MASK)
     return tile
 
 

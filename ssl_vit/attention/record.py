@@ -20,17 +20,36 @@ PROTOCOL = {
     "object": "non-zero pixels of the given masks",
     "mass/...": "IoU of the masks",
     "area/...": "IoU of as many top patches as the object's area makes: the area is taken from the given mask",
-    "fixed head": "the best on one random half of the pictures, scored on the other, both ways",
+    "fixed head": "the best by IoU on one random half of the pictures, scored on the other, both ways",
     "mean": "the mask of the heads' mean map",
-    "oracle head": "the best head of each picture, by its given mask",
+    "oracle head": "the best head of each picture, by the IoU with its given mask",
+    "object/...": "IoU with each object's own mask, averaged over the objects, then over the pictures; oracle head: "
+    "the best head of each object (Caron et al. 2021, dino#54); fixed head and mean: one map for all objects",
+    "lost, tokencut, pca, found": "IoU of the method's mask of patches; pca's components are those of 50 pictures",
+    "...+guided": "the mask (of attention: of the mean) through a guided filter with the picture, at its size; it has "
+    "no soft map: the maxF are those of the mask",
+    "void": "left out of the intersection and the union, and of every other measure",
+    "acc": "share of the pixels that the mask has right",
+    "F@0.3": "F of the mask, beta² = 0.3, averaged over pictures: TokenCut's maxF without bilateral solver",
+    "maxF@0.3": "soft map, bilinear at the picture's size, brought to 0..1 per picture; above k/255, k = 0..254; "
+    "beta² = 0.3; F averaged over pictures per threshold, then the largest (TokenCut)",
+    "maxF_selfmask": "the same with beta² = 0.09, each picture at its own best threshold, averaged (SelfMask, FOUND)",
+    "CorLoc": "box of the mask's largest part (patches that touch by their sides) has IoU >= .5 with any given box",
+    "boxes": "those of the parts of the given mask; of VOC those of its annotations, difficult ones too",
     "centre prior": "average of the other pictures' masks, 64 x 64; threshold best on these pictures, of .05 to .95",
     "patch ceiling": "each patch takes the majority of its pixels in the given mask",
-    "interval": "95 %, normal, over pictures",
+    "interval": "95 %, normal, over pictures, a threshold taken as given; of CorLoc Wilson's",
 }
 
 
 def write_record(
-    config: AttentionConfig, network: LoadedBackbone, results: list[Result], *, data: dict[str, Any], started: float
+    config: AttentionConfig,
+    network: LoadedBackbone,
+    results: list[Result],
+    *,
+    data: dict[str, Any],
+    remarks: list[str],
+    started: float,
 ) -> None:
     """Write `summary.json` into `config.out`: the scores, if any, and how maps, masks and scores came about.
 
@@ -39,6 +58,7 @@ def write_record(
         network: Whose attention it is.
         results: The network's first; empty without masks.
         data: Counts of the pictures, and their fingerprint.
+        remarks: What a reader must know of how the given masks were read.
         started: When the maps were begun, in seconds of `time.perf_counter`.
     """
     device = network.backbone.vit.patch_embed.proj.weight.device
@@ -46,11 +66,11 @@ def write_record(
     left_out = {"skipped": "could not be used", "unscored": "have no usable mask"}
     Record(
         task="attention",
-        protocol={**PROTOCOL, "mass": config.mass, "max_side": config.max_side},
+        protocol={**PROTOCOL, **config.model_dump(mode="json", include={"mass", "max_side", "methods", "refine"})},
         model=provenance.network(network, config.checkpoint, config.weights),
         data={
-            "name": config.images.resolve().stem,
-            **config.model_dump(mode="json", include={"images", "masks", "limit"}),
+            "name": config.images.resolve().stem if config.images else f"{config.voc} {config.split}",
+            **config.model_dump(mode="json", include={"images", "masks", "voc", "split", "limit"}),
             **data,
         },
         seeds={"pretrain": provenance.pretraining_seed(network.run), "evaluation": config.seed},
@@ -58,12 +78,19 @@ def write_record(
         baselines=scores[1:],
         cost=provenance.cost(started, device),
         environment={**provenance.environment(device), "forward": "float32"},
-        warnings=[f"{data[key]} pictures {what}" for key, what in left_out.items() if data[key]],
+        warnings=[f"{data[key]} pictures {what}" for key, what in left_out.items() if data[key]] + remarks,
     ).write(config.out / "summary.json")
 
 
 def write_ious(path: Path, results: list[Result], names: list[str]) -> None:
-    """The IoU of every scored picture by every rule, in the order of `pictures`: for paired comparisons of networks."""
+    """Every measure of every scored picture, in the order of `pictures`: for paired comparisons of networks.
+
+    The keys are `<network or baseline>/<metric>`, as in `summary.json`.
+    """
     if results:
-        ious: dict[str, Any] = {f"{r.name}/{rule}": values.numpy() for r in results for rule, values in r.ious.items()}
-        np.savez_compressed(path, pictures=np.array(names), **ious)
+        values: dict[str, Any] = {
+            f"{result.name}/{metric}": of_pictures.numpy()
+            for result in results
+            for metric, of_pictures in result.values.items()
+        }
+        np.savez_compressed(path, pictures=np.array(names), **values)

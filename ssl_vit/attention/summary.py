@@ -1,4 +1,4 @@
-"""IoUs of many pictures, gathered one at a time: by every head rule, for each network, beside the baselines."""
+"""What many pictures are worth, gathered one at a time: every rule and method, each network, beside the baselines."""
 
 from __future__ import annotations
 
@@ -8,48 +8,61 @@ import torch
 from torch import Tensor
 
 from ssl_vit.attention.metrics import (
-    Scores,
-    all_foreground,
+    THRESHOLDS,
+    HeadScores,
     centre_prior,
+    choose_heads,
     count_truth,
     fixed_head,
-    majority_ceiling,
+    majority,
     oracle_head,
-    outline,
-    score,
     stack_scores,
 )
+from ssl_vit.attention.saliency import at_best_threshold
+from ssl_vit.attention.scoring import (
+    AttentionMarks,
+    Marks,
+    Objects,
+    Squashed,
+    mark,
+    mark_attention,
+    mark_prior,
+    pick,
+    squash,
+    stack_marks,
+)
+from ssl_vit.attention.truth import Annotation
+from ssl_vit.records.intervals import wilson
 from ssl_vit.records.record import Metric, Score
 
 NETWORK, RANDOM = "network", "random init"
-HEAD_RULES = {
-    "fixed head": "best fixed head",
-    "mean": "mean of the heads",
-    "oracle head": "oracle: each picture's best head",
-}
-BASELINES = {
-    "centre prior": "centre prior: the average mask",
-    "all foreground": "the whole picture",
-    "patch ceiling": "ceiling: every patch as its majority",
-}
+BASELINES = ("centre prior", "all foreground", "patch ceiling")
+CORLOC = "CorLoc"
+MEASURES = ("acc", "F@0.3", "maxF@0.3", "maxF_selfmask", CORLOC)  # beside the IoU
 
 
 class Result(NamedTuple):
     """What one network, or one baseline, reached on n pictures."""
 
     name: str
-    ious: dict[str, Tensor]  # (n,) each, by rule
+    ious: dict[str, Tensor]  # (n,) each, by rule or method; of a baseline: IoU
+    others: dict[str, Tensor]  # (n,) each: "<rule> <measure>"; of a baseline "<measure>"
     details: dict[str, Any]
 
     def score(self) -> Score:
         """The means over the pictures, with their intervals."""
-        return Score(self.name, [_mean(name, values) for name, values in self.ious.items()], self.details)
+        return Score(self.name, [mean(name, values) for name, values in self.values.items()], self.details)
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """All of it, by the names of the metrics."""
+        return self.ious | self.others
 
 
 class Summary:
     """Scores of one or two networks on the same pictures.
 
-    Of each picture stay its IoUs and the 64 x 64 outline of its mask.
+    Of each picture stay its scores, its F at 255 thresholds and the 64 x 64 outline of its mask.
 
     Args:
         mass: Share of the attention that a mask holds.
@@ -60,74 +73,137 @@ class Summary:
         self.mass = mass
         self.seed = seed
         self.places: list[int] = []  # of the scored pictures among all
-        self._scores: list[list[Scores]] = []  # per picture, per network
-        self._outlines: list[Tensor] = []
-        self._ceiling: list[Tensor] = []
-        self._foreground: list[Tensor] = []
+        self._boxes_alone = False
+        self._attention: list[list[AttentionMarks]] = []  # per picture, per network; empty where it is not wanted
+        self._methods: list[list[dict[str, Marks]]] = []  # per picture, per network
+        self._squashed: list[Squashed] = []
+        self._baselines: dict[str, list[Marks]] = {"all foreground": [], "patch ceiling": []}
 
-    def add(self, place: int, maps: list[Tensor], truth: Tensor) -> None:
-        """Score one picture's maps, (heads, rows, columns) per network, by its object mask (H, W) bool."""
-        counted = count_truth(truth, (maps[0].shape[-2], maps[0].shape[-1]))
+    def add(self, place: int, seen: list[Objects], given: Annotation) -> None:
+        """Score what each network finds in one picture."""
         self.places.append(place)
-        self._scores.append([score(of_network, counted, self.mass) for of_network in maps])
-        self._outlines.append(outline(truth))
-        self._ceiling.append(majority_ceiling(counted))
-        self._foreground.append(all_foreground(counted))
+        self._boxes_alone = not given.masked
+        self._attention.append([mark_attention(o.maps, self.mass, given) for o in seen if o.maps is not None])
+        self._methods.append(
+            [
+                {name: mark(found.soft[None], found.mask[None], given) for name, found in objects.methods.items()}
+                for objects in seen
+            ]
+        )
+        self._squashed.append(squash(given))
+        rows, columns = _grid(seen[0])
+        truth = count_truth(given.object, (rows, columns), given.counted)
+        for name, mask in {
+            "all foreground": torch.ones(1, rows, columns, dtype=torch.bool),
+            "patch ceiling": majority(truth)[None],
+        }.items():
+            self._baselines[name].append(mark(mask.float(), mask, given))
 
     def results(self) -> list[Result]:
         """The network, its random twin if it took part, and the baselines that need no network.
 
         The fixed head and the centre prior need two pictures and are left out with one.
         """
-        results = [
-            self._of_network(name, list(scores))
-            for name, scores in zip((NETWORK, RANDOM), zip(*self._scores, strict=True), strict=False)
-        ]
+        results = [self._of_network(place, (NETWORK, RANDOM)[place]) for place in range(len(self._methods[0]))]
         if len(self.places) > 1:
-            prior, threshold = centre_prior(torch.stack(self._outlines))
-            results.append(Result("centre prior", {"IoU": prior}, {"threshold": threshold}))
-        results.append(Result("all foreground", {"IoU": torch.stack(self._foreground)}, {}))
-        results.append(Result("patch ceiling", {"IoU": torch.stack(self._ceiling)}, {}))
+            _, threshold = centre_prior(torch.stack([picture.object for picture in self._squashed]))
+            results.append(_of_baseline("centre prior", mark_prior(self._squashed, threshold), threshold=threshold))
+        results += [_of_baseline(name, marks) for name, marks in self._baselines.items()]
+        if self._boxes_alone:
+            results = [_located_alone(result) for result in results]
         return results
 
-    def _of_network(self, name: str, pictures: list[Scores]) -> Result:
-        ious: dict[str, Tensor] = {}
-        chosen = {}
-        for rule, scores in stack_scores(pictures)._asdict().items():
-            if len(self.places) > 1:
-                ious[f"{rule}/fixed head"], chosen[rule] = fixed_head(scores, self.seed)
-            ious[f"{rule}/mean"] = scores.mean
-            ious[f"{rule}/oracle head"] = oracle_head(scores)
-        return Result(name, ious, {"fixed heads": chosen})
+    def _of_network(self, network: int, name: str) -> Result:
+        result = Result(name, {}, {}, {"thresholds of maxF@0.3": {}})
+        if self._attention[0]:
+            self._add_attention([picture[network] for picture in self._attention], result)
+        for method in self._methods[0][network]:
+            marks = stack_marks([picture[network][method] for picture in self._methods])
+            result.ious[method] = marks.measures.iou[:, 0]
+            _add_others(result, method, marks)
+        return result
+
+    def _add_attention(self, pictures: list[AttentionMarks], result: Result) -> None:
+        """The head rules; the fixed head is chosen by the IoU of the masks that it is scored on."""
+        several = len(pictures) > 1
+        chosen: dict[str, list[int]] = {}
+        for rule, scores in stack_scores([picture.scores for picture in pictures])._asdict().items():
+            if several:
+                result.ious[f"{rule}/fixed head"], chosen[rule] = fixed_head(scores, self.seed)
+            result.ious[f"{rule}/mean"] = scores.mean
+            result.ious[f"{rule}/oracle head"] = oracle_head(scores)
+        marks = stack_marks([picture.marks for picture in pictures])
+        heads = marks.measures.iou[:, :-1]  # (n, heads)
+        columns = {"mean": torch.full((len(pictures),), heads.shape[1]), "oracle head": heads.argmax(1)}
+        if several:
+            columns = {"fixed head": choose_heads(heads, self.seed)[0], **columns}
+        for rule, column in columns.items():
+            _add_others(result, f"mass/{rule}", pick(marks, column))
+        objects = [picture.objects for picture in pictures if picture.objects is not None]  # (objects, heads + 1) each
+        if objects:
+            by_head = torch.stack([ious.mean(0) for ious in objects])  # (n, heads + 1)
+            if several:
+                result.ious["object/fixed head"], chosen["object"] = fixed_head(
+                    HeadScores(by_head[:, :-1], by_head[:, -1]), self.seed
+                )
+            result.ious["object/mean"] = by_head[:, -1]
+            result.ious["object/oracle head"] = torch.stack([ious[:, :-1].amax(1).mean() for ious in objects])
+        result.details["fixed heads"] = chosen
+        result.details["IoU by mass"] = self._curve(torch.stack([picture.curve for picture in pictures]))
+
+    def _curve(self, ious: Tensor) -> dict[str, list[float]]:
+        """The mean IoU by the share of the attention that the masks hold, from (n, 19, heads + 1)."""
+        heads = ious[..., :-1]
+        curve = {"mass": THRESHOLDS.tolist(), "mean": ious[..., -1].mean(0).tolist()}
+        curve["oracle head"] = heads.amax(-1).mean(0).tolist()
+        if len(ious) > 1:
+            at_each = [heads[:, place] for place in range(heads.shape[1])]  # (n, heads) each
+            curve["fixed head"] = [
+                fixed_head(HeadScores(one, one[:, 0]), self.seed)[0].mean().item() for one in at_each
+            ]
+        return curve
 
 
-def iou_table(results: list[Result], *, mass: float) -> str:
-    """The mean IoUs with their 95 % intervals, one row per rule, one column per network."""
-    networks = [result for result in results if result.name in (NETWORK, RANDOM)]
-    count = len(networks[0].ious["mass/mean"])
-    lines = [_row(f"IoU of {count} pictures, ± 95 % interval", [network.name for network in networks])]
-    rules = {"mass": f"masks with {mass:.0%} of the attention", "area": "masks as large as the object, which is given"}
-    for rule, title in rules.items():
-        lines.append(title)
-        for head, name in HEAD_RULES.items():
-            if f"{rule}/{head}" in networks[0].ious:
-                lines.append(_row(f"  {name}", [_cell(network.ious[f"{rule}/{head}"]) for network in networks]))
-    lines.append("without a network")
-    lines += [_row(f"  {BASELINES[r.name]}", [_cell(r.ious["IoU"])]) for r in results if r.name in BASELINES]
-    return "\n".join(lines)
+def mean(name: str, values: Tensor) -> Metric:
+    """The mean of per-picture values (n,), with its 95 % interval over pictures.
 
-
-def _row(name: str, cells: list[str]) -> str:
-    return f"{name:<44}" + "".join(f"{cell:>16}" for cell in cells)
-
-
-def _cell(values: Tensor) -> str:
-    metric = _mean("", values)
-    return f"{metric.value:.3f} ± {(metric.high - metric.low) / 2:.3f}"
-
-
-def _mean(name: str, values: Tensor) -> Metric:
-    """The mean of per-picture values (n,), with the normal 95 % interval over pictures; one picture has none."""
-    n, mean = len(values), values.mean().item()
+    It is Wilson's for what a picture has or has not, else the normal one; one picture has none. The interval of
+    maxF@0.3 takes the threshold as given.
+    """
+    n, average = len(values), values.double().mean().item()
+    if values.dtype == torch.bool:
+        low, high = wilson(int(values.sum()), n)
+        return Metric(name, average, n, low, high)
     half = 1.959964 * values.std().item() / n**0.5 if n > 1 else 1.0
-    return Metric(name, mean, n, max(0.0, mean - half), min(1.0, mean + half), interval="normal, over pictures")
+    return Metric(
+        name, average, n, max(0.0, average - half), min(1.0, average + half), interval="normal, over pictures"
+    )
+
+
+def _grid(objects: Objects) -> tuple[int, int]:
+    """Rows and columns of patches."""
+    soft = objects.maps if objects.maps is not None else next(iter(objects.methods.values())).soft
+    return soft.shape[-2], soft.shape[-1]
+
+
+def _of_baseline(name: str, pictures: list[Marks], **details: float) -> Result:
+    marks = stack_marks(pictures)
+    result = Result(name, {"IoU": marks.measures.iou[:, 0]}, {}, {**details, "thresholds of maxF@0.3": {}})
+    _add_others(result, "", marks)
+    return result
+
+
+def _add_others(result: Result, rule: str, marks: Marks) -> None:
+    """All measures but the IoU, of marks (n, 1)."""
+    measures = marks.measures
+    at_best, threshold = at_best_threshold(measures.f_curve[:, 0])
+    values = (measures.accuracy[:, 0], measures.f[:, 0], at_best, measures.f_selfmask[:, 0], marks.located[:, 0])
+    for measure, of_pictures in zip(MEASURES, values, strict=True):
+        result.others[f"{rule} {measure}".strip()] = of_pictures
+    result.details["thresholds of maxF@0.3"][rule or "mask"] = threshold
+
+
+def _located_alone(result: Result) -> Result:
+    """What can be said where boxes are given and no masks."""
+    located = {name: values for name, values in result.others.items() if name.endswith(CORLOC)}
+    return Result(result.name, {}, located, {})

@@ -1,27 +1,68 @@
-"""Given object masks: found by their pictures' names, read so that every non-zero pixel is object."""
+"""Given object masks: found by their pictures' names, read so that every non-zero pixel is object or void."""
 
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ssl_vit.attention.boxes import component_boxes
 from ssl_vit.data.decode import opened
 from ssl_vit.data.files import folder_pictures
 from ssl_vit.data.pictures import BrokenPicture
 from ssl_vit.errors import UserError
 
 JPEG_NOISE = 127  # lossy files have no exact zeros
+VOID = 255  # as in PASCAL VOC: pixels that nobody decided on
+HIGHEST_LABEL = 63  # of the labels of a grey mask beside which 255 is void; soft edges reach higher values as well
 
 
 class NoMask(Exception):  # noqa: N818 - no error of the program: the picture is counted and not scored
     """A picture without a mask that it could be scored by; the text says why."""
 
 
+class Annotation(NamedTuple):
+    """What is given of one picture."""
+
+    object: Tensor  # (H, W) bool: the pixels of its objects; those of their boxes where there are no masks
+    counted: Tensor  # (H, W) bool: all pixels but the void ones
+    boxes: Tensor  # (boxes, 4) int64: left, top, right, bottom in pixels, the last two outside
+    instances: Tensor | None  # (objects, H, W) bool: one mask per object; None where they are not told apart
+    masked: bool  # whether masks are given, and not boxes alone
+
+
+class Truths(Protocol):
+    """What is given of pictures, by their names."""
+
+    def annotation(self, name: str, size: tuple[int, int]) -> Annotation:
+        """What is given of the picture with this relative name and height and width.
+
+        Raises:
+            NoMask: Nothing that it could be scored by.
+        """
+        ...
+
+    def remarks(self) -> list[str]:
+        """What a reader must know of how they were read."""
+        ...
+
+
+def annotate(mask: Tensor, counted: Tensor | None = None) -> Annotation:
+    """What an object mask (H, W) bool says, with the pixels (H, W) that count; the boxes are those of its parts."""
+    everything = torch.ones_like(mask) if counted is None else counted
+    return Annotation(mask, everything, component_boxes(mask), instances=None, masked=True)
+
+
 class MaskFolder:
     """A folder of masks that carry the pictures' relative names, with any suffix.
+
+    Every non-zero pixel is object. In masks of labels, 255 is void: where it stands beside other labels in a palette,
+    or in a grey mask whose other non-zero values all lie below 64. Masks of 0 and 255, and grey masks with soft edges,
+    are not such: their 255 is object.
 
     Args:
         folder: Searched at every depth.
@@ -35,37 +76,73 @@ class MaskFolder:
             raise UserError(f"masks={folder}: there is no such folder")
         masks = folder_pictures(folder)
         self._files = {_without_suffix(masks.name(index)): masks.path(index) for index in range(len(masks))}
+        self._with_void: set[str] = set()
 
     def read(self, name: str, size: tuple[int, int]) -> Tensor:
-        """The mask (H, W) bool of the picture with this relative name and height and width.
+        """The object (H, W) bool of the picture with this relative name and height and width.
 
         Raises:
             NoMask: There is none, it is broken or empty, or it has another size than its picture.
+        """
+        return self.annotation(name, size).object
+
+    def annotation(self, name: str, size: tuple[int, int]) -> Annotation:
+        """As `read`, with the boxes of the object's parts, and without the void pixels.
+
+        Raises:
+            NoMask: As for `read`.
         """
         path = self._files.get(_without_suffix(name))
         if path is None:
             raise NoMask("no mask with this picture's name")
         try:
-            mask = _read_mask(path)
+            mask, void = _read_mask(path)
         except BrokenPicture as error:
             raise NoMask(f"the mask cannot be read: {error.reason}") from None
-        if mask.shape != size:
-            (height, width), (mask_height, mask_width) = size, mask.shape
-            raise NoMask(f"the mask has {mask_width} x {mask_height} pixels, its picture {width} x {height}")
+        check_size((mask.shape[0], mask.shape[1]), size)
         if not mask.any():
             raise NoMask("the mask holds no object: all its pixels are zero")
-        return mask
+        if void.any():
+            self._with_void.add(name)
+        return annotate(mask, ~void)
+
+    def remarks(self) -> list[str]:
+        """In how many of the masks that were read 255 was taken for void."""
+        count = len(self._with_void)
+        text = f"255 was taken for void, and left out, in {count} of the masks: they hold labels beside it"
+        return [text] if count else []
+
+
+def check_size(mask: tuple[int, int], picture: tuple[int, int]) -> None:
+    """Compare heights and widths.
+
+    Raises:
+        NoMask: They differ.
+    """
+    if mask != picture:
+        raise NoMask(f"the mask has {mask[1]} x {mask[0]} pixels, its picture {picture[1]} x {picture[0]}")
 
 
 def _without_suffix(name: str) -> str:
     return str(PurePosixPath(name).with_suffix(""))
 
 
-def _read_mask(path: Path) -> Tensor:
-    """Non-zero pixels of the stored values: palette indices stay indices, an alpha channel does not count."""
+def _read_mask(path: Path) -> tuple[Tensor, Tensor]:
+    """Object and void (H, W) bool: palette indices stay indices, an alpha channel does not count."""
     with opened(path) as image:
         values = np.asarray(image)
         threshold = JPEG_NOISE if image.format == "JPEG" else 0
         channels = len(image.getbands()) - image.mode.endswith("A")
+        void = (
+            values == VOID if threshold == 0 and _are_labels(values, image.mode) else np.zeros(values.shape[:2], bool)
+        )
     colours = values.reshape(*values.shape[:2], -1)[..., :channels]
-    return torch.from_numpy((colours > threshold).any(-1))
+    return torch.from_numpy((colours > threshold).any(-1) & ~void), torch.from_numpy(void)
+
+
+def _are_labels(values: npt.NDArray[np.generic], mode: str) -> bool:
+    """Whether the values (H, W) of a mask of this mode are labels among which 255 is void."""
+    if mode not in ("P", "L"):
+        return False
+    others = np.setdiff1d(values, [0, VOID])
+    return bool(others.size and (mode == "P" or others.max() <= HIGHEST_LABEL))

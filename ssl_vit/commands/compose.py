@@ -62,10 +62,11 @@ MODELS: dict[str, type[Section]] = {
 }
 
 # Names and paths, and lists of such: `run.name=2024` is a text, and so is a folder called [old].
-TEXTS = set(
-    "run.name run.folder data.root data.train data.test data.roots online.root panels.root backbone.name logger.project "
-    "checkpoint checkpoints features images masks out linear versus video davis split frames".split()
-)
+TEXTS = {
+    "run.name", "run.folder", "data.root", "data.train", "data.test", "data.roots", "online.root", "panels.root", "run",
+    "backbone.name", "logger.project", "checkpoint", "checkpoints", "features", "images", "masks", "out", "linear",
+    "versus", "video", "davis", "voc", "split", "frames",
+}  # fmt: skip
 
 # The key of a command that takes the words without an equals sign, and those that are files or folders.
 WORDS_OF = {"compare": "records"}

@@ -11,13 +11,13 @@ import torch
 from ssl_vit.data.find import find_pictures
 from ssl_vit.data.pictures import BrokenPicture, Pictures, SkippedPictures
 from ssl_vit.errors import UserError
+from ssl_vit.inspection.panel import Panel
 from ssl_vit.inspection.reconstruction_sheet import reconstruction_sheet
 from ssl_vit.inspection.reconstructions import NETWORK, means, reconstruct
 from ssl_vit.inspection.settings import RunSettings, run_settings
 from ssl_vit.inspection.views import first_seen
 from ssl_vit.inspection.views_sheet import views_sheet
 from ssl_vit.methods.restoring import load_restorer, restored
-from ssl_vit.report.content import Panel
 from ssl_vit.training.panels import evenly_spread
 from ssl_vit.transforms.evaluation import EvalTransform
 

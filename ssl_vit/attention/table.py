@@ -1,0 +1,76 @@
+"""The scores of `ssl-vit attention` on the terminal: a row per rule or method, a column per measure."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ssl_vit.attention.summary import CORLOC, MEASURES, RANDOM, Result, mean
+
+HEAD_RULES = {
+    "fixed head": "best fixed head",
+    "mean": "mean of the heads",
+    "oracle head": "oracle: each picture's best",
+}
+OBJECT_RULES = HEAD_RULES | {"oracle head": "oracle: each object's best"}
+BASELINES = {
+    "centre prior": "centre prior: the average mask",
+    "all foreground": "the whole picture",
+    "patch ceiling": "ceiling: patches' majority",
+}
+_NAME, _IOU, _RANDOM = 32, 14, 12  # widths of columns; a measure's is that of its name
+
+
+def score_table(results: list[Result], *, mass: float) -> str:
+    """The network's means, the IoU (CorLoc where only boxes are given) of its random twin, and the baselines."""
+    network = results[0]
+    twin = next((result for result in results if result.name == RANDOM), None)
+    count = len(next(iter(network.values.values())))
+    if not network.ious:
+        return _located(results, count)
+    lines = [_row(f"IoU of {count} pictures", "± 95 %", list(MEASURES), RANDOM if twin else "")]
+    sections = {
+        f"attention: masks with {mass:.0%} of it": {f"mass/{rule}": name for rule, name in HEAD_RULES.items()},
+        "attention: each object by itself": {f"object/{rule}": name for rule, name in OBJECT_RULES.items()},
+        "attention: the object's area, given": {f"area/{rule}": name for rule, name in HEAD_RULES.items()},
+        "other methods": {rule: rule for rule in network.ious if "/" not in rule},
+    }
+    for title, rules in sections.items():
+        shown = {rule: name for rule, name in rules.items() if rule in network.ious}
+        if shown:
+            lines.append(title)
+            lines += [_rule(f"  {name}", rule, network, twin) for rule, name in shown.items()]
+    lines.append("without a network")
+    lines += [_rule(f"  {BASELINES[result.name]}", "", result, None) for result in results if result.name in BASELINES]
+    return "\n".join(lines)
+
+
+def _rule(name: str, rule: str, result: Result, twin: Result | None) -> str:
+    cells = [
+        _share(result.others[key]) if (key := f"{rule} {measure}".strip()) in result.others else ""
+        for measure in MEASURES
+    ]
+    return _row(name, _cell(result.ious[rule or "IoU"]), cells, _share(twin.ious[rule]) if twin else "")
+
+
+def _located(results: list[Result], count: int) -> str:
+    """CorLoc alone."""
+    lines = [_row(f"{CORLOC} of {count} pictures", "± 95 %", [], "")]
+    for result in results:
+        title = BASELINES.get(result.name, result.name)
+        for name, values in result.others.items():
+            lines.append(_row(f"{title} {name.removesuffix(CORLOC)}".strip(), _cell(values), [], ""))
+    return "\n".join(lines)
+
+
+def _row(name: str, iou: str, cells: list[str], random: str) -> str:
+    measures = "".join(f"{cell:>{max(5, len(title)) + 1}}" for title, cell in zip(MEASURES, cells, strict=False))
+    return f"{name:<{_NAME}}{iou:>{_IOU}}{measures}{random:>{_RANDOM}}".rstrip()
+
+
+def _share(values: Tensor) -> str:
+    return f"{values.double().mean().item():.3f}"
+
+
+def _cell(values: Tensor) -> str:
+    metric = mean("", values)
+    return f"{metric.value:.3f} ± {(metric.high - metric.low) / 2:.3f}"
