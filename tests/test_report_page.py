@@ -450,7 +450,7 @@ def test_map_shows_pictures_to_the_mouse_and_to_the_keyboard(visit, content):
     canvas.evaluate("canvas => canvas.blur()")
     points = content.feature_map.points
     middle = (points.amin(0) + points.amax(0)) / 2
-    scale = min((box["width"] - 32) / float(np.ptp(points[:, 0])), (box["height"] - 32) / float(np.ptp(points[:, 1])))
+    scale = min((box["width"] - 32) / np.ptp(points[:, 0].numpy()), (box["height"] - 32) / np.ptp(points[:, 1].numpy()))
     x, y = ((points[5] - middle) * scale * torch.tensor([1, -1])).tolist()
     canvas.hover(position={"x": box["width"] / 2 + x, "y": box["height"] / 2 + y})
     assert text(page, "#map-now").startswith("5<")
