@@ -60,6 +60,9 @@ COMMANDS = {
         "what the [CLS] token looks at: maps, masks, overlays",
         "ssl-vit attention checkpoint=runs/photos images=photos out=maps",
     ),
+    "report": Command(
+        "a run as one page: scores, curves, attention, neighbours, a map of the features", "ssl-vit report run=runs/photos"
+    ),
     "export": Command("weights that bare timm loads", "ssl-vit export checkpoint=runs/photos out=backbone.safetensors"),
     "scan": Command("what is in a picture folder, broken files included", "ssl-vit scan data.root=photos"),
     "bench": Command(

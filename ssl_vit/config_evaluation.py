@@ -45,6 +45,10 @@ class EvalDataConfig(Section):
     def _some_pictures(self) -> Self:
         if self.root is None and self.train is None:
             raise ValueError("name the labelled pictures: data.root=FOLDER, or data.train=FOLDER data.test=FOLDER")
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_name_them(self) -> Self:
         if self.root is not None and self.train is not None:
             raise ValueError("data.root and data.train exclude each other: data.root holds train/ and val/ or test/")
         if self.test is not None and self.train is None:

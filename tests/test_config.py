@@ -9,6 +9,7 @@ import yaml
 
 from ssl_vit import config as models
 from ssl_vit import config_evaluation as evaluations
+from ssl_vit import config_pictures as pictures
 from ssl_vit.cli import COMMANDS
 from ssl_vit.cli import main as ssl_vit
 from ssl_vit.commands.compose import TEXTS, compose_values, load_config, to_yaml
@@ -28,6 +29,7 @@ NEEDED = {
     "transfer": (evaluations.TransferConfig, ["checkpoints=[runs/x]", "data.roots=[labelled]"]),
     "finetune": (evaluations.FinetuneConfig, ["checkpoint=runs/x", "data.root=labelled"]),
     "attention": (evaluations.AttentionConfig, ["checkpoint=runs/x", "images=pictures"]),
+    "report": (pictures.ReportConfig, ["run=runs/x"]),
     "export": (models.ExportConfig, ["checkpoint=runs/x"]),
     "scan": (models.ScanConfig, ["data.root=pictures"]),
     "bench": (models.BenchConfig, []),
@@ -37,7 +39,7 @@ OPTIONS = sorted(f"{file.parent.name}={file.stem}" for file in conf_dir().glob("
 RECIPES = sorted(recipes_dir().glob("*.yaml"))
 SECTIONS = [
     model
-    for module in (models, evaluations)
+    for module in (models, evaluations, pictures)
     for model in vars(module).values()
     if isinstance(model, type) and issubclass(model, models.Section)
 ]

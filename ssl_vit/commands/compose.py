@@ -33,6 +33,7 @@ from ssl_vit.config_evaluation import (
     NeighboursConfig,
     TransferConfig,
 )
+from ssl_vit.config_pictures import ReportConfig
 from ssl_vit.errors import SharedError, UserError
 
 ConfigT = TypeVar("ConfigT", bound=Section)
@@ -51,6 +52,7 @@ MODELS: dict[str, type[Section]] = {
     "linear": LinearConfig,
     "neighbours": NeighboursConfig,
     "pretrain": PretrainConfig,
+    "report": ReportConfig,
     "scan": ScanConfig,
     "shard": ShardConfig,
     "transfer": TransferConfig,
@@ -58,7 +60,7 @@ MODELS: dict[str, type[Section]] = {
 
 # Names and paths, and lists of such: `run.name=2024` is a text, and so is a folder called [old].
 TEXTS = {"run.name", "run.folder", "data.root", "data.train", "data.test", "online.root", "backbone.name"} | {
-    "logger.project", "checkpoint", "features", "images", "masks", "out"
+    "logger.project", "run", "checkpoint", "features", "images", "masks", "out"
 } | {"checkpoints", "data.roots", "linear", "versus"
 }  # fmt: skip
 

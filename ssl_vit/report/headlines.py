@@ -1,0 +1,84 @@
+"""The numbers of a run's records, each beside its baselines, with what a reader must know of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from ssl_vit.models.weights import LoadedBackbone, state_sha256
+from ssl_vit.records.reading import SavedMetric, SavedRecord, SavedScore
+from ssl_vit.report.content import Headline
+
+ORDER = ("knn", "linear", "finetune", "attention", "fewshot", "transfer")
+
+
+def headlines_of(records: list[SavedRecord], loaded: LoadedBackbone | None, folder: Path) -> list[Headline]:
+    """One per number, those of an evaluation together.
+
+    Args:
+        records: Of the run.
+        loaded: The network that the report shows.
+        folder: Of the run.
+    """
+    ranks = {task: rank for rank, task in enumerate(ORDER)}
+    ordered = sorted(records, key=lambda record: ranks.get(record.task, len(ORDER)))
+    shown = None if loaded is None else state_sha256(loaded.backbone.vit.state_dict())
+    alike = Counter((record.task, record.data.name) for record in records)
+    headlines = []
+    for record in ordered:
+        remarks = _of_network(record, loaded, shown)
+        if alike[record.task, record.data.name] > 1 and isinstance(solver := record.protocol.get("solver"), str):
+            remarks.append(solver)
+        for metric in record.score.metrics:
+            if metric.value is None or metric.low is None or metric.high is None:
+                continue
+            headlines.append(
+                Headline(
+                    task=record.task,
+                    metric=metric.name,
+                    data=record.data.name,
+                    value=metric.value,
+                    low=metric.low,
+                    high=metric.high,
+                    interval=metric.interval,
+                    n=metric.n,
+                    baselines=_baselines(record, metric),
+                    remark="; ".join([*remarks, *_of_metric(record, metric), *record.warnings]),
+                    record=record.path.relative_to(folder).as_posix(),
+                )
+            )
+    return headlines
+
+
+def _baselines(record: SavedRecord, metric: SavedMetric) -> dict[str, float]:
+    """By name the same metric of the others; of one that has a single metric, that."""
+    found = {score.name: _same(score, metric.name) for score in record.baselines}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _same(score: SavedScore, name: str) -> float | None:
+    metrics = score.metrics if len(score.metrics) == 1 else [metric for metric in score.metrics if metric.name == name]
+    return metrics[0].value if metrics else None
+
+
+def _of_network(record: SavedRecord, loaded: LoadedBackbone | None, shown: str | None) -> list[str]:
+    """A word where the network is not the one that the report shows."""
+    if loaded is None:
+        return []
+    same_file = record.model.sha256 == loaded.sha256 and record.model.weights in (None, loaded.weights)
+    if record.model.state_sha256 == shown if record.model.state_sha256 else same_file:
+        return []
+    if record.model.weights not in (None, loaded.weights):
+        return [f"of the {record.model.weights}'s weights, and this page shows the {loaded.weights or 'exported'} ones"]
+    after = "" if record.model.step is None else f", after {record.model.step:,} steps"
+    return [f"of another checkpoint than this page shows{after}: measure again"]
+
+
+def _of_metric(record: SavedRecord, metric: SavedMetric) -> list[str]:
+    """What the protocol says of this number in particular."""
+    said = ["chosen by the test pictures, so too high"] if record.chosen_on_test(metric.name) else []
+    if record.task == "attention":
+        rule, _, head = metric.name.partition("/")
+        notes = [record.protocol.get(key) for key in (f"{rule}/...", head)]
+        said += [note for note in notes if isinstance(note, str)]
+    return said
