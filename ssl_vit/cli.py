@@ -61,7 +61,8 @@ COMMANDS = {
         "ssl-vit attention checkpoint=runs/photos images=photos out=maps",
     ),
     "report": Command(
-        "a run as one page: scores, curves, attention, neighbours, a map of the features", "ssl-vit report run=runs/photos"
+        "a run as one page: scores, curves, attention, neighbours, a map of the features",
+        "ssl-vit report run=runs/photos",
     ),
     "export": Command("weights that bare timm loads", "ssl-vit export checkpoint=runs/photos out=backbone.safetensors"),
     "scan": Command("what is in a picture folder, broken files included", "ssl-vit scan data.root=photos"),

@@ -112,7 +112,7 @@ def _columns(path: Path) -> tuple[dict[str, Line], dict[str, int]]:
             if (value := _number(row[name])) is not None:
                 values[name][int(step)] = value
     no_number = {name: sum(not math.isfinite(v) for v in line.values()) for name, line in values.items()}
-    finite = {name: sorted((s, v) for s, v in line.items() if math.isfinite(v)) for name, line in values.items()}
+    finite = {name: sorted((float(s), v) for s, v in line.items() if math.isfinite(v)) for name, line in values.items()}
     return finite, {name: count for name, count in no_number.items() if count}
 
 

@@ -74,7 +74,9 @@ def _pictures(run: RunFolder) -> str:
 def _length(run: RunFolder) -> str:
     """As the configuration says it."""
     limits = {name: run.value(f"trainer.max_{name}") for name in ("epochs", "steps", "time")}
-    return ", ".join(f"{value} {name}" if name != "time" else f"within {value}" for name, value in limits.items() if value)
+    return ", ".join(
+        f"{value} {name}" if name != "time" else f"within {value}" for name, value in limits.items() if value
+    )
 
 
 def _moment(moment: datetime) -> str:

@@ -9,11 +9,12 @@ from ssl_vit.models.weights import LoadedBackbone, state_sha256
 from ssl_vit.records.reading import SavedMetric, SavedRecord, SavedScore
 from ssl_vit.report.content import Headline
 
+CEILING = "patch ceiling"  # what the attention command calls it
 ORDER = ("knn", "linear", "finetune", "attention", "fewshot", "transfer")
 
 
 def headlines_of(records: list[SavedRecord], loaded: LoadedBackbone | None, folder: Path) -> list[Headline]:
-    """One per number, those of an evaluation together.
+    """One per number, those of an evaluation together; its warnings stand at the first. Top-5 stays in the records.
 
     Args:
         records: Of the run.
@@ -29,8 +30,8 @@ def headlines_of(records: list[SavedRecord], loaded: LoadedBackbone | None, fold
         remarks = _of_network(record, loaded, shown)
         if alike[record.task, record.data.name] > 1 and isinstance(solver := record.protocol.get("solver"), str):
             remarks.append(solver)
-        for metric in record.score.metrics:
-            if metric.value is None or metric.low is None or metric.high is None:
+        for place, metric in enumerate(record.score.metrics):
+            if metric.value is None or metric.low is None or metric.high is None or metric.name.startswith("top-5"):
                 continue
             headlines.append(
                 Headline(
@@ -43,7 +44,7 @@ def headlines_of(records: list[SavedRecord], loaded: LoadedBackbone | None, fold
                     interval=metric.interval,
                     n=metric.n,
                     baselines=_baselines(record, metric),
-                    remark="; ".join([*remarks, *_of_metric(record, metric), *record.warnings]),
+                    remark="; ".join([*remarks, *_of_metric(record, metric), *(() if place else record.warnings)]),
                     record=record.path.relative_to(folder).as_posix(),
                 )
             )
@@ -51,8 +52,8 @@ def headlines_of(records: list[SavedRecord], loaded: LoadedBackbone | None, fold
 
 
 def _baselines(record: SavedRecord, metric: SavedMetric) -> dict[str, float]:
-    """By name the same metric of the others; of one that has a single metric, that."""
-    found = {score.name: _same(score, metric.name) for score in record.baselines}
+    """By name the same metric of the others; of one that has a single metric, that. A ceiling is none of them."""
+    found = {score.name: _same(score, metric.name) for score in record.baselines if score.name != CEILING}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -81,4 +82,6 @@ def _of_metric(record: SavedRecord, metric: SavedMetric) -> list[str]:
         rule, _, head = metric.name.partition("/")
         notes = [record.protocol.get(key) for key in (f"{rule}/...", head)]
         said += [note for note in notes if isinstance(note, str)]
+        ceilings = [score.metrics[0].value for score in record.baselines if score.name == CEILING]
+        said += [f"no mask of such patches reaches more than {ceiling:.2f}" for ceiling in ceilings if ceiling]
     return said

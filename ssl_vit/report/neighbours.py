@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -73,7 +72,9 @@ def tile(pictures: Pictures, place: int, side: int) -> Tensor:
     Raises:
         BrokenPicture: It cannot be read.
     """
-    return pictures.read(place, 3, lambda height, width: max(f for f in (1, 2, 4, 8) if f == 1 or min(height, width) >= f * side))
+    return pictures.read(
+        place, 3, lambda height, width: max(f for f in (1, 2, 4, 8) if f == 1 or min(height, width) >= f * side)
+    )
 
 
 def _search(queries: Tensor, bank: Tensor, k: int, own: Tensor | None) -> Neighbours:
@@ -93,7 +94,7 @@ def _wrong(right: Tensor, found: Neighbours, taken: Tensor) -> list[int]:
 
 def _row(queries: Part, bank: Part, found: Neighbours, row: int) -> list[Near]:
     """The query and those of its neighbours that can still be read; nothing where the query cannot."""
-    tiles = [(queries, row, None)]
+    tiles: list[tuple[Part, int, float | None]] = [(queries, row, None)]
     tiles += [
         (bank, place, similarity)
         for place, similarity in zip(found.place[row].tolist(), found.similarity[row].tolist(), strict=True)

@@ -178,4 +178,6 @@ def _described_now(run: RunFolder, config: ReportConfig, pictures: Pictures, tra
         )
         left_out = skipped_text(skipped)
     check_health(features, run.network.source)
-    return Known(Part("train", some, features), None, f"features, described for this page, of {some.describe()}.{left_out}")
+    return Known(
+        Part("train", some, features), None, f"features, described for this page, of {some.describe()}.{left_out}"
+    )
