@@ -1,0 +1,202 @@
+"""The report as one HTML file that needs nothing else: no network, no other file, any browser of the last years."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import jinja2
+import matplotlib
+import numpy as np
+import yaml
+from markupsafe import Markup, escape
+
+from ssl_vit.attention.metrics import count_truth
+from ssl_vit.attention.pictures import COLOURS, LEAST_TOP
+from ssl_vit.report.charts import interval_chart, line_chart
+from ssl_vit.report.content import Attended, Content, FeatureMap, Headline, Near, Panel, Segmented
+from ssl_vit.report.encode import (
+    Embedded,
+    as_bytes,
+    as_json,
+    count_bytes,
+    drawing,
+    map_bytes,
+    outline,
+    photograph,
+    sprite,
+)
+
+PHOTO_SIDE = 360  # pixels of a picture that maps or masks are drawn over
+NEAR_SIDE = 96
+PANEL_SIDE = 1300
+WIDE = 800  # a panel of so many pixels takes the page's whole width
+SCRIPTS = ("page.js", "attention.js", "masks.js", "plane.js")
+
+
+class Section(NamedTuple):
+    """A part of the page that there is something to show in."""
+
+    key: str
+    title: str
+
+
+def render(content: Content) -> str:
+    """Draw a report as the text of one HTML file.
+
+    The same content gives the same text. What content has nothing of is left out, and `missing` is listed at the end;
+    there, and in `how`, `verdicts` and the remarks, words between backticks are set as code.
+
+    Returns:
+        Text that can be written as UTF-8: bytes of file names that are no UTF-8 stand as JSON writes them.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ssl_vit.report", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "signed": _signed, "code": _code}
+    page = environment.get_template("template.html").render(
+        content=content,
+        sections=_sections(content),
+        style=Markup(_beside("page.css")),
+        script=Markup("\n".join(map(_beside, SCRIPTS))),
+        data=as_json(_data(content)),
+        interval_chart=interval_chart(content.headlines) if content.headlines else "",
+        headlines=[(headline, _margin(headline)) for headline in content.headlines],
+        curves=[(curve, line_chart(curve)) for curve in content.curves],
+        attended=[photograph(seen.image, PHOTO_SIDE) for seen in content.attended],
+        head_names=_head_names(content.attended),
+        segmented=[_segmented(picture) for picture in content.segmented],
+        methods=list(dict.fromkeys(name for picture in content.segmented for name in picture.masks)),
+        neighbours=[
+            [(near, photograph(near.image, NEAR_SIDE), _verdict(row[0], near)) for near in row]
+            for row in content.neighbours
+        ],
+        panels=[_panel(panel) for panel in content.panels],
+        reconstructions=[_panel(panel) for panel in content.reconstructions],
+        config=yaml.safe_dump(content.config, sort_keys=False, allow_unicode=True) if content.config else "",
+    )
+    return page.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _sections(content: Content) -> list[Section]:
+    every = {
+        Section("numbers", "Numbers"): content.headlines,
+        Section("curves", "Training"): content.curves,
+        Section("health", "Health"): True,  # that nothing was found is a finding
+        Section("attention", "Attention"): content.attended,
+        Section("masks", "Masks"): content.segmented,
+        Section("neighbours", "Neighbours"): content.neighbours,
+        Section("plane", "Feature map"): content.feature_map,
+        Section("panels", "Inside"): content.panels,
+        Section("reconstructions", "Reconstructions"): content.reconstructions,
+        Section("how", "How"): content.how or content.config,
+        Section("missing", "Missing"): content.missing,
+    }
+    return [section for section, held in every.items() if held]
+
+
+def _data(content: Content) -> dict[str, Any]:
+    """What the scripts compute with."""
+    ramp = matplotlib.colormaps[COLOURS](np.arange(256), bytes=True)[:, :3]
+    return {
+        "mass": content.mass,
+        "leastTop": LEAST_TOP,
+        "colours": as_bytes(np.ascontiguousarray(ramp)),
+        "heads": _head_names(content.attended),
+        "attended": [_attended(seen) for seen in content.attended],
+        "plane": _plane(content.feature_map) if content.feature_map else None,
+    }
+
+
+def _attended(seen: Attended) -> dict[str, Any]:
+    maps, tops = map_bytes(seen.maps)
+    entry = {"name": seen.name, "rows": seen.maps.shape[1], "columns": seen.maps.shape[2], "maps": maps, "tops": tops}
+    if seen.truth is None:
+        return entry | {"truth": None}
+    counted = count_truth(seen.truth, (seen.maps.shape[1], seen.maps.shape[2]))
+    return entry | {
+        "truth": {
+            "object": count_bytes(counted.object),
+            "height": seen.truth.shape[0],
+            "width": seen.truth.shape[1],
+            "outline": outline(seen.truth),
+        }
+    }
+
+
+def _plane(features: FeatureMap) -> dict[str, Any]:
+    """Points in a square of side 1 with the aspect kept, and their thumbnails."""
+    low, high = features.points.amin(dim=0), features.points.amax(dim=0)
+    span = (high - low).max().clamp(min=1e-12)
+    places = (features.points - (low + high) / 2) / span + 0.5  # (N, 2)
+    thumbnails = sprite(features.images)
+    return {
+        "x": [round(x, 4) for x in places[:, 0].tolist()],
+        "y": [round(1 - y, 4) for y in places[:, 1].tolist()],
+        "labels": features.labels.tolist(),
+        "classes": features.classes,
+        "names": features.names,
+        "sprite": thumbnails._asdict(),
+    }
+
+
+class _Masked(NamedTuple):
+    """A picture with the outlines of its masks."""
+
+    name: str
+    image: Embedded
+    truth: str
+    masks: dict[str, str]
+    ious: dict[str, float]
+
+
+def _segmented(picture: Segmented) -> _Masked:
+    masks = {name: outline(mask) for name, mask in picture.masks.items()}
+    return _Masked(picture.name, photograph(picture.image, PHOTO_SIDE), outline(picture.truth), masks, picture.ious)
+
+
+def _panel(panel: Panel) -> tuple[Panel, Embedded, bool]:
+    """A panel with its picture, and whether that is wide."""
+    return panel, drawing(panel.image, PANEL_SIDE), panel.image.width >= WIDE
+
+
+def _verdict(query: Near, near: Near) -> str:
+    """Whether a neighbour has the query's class: right, wrong, or nothing where that is not known."""
+    if near is query or query.label is None or near.label is None:
+        return ""
+    return "right" if near.label == query.label else "wrong"
+
+
+def _margin(headline: Headline) -> float | None:
+    """How far the value is above the highest baseline."""
+    return headline.value - max(headline.baselines.values()) if headline.baselines else None
+
+
+def _head_names(attended: list[Attended]) -> list[str]:
+    heads = max((len(seen.maps) for seen in attended), default=0)
+    return [f"head {head}" for head in range(heads)]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _signed(share: float) -> str:
+    return f"{100 * share:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _code(text: str) -> Markup:
+    """A text in which every second stretch between backticks is code."""
+    parts = text.split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if place % 2 and place < len(parts) - 1 else escape(part)
+        for place, part in enumerate(parts)
+    )
+
+
+def _beside(name: str) -> str:
+    return files("ssl_vit.report").joinpath(name).read_text(encoding="utf-8")
