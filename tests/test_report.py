@@ -208,6 +208,7 @@ def test_what_is_missing_stands_with_its_command(content, measured):
 def test_every_section_says_how_it_was_computed(content):
     assert content.how.keys() >= {"Numbers", "Training", "Attention", "Masks", "Neighbours", "Feature map"}
     assert "stored features of 192 pictures" in content.how["Neighbours"]
+    assert "failures" in content.neighbours_text
 
 
 # --- the files ---
@@ -377,7 +378,34 @@ def test_panels_of_an_inspection(copied):
         ("distance.png", "look", (1300, 10))
     ]
     assert [panel.title for panel in content.reconstructions] == ["reconstruction.png"]
+    assert "another checkpoint" not in content.missing["Inside"]
     assert "no.png" in content.missing["Inside"]
+
+
+def test_panels_of_another_checkpoint_are_marked(copied):
+    (copied / "inspect").mkdir()
+    about = {"schema": 1, "panels": [], "model": {"state_sha256": "0" * 64}, "data": {"n": 9}, "how": {"rollout": "so"}}
+    (copied / "inspect" / "inspect.json").write_text(json.dumps(about))
+    content = gathered(copied)
+    assert "another checkpoint" in content.missing["Inside"]
+    assert content.how["Inside"] == "9 pictures. rollout: so."
+    (copied / "inspect" / "inspect.json").write_text("[]")
+    assert "is damaged: inspect again. `ssl-vit inspect" in gathered(copied).missing["Inside"]
+
+
+def test_the_first_and_the_last_panels_of_a_training_are_shown(copied):
+    (copied / "panels").mkdir()
+    for kind in ("attention", "reconstruction"):
+        for step in (0, 50, 1200):
+            Image.new("RGB", (step + 10, 10)).save(copied / "panels" / f"{kind}-{step:07d}.jpg")
+    (copied / "panels" / "attention-0000000.jpg").write_bytes(b"broken")
+    content = gathered(copied)
+    assert [(panel.title, panel.image.width) for panel in content.panels] == [("Attention after 1,200 steps", 1210)]
+    assert [(panel.title, panel.image.width) for panel in content.reconstructions] == [
+        ("Reconstruction after 0 steps", 10),
+        ("Reconstruction after 1,200 steps", 1210),
+    ]
+    assert "attention-0000000.jpg" in content.missing["Inside"]
 
 
 @pytest.mark.parametrize(

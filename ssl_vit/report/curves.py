@@ -37,7 +37,7 @@ GROUPS = (
         {
             "train/teacher_entropy": "entropy",
             "train/teacher_kl_to_uniform": "KL to uniform",
-            "train/information": "told about a picture",
+            "train/information": "information",
         },
     ),
     _Group("Rotation told", "share of pictures", {"train/rotation_accuracy": "rotation"}),
@@ -148,8 +148,9 @@ def _how(columns: dict[str, Line], no_number: dict[str, int]) -> str:
     if rows > POINTS:
         texts.append(f"Of longer lines each point is the mean of {-(-rows // POINTS)} rows.")
     texts.append(
-        "The dashed level is ln K, the largest entropy that K prototypes allow, for the teacher's assignment; "
-        "random weights for accuracies; a quarter for the rotation."
+        "A dashed level is what random weights reach, for accuracies; ln K, the largest entropy that K prototypes "
+        "allow, for the teacher's assignment; chance, for rotations. Information is what the assignment tells about a "
+        "picture: the entropy of its mean over pictures, less its mean entropy."
     )
     if no_number:
         texts.append("Left out, for they are no finite numbers: " + _listed(no_number) + ".")

@@ -56,8 +56,8 @@ def make_gallery(run: RunFolder, config: ReportConfig) -> Gallery:
     reduced = "" if config.max_side is None else f", larger ones reduced to {config.max_side} pixels"
     how = (
         f"{len(seen)} pictures {shown.text}, evenly spread over {len(shown.pictures):,}; each side brought to the "
-        f"nearest multiple of the patch{reduced}. A map is the [CLS] row of the last block's softmax over all tokens in "
-        "float32, patches only, scaled to sum 1; a mask is the fewest patches that hold the chosen share of it; IoU is "
+        f"nearest multiple of the patch{reduced}. A map is the [CLS] row of the last block's softmax over all tokens "
+        "in float32, patches only, scaled to sum 1; a mask is the fewest patches that hold the chosen share of it; IoU is "
         f"counted in pixels of the picture at its own size.{left_out}"
     )
     return Gallery(attended, segmented, how, _how_masked(segmented, len(seen), config.mass), _unmasked(shown, masked))
@@ -108,9 +108,9 @@ def _how_masked(segmented: list[Segmented], seen: int, mass: float) -> str:
     count, names = len(segmented), segmented[0].ious
     means = ", ".join(f"{name} {sum(one.ious[name] for one in segmented) / count:.2f}" for name in names)
     return (
-        f"`attention` is the mask of the heads' mean map with {mass:.0%} of the attention; `lost`, `tokencut` and "
-        f"`pca` are made of the last block's keys and patch tokens, `found` of both and the attention. The components "
-        f"of `pca` are those of the {seen} pictures shown. Mean IoU of {count} pictures: {means}; so few show, they do "
+        f"`attention` is the mask of the heads' mean map with {100 * mass:g} % of the attention; `lost`, `tokencut` and "
+        f"`pca` are made of the last block's keys and patch tokens, `found` of both and the attention. The "
+        f"components of `pca` are those of the {seen} pictures shown. Mean IoU of {count} pictures: {means}; so few show, they do "
         "not measure: `ssl-vit attention` does."
     )
 

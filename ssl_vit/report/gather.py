@@ -15,7 +15,7 @@ from ssl_vit.report.folder import RunFolder, open_run
 from ssl_vit.report.gallery import Gallery, make_gallery
 from ssl_vit.report.headlines import headlines_of
 from ssl_vit.report.neighbours import Rows, neighbour_rows
-from ssl_vit.report.panels import Panels, read_panels
+from ssl_vit.report.panels import Panels, along_the_run, read_inspection
 from ssl_vit.report.plane import feature_map
 from ssl_vit.report.sources import Known, known_pictures
 from ssl_vit.report.verdicts import verdicts_of
@@ -63,8 +63,9 @@ def gather(config: ReportConfig, command: str) -> Content:
     """
     run = open_run(config.run, config.weights)
     sections = _Sections()
-    if "config" in run.problems:
-        sections.miss(CONFIG, run.problems["config"])
+    headlines = headlines_of(run.records, run.loaded, run.path)
+    _tell_numbers(run, sections, some=bool(headlines))
+    sections.miss(CONFIG, run.problems.get("config", ""))
     metrics = _training(run, sections)
     gallery = sections.attempt(ATTENTION, lambda: make_gallery(run, config), Gallery([], [], "", "", ""))
     _tell_gallery(gallery, sections)
@@ -72,8 +73,6 @@ def gather(config: ReportConfig, command: str) -> Content:
     panels = _panels(run, sections)
     journals = verdicts_of(run.path)
     sections.tell(HEALTH, _health(journals.damaged, {verdict.name for verdict in journals.verdicts}))
-    headlines = headlines_of(run.records, run.loaded, run.path)
-    _tell_numbers(run, sections, some=bool(headlines))
     return Content(
         title=printable(str(run.value("run.name") or run.path.resolve().name)),
         facts=facts_of(run, command),
@@ -84,6 +83,7 @@ def gather(config: ReportConfig, command: str) -> Content:
         attended=gallery.attended,
         segmented=gallery.segmented,
         neighbours=rows.rows,
+        neighbours_text=rows.text,
         feature_map=points,
         panels=panels.inside,
         reconstructions=panels.reconstructions,
@@ -117,8 +117,8 @@ def _features(run: RunFolder, config: ReportConfig, sections: _Sections) -> tupl
     known: Known | None = sections.attempt(NEIGHBOURS, lambda: known_pictures(run, config), None)
     if known is None:
         sections.miss(PLANE, sections.missing[NEIGHBOURS])
-        return Rows([], ""), None
-    rows = sections.attempt(NEIGHBOURS, lambda: neighbour_rows(known, config.k), Rows([], ""))
+        return Rows([], "", ""), None
+    rows = sections.attempt(NEIGHBOURS, lambda: neighbour_rows(known, config.k), Rows([], "", ""))
     sections.tell(NEIGHBOURS, rows.how)
     points = sections.attempt(
         PLANE,
@@ -131,17 +131,24 @@ def _features(run: RunFolder, config: ReportConfig, sections: _Sections) -> tupl
 
 
 def _panels(run: RunFolder, sections: _Sections) -> Panels:
-    """The drawings of `ssl-vit inspect`."""
+    """The drawings of `ssl-vit inspect`, then those of the training."""
     command = f"`ssl-vit inspect checkpoint={printable(run.path)}`"
     try:
-        panels = read_panels(run.path / "inspect")
+        inspected = read_inspection(run.path / "inspect", run.loaded)
     except UserError as error:
-        sections.miss(INSIDE, f"{error} {command}")
-        panels = Panels([], [], "")
-    sections.miss(INSIDE, panels.problem)
-    if run.value("method.name") == "sit" and not panels.reconstructions:
+        inspected = Panels([], [], "", f"{error} {command}")
+    drawn = along_the_run(run.path / "panels")
+    both = Panels(
+        [*inspected.inside, *drawn.inside],
+        [*inspected.reconstructions, *drawn.reconstructions],
+        inspected.how,
+        " ".join(filter(None, (inspected.problem, drawn.problem))),
+    )
+    sections.tell(INSIDE, both.how)
+    sections.miss(INSIDE, both.problem)
+    if run.value("method.name") == "sit" and not both.reconstructions:
         sections.miss(RECONSTRUCTIONS, f"There are no drawings of reconstructions. {command}")
-    return panels
+    return both
 
 
 def _health(damaged: int, names: set[str]) -> str:
@@ -165,8 +172,8 @@ def _tell_numbers(run: RunFolder, sections: _Sections, *, some: bool) -> None:
     if some:
         sections.tell(
             NUMBERS,
-            "From the records of the evaluations, which hold their whole protocols. Intervals are of 95 %: Wilson's for "
-            "shares of test pictures, else as it says beside them; they are of other test pictures, not of other "
+            "From the records of the evaluations, which hold their whole protocols. Intervals are of 95 %: Wilson's "
+            "for shares of test pictures, else as it says beside them; they are of other test pictures, not of other "
             "pretrainings. Baselines were measured on the same pictures by the same protocol. "
             "Top-5 and much else stand in the records.",
         )

@@ -28,15 +28,15 @@ def headlines_of(records: list[SavedRecord], loaded: LoadedBackbone | None, fold
     headlines = []
     for record in ordered:
         remarks = _of_network(record, loaded, shown)
-        if alike[record.task, record.data.name] > 1 and isinstance(solver := record.protocol.get("solver"), str):
-            remarks.append(solver)
+        solver = record.protocol.get("solver") if alike[record.task, record.data.name] > 1 else None
+        told_apart = f", {solver.partition(',')[0]}" if isinstance(solver, str) else ""
         for place, metric in enumerate(record.score.metrics):
             if metric.value is None or metric.low is None or metric.high is None or metric.name.startswith("top-5"):
                 continue
             headlines.append(
                 Headline(
                     task=record.task,
-                    metric=metric.name,
+                    metric=f"{metric.name}{told_apart}",
                     data=record.data.name,
                     value=metric.value,
                     low=metric.low,

@@ -23,9 +23,10 @@ SIDE = 96  # pixels of a tile
 
 
 class Rows(NamedTuple):
-    """Rows of neighbours, and how they were found."""
+    """Rows of neighbours, which they are, and how they were found."""
 
     rows: list[list[Near]]
+    text: str
     how: str
 
 
@@ -53,17 +54,14 @@ def neighbour_rows(known: Known, k: int) -> Rows:
     query_part = Part("", (asked or known.bank).pictures, queries)
     bank_part = Part("", known.bank.pictures, bank)
     rows = [_row(query_part, bank_part, found, row) for row in chosen]
-    how = [f"Cosine of the [CLS] of the last block; searched exactly among {len(bank.index):,} pictures: {known.text}."]
-    if own is not None:
-        how.append("A picture is not its own neighbour.")
-    how.append(f"The first {len(even)} rows are evenly spread over {len(right):,} pictures.")
+    text = f"The first {len(even)} rows are evenly spread over {len(right):,} pictures."
     if labelled:
         share, count = float(right[:, 0].float().mean()), len(chosen) - len(even)
-        how.append(
-            f"The last {count} are those of them with the fewest neighbours of their own class. "
-            f"Of the {len(right):,}, {share:.0%} have their nearest neighbour in their own class."
-        )
-    return Rows([row for row in rows if len(row) > 1], " ".join(how))
+        text += f" The last {count} are failures: those of them with the fewest neighbours of their own class."
+        text += f" Of all {len(right):,}, {100 * share:.0f} % have their nearest neighbour in their own class."
+    how = f"Cosine of the [CLS] of the last block; searched exactly among {len(bank.index):,} pictures: {known.text}."
+    how += "" if own is None else " A picture is not its own neighbour."
+    return Rows([row for row in rows if len(row) > 1], text, how)
 
 
 def tile(pictures: Pictures, place: int, side: int) -> Tensor:

@@ -55,7 +55,7 @@ def principal(vectors: Tensor) -> tuple[Tensor, str]:
     points = left[:, :2] * values[:2]
     points = points * torch.where((points**3).sum(dim=0) < 0, -1.0, 1.0)
     shares = values[:2] ** 2 / (values**2).sum()
-    text = f"The two principal components, with {shares[0]:.0%} and {shares[1]:.0%} of the variance."
+    text = f"The two principal components, with {100 * shares[0]:.0f} % and {100 * shares[1]:.0f} % of the variance."
     return points.float(), text
 
 
