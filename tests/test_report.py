@@ -94,7 +94,7 @@ def test_facts_say_which_network_it_is_and_where_it_is_from(content, measured, t
     assert content.facts["parameters"] == f"{sum(p.numel() for p in loaded.backbone.parameters()):,}"
     assert content.facts["network"].startswith("vit_tiny_patch16_224: width 48, 2 blocks, 3 heads")
     assert content.facts["pretraining seed"] == "7 (one run)"
-    assert content.facts["steps planned"] == "3 epochs"
+    assert content.facts["length planned"] == "3 epochs"
     assert content.facts["made by"] == "ssl-vit report"
     assert content.config == CONFIG
 
@@ -208,6 +208,8 @@ def test_what_is_missing_stands_with_its_command(content, measured):
 def test_every_section_says_how_it_was_computed(content):
     assert content.how.keys() >= {"Numbers", "Training", "Attention", "Masks", "Neighbours", "Feature map"}
     assert "stored features of 192 pictures" in content.how["Neighbours"]
+    truths = torch.stack([picture.truth for picture in content.segmented])
+    assert f"the whole picture {truths.double().mean():.2f}, the centre prior" in content.how["Masks"]
     assert "failures" in content.neighbours_text
 
 

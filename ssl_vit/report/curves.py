@@ -152,6 +152,8 @@ def _how(columns: dict[str, Line], no_number: dict[str, int]) -> str:
         "allow, for the teacher's assignment; chance, for rotations. Information is what the assignment tells about a "
         "picture: the entropy of its mean over pictures, less its mean entropy."
     )
+    if "train/reconstruction" in columns:
+        texts.append("The parts of the loss are shown before they are weighted.")
     if no_number:
         texts.append("Left out, for they are no finite numbers: " + _listed(no_number) + ".")
     return " ".join(texts)

@@ -26,7 +26,7 @@ def facts_of(run: RunFolder, command: str) -> dict[str, str]:
     else:
         facts |= _network(run.loaded, run)
     facts["pretraining pictures"] = _pictures(run)
-    facts["steps planned"] = _length(run)
+    facts["length planned"] = _length(run)
     seed = run.value("seed")
     facts["pretraining seed"] = "" if seed is None else f"{seed} (one run)"
     tool, environment = provenance.tool(), provenance.environment(best_device())
@@ -42,7 +42,7 @@ def facts_of(run: RunFolder, command: str) -> dict[str, str]:
 def _network(loaded: LoadedBackbone, run: RunFolder) -> dict[str, str]:
     config, vit = loaded.backbone.config, loaded.backbone.vit
     params = sum(parameter.numel() for parameter in loaded.backbone.parameters())
-    reached = "" if loaded.step is None else f", epoch {loaded.epoch}, {loaded.step:,} steps"
+    reached = "" if loaded.step is None else f", after {loaded.step:,} steps (epoch {loaded.epoch})"
     trained = datetime.fromtimestamp(_newest(run), UTC)
     registers = f", {config.reg_tokens} registers" if config.reg_tokens else ""
     return {
@@ -72,11 +72,10 @@ def _pictures(run: RunFolder) -> str:
 
 
 def _length(run: RunFolder) -> str:
-    """As the configuration says it."""
-    limits = {name: run.value(f"trainer.max_{name}") for name in ("epochs", "steps", "time")}
-    return ", ".join(
-        f"{value} {name}" if name != "time" else f"within {value}" for name, value in limits.items() if value
-    )
+    """As the configuration says it: steps, where it names them, rule out epochs."""
+    steps, epochs, time = (run.value(f"trainer.max_{name}") for name in ("steps", "epochs", "time"))
+    length = f"{steps} steps" if steps else f"{epochs} epochs"
+    return "" if not (steps or epochs) else f"{length}, within {time}" if time else length
 
 
 def _moment(moment: datetime) -> str:

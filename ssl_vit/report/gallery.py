@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ssl_vit.attention.masks import mass_mask
-from ssl_vit.attention.metrics import count_truth, iou
+from ssl_vit.attention.metrics import centre_prior, count_truth, iou, outline
 from ssl_vit.attention.pictures import make_example
 from ssl_vit.attention.segmenters import METHODS, NEED_CLS, make_segmenters
 from ssl_vit.attention.stream import Attended as Seen
@@ -57,8 +57,8 @@ def make_gallery(run: RunFolder, config: ReportConfig) -> Gallery:
     how = (
         f"{len(seen)} pictures {shown.text}, evenly spread over {len(shown.pictures):,}; each side brought to the "
         f"nearest multiple of the patch{reduced}. A map is the [CLS] row of the last block's softmax over all tokens "
-        "in float32, patches only, scaled to sum 1; a mask is the fewest patches that hold the chosen share of it; IoU is "
-        f"counted in pixels of the picture at its own size.{left_out}"
+        "in float32, patches only, scaled to sum 1; a mask is the fewest patches that hold the chosen share of it; "
+        f"IoU is counted in pixels of the picture at its own size.{left_out}"
     )
     return Gallery(attended, segmented, how, _how_masked(segmented, len(seen), config.mass), _unmasked(shown, masked))
 
@@ -106,12 +106,16 @@ def _how_masked(segmented: list[Segmented], seen: int, mass: float) -> str:
     if not segmented:
         return ""
     count, names = len(segmented), segmented[0].ious
-    means = ", ".join(f"{name} {sum(one.ious[name] for one in segmented) / count:.2f}" for name in names)
+    means = [f"{name} {sum(one.ious[name] for one in segmented) / count:.2f}" for name in names]
+    outlines = torch.stack([outline(one.truth) for one in segmented])  # (n, 64, 64)
+    trivial = [f"the whole picture {float(outlines.double().mean()):.2f}"]
+    if count > 1:
+        trivial.append(f"the centre prior {float(centre_prior(outlines)[0].mean()):.2f}")
     return (
-        f"`attention` is the mask of the heads' mean map with {100 * mass:g} % of the attention; `lost`, `tokencut` and "
-        f"`pca` are made of the last block's keys and patch tokens, `found` of both and the attention. The "
-        f"components of `pca` are those of the {seen} pictures shown. Mean IoU of {count} pictures: {means}; so few show, they do "
-        "not measure: `ssl-vit attention` does."
+        f"`attention` is the mask of the heads' mean map with {100 * mass:g} % of the attention; `lost` and `tokencut` "
+        "are made of the last block's keys, `found` of these and the attention, `pca` of the patch tokens, its "
+        f"components those of the {seen} pictures shown. Mean IoU of {count} pictures: {', '.join(means)}; without a "
+        f"network: {', '.join(trivial)}. So few pictures show, they do not measure: `ssl-vit attention` does."
     )
 
 

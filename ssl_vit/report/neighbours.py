@@ -59,7 +59,7 @@ def neighbour_rows(known: Known, k: int) -> Rows:
         share, count = float(right[:, 0].float().mean()), len(chosen) - len(even)
         text += f" The last {count} are failures: those of them with the fewest neighbours of their own class."
         text += f" Of all {len(right):,}, {100 * share:.0f} % have their nearest neighbour in their own class."
-    how = f"Cosine of the [CLS] of the last block; searched exactly among {len(bank.index):,} pictures: {known.text}."
+    how = f"Cosine of the [CLS] of the last block; searched exactly among {len(bank.index):,} pictures: {known.text}"
     how += "" if own is None else " A picture is not its own neighbour."
     return Rows([row for row in rows if len(row) > 1], text, how)
 

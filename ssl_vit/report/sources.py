@@ -143,7 +143,7 @@ def _known(run: RunFolder, config: ReportConfig, data: EvalDataConfig) -> Known:
     parts = [Part(name, store.pictures, store.features(blocks=1)) for name, store in zip(names, stores, strict=False)]
     for part in parts:
         check_health(part.features, loaded.source)
-    text = f"stored features of {' and '.join(part.pictures.describe() for part in parts)}"
+    text = f"stored features of {' and '.join(part.pictures.describe() for part in parts)}."
     return Known(parts[0], parts[1] if len(parts) > 1 else None, text)
 
 
@@ -165,7 +165,8 @@ def _stored(describe: NetworkTokens, split: LabelledSplit, folder: Path, name: s
 
 def _described_now(run: RunFolder, config: ReportConfig, pictures: Pictures, transform: EvalTransform) -> Known:
     """The features of evenly spread pictures, each searched for among the others."""
-    some = Subset(pictures, evenly(len(pictures), config.points))
+    places = evenly(len(pictures), config.points)
+    some = pictures if len(places) == len(pictures) else Subset(pictures, places)
     with skipped_list() as skipped:
         features = extract(
             run.network,
