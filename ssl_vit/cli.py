@@ -60,6 +60,10 @@ COMMANDS = {
         "what the [CLS] token looks at: maps, masks, overlays",
         "ssl-vit attention checkpoint=runs/photos images=photos out=maps",
     ),
+    "inspect": Command(
+        "what is inside the network: attention, weights and features as panels and arrays",
+        "ssl-vit inspect checkpoint=runs/photos images=photos out=inspect",
+    ),
     "report": Command(
         "a run as one page: scores, curves, attention, neighbours, a map of the features",
         "ssl-vit report run=runs/photos",

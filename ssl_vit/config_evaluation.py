@@ -261,3 +261,15 @@ class AttentionConfig(Section):
     baselines: bool
     seed: Seed
     limit: Count | None
+
+
+class InspectConfig(Section):
+    checkpoint: str
+    weights: Which
+    images: Path | None
+    versus: str | None
+    out: Path | None
+    image_size: Count | None
+    baselines: bool
+    seed: Seed
+    limit: Count

@@ -35,6 +35,7 @@ class ReportConfig(Section):
     mass: Annotated[float, Field(gt=0, lt=1)]
     k: Count
     points: Annotated[int, Field(ge=3, le=1000)]
+    inspect: bool
     projection: Literal["pca", "tsne"]
     seed: Seed
     out: Path | None

@@ -29,6 +29,7 @@ NEEDED = {
     "transfer": (evaluations.TransferConfig, ["checkpoints=[runs/x]", "data.roots=[labelled]"]),
     "finetune": (evaluations.FinetuneConfig, ["checkpoint=runs/x", "data.root=labelled"]),
     "attention": (evaluations.AttentionConfig, ["checkpoint=runs/x", "images=pictures"]),
+    "inspect": (evaluations.InspectConfig, ["checkpoint=runs/x"]),
     "report": (pictures.ReportConfig, ["run=runs/x"]),
     "export": (models.ExportConfig, ["checkpoint=runs/x"]),
     "scan": (models.ScanConfig, ["data.root=pictures"]),

@@ -25,7 +25,7 @@ from ssl_vit.report.gather import gather
 from ssl_vit.report.smaller import halved
 from ssl_vit.transforms.evaluation import EvalTransform
 
-QUICK = ["data.workers=0", "limit=4", "k=3", "points=20"]
+QUICK = ["inspect=false", "data.workers=0", "limit=4", "k=3", "points=20"]
 CONFIG = {
     "seed": 7,
     "run": {"name": "tiny"},
@@ -382,6 +382,19 @@ def test_panels_of_an_inspection(copied):
     assert [panel.title for panel in content.reconstructions] == ["reconstruction.png"]
     assert "another checkpoint" not in content.missing["Inside"]
     assert "no.png" in content.missing["Inside"]
+
+
+def test_a_network_that_nobody_has_inspected_is_inspected_first(copied, tmp_path):
+    out = f"out={tmp_path / 'page.html'}"
+    assert main(["report", f"run={copied}", *QUICK, "inspect=true", out]) == 0
+    made = (copied / "inspect" / "inspect.json").stat().st_mtime_ns
+    plain = strict(tmp_path / "page.json")
+    panels = strict(copied / "inspect" / "inspect.json")["panels"]
+    assert [panel["title"] for panel in plain["panels"]] == [panel["title"] for panel in panels]
+    assert panels
+    assert "Inside" not in plain["missing"]
+    assert main(["report", f"run={copied}", *QUICK, "inspect=true", out]) == 0
+    assert (copied / "inspect" / "inspect.json").stat().st_mtime_ns == made  # once
 
 
 def test_panels_of_another_checkpoint_are_marked(copied):

@@ -97,6 +97,14 @@ def at_size(map_: Tensor, size: tuple[int, int]) -> npt.NDArray[np.float32]:
     return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
+def heat_over(picture: Tensor, heat: npt.NDArray[np.float32]) -> Image.Image:
+    """A picture (C, H, W) uint8 in dim grey under the colours of a heat (height, width) in [0, 1], at its size."""
+    colours = matplotlib.colormaps[COLOURS](heat, bytes=True)[..., :3]
+    grey = np.asarray(as_image(picture, (heat.shape[0], heat.shape[1])).convert("L"))[..., None]
+    strength = 0.2 + 0.6 * heat[..., None]
+    return Image.fromarray(np.rint(grey * (1 - strength) + colours * strength).astype(np.uint8))
+
+
 def _tiles(example: Example, size: tuple[int, int]) -> list[tuple[str, Image.Image]]:
     """Captioned tiles of (height, width): the picture, the mean, then the heads."""
     top = _scale_top(example.maps)
@@ -115,11 +123,7 @@ def _tiles(example: Example, size: tuple[int, int]) -> list[tuple[str, Image.Ima
 def _tile(example: Example, index: int, size: tuple[int, int], top: float) -> Image.Image:
     """The picture in dim grey under one map's colours, with the outline of its mask."""
     times_uniform = at_size(example.maps[index], size) * example.maps[index].numel()
-    heat = np.sqrt(np.clip(times_uniform / top, 0, 1))  # (height, width)
-    colours = matplotlib.colormaps[COLOURS](heat, bytes=True)[..., :3]
-    grey = np.asarray(as_image(example.picture, size).convert("L"))[..., None]
-    strength = 0.2 + 0.6 * heat[..., None]
-    tile = Image.fromarray(np.rint(grey * (1 - strength) + colours * strength).astype(np.uint8))
+    tile = heat_over(example.picture, np.sqrt(np.clip(times_uniform / top, 0, 1)))
     _draw_outline(tile, to_pixels(example.masks[index], size), MASK)
     return tile
 

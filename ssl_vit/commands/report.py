@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import shlex
 import time
+from contextlib import suppress
 
-from ssl_vit.commands.compose import compose_values
+from ssl_vit.commands.compose import compose_values, load_config
+from ssl_vit.commands.inspect import inspect
+from ssl_vit.config_evaluation import InspectConfig
 from ssl_vit.config_pictures import ReportConfig
 from ssl_vit.data.pictures import printable
 from ssl_vit.durable import durable, write_json
+from ssl_vit.errors import UserError
+from ssl_vit.inspection.files import INDEX
 from ssl_vit.report.content import Content
 from ssl_vit.report.gather import gather
 from ssl_vit.report.page import render
@@ -28,6 +33,8 @@ def main(config: ReportConfig) -> None:
     print(
         f"Gathering {printable(config.run)}: records, curves, attention, neighbours, a map of the features", flush=True
     )
+    if config.inspect and not (config.run / "inspect" / INDEX).exists():
+        _inspect(config)
     content = gather(config, _command(config))
     page = _page(content)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -38,6 +45,13 @@ def main(config: ReportConfig) -> None:
         print(f"{section}: {text.replace('`', '')}")
     seconds = time.perf_counter() - began
     print(f"{printable(out)}: {len(page) / 1e6:.1f} MB, in {seconds:.0f} s; {out.with_suffix('.json').name} beside it")
+
+
+def _inspect(config: ReportConfig) -> None:
+    """Make the drawings of what is inside the network; a report does without them where that cannot be done."""
+    words = [f"checkpoint={config.run}", f"weights={config.weights}", f"out={config.run / 'inspect'}"]
+    with suppress(UserError, OSError):  # it says what is missing of the network; the folder may be one to read only
+        inspect(load_config("inspect", words, InspectConfig))
 
 
 def _page(content: Content) -> bytes:

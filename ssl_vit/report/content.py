@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 from torch import Tensor
 
+from ssl_vit.inspection.panel import Panel
+
 
 class Headline(NamedTuple):
     """One number of an evaluation, with what it has to be seen beside."""
@@ -80,14 +82,6 @@ class FeatureMap(NamedTuple):
     names: list[str]  # of the pictures
     images: list[Image.Image]  # RGB, small
     text: str  # how the plane came about
-
-
-class Panel(NamedTuple):
-    """A drawing with what it shows."""
-
-    title: str
-    image: Image.Image  # RGB
-    text: str  # how to read it; it is also what is read out in the drawing's place
 
 
 class Content(NamedTuple):

@@ -12,8 +12,9 @@ from PIL import Image
 from ssl_vit.data.decode import opened
 from ssl_vit.data.pictures import BrokenPicture
 from ssl_vit.errors import UserError
+from ssl_vit.inspection.files import INDEX
+from ssl_vit.inspection.panel import Panel
 from ssl_vit.models.weights import LoadedBackbone, state_sha256
-from ssl_vit.report.content import Panel
 
 SIDE = 1300  # pixels of the longer side
 RECONSTRUCTION = "reconstruction"  # how the names of such drawings begin
@@ -39,12 +40,12 @@ def read_inspection(folder: Path, loaded: LoadedBackbone | None) -> Panels:
         UserError: There is none, or it cannot be read.
     """
     try:
-        content = json.loads((folder / "inspect.json").read_text(encoding="utf-8"))
+        content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         entries = [(str(entry["file"]), str(entry["title"]), str(entry["text"])) for entry in content["panels"]]
     except FileNotFoundError:
         raise UserError("The network has not been inspected.") from None
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        raise UserError(f"{folder / 'inspect.json'} is damaged: inspect again.") from None
+        raise UserError(f"{folder / INDEX} is damaged: inspect again.") from None
     inside: list[Panel] = []
     reconstructions: list[Panel] = []
     problems = []

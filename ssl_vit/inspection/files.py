@@ -1,0 +1,65 @@
+"""The folder that `ssl-vit inspect` fills: panels as PNG, `arrays.npz`, and `inspect.json` that names them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssl_vit.durable import durable, write_json
+from ssl_vit.inspection.findings import Findings
+
+INDEX = "inspect.json"
+PROTOCOL = {
+    "pictures": "chosen at random; short side to image_size, bicubic, antialias, and the crop from the middle",
+    "attention": "softmax over all tokens in float32; rows of the patches; of them only the patches' columns, sum 1",
+    "distance": "mean over the patches i of sum_j A_ij |p_i - p_j| in pixels; per head, then the mean of the pictures",
+    "entropy": "-sum_j A_ij ln A_ij over ln N, mean over the N patches",
+    "prefix": "attention of the patches on class token and registers, before these are dropped",
+    "diversity": "1 - mean cosine of a head's patch-by-patch attention to that of the block's other heads, per picture",
+    "rollout": "product over the blocks of (mean of the heads + identity) / 2; the class token's row, patches, sum 1",
+    "layers": "linear CKA of the mean patch tokens behind each block; HSIC unbiased, mean over minibatches of 256",
+    "norms": "of the patch tokens behind each block, not yet normalised; levels are quantiles .05 .5 .95 1 per picture",
+    "spectrum": "singular values of the features after the final norm, not centred; effective rank is RankMe",
+    "filters": "principal components of the patch embedding's filters, their mean taken off",
+    "positions": "cosines of the patches' position embeddings; (rows, columns, rows, columns)",
+}
+
+
+def write_findings(folder: Path, found: Findings, about: dict[str, Any]) -> None:
+    """Write everything; `inspect.json` comes last, so that whoever finds it finds the files that it names.
+
+    Args:
+        folder: Made where it is missing; files of the same names are replaced.
+        found: At least one panel.
+        about: What else `inspect.json` says: network, pictures, cost; plain containers.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, panel in found.panels.items():
+        with durable(folder / f"{name}.png") as file:
+            panel.image.save(file, format="PNG")
+    arrays: dict[str, Any] = {name: values.numpy() for name, values in found.arrays.items()}
+    with durable(folder / "arrays.npz") as file:
+        np.savez_compressed(file, **arrays)
+    panels = [{"file": f"{name}.png", "title": panel.title, "text": panel.text} for name, panel in found.panels.items()]
+    content = {
+        "schema": 1,
+        "panels": panels,
+        "left_out": found.left_out,
+        "measured": _finite(found.numbers),
+        "how": PROTOCOL,
+        "arrays": {name: list(values.shape) for name, values in found.arrays.items()},
+        **about,
+    }
+    write_json(folder / INDEX, content)
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401 - plain containers of any depth
+    """The same with null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

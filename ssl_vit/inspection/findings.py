@@ -1,0 +1,160 @@
+"""What an inspection found out: panels, the arrays that they are drawn from, and the numbers that sum them up."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssl_vit.attention.summary import NETWORK, RANDOM
+from ssl_vit.inspection.filters import filter_components, filter_panel
+from ssl_vit.inspection.heads import uniform_distance
+from ssl_vit.inspection.norms import OUTLIER, NormMap, norms_panel, worst_block
+from ssl_vit.inspection.observer import Observation, Observer
+from ssl_vit.inspection.panel import Panel
+from ssl_vit.inspection.positions import position_panel, position_similarity
+from ssl_vit.inspection.rollout import Rolled, rollout_panel
+from ssl_vit.inspection.similarity import FEWEST, layers_panel, versus_panel
+from ssl_vit.inspection.spectrum import spectrum, spectrum_panel
+from ssl_vit.inspection.statistics import distance_panel, diversity_panel, entropy_panel, prefix_panel
+from ssl_vit.models.weights import LoadedBackbone
+
+
+class Findings(NamedTuple):
+    """A part of an inspection; parts are put together in their order."""
+
+    panels: dict[str, Panel]  # by the name of their file, without suffix
+    arrays: dict[str, Tensor]  # by their name in arrays.npz
+    numbers: dict[str, Any]  # plain containers for inspect.json, by panel
+    left_out: dict[str, str]  # why there is no panel of this name
+
+    @classmethod
+    def none(cls) -> Findings:
+        """Nothing yet."""
+        return cls({}, {}, {}, {})
+
+    def add(self, other: Findings) -> None:
+        """Take in what else was found."""
+        self.panels.update(other.panels)
+        self.arrays.update(other.arrays)
+        self.numbers.update(other.numbers)
+        self.left_out.update(other.left_out)
+
+
+def of_weights(networks: dict[str, LoadedBackbone]) -> Findings:
+    """What needs no picture: position embeddings and patch filters."""
+    found = Findings.none()
+    similarity = position_similarity(networks[NETWORK].backbone.vit)
+    if similarity is None:
+        found.left_out["positions"] = "the network has no learned position embeddings"
+    else:
+        found.panels["positions"] = position_panel(similarity)
+        found.arrays[f"{NETWORK}/positions"] = similarity
+    components = {
+        name: filter_components(loaded.backbone.vit.patch_embed.proj.weight) for name, loaded in networks.items()
+    }
+    found.panels["filters"] = filter_panel(components)
+    for name, (filters, explained) in components.items():
+        found.arrays.update({f"{name}/filters": filters, f"{name}/filters explained": explained})
+    found.numbers["filters"] = {"explained_by_shown": {
+        name: float(explained[: len(filters)].sum()) for name, (filters, explained) in components.items()
+    }}  # fmt: skip
+    return found
+
+
+def of_attention(observers: dict[str, Observer], seen: dict[str, Observation]) -> Findings:
+    """What the heads do, and the rollout."""
+    found = Findings.none()
+    uniform = uniform_distance(observers[NETWORK].centres)
+    vit = observers[NETWORK].backbone.vit
+    readings = {name: observation.heads for name, observation in seen.items()}
+    pictures = len(seen[NETWORK].features)
+    if all(observation.drawn[0].rollout is not None for observation in seen.values()):
+        found.panels["rollout"] = rollout_panel(_rolled(seen))
+    else:
+        found.left_out["rollout"] = "the network has no class token that it pools"
+    distance = _means(readings, "distance")
+    found.panels["distance"] = distance_panel(distance, uniform, observers[NETWORK].cut.image_size, pictures)
+    entropy = _means(readings, "entropy")
+    found.panels["entropy"] = entropy_panel(entropy, pictures)
+    measured = {"distance": distance, "entropy": entropy}
+    if vit.num_prefix_tokens:
+        masses = {name: heads.prefix.mean(0) for name, heads in readings.items()}  # (blocks, heads, prefix)
+        kinds = {"class token": int(vit.has_class_token), "registers": vit.num_reg_tokens}
+        found.panels["prefix"] = prefix_panel(masses, kinds, len(observers[NETWORK].centres), pictures)
+        measured["prefix"] = {name: mass.sum(-1) for name, mass in masses.items()}
+        found.arrays.update({f"{name}/prefix by token": mass for name, mass in masses.items()})
+    else:
+        found.left_out["prefix"] = "the network has neither class token nor registers"
+    if readings[NETWORK].diversity.shape[-1] > 1:
+        measured["diversity"] = _means(readings, "diversity")
+        found.panels["diversity"] = diversity_panel(measured["diversity"], pictures)
+    else:
+        found.left_out["diversity"] = "the network has a single head"
+    for kind, by_network in measured.items():
+        found.arrays.update({f"{name}/{kind}": values for name, values in by_network.items()})
+        found.numbers[kind] = {name: values.mean(1).tolist() for name, values in by_network.items()}  # per block
+    found.numbers["distance"]["uniform"] = uniform
+    return found
+
+
+def of_features(observers: dict[str, Observer], seen: dict[str, Observation]) -> Findings:
+    """The norms of the tokens and the spectrum of the features."""
+    found = Findings.none()
+    norms = {name: observation.norms for name, observation in seen.items()}
+    block = worst_block(norms[NETWORK])
+    maps = [NormMap(drawn.crop, drawn.norms[block]) for drawn in seen[NETWORK].drawn]
+    found.panels["norms"] = norms_panel(norms, maps, block)
+    found.numbers["norms"] = {name: part.outliers.mean(0).tolist() for name, part in norms.items()}
+    found.numbers["norms"]["outlier"] = f"share of tokens over {OUTLIER:g} times the median of their picture, per block"
+    for name, (levels, outliers) in norms.items():
+        found.arrays.update({f"{name}/norm levels": levels.mean(0), f"{name}/norm outliers": outliers.mean(0)})
+    finite = {name: part.features for name, part in seen.items() if part.features.isfinite().all()}
+    if NETWORK not in finite:
+        found.left_out["spectrum"] = "the features are not finite: the network has diverged"
+        return found
+    spectra = {name: spectrum(features) for name, features in finite.items()}
+    kind = "[CLS] tokens" if observers[NETWORK].backbone.has_cls else "mean patch tokens"
+    found.panels["spectrum"] = spectrum_panel(spectra, features=kind, pictures=len(finite[NETWORK]))
+    found.numbers["spectrum"] = {name: {"effective_rank": part.rank} for name, part in spectra.items()}
+    found.numbers["spectrum"]["features"] = kind
+    found.arrays.update({f"{name}/spectrum": part.shares for name, part in spectra.items()})
+    return found
+
+
+def of_layers(cka: Tensor | None, depths: dict[str, int], other: str | None, pictures: int) -> Findings:
+    """Which layers say the same.
+
+    Args:
+        cka: (layers, layers) of all networks' layers, one network after the other; None for too few pictures.
+        depths: The networks in that order, with their numbers of blocks.
+        other: What the network of `versus` is called there, if there is one.
+        pictures: How many the features were of.
+    """
+    found = Findings.none()
+    if cka is None:
+        why = f"{pictures} pictures: CKA needs {FEWEST} or more"
+        found.left_out.update(dict.fromkeys(["layers", *(["versus"] if other else [])], why))
+        return found
+    between = dict(zip(depths, torch.split(cka[: depths[NETWORK]], list(depths.values()), dim=1), strict=True))
+    found.panels["layers"] = layers_panel(between[NETWORK], between.get(RANDOM), pictures)
+    if other:
+        found.panels["versus"] = versus_panel(between[other], other, pictures)
+    found.arrays.update({f"{NETWORK}/cka with {name}": part for name, part in between.items()})
+    return found
+
+
+def _means(readings: dict[str, Any], kind: str) -> dict[str, Tensor]:
+    """(blocks, heads) by network: the mean over the pictures."""
+    return {name: torch.as_tensor(heads._asdict()[kind].mean(0)) for name, heads in readings.items()}
+
+
+def _rolled(seen: dict[str, Observation]) -> list[Rolled]:
+    random = [drawn.rollout for drawn in seen[RANDOM].drawn] if RANDOM in seen else [None] * len(seen[NETWORK].drawn)
+    rows = []
+    for drawn, beside in zip(seen[NETWORK].drawn, random, strict=True):
+        assert drawn.last is not None  # there is a class token
+        assert drawn.rollout is not None
+        rows.append(Rolled(drawn.crop, drawn.last, drawn.rollout, beside))
+    return rows
