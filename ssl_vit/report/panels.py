@@ -99,6 +99,6 @@ def _how(content: dict[str, Any]) -> str:
     """What it says of that, in one line."""
     how, data = content.get("how"), content.get("data")
     count = data.get("n") if isinstance(data, dict) else None
-    texts = [f"{count:,} pictures"] if isinstance(count, int) and count else []
-    texts += [f"{name}: {text}" for name, text in how.items()] if isinstance(how, dict) else []
+    texts = [f"Of {count:,} pictures"] if isinstance(count, int) and count else []
+    texts += [f"`{name}`: {text}" for name, text in how.items()] if isinstance(how, dict) else []
     return f"{'. '.join(texts)}." if texts else ""
