@@ -23,6 +23,16 @@ class AttentionMap {
   }
 }
 
+// Numbers of 12 bits: two of them in three bytes, the higher bits first.
+function unpacked(packed) {
+  const levels = new Uint16Array((packed.length / 3) * 2);
+  for (let [from, to] = [0, 0]; from < packed.length; from += 3, to += 2) {
+    levels[to] = (packed[from] << 4) | (packed[from + 1] >> 4);
+    levels[to + 1] = ((packed[from + 1] & 15) << 8) | packed[from + 2];
+  }
+  return levels;
+}
+
 // How many of a side's pixels belong to each patch: those whose centre lies in it.
 function pixelsPerPatch(pixels, patches) {
   const counts = new Array(patches).fill(0);
@@ -34,10 +44,10 @@ function pixelsPerPatch(pixels, patches) {
 class Picture {
   constructor(entry) {
     Object.assign(this, entry);
-    const levels = bytes(entry.maps);
+    const levels = unpacked(bytes(entry.maps));
     const size = this.rows * this.columns;
     const heads = entry.tops.map((top, head) =>
-      Float64Array.from(levels.subarray(head * size, (head + 1) * size), (level) => (level / 255) ** 2 * top));
+      Float64Array.from(levels.subarray(head * size, (head + 1) * size), (level) => (level / 4095) ** 2 * top));
     const mean = new Float64Array(size).map((_, patch) => heads.reduce((sum, head) => sum + head[patch], 0) / heads.length);
     this.maps = [...heads, mean].map((values) => new AttentionMap(values));
     if (!this.truth) return;

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import math
 import re
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from html import escape
 
 import matplotlib
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -19,14 +20,20 @@ from ssl_vit.report.content import Curve, Headline
 
 MOST_POINTS = 300  # of a line
 LINES = 6  # colours of lines in the style
-DASHES = ("-", "--", ":", "-.")
-VALUE = "value, 95 % interval"
-MARKS = ("o", "|", "^", "s", "x", "D")  # of the baselines
+DASHES = ("-", "--", ":", "-.")  # `dash-0` to `dash-3` in the style
+MARKS = {"o": "○", "|": "|", "^": "△", "s": "□", "x": "×", "D": "◇"}  # of baselines, and how a text shows them
+LONGEST_LABEL = 64  # letters that fit across a chart
 
 # Colours that stand for variables of the style; matplotlib knows only real ones.
 INK, MUTED, RULE, ACCENT = "#010101", "#010102", "#010103", "#010104"
 _VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", ACCENT: "var(--accent)"}
 _VARIABLES |= {f"#0102{place:02x}": f"var(--line-{place})" for place in range(LINES)}
+
+_STROKE = Markup(
+    '<li><svg width="24" height="8" aria-hidden="true"><path d="M0 4H24" class="dash-{}" style="stroke: {}"/></svg>'
+    "<span>{}</span></li>"
+)
+_SIGN = Markup('<li><span class="{}" aria-hidden="true">{}</span><span>{}</span></li>')
 
 Points = list[tuple[float, float]]
 
@@ -39,64 +46,58 @@ def line_chart(curve: Curve) -> Markup:
             are left out.
 
     Returns:
-        An `<svg>` element that says in words where each line starts and ends. The same curve gives the same text.
+        A legend, where there is more than one line, and an `<svg>` element that says in words where each line starts
+        and ends. The same curve gives the same text.
     """
     lines = {name: thinned([p for p in points if all(map(math.isfinite, p))]) for name, points in curve.lines.items()}
     lines = {name: points for name, points in lines.items() if points}
+    keys = []
     with _style():
-        figure = Figure(figsize=(5.2, 2.7), layout="constrained")
+        figure = Figure(figsize=(5.0, 2.6), layout="constrained")
         axes = figure.add_subplot()
         for place, (name, points) in enumerate(lines.items()):
             steps, values = zip(*points, strict=True)
-            dash, marker = DASHES[place // LINES % len(DASHES)], "o" if len(points) == 1 else ""
-            axes.plot(steps, values, dash, marker=marker, color=f"#0102{place % LINES:02x}", label=_literal(name))
+            colour, dash = f"#0102{place % LINES:02x}", place // LINES % len(DASHES)
+            axes.plot(steps, values, DASHES[dash], marker="o" if len(points) == 1 else "", color=colour)
+            keys.append(_STROKE.format(dash, _VARIABLES[colour], name))
         if curve.baseline is not None:
-            axes.axhline(
-                curve.baseline,
-                color=MUTED,
-                linestyle=(0, (4, 3)),
-                linewidth=1,
-                label=f"to compare with: {curve.baseline:.3g}",
-            )
-        axes.set_xlabel("step")
-        axes.set_ylabel(_literal(curve.unit))
+            axes.axhline(curve.baseline, color=MUTED, linestyle=(0, (4, 3)), linewidth=1)
+            keys.append(_STROKE.format(1, _VARIABLES[MUTED], f"to compare with: {curve.baseline:.3g}"))
+        axes.set(xlabel="step", ylabel=_literal(curve.unit))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        if len(lines) + (curve.baseline is not None) > 1:
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
-        return _svg(figure, _in_words(curve, lines))
+        chart = _svg(figure, _in_words(curve, lines))
+    return _legend(keys) + chart if len(keys) > 1 else chart
 
 
 def interval_chart(headlines: list[Headline]) -> Markup:
     """Each value with its interval on one axis from 0 to 100 %, and its baselines as marks.
 
     Returns:
-        An `<svg>` element; what it shows has to stand beside it as a table.
+        A legend and an `<svg>` element; what it shows has to stand beside it as a table.
     """
-    names = list(dict.fromkeys(name for headline in headlines for name in headline.baselines))
+    names = dict.fromkeys(name for headline in headlines for name in headline.baselines)
+    marks = dict(zip(names, itertools.cycle(MARKS), strict=False))
     with _style():
-        figure = Figure(figsize=(5.6, 0.8 + 0.48 * len(headlines)), layout="constrained")
+        figure = Figure(figsize=(4.8, 0.55 + 0.46 * len(headlines)), layout="constrained")
         axes = figure.add_subplot()
         for row, headline in enumerate(headlines):
             axes.axhline(row, color=RULE, linewidth=1, zorder=0)
             for name, value in headline.baselines.items():
-                mark = MARKS[names.index(name) % len(MARKS)]
-                axes.plot(100 * value, row, mark, color=MUTED, markersize=6, label=_literal(name), mfc="none")
+                axes.plot(100 * value, row, marks[name], color=MUTED, markersize=6, markerfacecolor="none")
             axes.plot([100 * headline.low, 100 * headline.high], [row, row], color=ACCENT, linewidth=5, alpha=0.4)
-            axes.plot(100 * headline.value, row, "o", color=ACCENT, markersize=6, label=VALUE)
-            label = f"{headline.task}: {headline.metric}, {headline.data}"
-            axes.annotate(_literal(label), (0, row), xytext=(0, 7), textcoords="offset points")
+            axes.plot(100 * headline.value, row, "o", color=ACCENT, markersize=6)
+            label = textwrap.shorten(f"{headline.task}: {headline.metric}, {headline.data}", LONGEST_LABEL)
+            text = axes.annotate(_literal(label), (0, row), xytext=(0, 7), textcoords="offset points")
+            text.set_in_layout(False)
         axes.set(xlabel="%", xlim=(0, 100), ylim=(len(headlines) - 0.6, -0.8), yticks=[])
         axes.spines["left"].set_visible(False)
         axes.grid(visible=False)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
-        handles, labels = axes.get_legend_handles_labels()
-        marks = dict(zip(labels, handles, strict=True))
-        marks = {VALUE: marks.pop(VALUE), **marks}
-        axes.legend(marks.values(), marks.keys(), loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0)
         words = "; ".join(f"{h.task}, {h.metric}: {h.value:.1%}, {h.low:.1%} to {h.high:.1%}" for h in headlines)
-        return _svg(figure, f"The headline numbers with their intervals and baselines. {words}")
+        chart = _svg(figure, f"The numbers of the table with their intervals and baselines. {words}")
+    own = _SIGN.format("accent", "●", "value, 95 % interval")
+    return _legend([own, *(_SIGN.format("", MARKS[mark], name) for name, mark in marks.items())]) + chart
 
 
 def thinned(points: Points) -> Points:
@@ -131,7 +132,7 @@ def _style() -> Iterator[None]:
             {
                 "svg.fonttype": "none",
                 "svg.hashsalt": "ssl-vit",
-                "font.size": 10,
+                "font.size": 9.5,
                 "text.color": INK,
                 "text.parse_math": False,
                 "axes.labelcolor": MUTED,
@@ -141,16 +142,14 @@ def _style() -> Iterator[None]:
                 "axes.grid": True,
                 "axes.grid.axis": "y",
                 "axes.axisbelow": True,
+                "axes.unicode_minus": True,
                 "grid.color": RULE,
                 "grid.linewidth": 0.8,
                 "xtick.color": RULE,
                 "ytick.color": RULE,
                 "xtick.labelcolor": MUTED,
                 "ytick.labelcolor": MUTED,
-                "lines.linewidth": 1.6,
-                "legend.frameon": False,
-                "legend.handlelength": 1.6,
-                "legend.columnspacing": 1.2,
+                "lines.linewidth": 1.4,
                 "path.simplify": False,
             }
         )
@@ -158,20 +157,20 @@ def _style() -> Iterator[None]:
 
 
 def _literal(text: str) -> str:
-    """A text as matplotlib draws it letter by letter: no lines, nothing it would leave out of a legend."""
-    printable = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text)
-    return f"\N{ZERO WIDTH SPACE}{printable}" if printable.startswith("_") else printable
+    """A text that matplotlib can write on one line: odd characters stand as Python writes them."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+
+
+def _legend(keys: list[Markup]) -> Markup:
+    """A legend as a list beside its chart: it wraps, however long the names and however narrow the page."""
+    return Markup('<ul class="keys">{}</ul>').format(Markup().join(keys))
 
 
 def _svg(figure: Figure, words: str) -> Markup:
     """The figure as an element of a page: colours from its style, names that no other chart has, no declarations."""
     file = io.StringIO()
-    figure.savefig(
-        file,
-        format="svg",
-        transparent=True,
-        metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-    )
+    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     drawn = file.getvalue()
     body = drawn[drawn.index("</style>") :].partition("</defs>")[2]
     body = re.sub(r"(fill|stroke): (#\w{6})", lambda found: f"{found[1]}: {_VARIABLES.get(found[2], found[2])}", body)
@@ -186,5 +185,6 @@ def _svg(figure: Figure, words: str) -> Markup:
 
 
 def _rounded(path: str) -> str:
+    """The attribute `d` of a path with one decimal, on one line."""
     short = re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.1f}", path)
     return f" {' '.join(short.split())}"

@@ -59,8 +59,8 @@ def photograph(image: Image.Image, side: int) -> Embedded:
 def drawing(image: Image.Image, side: int) -> Embedded:
     """A chart or a sheet of pictures, without loss where that takes no more room (lines and flat colours)."""
     small = _reduced(image, side)
-    flat = len(small.getcolors(1 << 24) or []) < small.width * small.height / 20
-    return Embedded(_webp(small, lossless=flat), small.width, small.height)
+    few_colours = small.convert("RGB").getcolors(small.width * small.height // 20) is not None
+    return Embedded(_webp(small, lossless=few_colours), small.width, small.height)
 
 
 def sprite(images: list[Image.Image]) -> Sprite:
@@ -75,19 +75,22 @@ def sprite(images: list[Image.Image]) -> Sprite:
 
 
 def map_bytes(maps: Tensor) -> tuple[str, list[float]]:
-    """Attention maps in 8 bits: byte / 255 is the square root of the share of the map's largest value.
+    """Attention maps in 12 bits: level / 4095 is the square root of the share of the map's largest value.
 
-    Square roots leave the weak patches, where the border of a mask runs, finer steps than the strong ones.
+    Square roots leave the weak patches, where the border of a mask runs, finer steps than the strong ones. With 8 bits,
+    masks would change to the eye where one patch towers above many that are nearly equal.
 
     Args:
         maps: (heads, rows, columns), not negative.
 
     Returns:
-        The bytes in base64, and the largest value of each map.
+        Three bytes for two patches in base64, the higher bits first, and the largest value of each map.
     """
     tops = maps.flatten(1).amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny)  # (heads,)
-    levels = (maps / tops[:, None, None]).sqrt().mul(255).round().to(torch.uint8)
-    return as_bytes(levels.numpy()), [float(f"{top:.6g}") for top in tops.tolist()]
+    levels = (maps / tops[:, None, None]).sqrt().mul(4095).round().int().numpy().flatten()
+    first, second = np.pad(levels, (0, levels.size % 2)).reshape(-1, 2).T
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=1).astype(np.uint8)
+    return as_bytes(packed), [float(f"{top:.6g}") for top in tops.tolist()]
 
 
 def count_bytes(counts: Tensor) -> str:
@@ -110,6 +113,11 @@ def outline(mask: Tensor) -> str:
     factor = min(1.0, OUTLINE_SIDE / max(rows, columns))
     size = max(1, round(rows * factor)), max(1, round(columns * factor))
     return " ".join(_loop_path(loop, size) for loop in _loops(to_pixels(mask, size).numpy()))
+
+
+def writable(text: str) -> str:
+    """A text that UTF-8 can hold: bytes of file names that are none stand as JSON writes them."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def as_json(content: object) -> Markup:

@@ -3,17 +3,18 @@ if (byId("mask-tiles")) {
   const cards = [...byId("mask-tiles").children].map((card) => ({ card, ious: JSON.parse(card.dataset.ious) }));
 
   const show = () => {
-    const method = chosen("method");
+    const method = Number(chosen("method"));
     const sign = chosen("order") === "worst" ? 1 : -1;
-    const scored = cards.filter(({ ious }) => method in ious);
-    cards.sort((a, b) => sign * ((a.ious[method] ?? sign * 2) - (b.ious[method] ?? sign * 2)));
-    byId("mask-tiles").append(...cards.map(({ card }) => card));
+    const has = ({ ious }) => ious[method] !== null;
+    const scored = cards.filter(has).sort((a, b) => sign * (a.ious[method] - b.ious[method]));
+    const others = cards.filter((card) => !has(card));
+    byId("mask-tiles").append(...[...scored, ...others].map(({ card }) => card));
     for (const { card, ious } of cards) {
-      card.querySelectorAll("g").forEach((group) => group.classList.toggle("off", group.dataset.method !== method));
-      card.querySelector(".iou").textContent = method in ious ? `IoU ${ious[method].toFixed(2)}` : "no mask";
+      card.querySelectorAll("g").forEach((group, place) => group.classList.toggle("off", place !== method));
+      card.querySelector(".iou").textContent = ious[method] === null ? "no mask" : `IoU ${ious[method].toFixed(2)}`;
     }
     const mean = scored.reduce((sum, { ious }) => sum + ious[method], 0) / scored.length;
-    byId("masks-now").textContent = `${method}: mean IoU ${mean.toFixed(2)} of the ${scored.length} pictures shown`;
+    byId("masks-now").textContent = `mean IoU ${mean.toFixed(2)} of the ${scored.length} pictures shown`;
   };
 
   byId("masks").addEventListener("change", show);

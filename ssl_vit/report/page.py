@@ -26,6 +26,7 @@ from ssl_vit.report.encode import (
     outline,
     photograph,
     sprite,
+    writable,
 )
 
 PHOTO_SIDE = 360  # pixels of a picture that maps or masks are drawn over
@@ -51,6 +52,7 @@ def render(content: Content) -> str:
     Returns:
         Text that can be written as UTF-8: bytes of file names that are no UTF-8 stand as JSON writes them.
     """
+    methods = list(dict.fromkeys(name for picture in content.segmented for name in picture.masks))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ssl_vit.report", ""),
         autoescape=True,
@@ -70,8 +72,8 @@ def render(content: Content) -> str:
         curves=[(curve, line_chart(curve)) for curve in content.curves],
         attended=[photograph(seen.image, PHOTO_SIDE) for seen in content.attended],
         head_names=_head_names(content.attended),
-        segmented=[_segmented(picture) for picture in content.segmented],
-        methods=list(dict.fromkeys(name for picture in content.segmented for name in picture.masks)),
+        segmented=[_segmented(picture, methods) for picture in content.segmented],
+        methods=methods,
         neighbours=[
             [(near, photograph(near.image, NEAR_SIDE), _verdict(row[0], near)) for near in row]
             for row in content.neighbours
@@ -80,7 +82,7 @@ def render(content: Content) -> str:
         reconstructions=[_panel(panel) for panel in content.reconstructions],
         config=yaml.safe_dump(content.config, sort_keys=False, allow_unicode=True) if content.config else "",
     )
-    return page.encode("utf-8", "backslashreplace").decode("utf-8")
+    return writable(page)
 
 
 def _sections(content: Content) -> list[Section]:
@@ -115,7 +117,13 @@ def _data(content: Content) -> dict[str, Any]:
 
 def _attended(seen: Attended) -> dict[str, Any]:
     maps, tops = map_bytes(seen.maps)
-    entry = {"name": seen.name, "rows": seen.maps.shape[1], "columns": seen.maps.shape[2], "maps": maps, "tops": tops}
+    entry = {
+        "name": writable(seen.name),
+        "rows": seen.maps.shape[1],
+        "columns": seen.maps.shape[2],
+        "maps": maps,
+        "tops": tops,
+    }
     if seen.truth is None:
         return entry | {"truth": None}
     counted = count_truth(seen.truth, (seen.maps.shape[1], seen.maps.shape[2]))
@@ -139,8 +147,8 @@ def _plane(features: FeatureMap) -> dict[str, Any]:
         "x": [round(x, 4) for x in places[:, 0].tolist()],
         "y": [round(1 - y, 4) for y in places[:, 1].tolist()],
         "labels": features.labels.tolist(),
-        "classes": features.classes,
-        "names": features.names,
+        "classes": [writable(name) for name in features.classes],
+        "names": [writable(name) for name in features.names],
         "sprite": thumbnails._asdict(),
     }
 
@@ -151,13 +159,14 @@ class _Masked(NamedTuple):
     name: str
     image: Embedded
     truth: str
-    masks: dict[str, str]
-    ious: dict[str, float]
+    masks: list[str]  # by method; empty where there is none
+    ious: list[float | None]
 
 
-def _segmented(picture: Segmented) -> _Masked:
-    masks = {name: outline(mask) for name, mask in picture.masks.items()}
-    return _Masked(picture.name, photograph(picture.image, PHOTO_SIDE), outline(picture.truth), masks, picture.ious)
+def _segmented(picture: Segmented, methods: list[str]) -> _Masked:
+    masks = [outline(picture.masks[method]) if method in picture.masks else "" for method in methods]
+    ious = [picture.ious.get(method) for method in methods]
+    return _Masked(picture.name, photograph(picture.image, PHOTO_SIDE), outline(picture.truth), masks, ious)
 
 
 def _panel(panel: Panel) -> tuple[Panel, Embedded, bool]:
