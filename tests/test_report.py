@@ -123,7 +123,8 @@ def test_attention_scores_stand_beside_the_centre_prior_and_say_what_they_know(c
     record = strict(measured / "attention" / "summary.json")
     shown = {line.metric: line for line in content.headlines if line.task == "attention"}
     baselines = {score["name"]: score["metrics"] for score in record["baselines"]}
-    line = shown["mass/oracle head"]
+    line = shown["IoU, mass/oracle head"]
+    assert not any(name.endswith((" acc", "CorLoc")) for name in shown)
     assert line.baselines["centre prior"] == baselines["centre prior"][0]["value"]
     assert line.baselines["random init"] == next(
         metric["value"] for metric in baselines["random init"] if metric["name"] == "mass/oracle head"

@@ -175,5 +175,5 @@ def _tell_numbers(run: RunFolder, sections: _Sections, *, some: bool) -> None:
             "From the records of the evaluations, which hold their whole protocols. Intervals are of 95 %: Wilson's "
             "for shares of test pictures, else as it says beside them; they are of other test pictures, not of other "
             "pretrainings. Baselines were measured on the same pictures by the same protocol. "
-            "Top-5 and much else stand in the records.",
+            "Top-5 and other measures of masks than their IoU stand in the records.",
         )

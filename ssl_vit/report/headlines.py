@@ -14,7 +14,7 @@ ORDER = ("knn", "linear", "finetune", "attention", "fewshot", "transfer")
 
 
 def headlines_of(records: list[SavedRecord], loaded: LoadedBackbone | None, folder: Path) -> list[Headline]:
-    """One per number, those of an evaluation together; its warnings stand at the first. Top-5 stays in the records.
+    """One per number, those of an evaluation together; its warnings stand at the first.
 
     Args:
         records: Of the run.
@@ -31,12 +31,12 @@ def headlines_of(records: list[SavedRecord], loaded: LoadedBackbone | None, fold
         solver = record.protocol.get("solver") if alike[record.task, record.data.name] > 1 else None
         told_apart = f", {solver.partition(',')[0]}" if isinstance(solver, str) else ""
         for place, metric in enumerate(record.score.metrics):
-            if metric.value is None or metric.low is None or metric.high is None or metric.name.startswith("top-5"):
+            if metric.value is None or metric.low is None or metric.high is None or not _is_shown(record, metric):
                 continue
             headlines.append(
                 Headline(
                     task=record.task,
-                    metric=f"{metric.name}{told_apart}",
+                    metric=f"{'IoU, ' if record.task == 'attention' else ''}{metric.name}{told_apart}",
                     data=record.data.name,
                     value=metric.value,
                     low=metric.low,
@@ -51,15 +51,22 @@ def headlines_of(records: list[SavedRecord], loaded: LoadedBackbone | None, fold
     return headlines
 
 
+def _is_shown(record: SavedRecord, metric: SavedMetric) -> bool:
+    """Top-5, and the measures of masks beside their IoU, stay in the records."""
+    _, space, measure = metric.name.rpartition(" ")
+    measures = {other.name for score in record.baselines for other in score.metrics}
+    return not (metric.name.startswith("top-5") or (record.task == "attention" and space and measure in measures))
+
+
 def _baselines(record: SavedRecord, metric: SavedMetric) -> dict[str, float]:
-    """By name the same metric of the others; of one that has a single metric, that. A ceiling is none of them."""
+    """By name the same metric of the others; of those that have no heads, their IoU. A ceiling is none of them."""
     found = {score.name: _same(score, metric.name) for score in record.baselines if score.name != CEILING}
     return {name: value for name, value in found.items() if value is not None}
 
 
 def _same(score: SavedScore, name: str) -> float | None:
-    metrics = score.metrics if len(score.metrics) == 1 else [metric for metric in score.metrics if metric.name == name]
-    return metrics[0].value if metrics else None
+    values = {metric.name: metric.value for metric in score.metrics}
+    return values.get(name, values.get("IoU"))
 
 
 def _of_network(record: SavedRecord, loaded: LoadedBackbone | None, shown: str | None) -> list[str]:
@@ -82,6 +89,6 @@ def _of_metric(record: SavedRecord, metric: SavedMetric) -> list[str]:
         rule, _, head = metric.name.partition("/")
         notes = [record.protocol.get(key) for key in (f"{rule}/...", head)]
         said += [note for note in notes if isinstance(note, str)]
-        ceilings = [score.metrics[0].value for score in record.baselines if score.name == CEILING]
+        ceilings = [_same(score, "IoU") for score in record.baselines if score.name == CEILING]
         said += [f"no mask of such patches reaches more than {ceiling:.2f}" for ceiling in ceilings if ceiling]
     return said
