@@ -131,7 +131,7 @@ def test_attention_scores_stand_beside_the_centre_prior_and_say_what_they_know(c
     )
     assert "patch ceiling" not in line.baselines  # nothing to be above of
     assert f"more than {baselines['patch ceiling'][0]['value']:.2f}" in line.remark
-    assert "by its given mask" in line.remark
+    assert "given mask" in line.remark
 
 
 def test_curves_and_verdicts(content):
