@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from ssl_vit.attention.masks import to_pixels
 QUALITY = 76  # of WebP: its artefacts cannot be seen at the sizes of the page
 PIXELATED = 64  # pictures up to this side are shown with their pixels, not blurred
 OUTLINE_SIDE = 256  # cells of a mask's longer side that its outline is drawn with
+FINE = 80  # cells of the longer side from which on they are not worth seeing
 CELL = 72  # largest side of a thumbnail in a sprite
 
 
@@ -106,13 +108,14 @@ def as_bytes(array: npt.NDArray[Any]) -> str:
 def outline(mask: Tensor) -> str:
     """The border of a mask (rows, columns) bool as an SVG path in a square of side 1.
 
-    Its closed loops run along the cells' sides; filled by the even-odd rule they are the mask. A mask of more cells
-    is drawn with fewer.
+    Its closed loops run along the cells' sides; filled by the even-odd rule they are the mask. A mask of many cells is
+    drawn with at most 256 a side, and without steps.
     """
     rows, columns = mask.shape
     factor = min(1.0, OUTLINE_SIDE / max(rows, columns))
     size = max(1, round(rows * factor)), max(1, round(columns * factor))
-    return " ".join(_loop_path(loop, size) for loop in _loops(to_pixels(mask, size).numpy()))
+    loops = _loops(to_pixels(mask, size).numpy())
+    return " ".join(_loop_path(_smoothed(loop) if max(size) >= FINE else loop, size) for loop in loops)
 
 
 def writable(text: str) -> str:
@@ -173,7 +176,15 @@ def _loops(mask: npt.NDArray[np.bool_]) -> list[list[tuple[int, int]]]:
     return loops
 
 
-def _loop_path(loop: list[tuple[int, int]], size: tuple[int, int]) -> str:
+def _smoothed(loop: list[tuple[int, int]]) -> list[tuple[float, float]]:
+    """The middles of the sides instead of the corners: steps become slopes, and every cell's centre stays inside."""
+    return [
+        ((here[0] + after[0]) / 2, (here[1] + after[1]) / 2)
+        for here, after in zip(loop, [*loop[1:], loop[0]], strict=True)
+    ]
+
+
+def _loop_path(loop: Sequence[tuple[float, float]], size: tuple[int, int]) -> str:
     """Only the corners where the direction changes."""
     turns = [
         here

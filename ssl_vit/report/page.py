@@ -46,8 +46,9 @@ class Section(NamedTuple):
 def render(content: Content) -> str:
     """Draw a report as the text of one HTML file.
 
-    The same content gives the same text. What content has nothing of is left out, and `missing` is listed at the end;
-    there, and in `how`, `verdicts` and the remarks, words between backticks are set as code.
+    The same content gives the same text. What content has nothing of is left out, and `missing` is listed at the end.
+    In facts, remarks, verdicts, texts of panels, `how` and `missing`, words between backticks are set as code. Values
+    are finite.
 
     Returns:
         Text that can be written as UTF-8: bytes of file names that are no UTF-8 stand as JSON writes them.
@@ -71,7 +72,6 @@ def render(content: Content) -> str:
         headlines=[(headline, _margin(headline)) for headline in content.headlines],
         curves=[(curve, line_chart(curve)) for curve in content.curves],
         attended=[photograph(seen.image, PHOTO_SIDE) for seen in content.attended],
-        head_names=_head_names(content.attended),
         segmented=[_segmented(picture, methods) for picture in content.segmented],
         methods=methods,
         neighbours=[
