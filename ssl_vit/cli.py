@@ -72,6 +72,10 @@ COMMANDS = {
         "what is inside the network: attention, weights and features as panels and arrays",
         "ssl-vit inspect checkpoint=runs/photos images=photos out=inspect",
     ),
+    "report": Command(
+        "a run as one page: scores, curves, attention, neighbours, a map of the features",
+        "ssl-vit report run=runs/photos",
+    ),
     "export": Command("weights that bare timm loads", "ssl-vit export checkpoint=runs/photos out=backbone.safetensors"),
     "scan": Command("what is in a picture folder, broken files included", "ssl-vit scan data.root=photos"),
     "bench": Command(

@@ -45,6 +45,10 @@ class EvalDataConfig(Section):
     def _some_pictures(self) -> Self:
         if self.root is None and self.train is None:
             raise ValueError("name the labelled pictures: data.root=FOLDER, or data.train=FOLDER data.test=FOLDER")
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_name_them(self) -> Self:
         if self.root is not None and self.train is not None:
             raise ValueError("data.root and data.train exclude each other: data.root holds train/ and val/ or test/")
         if self.test is not None and self.train is None:
@@ -244,40 +248,3 @@ class FinetuneConfig(LabelledConfig):
                 f"take pictures in pairs: make it a multiple of {2 * parts}"
             )
         return self
-
-
-class AttentionConfig(Section):
-    checkpoint: str
-    weights: Which
-    images: Path | None
-    masks: Path | None
-    voc: Path | None
-    split: str
-    out: Path
-    methods: Annotated[list[Literal["attention", "lost", "tokencut", "pca", "found"]], Field(min_length=1), Several]
-    refine: Literal["guided"] | None
-    mass: Annotated[float, Field(gt=0, lt=1)]
-    max_side: Count | None
-    baselines: bool
-    seed: Seed
-    limit: Count | None
-
-    @model_validator(mode="after")
-    def _some_pictures(self) -> Self:
-        if (self.images is None) == (self.voc is None):
-            raise ValueError("name the pictures: images=FOLDER, or voc=VOCdevkit/VOC2012")
-        if self.voc is not None and self.masks is not None:
-            raise ValueError("masks belongs to images; voc brings its own")
-        return self
-
-
-class InspectConfig(Section):
-    checkpoint: str
-    weights: Which
-    images: Path | None
-    versus: str | None
-    out: Path | None
-    image_size: Count | None
-    baselines: bool
-    seed: Seed
-    limit: Count

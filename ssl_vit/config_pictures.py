@@ -1,16 +1,54 @@
-"""The configuration keys of the commands that look at videos."""
+"""The configuration keys of the commands that turn what a network sees into pictures and pages."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from ssl_vit.config import Section, Which
-from ssl_vit.config_values import Count, Positive, Seed
+from ssl_vit.config_evaluation import EvalDataConfig
+from ssl_vit.config_values import Count, Positive, Seed, Several
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv")  # what can be written
+
+
+class AttentionConfig(Section):
+    checkpoint: str
+    weights: Which
+    images: Path | None
+    masks: Path | None
+    voc: Path | None
+    split: str
+    out: Path
+    methods: Annotated[list[Literal["attention", "lost", "tokencut", "pca", "found"]], Field(min_length=1), Several]
+    refine: Literal["guided"] | None
+    mass: Annotated[float, Field(gt=0, lt=1)]
+    max_side: Count | None
+    baselines: bool
+    seed: Seed
+    limit: Count | None
+
+    @model_validator(mode="after")
+    def _some_pictures(self) -> Self:
+        if (self.images is None) == (self.voc is None):
+            raise ValueError("name the pictures: images=FOLDER, or voc=VOCdevkit/VOC2012")
+        if self.voc is not None and self.masks is not None:
+            raise ValueError("masks belongs to images; voc brings its own")
+        return self
+
+
+class InspectConfig(Section):
+    checkpoint: str
+    weights: Which
+    images: Path | None
+    versus: str | None
+    out: Path | None
+    image_size: Count | None
+    baselines: bool
+    seed: Seed
+    limit: Count
 
 
 class VideoConfig(Section):
@@ -54,4 +92,41 @@ class PropagateConfig(Section):
             raise ValueError("name the videos: davis=FOLDER, or frames=FOLDER masks=MASK of your own")
         if (self.frames is None) != (self.masks is None):
             raise ValueError("frames and masks belong together: frames=FOLDER masks=FOLDER or the first frame's mask")
+        return self
+
+
+class ReportDataConfig(EvalDataConfig):
+    @model_validator(mode="after")
+    def _some_pictures(self) -> Self:  # a report does without labelled pictures
+        return self
+
+    @property
+    def named(self) -> bool:
+        """Whether there are any."""
+        return self.root is not None or self.train is not None
+
+
+class ReportConfig(Section):
+    run: Path
+    weights: Which
+    data: ReportDataConfig
+    features: Path | None
+    images: Path | None
+    masks: Path | None
+    limit: Count
+    max_side: Count | None
+    mass: Annotated[float, Field(gt=0, lt=1)]
+    k: Count
+    points: Annotated[int, Field(ge=3, le=1000)]
+    inspect: bool
+    projection: Literal["pca", "tsne"]
+    seed: Seed
+    out: Path | None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.masks is not None and self.images is None:
+            raise ValueError("masks needs the pictures that they belong to: images=FOLDER masks=FOLDER")
+        if self.out is not None and self.out.suffix != ".html":
+            raise ValueError(f"out={self.out}: the report is a page, name it .html")
         return self

@@ -38,7 +38,7 @@ FLOORS: dict[str, tuple[set[str], set[str]]] = {
     "training.schedules": (set(), SMALL),
     "config": (CONFIG, SMALL),
     "config_evaluation": ({"config", "config_values"}, SMALL),
-    "config_pictures": ({"config", "config_values"}, SMALL),
+    "config_pictures": ({"config", "config_evaluation", "config_values"}, SMALL),
     "config_values": ({"training.schedules"}, SMALL),
     "distributed": (CONFIG, HEAVY | {"timm"}),
     "precision": (set(), HEAVY | {"timm"}),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ssl_vit.attention.summary import NETWORK, Result
-from ssl_vit.config_evaluation import AttentionConfig
+from ssl_vit.config_pictures import AttentionConfig
 from ssl_vit.models.weights import LoadedBackbone
 from ssl_vit.records import provenance
 from ssl_vit.records.record import Record, Score

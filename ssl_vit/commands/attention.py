@@ -28,7 +28,7 @@ from ssl_vit.attention.summary import Result, Summary
 from ssl_vit.attention.table import score_table
 from ssl_vit.attention.truth import Annotation, MaskFolder, NoMask, Truths
 from ssl_vit.attention.voc import VOC
-from ssl_vit.config_evaluation import AttentionConfig
+from ssl_vit.config_pictures import AttentionConfig
 from ssl_vit.data.files import FilePictures, pictures_at
 from ssl_vit.data.pictures import BrokenPicture, SkippedPictures
 from ssl_vit.errors import UserError

@@ -23,18 +23,16 @@ from pydantic import ValidationError
 from ssl_vit.commands.folders import conf_dir, recipes_dir
 from ssl_vit.config import BenchConfig, DemoConfig, ExportConfig, PretrainConfig, ScanConfig, Section, ShardConfig
 from ssl_vit.config_evaluation import (
-    AttentionConfig,
     CompareConfig,
     FeaturesConfig,
     FewshotConfig,
     FinetuneConfig,
-    InspectConfig,
     KNNConfig,
     LinearConfig,
     NeighboursConfig,
     TransferConfig,
 )
-from ssl_vit.config_pictures import PropagateConfig, VideoConfig
+from ssl_vit.config_pictures import AttentionConfig, InspectConfig, PropagateConfig, ReportConfig, VideoConfig
 from ssl_vit.errors import SharedError, UserError
 
 ConfigT = TypeVar("ConfigT", bound=Section)
@@ -55,6 +53,7 @@ MODELS: dict[str, type[Section]] = {
     "neighbours": NeighboursConfig,
     "pretrain": PretrainConfig,
     "propagate": PropagateConfig,
+    "report": ReportConfig,
     "scan": ScanConfig,
     "shard": ShardConfig,
     "transfer": TransferConfig,

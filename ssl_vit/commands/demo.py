@@ -15,7 +15,8 @@ from ssl_vit.commands import attention, knn, linear
 from ssl_vit.commands.compose import load_config
 from ssl_vit.commands.pretrain import pretrain
 from ssl_vit.config import DemoConfig, PretrainConfig
-from ssl_vit.config_evaluation import AttentionConfig, KNNConfig, LinearConfig
+from ssl_vit.config_evaluation import KNNConfig, LinearConfig
+from ssl_vit.config_pictures import AttentionConfig
 from ssl_vit.data.sample import make_sample
 from ssl_vit.records.record import Record
 from ssl_vit.training.checkpoints import newest

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssl_vit.attention.summary import NETWORK, RANDOM
-from ssl_vit.config_evaluation import InspectConfig
+from ssl_vit.config_pictures import InspectConfig
 from ssl_vit.data.files import pictures_at
 from ssl_vit.data.find import find_pictures
 from ssl_vit.data.pictures import BrokenPicture, Pictures, SkippedPictures

@@ -51,6 +51,8 @@ class SavedModel(_Part):
     sha256: str | None
     state_sha256: str | None = None  # older records lack it
     source: str
+    weights: str | None = None  # teacher or student, where it was said
+    step: int | None = None
 
     @property
     def identity(self) -> str | None:
@@ -99,6 +101,7 @@ class SavedRecord(_Part):
     environment: SavedEnvironment
     selection: SavedSelection | None = None
     warnings: list[str]
+    config: dict[str, Any] = Field(default_factory=dict)  # of the command
     path: Path = Path()
     told: dict[str, str] = Field(default_factory=dict)  # what must agree in a column: dotted keys, values as JSON
 

@@ -100,8 +100,8 @@ class Record:
             **asdict(self, dict_factory=_without_answers),
             "answers": beside(path, ".npz").name if answers else None,
         }
-        write_json(path, _finite(content))
-        _append(path.with_name("history.jsonl"), _finite(content))
+        write_json(path, finite(content))
+        _append(path.with_name("history.jsonl"), finite(content))
 
     def table(self) -> str:
         """The scores side by side in percent: the network with its interval, then the baselines; warnings below."""
@@ -149,12 +149,12 @@ def _smallest(values: npt.NDArray[np.int64]) -> npt.NDArray[np.integer[Any]]:
     return values.astype(np.result_type(np.min_scalar_type(low), np.min_scalar_type(high)))
 
 
-def _finite(value: Any) -> Any:  # noqa: ANN401 - any JSON
+def finite(value: Any) -> Any:  # noqa: ANN401 - any JSON
     """The same plain containers; what JSON has no number for (NaN, infinities) becomes null."""
     if isinstance(value, Mapping):
-        return {str(key): _finite(inner) for key, inner in value.items()}
+        return {str(key): finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

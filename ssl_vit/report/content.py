@@ -102,3 +102,4 @@ class Content(NamedTuple):
     config: dict[str, Any]  # of the run
     how: dict[str, str]  # how what is shown was computed
     missing: dict[str, str]  # by section: why it is not there, and the command that makes it
+    neighbours_text: str = ""  # which rows of neighbours these are

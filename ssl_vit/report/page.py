@@ -13,8 +13,9 @@ from markupsafe import Markup, escape
 
 from ssl_vit.attention.metrics import count_truth
 from ssl_vit.attention.pictures import COLOURS, LEAST_TOP
+from ssl_vit.inspection.panel import Panel
 from ssl_vit.report.charts import interval_chart, line_chart
-from ssl_vit.report.content import Attended, Content, FeatureMap, Headline, Near, Panel, Segmented
+from ssl_vit.report.content import Attended, Content, FeatureMap, Headline, Near, Segmented
 from ssl_vit.report.encode import (
     Embedded,
     as_bytes,

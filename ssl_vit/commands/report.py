@@ -1,0 +1,79 @@
+"""`ssl-vit report`: a run as one page that opens anywhere, and the same as JSON.
+
+ssl-vit report run=runs/photos
+ssl-vit report run=runs/photos data.root=labelled images=ecssd/images masks=ecssd/masks
+ssl-vit report run=runs/photos projection=tsne out=photos.html
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from contextlib import suppress
+
+from ssl_vit.commands.compose import compose_values, load_config
+from ssl_vit.commands.inspect import inspect
+from ssl_vit.config_pictures import InspectConfig, ReportConfig
+from ssl_vit.data.pictures import printable
+from ssl_vit.durable import durable, write_json
+from ssl_vit.errors import UserError
+from ssl_vit.inspection.files import INDEX
+from ssl_vit.report.content import Content
+from ssl_vit.report.gather import gather
+from ssl_vit.report.page import render
+from ssl_vit.report.smaller import MOST_BYTES, halved
+from ssl_vit.report.twin import as_plain
+
+
+def main(config: ReportConfig) -> None:
+    """Run the command."""
+    began = time.perf_counter()
+    out = config.out or config.run / "report.html"
+    print(
+        f"Gathering {printable(config.run)}: records, curves, attention, neighbours, a map of the features", flush=True
+    )
+    if config.inspect and not (config.run / "inspect" / INDEX).exists():
+        _inspect(config)
+    content = gather(config, _command(config))
+    page = _page(content)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out.with_suffix(".json"), as_plain(content))
+    with durable(out) as file:
+        file.write(page)
+    for section, text in content.missing.items():
+        print(f"{section}: {text.replace('`', '')}")
+    seconds = time.perf_counter() - began
+    print(f"{printable(out)}: {len(page) / 1e6:.1f} MB, in {seconds:.0f} s; {out.with_suffix('.json').name} beside it")
+
+
+def _inspect(config: ReportConfig) -> None:
+    """Make the drawings of what is inside the network; a report does without them where that cannot be done."""
+    words = [f"checkpoint={config.run}", f"weights={config.weights}", f"out={config.run / 'inspect'}"]
+    with suppress(UserError, OSError):  # it says what is missing of the network; the folder may be one to read only
+        inspect(load_config("inspect", words, InspectConfig))
+
+
+def _page(content: Content) -> bytes:
+    """The page; its pictures are halved, thrice at most, until it fits."""
+    page = render(content).encode("utf-8", "backslashreplace")
+    for _ in range(3):
+        if len(page) <= MOST_BYTES:
+            break
+        print(f"The page would have {len(page) / 1e6:.1f} MB: its pictures are halved", flush=True)
+        content = halved(content)
+        page = render(content).encode("utf-8", "backslashreplace")
+    return page
+
+
+def _command(config: ReportConfig) -> str:
+    """The words that make this report again: those that differ from the defaults."""
+    default, given = _flat(compose_values("report", [])), _flat(config.model_dump(mode="json"))
+    words = [f"{key}={value}" for key, value in given.items() if value != default[key]]
+    return shlex.join(["ssl-vit", "report", *map(printable, words)])
+
+
+def _flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,82 @@
+"""What a report says of a run in a few lines: network, checkpoint, pictures, seed, versions."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+from ssl_vit.data.pictures import printable
+from ssl_vit.models.weights import LoadedBackbone
+from ssl_vit.records import provenance
+from ssl_vit.report.folder import RunFolder
+from ssl_vit.training.hardware import best_device
+
+
+def facts_of(run: RunFolder, command: str) -> dict[str, str]:
+    """Names and values, in the order in which a reader wants them.
+
+    Args:
+        run: The run.
+        command: That makes the report.
+    """
+    facts = {"run": printable(run.path), "method": str(run.value("method.name") or "")}
+    if run.loaded is None:
+        facts["checkpoint"] = run.problems["network"]
+    else:
+        facts |= _network(run.loaded, run)
+    facts["pretraining pictures"] = _pictures(run)
+    facts["length planned"] = _length(run)
+    seed = run.value("seed")
+    facts["pretraining seed"] = "" if seed is None else f"{seed} (one run)"
+    tool, environment = provenance.tool(), provenance.environment(best_device())
+    commit = "" if tool["git"] is None else f", commit {tool['git'][:10]}{' with changes' if tool['dirty'] else ''}"
+    facts["program"] = f"ssl-vit {tool['version']}{commit}"
+    facts["versions"] = ", ".join(f"{name} {environment[name]}" for name in ("python", "torch", "timm"))
+    facts["device of this report"] = f"{environment['device']}, {environment['threads']} threads"
+    facts["report made"] = _moment(datetime.now(UTC))
+    facts["made by"] = command
+    return {name: value for name, value in facts.items() if value}
+
+
+def _network(loaded: LoadedBackbone, run: RunFolder) -> dict[str, str]:
+    config, vit = loaded.backbone.config, loaded.backbone.vit
+    params = sum(parameter.numel() for parameter in loaded.backbone.parameters())
+    reached = "" if loaded.step is None else f", after {loaded.step:,} steps (epoch {loaded.epoch})"
+    trained = datetime.fromtimestamp(_newest(run), UTC)
+    registers = f", {config.reg_tokens} registers" if config.reg_tokens else ""
+    return {
+        "network": f"{config.name}: width {vit.embed_dim}, {len(vit.blocks)} blocks, {vit.blocks[0].attn.num_heads} "
+        f"heads{registers}, pictures of {config.img_size} pixels in patches of {config.patch_size}",
+        "parameters": f"{params:,}",
+        "checkpoint": f"{loaded.source}{reached}",
+        "checkpoint sha256": loaded.sha256 or "",
+        "last saved": _moment(trained),
+    }
+
+
+def _newest(run: RunFolder) -> float:
+    """When the newest file with weights was written, in seconds."""
+    files = [*run.path.glob("checkpoints/*.ckpt"), *run.path.glob("backbone.safetensors")]
+    return max(file.stat().st_mtime for file in files)
+
+
+def _pictures(run: RunFolder) -> str:
+    """What the run wrote down of its pictures, else the folder that its configuration names."""
+    try:
+        about: dict[str, Any] = json.loads((run.path / "data.json").read_text(encoding="utf-8"))
+        return f"{about['text']}; fingerprint {about['fingerprint'][:16]}"
+    except (OSError, ValueError, LookupError, TypeError):
+        root = run.value("data.root")
+        return "" if root is None else printable(str(root))
+
+
+def _length(run: RunFolder) -> str:
+    """As the configuration says it: steps, where it names them, rule out epochs."""
+    steps, epochs, time = (run.value(f"trainer.max_{name}") for name in ("steps", "epochs", "time"))
+    length = f"{steps} steps" if steps else f"{epochs} epochs"
+    return "" if not (steps or epochs) else f"{length}, within {time}" if time else length
+
+
+def _moment(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%d %H:%M UTC")

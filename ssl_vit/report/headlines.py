@@ -1,0 +1,94 @@
+"""The numbers of a run's records, each beside its baselines, with what a reader must know of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from ssl_vit.models.weights import LoadedBackbone, state_sha256
+from ssl_vit.records.reading import SavedMetric, SavedRecord, SavedScore
+from ssl_vit.report.content import Headline
+
+CEILING = "patch ceiling"  # what the attention command calls it
+ORDER = ("knn", "linear", "finetune", "attention", "fewshot", "transfer")
+
+
+def headlines_of(records: list[SavedRecord], loaded: LoadedBackbone | None, folder: Path) -> list[Headline]:
+    """One per number, those of an evaluation together; its warnings stand at the first.
+
+    Args:
+        records: Of the run.
+        loaded: The network that the report shows.
+        folder: Of the run.
+    """
+    ranks = {task: rank for rank, task in enumerate(ORDER)}
+    ordered = sorted(records, key=lambda record: ranks.get(record.task, len(ORDER)))
+    shown = None if loaded is None else state_sha256(loaded.backbone.vit.state_dict())
+    alike = Counter((record.task, record.data.name) for record in records)
+    headlines = []
+    for record in ordered:
+        remarks = _of_network(record, loaded, shown)
+        solver = record.protocol.get("solver") if alike[record.task, record.data.name] > 1 else None
+        told_apart = f", {solver.partition(',')[0]}" if isinstance(solver, str) else ""
+        for place, metric in enumerate(record.score.metrics):
+            if metric.value is None or metric.low is None or metric.high is None or not _is_shown(record, metric):
+                continue
+            headlines.append(
+                Headline(
+                    task=record.task,
+                    metric=f"{'IoU, ' if record.task == 'attention' else ''}{metric.name}{told_apart}",
+                    data=record.data.name,
+                    value=metric.value,
+                    low=metric.low,
+                    high=metric.high,
+                    interval=metric.interval,
+                    n=metric.n,
+                    baselines=_baselines(record, metric),
+                    remark="; ".join([*remarks, *_of_metric(record, metric), *(() if place else record.warnings)]),
+                    record=record.path.relative_to(folder).as_posix(),
+                )
+            )
+    return headlines
+
+
+def _is_shown(record: SavedRecord, metric: SavedMetric) -> bool:
+    """Top-5, and the measures of masks beside their IoU, stay in the records."""
+    _, space, measure = metric.name.rpartition(" ")
+    measures = {other.name for score in record.baselines for other in score.metrics}
+    return not (metric.name.startswith("top-5") or (record.task == "attention" and space and measure in measures))
+
+
+def _baselines(record: SavedRecord, metric: SavedMetric) -> dict[str, float]:
+    """By name the same metric of the others; of those that have no heads, their IoU. A ceiling is none of them."""
+    found = {score.name: _same(score, metric.name) for score in record.baselines if score.name != CEILING}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _same(score: SavedScore, name: str) -> float | None:
+    values = {metric.name: metric.value for metric in score.metrics}
+    return values.get(name, values.get("IoU"))
+
+
+def _of_network(record: SavedRecord, loaded: LoadedBackbone | None, shown: str | None) -> list[str]:
+    """A word where the network is not the one that the report shows."""
+    if loaded is None:
+        return []
+    same_file = record.model.sha256 == loaded.sha256 and record.model.weights in (None, loaded.weights)
+    if record.model.state_sha256 == shown if record.model.state_sha256 else same_file:
+        return []
+    if record.model.weights not in (None, loaded.weights):
+        return [f"of the {record.model.weights}'s weights, and this page shows the {loaded.weights or 'exported'} ones"]
+    after = "" if record.model.step is None else f", after {record.model.step:,} steps"
+    return [f"of another checkpoint than this page shows{after}: measure again"]
+
+
+def _of_metric(record: SavedRecord, metric: SavedMetric) -> list[str]:
+    """What the protocol says of this number in particular."""
+    said = ["chosen by the test pictures, so too high"] if record.chosen_on_test(metric.name) else []
+    if record.task == "attention":
+        rule, _, head = metric.name.partition("/")
+        notes = [record.protocol.get(key) for key in (f"{rule}/...", head)]
+        said += [note for note in notes if isinstance(note, str)]
+        ceilings = [_same(score, "IoU") for score in record.baselines if score.name == CEILING]
+        said += [f"no mask of such patches reaches more than {ceiling:.2f}" for ceiling in ceilings if ceiling]
+    return said

@@ -1,0 +1,104 @@
+"""The drawings that a run folder holds: those of `ssl-vit inspect`, and those that the run made as it trained."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from ssl_vit.data.decode import opened
+from ssl_vit.data.pictures import BrokenPicture
+from ssl_vit.errors import UserError
+from ssl_vit.inspection.files import INDEX
+from ssl_vit.inspection.panel import Panel
+from ssl_vit.models.weights import LoadedBackbone, state_sha256
+
+SIDE = 1300  # pixels of the longer side
+RECONSTRUCTION = "reconstruction"  # how the names of such drawings begin
+TEXTS = {
+    "attention": "Fixed pictures, the mean of the last block's heads and each head; outlined is the mask of each map.",
+    RECONSTRUCTION: "Fixed pictures, how they were corrupted, what the network made of them, and how far off it is.",
+}
+
+
+class Panels(NamedTuple):
+    """Drawings, how they were made, and what is wrong with others."""
+
+    inside: list[Panel]
+    reconstructions: list[Panel]
+    how: str
+    problem: str
+
+
+def read_inspection(folder: Path, loaded: LoadedBackbone | None) -> Panels:
+    """The drawings that the folder's inspect.json lists.
+
+    Raises:
+        UserError: There is none, or it cannot be read.
+    """
+    try:
+        content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        entries = [(str(entry["file"]), str(entry["title"]), str(entry["text"])) for entry in content["panels"]]
+    except FileNotFoundError:
+        raise UserError("The network has not been inspected.") from None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        raise UserError(f"{folder / INDEX} is damaged: inspect again.") from None
+    inside: list[Panel] = []
+    reconstructions: list[Panel] = []
+    problems = []
+    for name, title, text in entries:
+        try:
+            panel = Panel(title, _read(folder / Path(name).name), text)
+        except BrokenPicture as error:
+            problems.append(str(error))
+            continue
+        (reconstructions if name.startswith(RECONSTRUCTION) else inside).append(panel)
+    if loaded is not None and _is_of_another(content, loaded):
+        problems.append("The drawings are of another checkpoint than this page shows: inspect again.")
+    return Panels(inside, reconstructions, _how(content), " ".join(problems))
+
+
+def along_the_run(folder: Path) -> Panels:
+    """The first and the last of each kind of drawing that the run made while it trained, in its folder `panels`."""
+    found: dict[str, list[Panel]] = {kind: [] for kind in TEXTS}
+    problems = []
+    for kind, text in TEXTS.items():
+        steps = {int(match[1]): file for file in folder.glob("*.jpg") if (match := _step(kind).fullmatch(file.name))}
+        for step in sorted({min(steps), max(steps)} if steps else ()):
+            try:
+                image = _read(steps[step])
+            except BrokenPicture as error:
+                problems.append(str(error))
+                continue
+            found[kind].append(Panel(f"{kind.capitalize()} after {step:,} steps", image, text))
+    return Panels(found["attention"], found[RECONSTRUCTION], "", " ".join(problems))
+
+
+def _step(kind: str) -> re.Pattern[str]:
+    return re.compile(rf"{kind}-(\d+)\.jpg")
+
+
+def _read(path: Path) -> Image.Image:
+    with opened(path) as file:
+        image = file.convert("RGB")
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return image
+
+
+def _is_of_another(content: dict[str, Any], loaded: LoadedBackbone) -> bool:
+    """Whether it says so."""
+    model = content.get("model")
+    said = model.get("state_sha256") if isinstance(model, dict) else None
+    return said is not None and said != state_sha256(loaded.backbone.vit.state_dict())
+
+
+def _how(content: dict[str, Any]) -> str:
+    """What it says of that, in one line."""
+    how, data = content.get("how"), content.get("data")
+    count = data.get("n") if isinstance(data, dict) else None
+    texts = [f"Of {count:,} pictures"] if isinstance(count, int) and count else []
+    texts += [f"`{name}`: {text}" for name, text in how.items()] if isinstance(how, dict) else []
+    return f"{'. '.join(texts)}." if texts else ""
