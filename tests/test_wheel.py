@@ -56,6 +56,8 @@ def test_the_wheel_holds_the_package_and_its_yaml_and_nothing_else(wheel):
     expected = {f"ssl_vit/{path.relative_to(CHECKOUT / 'ssl_vit')}" for path in (CHECKOUT / "ssl_vit").rglob("*.py")}
     for folder in ("conf", "recipes"):
         expected |= {f"ssl_vit/{path.relative_to(CHECKOUT)}" for path in (CHECKOUT / folder).rglob("*.yaml")}
+    page = {path for suffix in ("html", "css", "js") for path in (CHECKOUT / "ssl_vit" / "report").glob(f"*.{suffix}")}
+    expected |= {f"ssl_vit/report/{path.name}" for path in page}
     assert names == expected | {"ssl_vit/py.typed"}
 
 

@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 from ssl_vit.attention.summary import NETWORK, RANDOM, Result
-from ssl_vit.commands import attention, knn, linear
+from ssl_vit.commands import attention, knn, linear, report
 from ssl_vit.commands.compose import load_config
 from ssl_vit.commands.pretrain import pretrain
 from ssl_vit.config import DemoConfig, PretrainConfig
 from ssl_vit.config_evaluation import KNNConfig, LinearConfig
-from ssl_vit.config_pictures import AttentionConfig
+from ssl_vit.config_pictures import AttentionConfig, ReportConfig
 from ssl_vit.data.sample import make_sample
 from ssl_vit.records.record import Record
 from ssl_vit.training.checkpoints import newest
@@ -56,8 +56,9 @@ def main(config: DemoConfig) -> None:
             AttentionConfig,
         )
     )
+    page = report.write(load_config("report", [f"run={folder}"], ReportConfig))
     print(f"\n{table(neighbours, probe, seen.results)}\n")
-    print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all. Look at {seen.sheet}")
+    print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all. Open {page.path} in a browser")
 
 
 def pretrain_words(config: DemoConfig, pictures: Path) -> list[str]:

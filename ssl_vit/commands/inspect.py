@@ -8,7 +8,8 @@ ssl-vit inspect checkpoint=runs/photos images=photos versus=timm:vit_small_patch
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssl_vit.attention.summary import NETWORK, RANDOM
+from ssl_vit.commands.run_panels import reconstruction_panel, views_panel
 from ssl_vit.config_pictures import InspectConfig
 from ssl_vit.data.files import pictures_at
 from ssl_vit.data.find import find_pictures
@@ -25,6 +27,7 @@ from ssl_vit.errors import UserError
 from ssl_vit.inspection.files import INDEX, write_findings
 from ssl_vit.inspection.findings import Findings, of_attention, of_features, of_layers, of_weights
 from ssl_vit.inspection.observer import Observer
+from ssl_vit.inspection.panel import Panel
 from ssl_vit.inspection.similarity import LinearCKA
 from ssl_vit.models.weights import LoadedBackbone, load_backbone, random_twin
 from ssl_vit.records import provenance
@@ -81,7 +84,8 @@ def inspect(config: InspectConfig) -> Outcome:
     else:
         found, count = _of_pictures(config, pictures, networks, skipped)
     found.add(of_weights(networks))
-    # The place for what else there is to see of a run: found.add(Findings({"views": Panel(...)}, {}, {}, {})).
+    if run := networks[NETWORK].run:
+        found.add(_of_run(Path(config.checkpoint), run))
     data = None if pictures is None else {"text": pictures.describe(), "fingerprint": pictures.fingerprint(sizes=True)}
     device = best_device()
     about = {
@@ -143,6 +147,24 @@ def _of_pictures(
     depths = {name: observer.depth for name, observer in observers.items()}
     found.add(of_layers(similarity.result(), depths, other, count))
     return found, count
+
+
+def _of_run(checkpoint: Path, run: Path) -> Findings:
+    """The views that it trained on, and what a SiT network restores."""
+    found = Findings.none()
+    drawings: dict[str, Callable[[], Panel | None]] = {
+        "views": partial(views_panel, run),
+        "reconstruction": partial(reconstruction_panel, run, checkpoint if checkpoint.is_file() else None),
+    }
+    for name, make in drawings.items():
+        try:
+            panel = make()
+        except UserError as reason:
+            found.left_out[name] = str(reason)
+            continue
+        if panel is not None:
+            found.panels[name] = panel
+    return found
 
 
 def _batches(

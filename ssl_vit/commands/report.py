@@ -10,6 +10,8 @@ from __future__ import annotations
 import shlex
 import time
 from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
 
 from ssl_vit.commands.compose import compose_values, load_config
 from ssl_vit.commands.inspect import inspect
@@ -25,8 +27,32 @@ from ssl_vit.report.smaller import MOST_BYTES, halved
 from ssl_vit.report.twin import as_plain
 
 
+class Written(NamedTuple):
+    """A report that was written."""
+
+    path: Path  # of the page
+    size: int  # bytes
+    missing: dict[str, str]  # by section: why it is not there, and the command that makes it
+    seconds: float
+
+
 def main(config: ReportConfig) -> None:
     """Run the command."""
+    written = write(config)
+    for section, text in written.missing.items():
+        print(f"{section}: {text.replace('`', '')}")
+    print(
+        f"{printable(written.path)}: {written.size / 1e6:.1f} MB, in {written.seconds:.0f} s; "
+        f"{written.path.with_suffix('.json').name} beside it"
+    )
+
+
+def write(config: ReportConfig) -> Written:
+    """Write the page and its JSON twin.
+
+    Raises:
+        UserError: The folder holds no run.
+    """
     began = time.perf_counter()
     out = config.out or config.run / "report.html"
     print(
@@ -40,10 +66,7 @@ def main(config: ReportConfig) -> None:
     write_json(out.with_suffix(".json"), as_plain(content))
     with durable(out) as file:
         file.write(page)
-    for section, text in content.missing.items():
-        print(f"{section}: {text.replace('`', '')}")
-    seconds = time.perf_counter() - began
-    print(f"{printable(out)}: {len(page) / 1e6:.1f} MB, in {seconds:.0f} s; {out.with_suffix('.json').name} beside it")
+    return Written(out, len(page), content.missing, time.perf_counter() - began)
 
 
 def _inspect(config: ReportConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from ssl_vit.durable import durable, write_json
 from ssl_vit.inspection.findings import Findings
+from ssl_vit.records.record import finite
 
 INDEX = "inspect.json"
 PROTOCOL = {
@@ -48,18 +48,9 @@ def write_findings(folder: Path, found: Findings, about: dict[str, Any]) -> None
         "schema": 1,
         "panels": panels,
         "left_out": found.left_out,
-        "measured": _finite(found.numbers),
+        "measured": finite(found.numbers),
         "how": PROTOCOL,
         "arrays": {name: list(values.shape) for name, values in found.arrays.items()},
         **about,
     }
     write_json(folder / INDEX, content)
-
-
-def _finite(value: Any) -> Any:  # noqa: ANN401 - plain containers of any depth
-    """The same with null for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
