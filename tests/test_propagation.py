@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from reference import propagation as slow
 
-from ssl_vit.attention.boundary import boundaries, boundary_f, course, dilated, region
-from ssl_vit.attention.davis import default_palette, read_mask, write_mask
-from ssl_vit.attention.propagation import Rule, Source, fitted_size, nearest, propagate, to_classes
 from ssl_vit.cli import main
 from ssl_vit.data.pictures import BrokenPicture
+from ssl_vit.video.boundary import boundaries, boundary_f, course, dilated, region
+from ssl_vit.video.davis import default_palette, read_mask, write_mask
+from ssl_vit.video.propagation import Rule, Source, fitted_size, nearest, propagate, to_classes
 
 RULE = Rule(side=480, context=7, radius=2, top_k=5, temperature=0.1)
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ssl_vit.attention import film
-from ssl_vit.attention.film import Painter, Seen
 from ssl_vit.cli import main
 from ssl_vit.data.video import FolderFrames, Frame, VideoFrames, open_frames
 from ssl_vit.errors import UserError
+from ssl_vit.video import film
+from ssl_vit.video.film import Painter, Seen
 
 av = pytest.importorskip("av")
 

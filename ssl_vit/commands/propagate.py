@@ -12,15 +12,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ssl_vit.attention.davis import Clip, davis_clips, own_clip
-from ssl_vit.attention.following import Followed, follow
-from ssl_vit.attention.propagation import Rule
-from ssl_vit.attention.tracking_record import NETWORK, RANDOM, STILL, scores, sheet, table, write_record
 from ssl_vit.config_pictures import PropagateConfig
 from ssl_vit.data.pictures import BrokenPicture, SkippedPictures
 from ssl_vit.errors import UserError
 from ssl_vit.models.weights import LoadedBackbone, load_backbone, random_twin
 from ssl_vit.training.hardware import best_device
+from ssl_vit.video.davis import Clip, davis_clips, own_clip
+from ssl_vit.video.following import Followed, follow
+from ssl_vit.video.propagation import Rule
+from ssl_vit.video.record import NETWORK, RANDOM, STILL, scores, sheet, table, write_record
 
 SHEET_ROWS = 12  # videos on the sheet
 

@@ -15,13 +15,13 @@ from types import FrameType
 
 from tqdm import tqdm
 
-from ssl_vit.attention.film import Painter, picture_writer, video_codec, video_writer, watch
 from ssl_vit.config_pictures import VideoConfig
 from ssl_vit.data.pictures import BrokenPicture
 from ssl_vit.data.video import open_frames
 from ssl_vit.errors import UserError
 from ssl_vit.models.weights import load_backbone
 from ssl_vit.training.hardware import best_device
+from ssl_vit.video.film import Painter, picture_writer, video_codec, video_writer, watch
 
 MOST_NAMED = 5  # skipped frames
 

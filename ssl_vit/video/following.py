@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ssl_vit.attention.boundary import Course, boundary_f, course, region
-from ssl_vit.attention.davis import VOID, Clip, Mask, default_palette, numbers_in, read_mask, write_mask
-from ssl_vit.attention.propagation import Propagation, Rule, nearest
 from ssl_vit.data.pictures import BrokenPicture
 from ssl_vit.data.video import Skip
 from ssl_vit.errors import UserError
 from ssl_vit.evaluation.tiles import as_image, fitted
 from ssl_vit.models.weights import LoadedBackbone
+from ssl_vit.video.boundary import Course, boundary_f, course, region
+from ssl_vit.video.davis import VOID, Clip, Mask, default_palette, numbers_in, read_mask, write_mask
+from ssl_vit.video.propagation import Propagation, Rule, nearest
 
 TILES, TILE = 5, 240  # shown of a video, and the pixels of their longer sides
 

@@ -11,13 +11,13 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ssl_vit.attention.following import TILE, TILES, Followed
 from ssl_vit.config_pictures import PropagateConfig
 from ssl_vit.durable import durable
 from ssl_vit.evaluation.tiles import INK, PAPER, font, shortened
 from ssl_vit.models.weights import LoadedBackbone
 from ssl_vit.records import provenance
 from ssl_vit.records.record import Metric, Record, Score
+from ssl_vit.video.following import TILE, TILES, Followed
 
 NETWORK, RANDOM, STILL = "network", "random network", "first mask kept still"
 INTERVAL = "± 95 % over objects"
