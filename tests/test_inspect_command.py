@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ssl_vit.cli import main
 from ssl_vit.config import BackboneConfig
@@ -190,3 +191,29 @@ def test_mistakes_get_a_clear_word(sample, tiny_network, tmp_path, capsys, words
 
 def test_the_report_shows_the_same_panels():
     assert ReportPanel is Panel
+
+
+def test_a_network_that_has_diverged_is_refused(sample, tmp_path, capsys):
+    file = make_file(tmp_path)
+    weights = load_file(file)
+    for name, told in (("norm.bias", "weights are not finite"), ("blocks.0.norm1.weight", "features are not finite")):
+        value = torch.nan if name == "norm.bias" else 3e38
+        broken = {**weights, name: torch.full_like(weights[name], value)}
+        save_file(broken, file)
+        out = tmp_path / name
+        assert main(["inspect", f"checkpoint={file}", f"images={sample / 'test'}", f"out={out}", "limit=5"]) == 2
+        assert told in capsys.readouterr().err
+        assert not (out / "inspect.json").exists()
+    assert main(["inspect", f"checkpoint={tmp_path / 'other.safetensors'}", f"out={tmp_path / 'weights'}"]) == 0
+
+
+def test_an_inspection_that_stops_half_way_leaves_no_index_of_other_panels(tiny_network, tmp_path, monkeypatch):
+    words = ["inspect", f"checkpoint={tiny_network}", f"out={tmp_path}"]
+    assert main(words) == 0
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez_compressed", stop)
+    assert main(words) == 130
+    assert not (tmp_path / "inspect.json").exists()

@@ -37,6 +37,7 @@ from ssl_vit.training.runs import CONFIG, read_config
 
 DRAWN = 4  # pictures
 BATCH_PIXELS = 2**20  # of crops in one forward pass
+_DIVERGED = "Training has diverged: take an earlier checkpoint"
 NEED_PICTURES = ("rollout", "distance", "entropy", "prefix", "diversity", "norms", "spectrum", "layers")
 
 
@@ -65,10 +66,11 @@ def inspect(config: InspectConfig) -> Outcome:
     """Write panels, arrays and `inspect.json` into the folder.
 
     Raises:
-        UserError: A network cannot be loaded, there is no picture where some were named, or none that can be read.
+        UserError: A network cannot be loaded or has diverged, there is no picture where some were named, or none that
+            can be read.
     """
     start = time.perf_counter()
-    networks = {NETWORK: load_backbone(config.checkpoint, config.weights, cls_needed=False)}
+    networks = {NETWORK: _load(config.checkpoint, config)}
     if config.baselines:
         networks[RANDOM] = random_twin(networks[NETWORK], config.seed)
     pictures = _pictures(config, networks[NETWORK].run)
@@ -102,6 +104,13 @@ def inspect(config: InspectConfig) -> Outcome:
     return Outcome(out, len(found.panels), count, skipped.count(), found.left_out, time.perf_counter() - start)
 
 
+def _load(checkpoint: str, config: InspectConfig) -> LoadedBackbone:
+    loaded = load_backbone(checkpoint, config.weights, cls_needed=False)
+    if not all(values.isfinite().all() for values in loaded.backbone.parameters()):
+        raise UserError(f"{loaded.source}: its weights are not finite. {_DIVERGED}")
+    return loaded
+
+
 def _pictures(config: InspectConfig, run: Path | None) -> Pictures | None:
     """Those that were named; else those of the run, if it says which and they are still there."""
     if config.images is not None:
@@ -125,7 +134,7 @@ def _of_pictures(
     other = None
     watched = dict(networks)
     if config.versus is not None:
-        loaded = load_backbone(config.versus, config.weights, cls_needed=False)
+        loaded = _load(config.versus, config)
         other = model_name(loaded, config.versus, config.weights)
         other = f"{other} (versus)" if other in networks else other
         watched[other] = loaded
@@ -142,6 +151,8 @@ def _of_pictures(
     if not count:
         raise UserError(f"no picture could be used; {skipped.path} says why")
     seen = {name: observers[name].observation() for name in networks}
+    if not seen[NETWORK].features.isfinite().all():
+        raise UserError(f"{networks[NETWORK].source}: its features are not finite. {_DIVERGED}")
     found = of_attention(observers, seen)
     found.add(of_features(observers, seen))
     depths = {name: observer.depth for name, observer in observers.items()}

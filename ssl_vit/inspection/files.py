@@ -37,6 +37,7 @@ def write_findings(folder: Path, found: Findings, about: dict[str, Any]) -> None
         about: What else `inspect.json` says: network, pictures, cost; plain containers.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / INDEX).unlink(missing_ok=True)  # the earlier one does not tell of what follows
     for name, panel in found.panels.items():
         with durable(folder / f"{name}.png") as file:
             panel.image.save(file, format="PNG")

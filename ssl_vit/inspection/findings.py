@@ -110,13 +110,9 @@ def of_features(observers: dict[str, Observer], seen: dict[str, Observation]) ->
     found.numbers["norms"]["outlier"] = f"share of tokens over {OUTLIER:g} times the median of their picture, per block"
     for name, (levels, outliers) in norms.items():
         found.arrays.update({f"{name}/norm levels": levels.mean(0), f"{name}/norm outliers": outliers.mean(0)})
-    finite = {name: part.features for name, part in seen.items() if part.features.isfinite().all()}
-    if NETWORK not in finite:
-        found.left_out["spectrum"] = "the features are not finite: the network has diverged"
-        return found
-    spectra = {name: spectrum(features) for name, features in finite.items()}
+    spectra = {name: spectrum(part.features) for name, part in seen.items()}
     kind = "[CLS] tokens" if observers[NETWORK].backbone.has_cls else "mean patch tokens"
-    found.panels["spectrum"] = spectrum_panel(spectra, features=kind, pictures=len(finite[NETWORK]))
+    found.panels["spectrum"] = spectrum_panel(spectra, features=kind, pictures=len(seen[NETWORK].features))
     found.numbers["spectrum"] = {name: {"effective_rank": part.rank} for name, part in spectra.items()}
     found.numbers["spectrum"]["features"] = kind
     found.arrays.update({f"{name}/spectrum": part.shares for name, part in spectra.items()})
