@@ -7,13 +7,14 @@ import pytest
 import torch
 from conftest import SHRUNK
 
+from ssl_vit.attention.summary import NETWORK
 from ssl_vit.commands.compose import load_config
 from ssl_vit.commands.pretrain import pretrain
 from ssl_vit.commands.run_panels import reconstruction_panel
 from ssl_vit.config import PretrainConfig
 from ssl_vit.errors import UserError
 from ssl_vit.inspection.reconstruction_sheet import reconstruction_sheet
-from ssl_vit.inspection.reconstructions import INPUT, MEAN_COLOUR, NETWORK, compared, means, reconstruct
+from ssl_vit.inspection.reconstructions import INPUT, MEAN_COLOUR, compared, means, reconstruct
 from ssl_vit.inspection.settings import run_settings
 from ssl_vit.methods.base import make_plan
 from ssl_vit.methods.restoring import load_restorer, restored

@@ -17,6 +17,7 @@ from ssl_vit.inspection.settings import RunSettings, run_settings
 from ssl_vit.inspection.views import boxes_of, first_seen
 from ssl_vit.inspection.views_sheet import COLOURS, views_sheet
 from ssl_vit.methods.base import make_plan
+from ssl_vit.training.runs import begin_run
 from ssl_vit.training.trainer import build_method
 from ssl_vit.transforms.crops import MultiCrop
 from ssl_vit.transforms.randomness import sample_keys
@@ -140,3 +141,21 @@ def test_a_folder_that_is_no_pretraining_run_is_told(tmp_path, text):
         (tmp_path / "config.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=r"config\.yaml.* run"):
         run_settings(tmp_path)
+
+
+def test_pictures_that_came_since_change_nothing_and_changed_ones_are_told(pretrain_config, sample, tmp_path):
+    folder, run = tmp_path / "pictures", tmp_path / "run"
+    shutil.copytree(sample / "train", folder)
+    run.mkdir()
+    config = pretrain_config("method=dino", f"data.root={folder}", f"run.folder={tmp_path}", "run.name=run")
+    begin_run(config, folder_pictures(folder))
+    first = views_panel(run, count=2).image.tobytes()
+    one = next(path for path in folder.rglob("*") if path.is_file())
+    shutil.copy(one, one.with_name(f"0{one.suffix}"))
+    assert views_panel(run, count=2).image.tobytes() == first
+    one.unlink()
+    with pytest.raises(UserError, match="pictures have changed"):
+        views_panel(run, count=2)
+    (run / "data.json").write_text("[]")
+    with pytest.raises(UserError, match="pictures have changed"):
+        views_panel(run, count=2)

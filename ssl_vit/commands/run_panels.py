@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from ssl_vit.attention.summary import NETWORK
+from ssl_vit.data.files import FilePictures
 from ssl_vit.data.find import find_pictures
-from ssl_vit.data.pictures import BrokenPicture, Pictures, SkippedPictures
+from ssl_vit.data.names import Names
+from ssl_vit.data.pictures import BrokenPicture, Pictures, SkippedPictures, evenly
 from ssl_vit.errors import UserError
 from ssl_vit.inspection.panel import Panel
 from ssl_vit.inspection.reconstruction_sheet import reconstruction_sheet
-from ssl_vit.inspection.reconstructions import NETWORK, means, reconstruct
+from ssl_vit.inspection.reconstructions import means, reconstruct
 from ssl_vit.inspection.settings import RunSettings, run_settings
 from ssl_vit.inspection.views import first_seen
 from ssl_vit.inspection.views_sheet import views_sheet
 from ssl_vit.methods.restoring import load_restorer, restored
-from ssl_vit.training.panels import evenly_spread
+from ssl_vit.training.runs import DATA, PICTURES
 from ssl_vit.transforms.evaluation import EvalTransform
 
 
@@ -26,10 +30,10 @@ def views_panel(run: Path, *, count: int = 4) -> Panel:
     """The pictures that the run in a folder saw first, with their views.
 
     Raises:
-        UserError: The folder holds no pretraining run, or its pictures are not where they were.
+        UserError: The folder holds no pretraining run, or its pictures are not where they were or have changed.
     """
     settings = run_settings(run)
-    pictures = _pictures(settings)
+    pictures = _learned_from(run, settings)
     with tempfile.TemporaryDirectory() as folder:
         skipped = SkippedPictures(Path(folder) / "skipped.txt")
         seen = first_seen(settings, pictures, count=count, skipped=skipped)
@@ -69,7 +73,7 @@ def reconstruction_panel(run: Path, checkpoint: Path | None = None, *, count: in
     pictures = _pictures(settings)
     transform = EvalTransform(method.views.global_crops.size, 0.875, method.views.mean, method.views.std)
     crops = []
-    for place in evenly_spread(len(pictures), count):
+    for place in evenly(len(pictures), count).tolist():
         try:
             crops.append(transform(pictures.read(place, settings.backbone.in_chans)))
         except BrokenPicture:
@@ -84,6 +88,27 @@ def reconstruction_panel(run: Path, checkpoint: Path | None = None, *, count: in
             for name, far in over.items()
         )
     return Panel("Reconstructions", reconstruction_sheet(found), f"{text}. L1 and PSNR are of values from 0 to 1.")
+
+
+def _learned_from(run: Path, settings: RunSettings) -> Pictures:
+    """The run's pictures as it had them, without what has been added to them since.
+
+    Raises:
+        UserError: They are not where they were, or have changed.
+    """
+    pictures = _pictures(settings)
+    try:
+        fingerprint = json.loads((run / DATA).read_text(encoding="utf-8"))["fingerprint"]
+        if pictures.fingerprint(sizes=False) == fingerprint:
+            return pictures
+        before = Names.load(run / PICTURES) if isinstance(pictures, FilePictures) else None
+    except FileNotFoundError:  # an earlier version wrote no fingerprint
+        return pictures
+    except (OSError, ValueError, LookupError, TypeError):
+        before = None
+    if before is None or not isinstance(pictures, FilePictures) or not set(before) <= set(pictures.names):
+        raise UserError(f"{settings.data.root}: the pictures have changed since: which it saw first cannot be said")
+    return pictures.with_names(before)
 
 
 def _pictures(settings: RunSettings) -> Pictures:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from filelock import FileLock
 from torch import Tensor
 
@@ -105,6 +106,18 @@ def printable(name: str | bytes | Path) -> str:
     """
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def evenly(count: int, most: int) -> Tensor:
+    """At most so many of `count` places (M,) int64, evenly spread and ascending.
+
+    Example:
+        >>> evenly(9, 3).tolist()
+        [1, 4, 7]
+    """
+    some = min(count, most)
+    places: Tensor = (2 * torch.arange(some) + 1) * count // (2 * some)
+    return places
 
 
 class Subset:

@@ -9,12 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ssl_vit.attention.summary import NETWORK
 from ssl_vit.config import SiTConfig
 from ssl_vit.errors import UserError
 from ssl_vit.transforms.corruption import Corruption
 from ssl_vit.transforms.randomness import sample_keys, view_keys
 
-NETWORK, MEAN_COLOUR, INPUT = "network", "mean colour", "input as it is"
+MEAN_COLOUR, INPUT = "mean colour", "input as it is"
 
 Restore = Callable[[Tensor], Tensor]  # normalised corrupted pictures (B, C, S, S) -> normalised restored ones
 

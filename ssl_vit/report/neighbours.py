@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_vit.data.pictures import BrokenPicture, Pictures
+from ssl_vit.data.pictures import BrokenPicture, Pictures, evenly
 from ssl_vit.errors import UserError
 from ssl_vit.evaluation.export import Part
 from ssl_vit.evaluation.search import Neighbours, choose_engine, nearest
 from ssl_vit.evaluation.tiles import as_image, fitted
 from ssl_vit.report.content import Near
-from ssl_vit.report.sources import Known, evenly
+from ssl_vit.report.sources import Known
 from ssl_vit.training.hardware import best_device
 
 ASKED = 500  # pictures among which rows are chosen

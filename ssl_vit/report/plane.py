@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_vit.data.pictures import BrokenPicture
+from ssl_vit.data.pictures import BrokenPicture, evenly
 from ssl_vit.errors import UserError
 from ssl_vit.evaluation.tiles import as_image, fitted
 from ssl_vit.report.content import FeatureMap
 from ssl_vit.report.neighbours import tile
-from ssl_vit.report.sources import Known, evenly
+from ssl_vit.report.sources import Known
 
 SIDE = 40  # pixels of a thumbnail
 

@@ -8,15 +8,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-import torch
 from pydantic import ValidationError
-from torch import Tensor
 
 from ssl_vit.config_evaluation import EvalDataConfig
 from ssl_vit.config_pictures import ReportConfig
 from ssl_vit.data.files import pictures_at
 from ssl_vit.data.find import LabelledSplit, find_described
-from ssl_vit.data.pictures import Pictures, SkippedPictures, Subset
+from ssl_vit.data.pictures import Pictures, SkippedPictures, Subset, evenly
 from ssl_vit.errors import UserError
 from ssl_vit.evaluation.export import Part
 from ssl_vit.evaluation.features import NetworkTokens, check_health, check_size, extract
@@ -43,17 +41,6 @@ class Known(NamedTuple):
     bank: Part  # to search in
     asked: Part | None  # to search for; None: the bank itself
     text: str  # which they are, and where their features are from
-
-
-def evenly(count: int, most: int) -> Tensor:
-    """At most so many of `count` places (M,) int64, evenly spread and ascending.
-
-    Example:
-        >>> evenly(9, 3).tolist()
-        [1, 4, 7]
-    """
-    some = min(count, most)
-    return ((torch.arange(some) + 0.5) * count / some).long()
 
 
 def shown_pictures(run: RunFolder, config: ReportConfig) -> Shown:

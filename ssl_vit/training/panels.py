@@ -16,7 +16,7 @@ from ssl_vit.attention.maps import cls_attention, fit_to_patches
 from ssl_vit.attention.pictures import contact_sheet, make_example
 from ssl_vit.config import PretrainConfig, SiTConfig
 from ssl_vit.data.find import find_pictures
-from ssl_vit.data.pictures import BrokenPicture, SkippedPictures
+from ssl_vit.data.pictures import BrokenPicture, SkippedPictures, evenly
 from ssl_vit.durable import durable
 from ssl_vit.errors import UserError
 from ssl_vit.inspection.reconstruction_sheet import reconstruction_sheet
@@ -42,11 +42,6 @@ class Shown(NamedTuple):
     name: str
     fitted: Tensor  # (C, h, w) uint8, whole, its sides multiples of the patch
     crop: Tensor  # (C, S, S) uint8, as the network is trained on
-
-
-def evenly_spread(count: int, wanted: int) -> list[int]:
-    """At most `wanted` of `count` places, from the first to the last."""
-    return torch.linspace(0, count - 1, min(count, wanted)).long().tolist()
 
 
 class Panels(L.Callback):
@@ -77,7 +72,7 @@ class Panels(L.Callback):
         self.every = max(config.panels.every_epochs or 1, -(-LEAST_STEPS // plan.steps_per_epoch))  # epochs
         self.own = self.wanted and root is not None
         self.pictures = find_pictures("folder", root) if self.wanted and root else start.pictures
-        self.places = evenly_spread(len(self.pictures), config.panels.pictures)
+        self.places = evenly(len(self.pictures), config.panels.pictures).tolist()
         self.shown: list[Shown] = []
         self.warned: set[str] = set()
 
