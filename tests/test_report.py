@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ssl_vit.attention.metrics import count_truth, iou
 from ssl_vit.attention.truth import MaskFolder
@@ -391,7 +392,60 @@ def test_a_network_that_nobody_has_inspected_is_inspected_first(copied):
     panels = strict(copied / "inspect" / "inspect.json")["panels"]
     assert [panel["title"] for panel in plain["panels"]] == [panel["title"] for panel in panels]
     assert panels
-    assert "Inside" not in plain["missing"]
+    assert "without pictures" in plain["missing"]["Inside"]  # the run's own are gone
+
+
+def test_a_network_that_cannot_be_inspected_is_told_and_one_without_pictures_asked_for(copied, capsys, sample):
+    (copied / "inspect").mkdir()
+    (copied / "inspect" / "inspect.json").write_text(json.dumps({"panels": [], "data": {"n": 0, "pictures": None}}))
+    told = gathered(copied).missing["Inside"]
+    assert "without pictures: inspect again with images=FOLDER. `ssl-vit inspect checkpoint=" in told
+    (copied / "inspect" / "inspect.json").unlink()
+    config = load_config("report", [f"run={copied}", f"images={sample / 'test'}"], ReportConfig)
+    report._inspect(config)
+    about = strict(copied / "inspect" / "inspect.json")
+    assert str(sample / "test") in about["data"]["pictures"]["text"]
+    shutil.rmtree(copied / "inspect")
+    (copied / "inspect").write_text("a file where the folder should be")
+    report._inspect(config)
+    assert "No drawings of what is inside the network: " in capsys.readouterr().out
+
+
+def test_a_page_that_cannot_be_written_is_told_before_the_work(copied, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(report, "gather", None)  # it would fail
+    (tmp_path / "data.json").write_text("{}")
+    assert main(["report", f"run={copied}", *QUICK, f"out={tmp_path / 'data.html'}"]) == 2
+    assert "data.json is there and may be of something else" in capsys.readouterr().err
+    assert (tmp_path / "data.json").read_text() == "{}"
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    assert main(["report", f"run={copied}", *QUICK, f"out={tmp_path / 'new' / 'page.html'}"]) == 2
+    assert f"{tmp_path} cannot be written to: name another place" in capsys.readouterr().err
+
+
+def test_whatever_yaml_knows_the_page_and_its_twin_can_hold(tiny_network, tmp_path):
+    run = make_run(tmp_path / "run", tiny_network)
+    with (run / "config.yaml").open("a") as file:
+        file.write("day: 2024-01-31\n1: .nan\nnames: !!set {a: null}\n")
+    assert main(["report", f"run={run}", *QUICK]) == 0
+    config = strict(run / "report.json")["config"]
+    assert (config["day"], config["1"], config["names"]) == ("2024-01-31", None, "{'a'}")
+
+
+def test_a_run_that_has_diverged_is_told_in_every_section(tiny_network, sample, tmp_path):
+    run = make_run(tmp_path / "run", tiny_network)
+    weights = load_file(run / "backbone.safetensors")
+    save_file(
+        {name: torch.full_like(value, torch.nan) for name, value in weights.items()}, run / "backbone.safetensors"
+    )
+    (run / "metrics.csv").write_text("step,epoch,train/loss\n9,0,4.0\n19,0,nan\n")
+    words = [*QUICK, "inspect=true", f"images={sample / 'test'}", f"data.root={sample / 'train'}"]
+    assert main(["report", f"run={run}", *words]) == 0
+    plain = strict(run / "report.json")
+    assert plain["curves"][0]["lines"] == {"loss": [[9.0, 4.0]]}
+    assert "1 of train/loss" in plain["how"]["Training"]
+    for section in ("Attention", "Neighbours", "Feature map"):
+        assert "diverged" in plain["missing"][section]
+    assert "has not been inspected" in plain["missing"]["Inside"]
 
 
 def test_panels_of_another_checkpoint_are_marked(copied):

@@ -7,9 +7,9 @@ ssl-vit report run=runs/photos projection=tsne out=photos.html
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,10 +51,12 @@ def write(config: ReportConfig) -> Written:
     """Write the page and its JSON twin.
 
     Raises:
-        UserError: The folder holds no run.
+        UserError: The folder holds no run, or the page cannot be written where it should be.
     """
     began = time.perf_counter()
     out = config.out or config.run / "report.html"
+    twin = out.with_suffix(".json")
+    _check_place(config, out, twin)
     print(
         f"Gathering {printable(config.run)}: records, curves, attention, neighbours, a map of the features", flush=True
     )
@@ -63,17 +65,31 @@ def write(config: ReportConfig) -> Written:
     content = gather(config, _command(config))
     page = _page(content)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out.with_suffix(".json"), as_plain(content))
     with durable(out) as file:
         file.write(page)
+    write_json(twin, as_plain(content))
     return Written(out, len(page), content.missing, time.perf_counter() - began)
+
+
+def _check_place(config: ReportConfig, out: Path, twin: Path) -> None:
+    """Before minutes of work: there is a run, the page can be written, and its twin replaces nothing else."""
+    if config.out is None and not config.run.is_dir():
+        return  # gathering says what is wrong with it
+    folder = next(folder for folder in out.absolute().parents if folder.exists())
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{printable(folder)} cannot be written to: name another place with out=FILE.html")
+    if config.out is not None and twin.exists() and not out.exists():
+        raise UserError(f"{printable(twin)} is there and may be of something else: name another page with out=")
 
 
 def _inspect(config: ReportConfig) -> None:
     """Make the drawings of what is inside the network; a report does without them where that cannot be done."""
     words = [f"checkpoint={config.run}", f"weights={config.weights}", f"out={config.run / 'inspect'}"]
-    with suppress(UserError, OSError):  # it says what is missing of the network; the folder may be one to read only
+    words += [] if config.images is None else [f"images={config.images}"]
+    try:
         inspect(load_config("inspect", words, InspectConfig))
+    except (UserError, OSError) as error:  # the network cannot be loaded, say, or the folder is one to read only
+        print(f"No drawings of what is inside the network: {error}")
 
 
 def _page(content: Content) -> bytes:

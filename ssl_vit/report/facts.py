@@ -33,7 +33,7 @@ def facts_of(run: RunFolder, command: str) -> dict[str, str]:
     commit = "" if tool["git"] is None else f", commit {tool['git'][:10]}{' with changes' if tool['dirty'] else ''}"
     facts["program"] = f"ssl-vit {tool['version']}{commit}"
     facts["versions"] = ", ".join(f"{name} {environment[name]}" for name in ("python", "torch", "timm"))
-    facts["device of this report"] = f"{environment['device']}, {environment['threads']} threads"
+    facts["device of this report"] = f"{environment['device']}, {_counted(environment['threads'], 'thread')}"
     facts["report made"] = _moment(datetime.now(UTC))
     facts["made by"] = command
     return {name: value for name, value in facts.items() if value}
@@ -42,9 +42,10 @@ def facts_of(run: RunFolder, command: str) -> dict[str, str]:
 def _network(loaded: LoadedBackbone, run: RunFolder) -> dict[str, str]:
     config, vit = loaded.backbone.config, loaded.backbone.vit
     params = sum(parameter.numel() for parameter in loaded.backbone.parameters())
-    reached = "" if loaded.step is None else f", after {loaded.step:,} steps (epoch {loaded.epoch})"
+    epoch = "" if loaded.epoch is None else f" (in epoch {loaded.epoch + 1})"
+    reached = "" if loaded.step is None else f", after {loaded.step:,} steps{epoch}"
     trained = datetime.fromtimestamp(_newest(run), UTC)
-    registers = f", {config.reg_tokens} registers" if config.reg_tokens else ""
+    registers = f", {_counted(config.reg_tokens, 'register')}" if config.reg_tokens else ""
     return {
         "network": f"{config.name}: width {vit.embed_dim}, {len(vit.blocks)} blocks, {vit.blocks[0].attn.num_heads} "
         f"heads{registers}, pictures of {config.img_size} pixels in patches of {config.patch_size}",
@@ -76,6 +77,10 @@ def _length(run: RunFolder) -> str:
     steps, epochs, time = (run.value(f"trainer.max_{name}") for name in ("steps", "epochs", "time"))
     length = f"{steps} steps" if steps else f"{epochs} epochs"
     return "" if not (steps or epochs) else f"{length}, within {time}" if time else length
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def _moment(moment: datetime) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +79,8 @@ def _config(path: Path, problems: dict[str, str]) -> dict[str, Any]:
     if not isinstance(config, dict):
         problems["config"] = "config.yaml cannot be read: it is damaged."
         return {}
-    return config
+    plain: dict[str, Any] = json.loads(json.dumps(config, default=str))  # YAML also knows dates and sets
+    return plain
 
 
 def _records(path: Path, problems: dict[str, str]) -> list[SavedRecord]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ssl_vit.attention.maps import Sight
 from ssl_vit.attention.masks import mass_mask
 from ssl_vit.attention.metrics import centre_prior, count_truth, iou, outline
 from ssl_vit.attention.pictures import make_example
@@ -15,11 +16,12 @@ from ssl_vit.attention.stream import Attended as Seen
 from ssl_vit.attention.stream import attend
 from ssl_vit.attention.truth import MaskFolder, NoMask
 from ssl_vit.config_pictures import ReportConfig
+from ssl_vit.data.pictures import evenly
 from ssl_vit.errors import UserError
 from ssl_vit.evaluation.tiles import as_image, fitted
 from ssl_vit.report.content import Attended, Segmented
 from ssl_vit.report.folder import RunFolder
-from ssl_vit.report.sources import Shown, evenly, shown_pictures, skipped_list, skipped_text
+from ssl_vit.report.sources import Shown, shown_pictures, skipped_list, skipped_text
 
 SIDE = 360  # pixels of a picture's longer side
 
@@ -38,7 +40,7 @@ def make_gallery(run: RunFolder, config: ReportConfig) -> Gallery:
     """Look at `config.limit` pictures, evenly spread over all that there are.
 
     Raises:
-        UserError: There is no picture that could be used, or no network.
+        UserError: There is no picture that could be used, or no network, or it has diverged.
     """
     network = run.network
     shown = shown_pictures(run, config)
@@ -50,6 +52,8 @@ def make_gallery(run: RunFolder, config: ReportConfig) -> Gallery:
         left_out = skipped_text(skipped)
     if not seen:
         raise UserError(f"No picture {shown.text} could be used.{left_out}")
+    if not all(_is_finite(one.sights[0]) for one in seen):
+        raise UserError(f"{network.source}: its attention or its tokens are not finite: training has diverged.")
     masked = [(one, _truth(truths, shown, one)) for one in seen]
     attended = [_attended(shown, one, truth, config.mass) for one, truth in masked] if network.backbone.has_cls else []
     segmented = _segmented(shown, masked, config.mass)
@@ -61,6 +65,11 @@ def make_gallery(run: RunFolder, config: ReportConfig) -> Gallery:
         f"IoU is counted in pixels of the picture at its own size.{left_out}"
     )
     return Gallery(attended, segmented, how, _how_masked(segmented, len(seen), config.mass), _unmasked(shown, masked))
+
+
+def _is_finite(sight: Sight) -> bool:
+    parts = (sight.patches, sight.keys, sight.patches if sight.cls is None else sight.cls)
+    return all(bool(part.isfinite().all()) for part in parts)
 
 
 def _truth(truths: MaskFolder | None, shown: Shown, seen: Seen) -> Tensor | None:

@@ -136,7 +136,9 @@ def _panels(run: RunFolder, sections: _Sections) -> Panels:
     try:
         inspected = read_inspection(run.path / "inspect", run.loaded)
     except UserError as error:
-        inspected = Panels([], [], "", f"{error} {command}")
+        inspected = Panels([], [], "", str(error))
+    if inspected.problem:
+        inspected = inspected._replace(problem=f"{inspected.problem} {command}")
     drawn = along_the_run(run.path / "panels")
     both = Panels(
         [*inspected.inside, *drawn.inside],

@@ -58,6 +58,8 @@ def read_inspection(folder: Path, loaded: LoadedBackbone | None) -> Panels:
         (reconstructions if name.startswith(RECONSTRUCTION) else inside).append(panel)
     if loaded is not None and _is_of_another(content, loaded):
         problems.append("The drawings are of another checkpoint than this page shows: inspect again.")
+    if _pictures(content) == 0:
+        problems.append("The network was inspected without pictures: inspect again with images=FOLDER.")
     return Panels(inside, reconstructions, _how(content), " ".join(problems))
 
 
@@ -97,8 +99,16 @@ def _is_of_another(content: dict[str, Any], loaded: LoadedBackbone) -> bool:
 
 def _how(content: dict[str, Any]) -> str:
     """What it says of that, in one line."""
-    how, data = content.get("how"), content.get("data")
-    count = data.get("n") if isinstance(data, dict) else None
-    texts = [f"Of {count:,} pictures"] if isinstance(count, int) and count else []
-    texts += [f"`{name}`: {text}" for name, text in how.items()] if isinstance(how, dict) else []
+    count = _pictures(content)
+    texts = [f"Of {count:,} pictures"] if count else []
+    for key, before in (("how", ""), ("left_out", "Not drawn: ")):
+        said = content.get(key)
+        texts += [f"{before}`{name}`: {text}" for name, text in said.items()] if isinstance(said, dict) else []
     return f"{'. '.join(texts)}." if texts else ""
+
+
+def _pictures(content: dict[str, Any]) -> int | None:
+    """How many it says there were."""
+    data = content.get("data")
+    count = data.get("n") if isinstance(data, dict) else None
+    return count if isinstance(count, int) else None
