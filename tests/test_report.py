@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from ssl_vit.data.pictures import SkippedPictures
 from ssl_vit.errors import UserError
 from ssl_vit.evaluation.features import extract
 from ssl_vit.models.weights import load_backbone
+from ssl_vit.report import headlines
 from ssl_vit.report.gather import gather
 from ssl_vit.report.smaller import halved
 from ssl_vit.transforms.evaluation import EvalTransform
@@ -94,7 +96,7 @@ def test_facts_say_which_network_it_is_and_where_it_is_from(content, measured, t
     assert content.facts["checkpoint"] == str(measured / "backbone.safetensors")
     assert content.facts["parameters"] == f"{sum(p.numel() for p in loaded.backbone.parameters()):,}"
     assert content.facts["network"].startswith("vit_tiny_patch16_224: width 48, 2 blocks, 3 heads")
-    assert content.facts["pretraining seed"] == "7 (one run)"
+    assert content.facts["seed of the training"] == "7 (one run)"
     assert content.facts["length planned"] == "3 epochs"
     assert content.facts["made by"] == "ssl-vit report"
     assert content.config == CONFIG
@@ -446,6 +448,27 @@ def test_a_run_that_has_diverged_is_told_in_every_section(tiny_network, sample, 
     for section in ("Attention", "Neighbours", "Feature map"):
         assert "diverged" in plain["missing"][section]
     assert "has not been inspected" in plain["missing"]["Inside"]
+
+
+def test_a_fine_tuning_tells_what_it_began_with_and_shows_its_own_pictures(tiny_network, sample, tmp_path):
+    data = {"source": "folder", "root": None, "train": str(sample / "train"), "test": str(sample / "test")}
+    run = make_run(tmp_path / "run", tiny_network, checkpoint="runs/start", method={"flip": 0.5}, data=data)
+    (run / "metrics.csv").write_text("step,epoch,held_out/top1,held_out/loss\n1,1,0.25,2.0\n")
+    model = {"name": "start", "source": "runs/start (teacher)", "sha256": "0" * 64, "state_sha256": "1" * 64, "step": 9}
+    loaded = load_backbone(str(tiny_network))
+    record = SimpleNamespace(
+        task="finetune",
+        model=SimpleNamespace(**model, weights="teacher"),
+    )
+    assert headlines._of_network(record, loaded, None) == ["fine-tuned from runs/start (teacher)"]
+    content = gathered(run)
+    assert content.facts["method"] == "fine-tuning of runs/start"
+    assert [(curve.title, curve.lines) for curve in content.curves] == [
+        ("Accuracy on held-out pictures", {"top-1": [(1, 0.25)]}),
+        ("Loss on held-out pictures", {"loss": [(1, 2.0)]}),
+    ]
+    assert len(content.attended) == 4
+    assert content.neighbours
 
 
 def test_panels_of_another_checkpoint_are_marked(copied):

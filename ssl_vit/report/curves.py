@@ -40,6 +40,8 @@ GROUPS = (
             "train/information": "information",
         },
     ),
+    _Group("Accuracy on held-out pictures", "share right", {"held_out/top1": "top-1"}),
+    _Group("Loss on held-out pictures", "nats", {"held_out/loss": "loss"}),
     _Group("Rotation told", "share of pictures", {"train/rotation_accuracy": "rotation"}),
     _Group("Other view found", "share of pictures", {"train/contrastive_accuracy": "other view"}),
     _Group("Spread of the features", "0: all alike, 1: even", {"train/spread": "spread"}),

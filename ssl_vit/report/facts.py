@@ -20,15 +20,17 @@ def facts_of(run: RunFolder, command: str) -> dict[str, str]:
         run: The run.
         command: That makes the report.
     """
-    facts = {"run": printable(run.path), "method": str(run.value("method.name") or "")}
+    start = run.value("checkpoint")  # of a fine-tuning
+    method = str(run.value("method.name") or "") if start is None else f"fine-tuning of {printable(str(start))}"
+    facts = {"run": printable(run.path), "method": method}
     if run.loaded is None:
         facts["checkpoint"] = run.problems["network"]
     else:
         facts |= _network(run.loaded, run)
-    facts["pretraining pictures"] = _pictures(run)
+    facts["pictures learned from"] = _pictures(run)
     facts["length planned"] = _length(run)
     seed = run.value("seed")
-    facts["pretraining seed"] = "" if seed is None else f"{seed} (one run)"
+    facts["seed of the training"] = "" if seed is None else f"{seed} (one run)"
     tool, environment = provenance.tool(), provenance.environment(best_device())
     commit = "" if tool["git"] is None else f", commit {tool['git'][:10]}{' with changes' if tool['dirty'] else ''}"
     facts["program"] = f"ssl-vit {tool['version']}{commit}"

@@ -71,6 +71,8 @@ def _same(score: SavedScore, name: str) -> float | None:
 
 def _of_network(record: SavedRecord, loaded: LoadedBackbone | None, shown: str | None) -> list[str]:
     """A word where the network is not the one that the report shows."""
+    if record.task == "finetune":  # whose record names the network that it began with
+        return [f"fine-tuned from {record.model.source}"]
     if loaded is None:
         return []
     same_file = record.model.sha256 == loaded.sha256 and record.model.weights in (None, loaded.weights)

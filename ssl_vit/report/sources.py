@@ -109,9 +109,9 @@ def _own(run: RunFolder, config: ReportConfig) -> EvalDataConfig:
     Raises:
         UserError: config.yaml does not say which.
     """
-    own = {"source": run.value("data.source"), "root": run.value("data.root")}
+    own = {name: run.value(f"data.{name}") for name in ("source", "root", "train")}
     try:
-        return EvalDataConfig.model_validate({**config.data.model_dump(), **own, "train": None, "test": None})
+        return EvalDataConfig.model_validate({**config.data.model_dump(), **own, "test": None})
     except ValidationError:
         raise UserError("config.yaml does not say which pictures the run has learned from") from None
 
