@@ -47,6 +47,8 @@ def views_panel(run: Path, *, count: int = 4) -> Panel:
     )
     if seen[0].puzzles:
         text += " SiT turns each view, hides parts of it with noise and other pictures, and has to restore it."
+    if not (run / DATA).is_file():
+        text += " The run did not write down its pictures: these are made of those there are now."
     return Panel("Views that the run trained on", views_sheet(seen), text)
 
 
