@@ -3,6 +3,7 @@
 import torch
 
 from ssl_vit.attention.scoring import Objects
+from ssl_vit.attention.segmentation import Segmentation
 from ssl_vit.attention.summary import Summary
 from ssl_vit.attention.truth import annotate
 from ssl_vit.commands.demo import table
@@ -19,9 +20,12 @@ def test_the_table_holds_network_random_twin_and_centre_prior():
     generator = torch.Generator().manual_seed(0)
     summary = Summary(mass=0.6, seed=0)
     for place in range(4):
-        seen = [Objects(torch.rand(2, 6, 6, generator=generator).softmax(-1), {}) for _ in range(2)]
+        soft = torch.rand(6, 6, generator=generator)
+        found = {"tokencut": Segmentation(soft, soft > 0.5)}
+        seen = [Objects(torch.rand(2, 6, 6, generator=generator).softmax(-1), found) for _ in range(2)]
         summary.add(place, seen, annotate(torch.rand(48, 48, generator=generator) > 0.5))
     text = table(record(), record(), summary.results())
     assert "raw pixels" in text
     assert "centre prior" in text
+    assert "TokenCut" in text
     assert len(text.splitlines()) == 6
