@@ -443,6 +443,7 @@ def test_head_of_the_page_shows_pictures_over_their_attention(visit):
     assert page.locator("#hero .pairs img").count() == 6  # three pictures, plain and under the map
     assert "the 3 of 3 pictures with the highest IoU" in text(page, "#hero figcaption")
     drawn = "place => document.querySelectorAll(place)[0].toDataURL()"
+    page.locator('input[name="scale"][value="own"]').check(force=True)
     assert page.evaluate(drawn, "#hero canvas") == page.evaluate(drawn, ".gallery canvas")  # of the mean
     bottom = page.locator("#hero").bounding_box()
     assert bottom["y"] + bottom["height"] < 900

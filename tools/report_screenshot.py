@@ -21,7 +21,7 @@ with sync_playwright() as tool:
     size = {"width": options.width, "height": options.height}
     page = browser.new_page(viewport=size, color_scheme="light")
     page.goto(options.report.resolve().as_uri())
-    page.wait_for_function("[...document.images].every((image) => image.complete)")
+    page.evaluate("() => Promise.all([...document.images].map((image) => image.decode()))")
     page.screenshot(path=options.out, type="jpeg", quality=85)
     browser.close()
 print(f"{options.out}: {options.out.stat().st_size / 1000:.0f} kB")

@@ -218,13 +218,12 @@ function startAttention() {
   });
   showStrength();
   showMaps();
-  if (byId("hero")) showHero(images, sharedTop);
+  if (byId("hero")) showHero(images);
 }
 
 // At the head of the page: some pictures, each over the attention of its heads' mean.
-function showHero(images, top) {
+function showHero(images) {
   const shown = pictures.slice(0, 10);
-  const across = 5;
   shown.forEach((picture, place) => {
     const pair = document.createElement("div");
     pair.style.setProperty("--aspect", images[place].width / images[place].height);
@@ -235,13 +234,13 @@ function showHero(images, top) {
     });
     const copy = () => Object.assign(new Image(), { src: images[place].src, alt: "" });
     plain.append(copy());
-    new Overlay(heat, copy()).drawHeat(picture, picture.maps.at(-1), top);
-    if (place % across === 0) byId("hero").querySelector(".pairs").append(document.createElement("div"));
+    new Overlay(heat, copy()).drawHeat(picture, picture.maps.at(-1), picture.maps.at(-1).top);
+    if (place % 5 === 0) byId("hero").querySelector(".pairs").append(document.createElement("div"));
     byId("hero").querySelector(".pairs").lastElementChild.append(pair);
   });
   const which = pictures.some((picture) => picture.truth)
     ? `the ${shown.length} of ${pictures.length} pictures with the highest IoU` : `${shown.length} of ${pictures.length} pictures`;
   byId("hero").querySelector("figcaption").innerHTML =
-    `Below each picture the attention of the [CLS] token, mean of the heads: ${which}. <a href="#attention">All of them, head by head</a>`;
+    `Below each picture the attention of the [CLS] token, mean of the heads, each on its own scale: ${which}. <a href="#attention">All, head by head</a>`;
   byId("hero").hidden = false;
 }
