@@ -17,7 +17,7 @@ ORDER = ("knn", "linear", "finetune", "attention", "fewshot", "transfer")
 
 
 def headlines_of(records: list[SavedRecord], loaded: LoadedBackbone | None, folder: Path) -> list[Headline]:
-    """One per number, those of an evaluation together; its warnings stand at the first.
+    """One per number, those of an evaluation together; its warnings stand at the first in sight.
 
     Args:
         records: Of the run.
@@ -33,7 +33,11 @@ def headlines_of(records: list[SavedRecord], loaded: LoadedBackbone | None, fold
         remarks = _of_network(record, loaded, shown)
         solver = record.protocol.get("solver") if alike[record.task, record.data.name] > 1 else None
         told_apart = f", {solver.partition(',')[0]}" if isinstance(solver, str) else ""
-        for place, metric in enumerate(record.score.metrics):
+        ranks_of = {
+            metric.name: _rank(record, metric.name) for metric in record.score.metrics if _is_shown(record, metric)
+        }
+        warned = next((name for name, rank in ranks_of.items() if rank == Rank.MAIN), next(iter(ranks_of), None))
+        for metric in record.score.metrics:
             if metric.value is None or metric.low is None or metric.high is None or not _is_shown(record, metric):
                 continue
             headlines.append(
@@ -47,10 +51,12 @@ def headlines_of(records: list[SavedRecord], loaded: LoadedBackbone | None, fold
                     interval=metric.interval,
                     n=metric.n,
                     baselines=_baselines(record, metric),
-                    remark="; ".join([*remarks, *_of_metric(record, metric), *(() if place else record.warnings)]),
+                    remark="; ".join(
+                        [*remarks, *_of_metric(record, metric), *(record.warnings if metric.name == warned else ())]
+                    ),
                     record=record.path.relative_to(folder).as_posix(),
                     title=_in_words(record, metric.name) + told_apart,
-                    rank=_rank(record, metric.name),
+                    rank=ranks_of[metric.name],
                 )
             )
     return headlines
@@ -84,7 +90,7 @@ def _rank(record: SavedRecord, name: str) -> Rank:
     if record.task == "attention":
         if name.startswith("area/") or name.endswith("/oracle head"):
             return Rank.GIVEN
-        main = list(OWN_MASKS)
+        main = [own for own in OWN_MASKS if own in shown] or shown
     elif record.task == "fewshot":
         alike = [other for other in shown if other.rpartition(", ")[2] == shown[0].rpartition(", ")[2]]
         main = [alike[0], alike[-1]]
