@@ -24,6 +24,7 @@ from ssl_vit.errors import UserError
 from ssl_vit.evaluation.features import extract
 from ssl_vit.models.weights import load_backbone
 from ssl_vit.report import headlines
+from ssl_vit.report.content import Rank
 from ssl_vit.report.gather import gather
 from ssl_vit.report.smaller import halved
 from ssl_vit.transforms.evaluation import EvalTransform
@@ -99,6 +100,7 @@ def test_facts_say_which_network_it_is_and_where_it_is_from(content, measured, t
     assert content.facts["seed of the training"] == "7 (one run)"
     assert content.facts["length planned"] == "3 epochs"
     assert content.facts["made by"] == "ssl-vit report"
+    assert content.essentials["network"] == "ViT, 48 wide, 2 blocks, 32 px in patches of 8"
     assert content.config == CONFIG
 
 
@@ -117,9 +119,11 @@ def test_headlines_are_the_records_numbers_beside_their_baselines(content, measu
         }
         assert line.baselines.keys() == {"random init", "raw pixels"}
         assert line.record == f"eval/knn-{record['data']['name']}.json"
-    first, second = shown.values()
-    assert all(warning in first.remark for warning in record["warnings"])
-    assert second.remark == ""
+    assert [line.rank for line in shown.values()] == [
+        Rank.MAIN if name == "top-1, k=20" else Rank.FURTHER for name in shown
+    ]
+    assert all(warning in shown["top-1, k=20"].remark for warning in record["warnings"])  # not at a folded one
+    assert shown["top-1, k=3"].remark == ""
 
 
 def test_attention_scores_stand_beside_the_centre_prior_and_say_what_they_know(content, measured):
@@ -135,6 +139,12 @@ def test_attention_scores_stand_beside_the_centre_prior_and_say_what_they_know(c
     assert "patch ceiling" not in line.baselines  # nothing to be above of
     assert f"more than {baselines['patch ceiling'][0]['value']:.2f}" in line.remark
     assert "given mask" in line.remark
+    assert line.title == "masks with 60 % of the attention: each picture’s best head"
+    ranks = {name: other.rank for name, other in shown.items() if "/" in name}
+    assert {name for name, rank in ranks.items() if rank == Rank.MAIN} == {"IoU, mass/mean", "IoU, mass/fixed head"}
+    assert {name for name, rank in ranks.items() if rank == Rank.GIVEN} == {
+        "IoU, mass/oracle head", "IoU, area/mean", "IoU, area/fixed head", "IoU, area/oracle head"
+    }  # fmt: skip
 
 
 def test_curves_and_verdicts(content):

@@ -24,6 +24,7 @@ from ssl_vit.report.content import (
     Headline,
     Near,
     Panel,
+    Rank,
     Segmented,
     Verdict,
 )
@@ -34,6 +35,7 @@ ODD = "</script><img src=x onerror=alert(1)>\"'&`<!--\udcff.jpg"
 SHOWN = ODD.replace("\udcff", "\\udcff")  # what UTF-8 cannot say stands as JSON writes it
 EMPTY = Content(
     title="nothing",
+    essentials={},
     facts={},
     headlines=[],
     curves=[],
@@ -80,7 +82,19 @@ def seen(seed: int, name: str, heads: int = 3, rows: int = 24, columns: int = 32
 @pytest.fixture(scope="module")
 def content() -> Content:
     headline = Headline(
-        "knn", "top-1, k=20", ODD, 0.61, 0.60, 0.62, "Wilson", 10_000, {"random init": 0.29, ODD: 0.34}, ODD, "k.json"
+        "knn",
+        "top-1, k=20",
+        ODD,
+        0.61,
+        0.60,
+        0.62,
+        "Wilson",
+        10_000,
+        {"random init": 0.29, ODD: 0.34},
+        ODD,
+        "k.json",
+        f"top-1 {ODD}",
+        Rank.MAIN,
     )
     curves = [
         Curve("Loss", "nats", {"loss": [(step, 6 / (1 + step / 100)) for step in range(2000)], ODD: [(0, 1.0)]}, 2.0),
@@ -107,7 +121,13 @@ def content() -> Content:
     return Content(
         title=ODD,
         facts={"command": f"`ssl-vit report` {ODD}", "seed": "0"},
-        headlines=[headline, headline._replace(task="linear", baselines={}, remark="")],
+        headlines=[
+            headline,
+            headline._replace(task="linear", baselines={}, remark=""),
+            headline._replace(task="fewshot", title="with few labels", rank=Rank.FURTHER),
+            headline._replace(task="attention", title="with the object's size", rank=Rank.GIVEN),
+        ],
+        essentials={"method": "DINO", "pictures": ODD},
         curves=curves,
         verdicts=[Verdict("collapse", 120, ODD, "Lower `method.teacher_temperature`.")],
         mass=0.6,
@@ -285,6 +305,29 @@ def test_long_lines_keep_their_ends_and_their_spikes():
     assert thinned(points[:MOST_POINTS]) == points[:MOST_POINTS]
 
 
+def test_the_main_numbers_are_in_sight_and_the_others_folded(content, html):
+    section = html[html.index('<section id="numbers">') : html.index('<section id="attention">')]
+    sight, *folded = section.split("<details>")
+    assert "with few labels" not in sight and "with the object" not in sight
+    assert ["with few labels" in text for text in folded] == [True, False]
+    assert ["with the object" in text for text in folded] == [False, True]
+    assert "Further numbers (1)" in folded[0]
+    assert "knowledge of the given mask (1)" in folded[1]
+    assert "Nearest neighbours (kNN)" in sight and "n = 10,000; interval: Wilson" in sight
+    chart = sight[sight.index("<svg role") : sight.index("<table")]
+    assert "knn, top-1" in chart and "linear, top-1" in chart
+    assert "fewshot" not in chart and "attention, top-1" not in chart
+    only = render(EMPTY._replace(headlines=content.headlines[2:3]))
+    assert 'id="numbers"' in only and "<svg role" not in only
+
+
+def test_the_facts_in_a_few_words_stand_before_all_of_them(html):
+    header = html[html.index("<header>") : html.index("<nav")]
+    few, everything = header.split("<details")
+    assert "<dd>DINO</dd>" in few and "found wrong" in few
+    assert "ssl-vit report</code>" in everything
+
+
 # In a browser.
 
 
@@ -377,8 +420,40 @@ def test_default_ious_are_those_of_python(visit, content):
             shown = [float(label.removeprefix("IoU ")) for label in labels]
             assert [*shown[1:], shown[0]] == pytest.approx(each.ious, abs=0.02)
     assert "IoU" not in text(page, "#attention-now")  # the last one has no given mask
-    mean = np.mean([each.ious[-1] for each in content.attended[:2]])
+    mean = np.mean([each.ious[-1] for each in content.attended if each.ious])
     assert float(text(page, "#attention-mean").split()[-1]) == pytest.approx(mean, abs=0.02)
+
+
+def test_the_best_understood_picture_comes_first(content, browser, tmp_path):
+    unknown, *known = content.attended[::-1]
+    known.sort(key=lambda each: each.ious[-1])
+    assert known[0].ious[-1] < known[-1].ious[-1]
+    path = tmp_path / "report.html"
+    path.write_text(render(content._replace(attended=[unknown, *known])), encoding="utf-8")
+    page = browser.new_page()
+    page.goto(path.as_uri())
+    shown = page.locator(".gallery .iou").all_text_contents()
+    assert shown == [f"IoU {known[1].ious[-1]:.2f}", f"IoU {known[0].ious[-1]:.2f}", ""]
+    page.close()
+
+
+def test_head_of_the_page_shows_pictures_over_their_attention(visit):
+    page = visit()
+    assert page.locator("#hero").is_visible()
+    assert page.locator("#hero .pairs img").count() == 6  # three pictures, plain and under the map
+    assert "the 3 of 3 pictures with the highest IoU" in text(page, "#hero figcaption")
+    drawn = "place => document.querySelectorAll(place)[0].toDataURL()"
+    page.locator('input[name="scale"][value="own"]').check(force=True)
+    assert page.evaluate(drawn, "#hero canvas") == page.evaluate(drawn, ".gallery canvas")  # of the mean
+    bottom = page.locator("#hero").bounding_box()
+    assert bottom["y"] + bottom["height"] < 900
+
+
+def test_tiles_of_all_rows_are_equally_wide(visit):
+    widths = visit(390).evaluate(
+        "[...document.querySelectorAll('#mask-tiles .tile')].map((tile) => tile.getBoundingClientRect().width)"
+    )
+    assert max(widths) - min(widths) < 1
 
 
 def test_heads_scale_strength_and_given_mask_change_what_is_drawn(visit):
@@ -499,7 +574,8 @@ def test_colours_follow_the_scheme_and_the_switch(visit):
 def test_axe_finds_nothing_and_nothing_is_cut_off(visit, width, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
     page = visit(width, scheme)
-    page.locator("summary").click()
+    for summary in page.locator("summary").all():
+        summary.click()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     found = axe.Axe().run(page)
     assert [(each["id"], [node["html"][:120] for node in each["nodes"]]) for each in found.response["violations"]] == []

@@ -185,7 +185,7 @@ function startAttention() {
     const picture = pictures[state.picture];
     const source = images[state.picture];
     for (const { head, image, overlay } of [...tiles, { head: state.head, image: largeImage, overlay: large }]) {
-      Object.assign(image, { src: source.src, width: source.width, height: source.height, className: source.className });
+      Object.assign(image, { src: source.src, width: source.width, height: source.height });
       overlay.drawHeat(picture, picture.maps[head], topOf(picture.maps[head]));
     }
     largeImage.alt = `${picture.name} under the attention of ${names[tileHeads.indexOf(state.head)]}`;
@@ -218,4 +218,29 @@ function startAttention() {
   });
   showStrength();
   showMaps();
+  if (byId("hero")) showHero(images);
+}
+
+// At the head of the page: some pictures, each over the attention of its heads' mean.
+function showHero(images) {
+  const shown = pictures.slice(0, 10);
+  shown.forEach((picture, place) => {
+    const pair = document.createElement("div");
+    pair.style.setProperty("--aspect", images[place].width / images[place].height);
+    const [plain, heat] = [0, 1].map(() => {
+      const stack = Object.assign(document.createElement("span"), { className: "stack" });
+      pair.append(stack);
+      return stack;
+    });
+    const copy = () => Object.assign(new Image(), { src: images[place].src, alt: "" });
+    plain.append(copy());
+    new Overlay(heat, copy()).drawHeat(picture, picture.maps.at(-1), picture.maps.at(-1).top);
+    if (place % 5 === 0) byId("hero").querySelector(".pairs").append(document.createElement("div"));
+    byId("hero").querySelector(".pairs").lastElementChild.append(pair);
+  });
+  const which = pictures.some((picture) => picture.truth)
+    ? `the ${shown.length} of ${pictures.length} pictures with the highest IoU` : `${shown.length} of ${pictures.length} pictures`;
+  byId("hero").querySelector("figcaption").innerHTML =
+    `Below each picture the attention of the [CLS] token, mean of the heads, each on its own scale: ${which}. <a href="#attention">All, head by head</a>`;
+  byId("hero").hidden = false;
 }

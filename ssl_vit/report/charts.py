@@ -8,6 +8,7 @@ import itertools
 import math
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -77,6 +78,7 @@ def interval_chart(headlines: list[Headline]) -> Markup:
     Returns:
         A legend and an `<svg>` element; what it shows has to stand beside it as a table.
     """
+    alike = Counter((headline.task, headline.title) for headline in headlines)
     names = dict.fromkeys(name for headline in headlines for name in headline.baselines)
     marks = dict(zip(names, itertools.cycle(MARKS), strict=False))
     with _style():
@@ -88,7 +90,8 @@ def interval_chart(headlines: list[Headline]) -> Markup:
                 axes.plot(100 * value, row, marks[name], color=MUTED, markersize=6, markerfacecolor="none")
             axes.plot([100 * headline.low, 100 * headline.high], [row, row], color=ACCENT, linewidth=5, alpha=0.4)
             axes.plot(100 * headline.value, row, "o", color=ACCENT, markersize=6)
-            label = textwrap.shorten(f"{headline.task}: {headline.metric}, {headline.data}", LONGEST_LABEL)
+            of = f", {headline.data}" if alike[headline.task, headline.title] > 1 else ""
+            label = textwrap.shorten(f"{headline.task}: {headline.title}{of}", LONGEST_LABEL)
             text = axes.annotate(_literal(label), (0, row), xytext=(0, 7), textcoords="offset points")
             text.set_in_layout(False)
         axes.set(xlabel="%", xlim=(0, 100), ylim=(len(headlines) - 0.6, -0.8), yticks=[])

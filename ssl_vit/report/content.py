@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any, NamedTuple
 
 from PIL import Image
 from torch import Tensor
 
 from ssl_vit.inspection.panel import Panel
+
+
+class Rank(Enum):
+    """How much a number is in sight: first, folded, or folded with those that no method could reach by itself."""
+
+    MAIN = "main"
+    FURTHER = "further"
+    GIVEN = "given mask"  # it is made with the mask that it is compared with
 
 
 class Headline(NamedTuple):
@@ -24,6 +33,8 @@ class Headline(NamedTuple):
     baselines: dict[str, float]  # random init, raw pixels, centre prior, ...
     remark: str  # what a reader must know, or nothing
     record: str  # the file that it stands in, relative to the run
+    title: str  # the metric in words
+    rank: Rank
 
 
 class Curve(NamedTuple):
@@ -88,6 +99,7 @@ class Content(NamedTuple):
     """All of a report. What a run has nothing of stays empty, and `missing` says how to get it."""
 
     title: str
+    essentials: dict[str, str]  # the facts in a few words: method, network, training, pictures, date
     facts: dict[str, str]  # checkpoint, its hash, data, date, versions, seed, command, ...
     headlines: list[Headline]
     curves: list[Curve]

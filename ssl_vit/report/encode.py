@@ -19,7 +19,6 @@ from torch import Tensor
 from ssl_vit.attention.masks import to_pixels
 
 QUALITY = 76  # of WebP: its artefacts cannot be seen at the sizes of the page
-PIXELATED = 64  # pictures up to this side are shown with their pixels, not blurred
 OUTLINE_SIDE = 256  # cells of a mask's longer side that its outline is drawn with
 FINE = 80  # cells of the longer side from which on they are not worth seeing
 CELL = 72  # largest side of a thumbnail in a sprite
@@ -36,11 +35,6 @@ class Embedded(NamedTuple):
     def aspect(self) -> float:
         """Width over height."""
         return round(self.width / self.height, 4)
-
-    @property
-    def tiny(self) -> bool:
-        """Whether it is enlarged with its pixels in sight."""
-        return max(self.width, self.height) <= PIXELATED
 
 
 class Sprite(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from ssl_vit.data.pictures import printable
@@ -11,6 +12,8 @@ from ssl_vit.models.weights import LoadedBackbone
 from ssl_vit.records import provenance
 from ssl_vit.report.folder import RunFolder
 from ssl_vit.training.hardware import best_device
+
+METHODS = {"dino": "DINO", "sit": "SiT"}
 
 
 def facts_of(run: RunFolder, command: str) -> dict[str, str]:
@@ -22,7 +25,7 @@ def facts_of(run: RunFolder, command: str) -> dict[str, str]:
     """
     start = run.value("checkpoint")  # of a fine-tuning
     method = str(run.value("method.name") or "") if start is None else f"fine-tuning of {printable(str(start))}"
-    facts = {"run": printable(run.path), "method": method}
+    facts = {"run": _near(run.path), "method": method}
     if run.loaded is None:
         facts["checkpoint"] = run.problems["network"]
     else:
@@ -41,18 +44,40 @@ def facts_of(run: RunFolder, command: str) -> dict[str, str]:
     return {name: value for name, value in facts.items() if value}
 
 
+def essentials_of(run: RunFolder) -> dict[str, str]:
+    """The facts in a few words; those that are not known are left out."""
+    essentials = {"method": METHODS.get(method := str(run.value("method.name") or ""), method)}
+    if run.loaded is not None:
+        config, vit = run.loaded.backbone.config, run.loaded.backbone.vit
+        shape = f"{vit.embed_dim} wide, {len(vit.blocks)} blocks"
+        essentials["network"] = f"ViT, {shape}, {config.img_size} px in patches of {config.patch_size}"
+        if run.loaded.step is not None:
+            essentials["trained"] = f"{run.loaded.step:,} steps, epoch {run.loaded.epoch}"
+        essentials["saved"] = _moment(datetime.fromtimestamp(_newest(run), UTC)).partition(" ")[0]
+    number, described, _ = _pictures(run).partition(" in ")
+    essentials["pictures"] = number if described else "/".join(Path(number).parts[-2:])
+    return {name: value for name, value in essentials.items() if value}
+
+
+def _near(path: Path) -> str:
+    """A path as seen from the current folder, where it lies in that."""
+    here, there = Path.cwd().resolve(), path.resolve()
+    return printable(there.relative_to(here) if there.is_relative_to(here) else path)
+
+
 def _network(loaded: LoadedBackbone, run: RunFolder) -> dict[str, str]:
     config, vit = loaded.backbone.config, loaded.backbone.vit
     params = sum(parameter.numel() for parameter in loaded.backbone.parameters())
     epoch = "" if loaded.epoch is None else f" (in epoch {loaded.epoch + 1})"
     reached = "" if loaded.step is None else f", after {loaded.step:,} steps{epoch}"
     trained = datetime.fromtimestamp(_newest(run), UTC)
+    here = f"{Path.cwd()}/"
     registers = f", {_counted(config.reg_tokens, 'register')}" if config.reg_tokens else ""
     return {
         "network": f"{config.name}: width {vit.embed_dim}, {len(vit.blocks)} blocks, {vit.blocks[0].attn.num_heads} "
         f"heads{registers}, pictures of {config.img_size} pixels in patches of {config.patch_size}",
         "parameters": f"{params:,}",
-        "checkpoint": f"{loaded.source}{reached}",
+        "checkpoint": f"{loaded.source.removeprefix(here)}{reached}",
         "checkpoint sha256": loaded.sha256 or "",
         "last saved": _moment(trained),
     }

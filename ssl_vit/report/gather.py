@@ -10,7 +10,7 @@ from ssl_vit.data.pictures import printable
 from ssl_vit.errors import UserError
 from ssl_vit.report.content import Content, FeatureMap
 from ssl_vit.report.curves import Metrics, curves_of
-from ssl_vit.report.facts import facts_of
+from ssl_vit.report.facts import essentials_of, facts_of
 from ssl_vit.report.folder import RunFolder, open_run
 from ssl_vit.report.gallery import Gallery, make_gallery
 from ssl_vit.report.headlines import headlines_of
@@ -76,6 +76,7 @@ def gather(config: ReportConfig, command: str) -> Content:
     return Content(
         title=printable(str(run.value("run.name") or run.path.resolve().name)),
         facts=facts_of(run, command),
+        essentials=essentials_of(run),
         headlines=headlines,
         curves=metrics.curves,
         verdicts=journals.verdicts,

@@ -7,14 +7,17 @@ from pathlib import Path
 
 from ssl_vit.models.weights import LoadedBackbone, state_sha256
 from ssl_vit.records.reading import SavedMetric, SavedRecord, SavedScore
-from ssl_vit.report.content import Headline
+from ssl_vit.report.content import Headline, Rank
 
 CEILING = "patch ceiling"  # what the attention command calls it
+KNN = "top-1, k=20"
+HEADS = {"fixed head": "best fixed head", "mean": "heads’ mean", "oracle head": "each picture’s best head"}
+OWN_MASKS = ("mass/mean", "mass/fixed head", "tokencut")
 ORDER = ("knn", "linear", "finetune", "attention", "fewshot", "transfer")
 
 
 def headlines_of(records: list[SavedRecord], loaded: LoadedBackbone | None, folder: Path) -> list[Headline]:
-    """One per number, those of an evaluation together; its warnings stand at the first.
+    """One per number, those of an evaluation together; its warnings stand at the first in sight.
 
     Args:
         records: Of the run.
@@ -30,7 +33,11 @@ def headlines_of(records: list[SavedRecord], loaded: LoadedBackbone | None, fold
         remarks = _of_network(record, loaded, shown)
         solver = record.protocol.get("solver") if alike[record.task, record.data.name] > 1 else None
         told_apart = f", {solver.partition(',')[0]}" if isinstance(solver, str) else ""
-        for place, metric in enumerate(record.score.metrics):
+        ranks_of = {
+            metric.name: _rank(record, metric.name) for metric in record.score.metrics if _is_shown(record, metric)
+        }
+        warned = next((name for name, rank in ranks_of.items() if rank == Rank.MAIN), next(iter(ranks_of), None))
+        for metric in record.score.metrics:
             if metric.value is None or metric.low is None or metric.high is None or not _is_shown(record, metric):
                 continue
             headlines.append(
@@ -44,8 +51,12 @@ def headlines_of(records: list[SavedRecord], loaded: LoadedBackbone | None, fold
                     interval=metric.interval,
                     n=metric.n,
                     baselines=_baselines(record, metric),
-                    remark="; ".join([*remarks, *_of_metric(record, metric), *(() if place else record.warnings)]),
+                    remark="; ".join(
+                        [*remarks, *_of_metric(record, metric), *(record.warnings if metric.name == warned else ())]
+                    ),
                     record=record.path.relative_to(folder).as_posix(),
+                    title=_in_words(record, metric.name) + told_apart,
+                    rank=ranks_of[metric.name],
                 )
             )
     return headlines
@@ -56,6 +67,38 @@ def _is_shown(record: SavedRecord, metric: SavedMetric) -> bool:
     _, space, measure = metric.name.rpartition(" ")
     measures = {other.name for score in record.baselines for other in score.metrics}
     return not (metric.name.startswith("top-5") or (record.task == "attention" and space and measure in measures))
+
+
+def _in_words(record: SavedRecord, name: str) -> str:
+    """What a metric is; a name of attention masks is `rule/head` or that of a method."""
+    if record.task != "attention":
+        return name
+    rule, _, head = name.partition("/")
+    mass = record.protocol.get("mass")
+    share = f"{100 * mass:g} %" if isinstance(mass, float | int) else "a share"
+    rules = {
+        "mass": f"masks with {share} of the attention",
+        "area": "masks as large as the object (its size given)",
+        "object": "masks of each object by itself",
+    }
+    return f"{rules[rule]}: {HEADS.get(head, head)}" if rule in rules else f"masks by {name}"
+
+
+def _rank(record: SavedRecord, name: str) -> Rank:
+    """In sight are kNN with 20 neighbours, the fewest and the most labels, masks that a network makes by itself."""
+    shown = [metric.name for metric in record.score.metrics if _is_shown(record, metric)]
+    if record.task == "attention":
+        if name.startswith("area/") or name.endswith("/oracle head"):
+            return Rank.GIVEN
+        main = [own for own in OWN_MASKS if own in shown] or shown
+    elif record.task == "fewshot":
+        alike = [other for other in shown if other.rpartition(", ")[2] == shown[0].rpartition(", ")[2]]
+        main = [alike[0], alike[-1]]
+    elif record.task == "knn":
+        main = [KNN] if KNN in shown else shown[:1]
+    else:
+        main = shown
+    return Rank.MAIN if name in main else Rank.FURTHER
 
 
 def _baselines(record: SavedRecord, metric: SavedMetric) -> dict[str, float]:
@@ -88,9 +131,9 @@ def _of_metric(record: SavedRecord, metric: SavedMetric) -> list[str]:
     """What the protocol says of this number in particular."""
     said = ["chosen by the test pictures, so too high"] if record.chosen_on_test(metric.name) else []
     if record.task == "attention":
-        rule, _, head = metric.name.partition("/")
-        notes = [record.protocol.get(key) for key in (f"{rule}/...", head)]
-        said += [note for note in notes if isinstance(note, str)]
+        head = metric.name.rpartition("/")[2]
+        note = record.protocol.get(head)
+        said += [note] if isinstance(note, str) and head != "mean" else []
         ceilings = [_same(score, "IoU") for score in record.baselines if score.name == CEILING]
         said += [f"no mask of such patches reaches more than {ceiling:.2f}" for ceiling in ceilings if ceiling]
     return said

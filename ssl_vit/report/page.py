@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import jinja2
@@ -15,7 +16,7 @@ from ssl_vit.attention.metrics import count_truth
 from ssl_vit.attention.pictures import COLOURS, LEAST_TOP
 from ssl_vit.inspection.panel import Panel
 from ssl_vit.report.charts import interval_chart, line_chart
-from ssl_vit.report.content import Attended, Content, FeatureMap, Headline, Near, Segmented
+from ssl_vit.report.content import Attended, Content, FeatureMap, Headline, Near, Rank, Segmented
 from ssl_vit.report.encode import (
     Embedded,
     as_bytes,
@@ -32,7 +33,15 @@ from ssl_vit.report.encode import (
 PHOTO_SIDE = 360  # pixels of a picture that maps or masks are drawn over
 NEAR_SIDE = 96
 PANEL_SIDE = 1300
-WIDE = 800  # a panel of so many pixels takes the page's whole width
+WIDE = 2.6  # a panel of such an aspect takes the page's whole width
+TASKS = {
+    "knn": "Nearest neighbours (kNN)",
+    "linear": "Linear classifier on frozen features",
+    "finetune": "Fine-tuning",
+    "fewshot": "Few labels",
+    "transfer": "Transfer",
+    "attention": "Object masks, IoU",
+}
 SCRIPTS = ("page.js", "attention.js", "masks.js", "plane.js")
 
 
@@ -53,6 +62,7 @@ def render(content: Content) -> str:
     Returns:
         Text that can be written as UTF-8: bytes of file names that are no UTF-8 stand as JSON writes them.
     """
+    content = content._replace(attended=_best_first(content.attended))
     methods = list(dict.fromkeys(name for picture in content.segmented for name in picture.masks))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ssl_vit.report", ""),
@@ -68,8 +78,8 @@ def render(content: Content) -> str:
         style=Markup(_beside("page.css")),
         script=Markup("\n".join(map(_beside, SCRIPTS))),
         data=as_json(_data(content)),
-        interval_chart=interval_chart(content.headlines) if content.headlines else "",
-        headlines=[(headline, _margin(headline)) for headline in content.headlines],
+        interval_chart=_chart(content.headlines),
+        numbers={rank.name.lower(): _groups(content.headlines, rank) for rank in Rank},
         curves=[(curve, line_chart(curve)) for curve in content.curves],
         attended=[photograph(seen.image, PHOTO_SIDE) for seen in content.attended],
         segmented=[_segmented(picture, methods) for picture in content.segmented],
@@ -88,12 +98,12 @@ def render(content: Content) -> str:
 def _sections(content: Content) -> list[Section]:
     every = {
         Section("numbers", "Numbers"): content.headlines,
-        Section("curves", "Training"): content.curves,
-        Section("health", "Health"): True,  # that nothing was found is a finding
         Section("attention", "Attention"): content.attended,
         Section("masks", "Masks"): content.segmented,
         Section("neighbours", "Neighbours"): content.neighbours,
         Section("plane", "Feature map"): content.feature_map,
+        Section("curves", "Training"): content.curves,
+        Section("health", "Health"): True,  # that nothing was found is a finding
         Section("panels", "Inside"): content.panels,
         Section("reconstructions", "Reconstructions"): content.reconstructions,
         Section("how", "How"): content.how or content.config,
@@ -171,7 +181,7 @@ def _segmented(picture: Segmented, methods: list[str]) -> _Masked:
 
 def _panel(panel: Panel) -> tuple[Panel, Embedded, bool]:
     """A panel with its picture, and whether that is wide."""
-    return panel, drawing(panel.image, PANEL_SIDE), panel.image.width >= WIDE
+    return panel, drawing(panel.image, PANEL_SIDE), panel.image.width >= WIDE * panel.image.height
 
 
 def _verdict(query: Near, near: Near) -> str:
@@ -179,6 +189,40 @@ def _verdict(query: Near, near: Near) -> str:
     if near is query or query.label is None or near.label is None:
         return ""
     return "right" if near.label == query.label else "wrong"
+
+
+def _best_first(attended: list[Attended]) -> list[Attended]:
+    """By the IoU of the heads' mean, those without a given mask last."""
+    return sorted(attended, key=lambda seen: -1.0 if seen.ious is None else seen.ious[-1], reverse=True)
+
+
+def _chart(headlines: list[Headline]) -> str:
+    main = [headline for headline in headlines if headline.rank == Rank.MAIN]
+    return interval_chart(main) if main else ""
+
+
+class _Group(NamedTuple):
+    """Numbers that were measured together."""
+
+    title: str
+    data: str
+    interval: str
+    n: int
+    rows: list[tuple[Headline, float | None]]  # with how far they are above the highest baseline
+
+    @property
+    def size(self) -> int:
+        """How many numbers these are."""
+        return len(self.rows)
+
+
+def _groups(headlines: list[Headline], rank: Rank) -> list[_Group]:
+    of_rank = [headline for headline in headlines if headline.rank == rank]
+    together = groupby(of_rank, lambda each: (each.task, each.data, each.interval, each.n))
+    return [
+        _Group(TASKS.get(task, task), data, interval, n, [(headline, _margin(headline)) for headline in rows])
+        for (task, data, interval, n), rows in together
+    ]
 
 
 def _margin(headline: Headline) -> float | None:

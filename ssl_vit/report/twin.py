@@ -15,7 +15,7 @@ def as_plain(content: Content) -> dict[str, Any]:
     plain = {
         "schema": SCHEMA,
         **content._asdict(),
-        "headlines": [headline._asdict() for headline in content.headlines],
+        "headlines": [{**headline._asdict(), "rank": headline.rank.value} for headline in content.headlines],
         "curves": [curve._asdict() for curve in content.curves],
         "verdicts": [verdict._asdict() for verdict in content.verdicts],
         "attended": [{"name": seen.name, "heads": len(seen.maps), "ious": seen.ious} for seen in content.attended],
