@@ -1,5 +1,7 @@
 """The demo's closing table names what the evaluations name."""
 
+import io
+
 import torch
 
 from ssl_vit.attention.scoring import Objects
@@ -17,7 +19,7 @@ def record():
 
 def test_the_table_holds_network_random_twin_and_centre_prior():
     generator = torch.Generator().manual_seed(0)
-    summary = Summary(mass=0.6, seed=0)
+    summary = Summary(io.BytesIO(), mass=0.6, seed=0)
     for place in range(4):
         seen = [Objects(torch.rand(2, 6, 6, generator=generator).softmax(-1), {}) for _ in range(2)]
         summary.add(place, seen, annotate(torch.rand(48, 48, generator=generator) > 0.5))
