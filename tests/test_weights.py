@@ -156,6 +156,11 @@ def test_a_timm_model_of_another_kind_is_refused_before_its_weights_are_fetched(
         load_backbone(f"timm:{name}")
 
 
+def test_a_timm_tag_that_is_not_there_gets_a_clear_word():
+    with pytest.raises(UserError, match=r"224\.snow cannot be loaded here: Invalid pretrained tag"):
+        load_backbone("timm:vit_tiny_patch16_224.snow")
+
+
 def test_random_weights_follow_their_seed_and_leave_the_global_generator_alone(plain, tmp_path):
     torch.save(plain.state_dict(), tmp_path / "dino.pth")
     loaded = load_backbone(str(tmp_path / "dino.pth"))
