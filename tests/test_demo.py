@@ -1,7 +1,5 @@
 """The demo's closing table names what the evaluations name."""
 
-import io
-
 import torch
 
 from ssl_vit.attention.scoring import Objects
@@ -17,9 +15,9 @@ def record():
     return Record("knn", {}, {}, {}, {}, scores[0], [scores[1], pixels], {}, {}, [])
 
 
-def test_the_table_holds_network_random_twin_and_centre_prior():
+def test_the_table_holds_network_random_twin_and_centre_prior(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    summary = Summary(io.BytesIO(), mass=0.6, seed=0)
+    summary = Summary(tmp_path, mass=0.6, seed=0)
     for place in range(4):
         seen = [Objects(torch.rand(2, 6, 6, generator=generator).softmax(-1), {}) for _ in range(2)]
         summary.add(place, seen, annotate(torch.rand(48, 48, generator=generator) > 0.5))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
-from typing import Any, BinaryIO, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from ssl_vit.attention.metrics import (
     THRESHOLDS,
     HeadScores,
+    Scores,
     centre_prior,
     choose_heads,
     count_truth,
@@ -19,7 +20,7 @@ from ssl_vit.attention.metrics import (
     oracle_head,
     stack_scores,
 )
-from ssl_vit.attention.saliency import at_best_threshold
+from ssl_vit.attention.saliency import Measures, at_best_threshold
 from ssl_vit.attention.scoring import (
     AttentionMarks,
     Marks,
@@ -69,25 +70,28 @@ class _Scored(NamedTuple):
     baselines: dict[str, Marks]  # those that no other picture is needed for
 
 
+_KEPT: list[Any] = [_Scored, AttentionMarks, Marks, Measures, Scores, HeadScores, Squashed]
+
+
 class Summary:
     """Scores of one or two networks on the same pictures.
 
     Of each picture are kept its scores, its F at 255 thresholds and the 64 x 64 outline of its mask: some 80 kB. They
-    wait in a file for the end. In memory they would lie between the large maps of the pictures that come and go, which
+    wait in files for the end. In memory they would lie between the large maps of the pictures that come and go, which
     the C library then fits in ever anew behind them: several MB for each picture.
 
     Args:
-        file: Empty, to write to and to read from; nobody needs it afterwards.
+        folder: Empty, for these files; nobody needs them afterwards.
         mass: Share of the attention that a mask holds.
         seed: Of the halves between which the fixed head is chosen.
     """
 
-    def __init__(self, file: BinaryIO, *, mass: float, seed: int) -> None:
+    def __init__(self, folder: Path, *, mass: float, seed: int) -> None:
         self.mass = mass
         self.seed = seed
         self.places: list[int] = []  # of the scored pictures among all
         self._boxes_alone = False
-        self._file = file
+        self._folder = folder
 
     def add(self, place: int, seen: list[Objects], given: Annotation) -> None:
         """Score what each network finds in one picture."""
@@ -106,7 +110,7 @@ class Summary:
             squash(given),
             {name: mark(mask.float(), mask, given) for name, mask in masks.items()},
         )
-        pickle.dump(scored, self._file)
+        torch.save(scored, self._folder / f"{len(self.places)}.pt")
         self.places.append(place)
         self._boxes_alone = not given.masked
 
@@ -115,8 +119,9 @@ class Summary:
 
         The fixed head and the centre prior need two pictures and are left out with one.
         """
-        self._file.seek(0)
-        pictures: list[_Scored] = [pickle.load(self._file) for _ in self.places]
+        with torch.serialization.safe_globals(_KEPT):
+            files = [self._folder / f"{number}.pt" for number in range(len(self.places))]
+            pictures: list[_Scored] = [torch.load(file, weights_only=True) for file in files]
         results = [
             self._of_network(pictures, number, name)
             for number, name in enumerate((NETWORK, RANDOM)[: len(pictures[0].methods)])

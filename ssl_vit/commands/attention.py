@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
@@ -65,8 +65,8 @@ def segment(config: AttentionConfig) -> Outcome:
     Raises:
         UserError: There is no picture, or none that could be used or, with masks, scored.
     """
-    with TemporaryFile() as scores:
-        return _segment(config, Summary(scores, mass=config.mass, seed=config.seed))
+    with TemporaryDirectory() as scores:
+        return _segment(config, Summary(Path(scores), mass=config.mass, seed=config.seed))
 
 
 def _segment(config: AttentionConfig, summary: Summary) -> Outcome:
