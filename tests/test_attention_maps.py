@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssl_vit.attention.maps import cls_attention, fit_to_patches, look, tapped
+from ssl_vit.attention.maps import cls_attention, cls_row, fit_to_patches, look, softmax_rows, tapped
 from ssl_vit.config import BackboneConfig
 from ssl_vit.errors import UserError
 from ssl_vit.models.backbone import Backbone
@@ -63,6 +63,18 @@ def test_query_and_key_norms_are_respected():
     images = torch.randn(1, 3, 32, 32)
     expected = plain_attention(backbone, images)
     torch.testing.assert_close(cls_attention(backbone, images)[0].flatten(2), expected, atol=1e-6, rtol=0)
+
+
+def test_a_class_token_that_looks_at_itself_alone_still_leaves_a_map():
+    """In float32 the softmax over all tokens is then exactly zero on every patch."""
+    backbone = make_backbone()
+    queries, keys = torch.randn(2, 1, 3, 17, 16).unbind()
+    queries[:, :, 0] = keys[:, :, 0] = 40.0
+    assert (softmax_rows(queries[:, :, :1], keys)[..., 1:] == 0).all()
+    row = cls_row(backbone, queries, keys)
+    torch.testing.assert_close(row.sum(-1), torch.ones(1, 3))
+    expected = (queries[:, :, :1].double() @ keys[:, :, 1:].double().mT / 4).softmax(-1)[:, :, 0]
+    torch.testing.assert_close(row.double(), expected, atol=1e-5, rtol=0)
 
 
 def test_leaves_the_network_as_it_was():

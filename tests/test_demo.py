@@ -16,9 +16,9 @@ def record():
     return Record("knn", {}, {}, {}, {}, scores[0], [scores[1], pixels], {}, {}, [])
 
 
-def test_the_table_holds_network_random_twin_and_centre_prior():
+def test_the_table_holds_network_random_twin_and_centre_prior(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    summary = Summary(mass=0.6, seed=0)
+    summary = Summary(tmp_path, mass=0.6, seed=0)
     for place in range(4):
         soft = torch.rand(6, 6, generator=generator)
         found = {"tokencut": Segmentation(soft, soft > 0.5)}

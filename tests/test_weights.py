@@ -143,6 +143,24 @@ def test_timm_weights_go_through_timm_itself(tmp_path, monkeypatch, plain):
     assert loaded.mean == [0.5, 0.5, 0.5]  # of this timm model, not ImageNet's
 
 
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "resnet18", "vit_small_r26_s32_224"])
+def test_a_timm_model_of_another_kind_is_refused_before_its_weights_are_fetched(name, monkeypatch):
+    original = timm.create_model
+
+    def without_network(name, pretrained=False, **kwargs):
+        assert not pretrained
+        return original(name, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", without_network)
+    with pytest.raises(UserError, match=f"timm:{name} is not a plain ViT"):
+        load_backbone(f"timm:{name}")
+
+
+def test_a_timm_tag_that_is_not_there_gets_a_clear_word():
+    with pytest.raises(UserError, match=r"224\.snow cannot be loaded here: Invalid pretrained tag"):
+        load_backbone("timm:vit_tiny_patch16_224.snow")
+
+
 def test_random_weights_follow_their_seed_and_leave_the_global_generator_alone(plain, tmp_path):
     torch.save(plain.state_dict(), tmp_path / "dino.pth")
     loaded = load_backbone(str(tmp_path / "dino.pth"))

@@ -1,13 +1,14 @@
 """Measure what `ssl-vit attention` costs: exactness, share of a forward pass, pictures per second, peak memory.
 
     python tools/segmentation_figures.py FOLDER [CHECKPOINT=random:vit_small_patch16_224] [ROUNDS=9]
-    python tools/segmentation_figures.py memory FOLDER [CHECKPOINT=random:vit_tiny_patch16_224]
+    python tools/segmentation_figures.py memory FOLDER [CHECKPOINT=random:vit_tiny_patch16_224] [WORDS of the command]
 
 FOLDER holds real pictures. Exactness: the largest difference of any block's [CLS] row to the softmax that timm forms
 without fused attention. Cost: processor time of a forward pass that hands out the [CLS] rows of all blocks, over that
 of a plain one, pass by pass in turn; the median of the rounds' ratios. Pictures per second of processor time: `look`,
 and with it each method. Memory: peak of the whole command, masks given, over 100 and over 1,000 pictures (the folder's,
-linked as often as needed; a box in the middle is the mask), in a process of its own each.
+linked as often as needed; a box in the middle is the mask), in a process of its own each. WORDS are those of
+`ssl-vit attention`, such as methods=[attention,lost,tokencut,pca,found] refine=guided max_side=112.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def main() -> None:
     torch.set_num_threads(1)
     words = sys.argv[1:]
     if words[0] == "memory":
-        memory(Path(words[1]), words[2] if len(words) > 2 else "random:vit_tiny_patch16_224")
+        memory(Path(words[1]), words[2] if len(words) > 2 else "random:vit_tiny_patch16_224", words[3:])
         return
     checkpoint = words[1] if len(words) > 1 else "random:vit_small_patch16_224"
     rounds = int(words[2]) if len(words) > 2 else 9
@@ -125,7 +126,7 @@ def rates(backbone: Backbone, images: Tensor) -> None:
         print(f"  {name}: {spent * 1000:.0f} ms more a picture, {1 / (looked + spent):.2f} pictures/s")
 
 
-def memory(folder: Path, checkpoint: str) -> None:
+def memory(folder: Path, checkpoint: str, further: list[str]) -> None:
     """Peak resident memory of the command over few and over many pictures."""
     pictures = folder_pictures(folder)
     for count in (100, 1000):
@@ -144,9 +145,10 @@ def memory(folder: Path, checkpoint: str) -> None:
                 f"images={root / 'images'}",
                 f"masks={root / 'masks'}",
                 f"out={root}/o",
+                *([] if any(word.startswith("max_side=") for word in further) else ["max_side=224"]),
             ]
             process = subprocess.Popen(
-                [sys.executable, "-m", "ssl_vit", "attention", *words, "max_side=224"],
+                [sys.executable, "-m", "ssl_vit", "attention", *words, *further],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )

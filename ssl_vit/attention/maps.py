@@ -81,16 +81,14 @@ def cls_attention(backbone: Backbone, images: Tensor, *, blocks: Sequence[int] =
 def cls_row(backbone: Backbone, queries: Tensor, keys: Tensor) -> Tensor:
     """Attention (B, heads, N) of [CLS] over the patches, from a block's queries and keys (B, heads, tokens, d).
 
-    The softmax runs over all tokens in float32, also under autocast; then the class token's and the registers' columns
-    are dropped and the rest is scaled to sum 1.
+    In float32, also under autocast. It is what the softmax over all tokens leaves to the patches, scaled to sum 1; that
+    is their own softmax, which has a value even where next to nothing is left to them.
     """
-    weights = softmax_rows(queries[:, :, :1], keys).squeeze(2)  # (B, heads, tokens): the class token comes first
-    patches = weights[..., backbone.vit.num_prefix_tokens :]
-    return patches / patches.sum(dim=-1, keepdim=True)
+    return softmax_rows(queries[:, :, :1], keys[:, :, backbone.vit.num_prefix_tokens :]).squeeze(2)
 
 
 def softmax_rows(queries: Tensor, keys: Tensor) -> Tensor:
-    """Attention (B, heads, M, tokens) in float32 of M queries (B, heads, M, d) over all keys (B, heads, tokens, d)."""
+    """Attention (B, heads, M, N) in float32 of M queries (B, heads, M, d) over N keys (B, heads, N, d)."""
     with torch.autocast(queries.device.type, enabled=False):
         scaled = queries.float() * queries.shape[-1] ** -0.5
         weights: Tensor = (scaled @ keys.float().mT).softmax(dim=-1)

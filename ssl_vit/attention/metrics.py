@@ -115,12 +115,16 @@ def choose_heads(scores: Tensor, seed: int) -> tuple[Tensor, list[int]]:
 
 
 def majority(truth: Truth) -> Tensor:
-    """The best guess at this patch size (rows, columns) bool: every patch that is mostly object."""
+    """Every patch that is mostly object (rows, columns) bool: no mask of patches has more pixels right.
+
+    Its IoU is near the largest that patches can have, but not always the largest: an object that fills no patch by
+    half has none.
+    """
     return truth.object > truth.pixels / 2
 
 
 def majority_ceiling(truth: Truth) -> Tensor:
-    """IoU of the best guess at this patch size."""
+    """IoU of the patches that are mostly object."""
     return iou(majority(truth), truth)
 
 

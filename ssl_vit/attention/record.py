@@ -9,6 +9,7 @@ import numpy as np
 
 from ssl_vit.attention.summary import NETWORK, Result
 from ssl_vit.config_pictures import AttentionConfig
+from ssl_vit.durable import durable
 from ssl_vit.models.weights import LoadedBackbone
 from ssl_vit.records import provenance
 from ssl_vit.records.record import Record, Score
@@ -25,7 +26,8 @@ PROTOCOL = {
     "oracle head": "the best head of each picture, by the IoU with its given mask",
     "object/...": "IoU with each object's own mask, averaged over the objects, then over the pictures; oracle head: "
     "the best head of each object (Caron et al. 2021, dino#54); fixed head and mean: one map for all objects",
-    "lost, tokencut, pca, found": "IoU of the method's mask of patches; pca's components are those of 50 pictures",
+    "lost, tokencut, pca, found": "IoU of the method's mask of patches; pca's components are those of 50 of these "
+    "pictures, its signs by their borders, without the given masks",
     "...+guided": "the mask (of attention: of the mean) through a guided filter with the picture, at its size; it has "
     "no soft map: the maxF are those of the mask",
     "void": "left out of the intersection and the union, and of every other measure",
@@ -37,7 +39,8 @@ PROTOCOL = {
     "CorLoc": "box of the mask's largest part (patches that touch by their sides) has IoU >= .5 with any given box",
     "boxes": "those of the parts of the given mask; of VOC those of its annotations, difficult ones too",
     "centre prior": "average of the other pictures' masks, 64 x 64; threshold best on these pictures, of .05 to .95",
-    "patch ceiling": "each patch takes the majority of its pixels in the given mask",
+    "patch ceiling": "each patch takes the majority of its pixels in the given mask: no mask of patches has more "
+    "pixels right; its IoU is near the largest, not always the largest",
     "interval": "95 %, normal, over pictures, a threshold taken as given; of CorLoc Wilson's",
 }
 
@@ -93,4 +96,5 @@ def write_ious(path: Path, results: list[Result], names: list[str]) -> None:
             for result in results
             for metric, of_pictures in result.values.items()
         }
-        np.savez_compressed(path, pictures=np.array(names), **values)
+        with durable(path) as file:
+            np.savez_compressed(file, pictures=np.array(names), **values)

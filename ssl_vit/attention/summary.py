@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ssl_vit.attention.metrics import (
     THRESHOLDS,
     HeadScores,
+    Scores,
     centre_prior,
     choose_heads,
     count_truth,
@@ -18,7 +20,7 @@ from ssl_vit.attention.metrics import (
     oracle_head,
     stack_scores,
 )
-from ssl_vit.attention.saliency import at_best_threshold
+from ssl_vit.attention.saliency import Measures, at_best_threshold
 from ssl_vit.attention.scoring import (
     AttentionMarks,
     Marks,
@@ -59,66 +61,88 @@ class Result(NamedTuple):
         return self.ious | self.others
 
 
+class _Scored(NamedTuple):
+    """What is kept of one picture."""
+
+    attention: list[AttentionMarks]  # per network; empty where it is not wanted
+    methods: list[dict[str, Marks]]  # per network
+    squashed: Squashed
+    baselines: dict[str, Marks]  # those that no other picture is needed for
+
+
+_KEPT: list[Any] = [_Scored, AttentionMarks, Marks, Measures, Scores, HeadScores, Squashed]
+
+
 class Summary:
     """Scores of one or two networks on the same pictures.
 
-    Of each picture stay its scores, its F at 255 thresholds and the 64 x 64 outline of its mask.
+    Of each picture are kept its scores, its F at 255 thresholds and the 64 x 64 outline of its mask: some 80 kB. They
+    wait in files for the end. In memory they would lie between the large maps of the pictures that come and go, which
+    the C library then fits in ever anew behind them: several MB for each picture.
 
     Args:
+        folder: Empty, for these files; nobody needs them afterwards.
         mass: Share of the attention that a mask holds.
         seed: Of the halves between which the fixed head is chosen.
     """
 
-    def __init__(self, *, mass: float, seed: int) -> None:
+    def __init__(self, folder: Path, *, mass: float, seed: int) -> None:
         self.mass = mass
         self.seed = seed
         self.places: list[int] = []  # of the scored pictures among all
         self._boxes_alone = False
-        self._attention: list[list[AttentionMarks]] = []  # per picture, per network; empty where it is not wanted
-        self._methods: list[list[dict[str, Marks]]] = []  # per picture, per network
-        self._squashed: list[Squashed] = []
-        self._baselines: dict[str, list[Marks]] = {"all foreground": [], "patch ceiling": []}
+        self._folder = folder
 
     def add(self, place: int, seen: list[Objects], given: Annotation) -> None:
         """Score what each network finds in one picture."""
-        self.places.append(place)
-        self._boxes_alone = not given.masked
-        self._attention.append([mark_attention(o.maps, self.mass, given) for o in seen if o.maps is not None])
-        self._methods.append(
+        rows, columns = _grid(seen[0])
+        truth = count_truth(given.object, (rows, columns), given.counted)
+        masks = {
+            "all foreground": torch.ones(1, rows, columns, dtype=torch.bool),
+            "patch ceiling": majority(truth)[None],
+        }
+        scored = _Scored(
+            [mark_attention(objects.maps, self.mass, given) for objects in seen if objects.maps is not None],
             [
                 {name: mark(found.soft[None], found.mask[None], given) for name, found in objects.methods.items()}
                 for objects in seen
-            ]
+            ],
+            squash(given),
+            {name: mark(mask.float(), mask, given) for name, mask in masks.items()},
         )
-        self._squashed.append(squash(given))
-        rows, columns = _grid(seen[0])
-        truth = count_truth(given.object, (rows, columns), given.counted)
-        for name, mask in {
-            "all foreground": torch.ones(1, rows, columns, dtype=torch.bool),
-            "patch ceiling": majority(truth)[None],
-        }.items():
-            self._baselines[name].append(mark(mask.float(), mask, given))
+        torch.save(scored, self._folder / f"{len(self.places)}.pt")
+        self.places.append(place)
+        self._boxes_alone = not given.masked
 
     def results(self) -> list[Result]:
         """The network, its random twin if it took part, and the baselines that need no network.
 
         The fixed head and the centre prior need two pictures and are left out with one.
         """
-        results = [self._of_network(place, (NETWORK, RANDOM)[place]) for place in range(len(self._methods[0]))]
-        if len(self.places) > 1:
-            _, threshold = centre_prior(torch.stack([picture.object for picture in self._squashed]))
-            results.append(_of_baseline("centre prior", mark_prior(self._squashed, threshold), threshold=threshold))
-        results += [_of_baseline(name, marks) for name, marks in self._baselines.items()]
+        with torch.serialization.safe_globals(_KEPT):
+            files = [self._folder / f"{number}.pt" for number in range(len(self.places))]
+            pictures: list[_Scored] = [torch.load(file, weights_only=True) for file in files]
+        results = [
+            self._of_network(pictures, number, name)
+            for number, name in enumerate((NETWORK, RANDOM)[: len(pictures[0].methods)])
+        ]
+        if len(pictures) > 1:
+            squashed = [picture.squashed for picture in pictures]
+            _, threshold = centre_prior(torch.stack([own.object for own in squashed]))
+            results.append(_of_baseline("centre prior", mark_prior(squashed, threshold), threshold=threshold))
+        results += [
+            _of_baseline(name, [picture.baselines[name] for picture in pictures]) for name in pictures[0].baselines
+        ]
         if self._boxes_alone:
             results = [_located_alone(result) for result in results]
         return results
 
-    def _of_network(self, network: int, name: str) -> Result:
+    def _of_network(self, pictures: list[_Scored], network: int, name: str) -> Result:
         result = Result(name, {}, {}, {"thresholds of maxF@0.3": {}})
-        if self._attention[0]:
-            self._add_attention([picture[network] for picture in self._attention], result)
-        for method in self._methods[0][network]:
-            marks = stack_marks([picture[network][method] for picture in self._methods])
+        if pictures[0].attention:
+            self._add_attention([picture.attention[network] for picture in pictures], result)
+        for method in pictures[0].methods[network]:
+            marks = stack_marks([picture.methods[network][method] for picture in pictures])
             result.ious[method] = marks.measures.iou[:, 0]
             _add_others(result, method, marks)
         return result

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
@@ -64,12 +65,16 @@ def segment(config: AttentionConfig) -> Outcome:
     Raises:
         UserError: There is no picture, or none that could be used or, with masks, scored.
     """
+    with TemporaryDirectory() as scores:
+        return _segment(config, Summary(Path(scores), mass=config.mass, seed=config.seed))
+
+
+def _segment(config: AttentionConfig, summary: Summary) -> Outcome:
     pictures, truths = _pictures(config)
     networks = _networks(config, scored=truths is not None)
     places = range(len(pictures))[: config.limit]
     gallery = Gallery(config.out, [pictures.name(place) for place in places])
     skipped, unscored = (_fresh_list(config.out / f"{name}.txt") for name in ("skipped", "unscored"))
-    summary = Summary(mass=config.mass, seed=config.seed)
     written = []
     start = time.perf_counter()
     finders = make_finders(

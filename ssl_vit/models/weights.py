@@ -13,6 +13,7 @@ import torch
 from pydantic import model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -193,13 +194,15 @@ def _from_file(path: Path, weights: Weights) -> LoadedBackbone:
 def _from_timm(name: str, *, pretrained: bool) -> LoadedBackbone:
     if not timm.is_model(name):
         raise UserError(f"timm has no model {name}; `timm.list_models()` names them")
-    settings = timm.get_pretrained_cfg(name)
     try:
+        settings = timm.get_pretrained_cfg(name)
+        with torch.device("meta"):  # the architecture alone: nothing is fetched for what is then refused
+            architecture = timm.create_model(name, num_classes=0)
+        if type(architecture) is not VisionTransformer or type(architecture.patch_embed) is not PatchEmbed:
+            raise UserError(f"timm:{name} is {NOT_PLAIN}")
         plain = timm.create_model(name, pretrained=pretrained, num_classes=0)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"timm:{name}: its weights cannot be loaded here: {error}") from None
-    if type(plain) is not VisionTransformer:
-        raise UserError(f"timm:{name} is {NOT_PLAIN}")
+        raise UserError(f"timm:{name} cannot be loaded here: {error}") from None
     config = BackboneConfig(
         name=name,
         img_size=settings.input_size[-1],
