@@ -77,7 +77,7 @@ class PropagateConfig(Section):
     frames: Path | None
     masks: Path | None
     out: Path
-    side: Count
+    side: Count | None
     context: Annotated[int, Field(ge=0)]
     radius: Count | None
     top_k: Count

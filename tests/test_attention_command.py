@@ -297,3 +297,15 @@ def test_soft_maps_are_bilinear_between_patch_centres():
 
 def test_names_that_differ_in_their_suffix_alone_keep_it(tmp_path):
     assert Gallery(tmp_path, ["a.jpg", "a.png", "b/a.jpg", "c.d.jpg"]).stems == ["a.jpg", "a.png", "b/a", "c.d"]
+
+
+def test_one_scored_picture_has_no_interval_and_a_second_run_is_told_of_the_first(folder, capsys):
+    one = [f"images={folder / 'images' / 'odd.png'}", f"masks={folder / 'masks'}", f"out={folder / 'out'}"]
+    assert main(["attention", CHECKPOINT, *one]) == 0
+    first = capsys.readouterr().out
+    assert "IoU of 1 pictures" in first
+    assert "one picture: no intervals" in first
+    assert "±   -" in first
+    assert "earlier result" not in first
+    assert main(["attention", CHECKPOINT, *one]) == 0
+    assert "holds an earlier result" in capsys.readouterr().out

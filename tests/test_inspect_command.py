@@ -217,3 +217,11 @@ def test_an_inspection_that_stops_half_way_leaves_no_index_of_other_panels(tiny_
     monkeypatch.setattr(np, "savez_compressed", stop)
     assert main(words) == 130
     assert not (tmp_path / "inspect.json").exists()
+
+
+def test_the_random_twin_does_not_share_the_first_weights_of_random_networks(sample, tmp_path):
+    """Both would start from seed 0, and every curve would lie on its baseline."""
+    words = ["checkpoint=random:vit_tiny_patch16_224", f"images={sample / 'test'}", "limit=8", f"out={tmp_path / 'x'}"]
+    assert main(["inspect", *words]) == 0
+    with np.load(tmp_path / "x" / "arrays.npz") as arrays:
+        assert not np.allclose(arrays["network/filters"], arrays["random init/filters"], atol=1e-3)

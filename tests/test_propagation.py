@@ -12,9 +12,10 @@ from reference import propagation as slow
 
 from ssl_vit.cli import main
 from ssl_vit.data.pictures import BrokenPicture
+from ssl_vit.models.weights import load_backbone
 from ssl_vit.video.boundary import boundaries, boundary_f, course, dilated, region
 from ssl_vit.video.davis import default_palette, read_mask, write_mask
-from ssl_vit.video.propagation import Rule, Source, fitted_size, nearest, propagate, to_classes
+from ssl_vit.video.propagation import Propagation, Rule, Source, fitted_size, nearest, propagate, to_classes
 
 RULE = Rule(side=480, context=7, radius=2, top_k=5, temperature=0.1)
 
@@ -359,3 +360,10 @@ def test_a_video_that_cannot_be_followed_does_not_stop_the_others(davis, tiny_ne
     assert "1 frames, masks or videos could not be used" in record["warnings"][0]
     assert "squares\tthe whole video: " in (tmp_path / "out" / "skipped.txt").read_text()
     assert "more" in capsys.readouterr().out
+
+
+def test_frames_are_not_enlarged_unless_asked(tiny_network):
+    first, classes = torch.zeros(3, 64, 96, dtype=torch.uint8), torch.zeros(64, 96, dtype=torch.long)
+    network = load_backbone(str(tiny_network))
+    assert Propagation(network, RULE._replace(side=None), first, classes).fitted == (64, 64)
+    assert Propagation(network, RULE._replace(side=128), first, classes).fitted == (128, 192)

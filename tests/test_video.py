@@ -249,10 +249,13 @@ def test_ctrl_c_leaves_a_video_that_plays_with_what_was_done(tmp_path, tiny_netw
     monkeypatch.setattr(Painter, "draw", draw)
     before = signal.getsignal(signal.SIGINT)
     out = tmp_path / "out.mp4"
+    out.write_bytes(b"the old one")
     assert overlay(tiny_network, write_video(tmp_path / "clip.mp4", 12), out) == 130
     assert signal.getsignal(signal.SIGINT) is before
-    assert "6 frames in" in capsys.readouterr().out
-    assert len(read(out)) == 6
+    stopped = tmp_path / "out-stopped.mp4"
+    assert f"the first 6 of 12 frames are in {stopped}" in capsys.readouterr().out
+    assert len(read(stopped)) == 6
+    assert out.read_bytes() == b"the old one"
 
 
 def test_a_failure_on_the_way_leaves_the_old_video_as_it_was(tmp_path, tiny_network, monkeypatch):

@@ -41,6 +41,8 @@ def score_table(results: list[Result], *, mass: float) -> str:
             lines += [_rule(f"  {name}", rule, network, twin) for rule, name in shown.items()]
     lines.append("without a network")
     lines += [_rule(f"  {BASELINES[result.name]}", "", result, None) for result in results if result.name in BASELINES]
+    if count == 1:
+        lines.append("one picture: no intervals, no fixed head and no centre prior, which take others")
     return "\n".join(lines)
 
 
@@ -73,4 +75,4 @@ def _share(values: Tensor) -> str:
 
 def _cell(values: Tensor) -> str:
     metric = mean("", values)
-    return f"{metric.value:.3f} ± {(metric.high - metric.low) / 2:.3f}"
+    return f"{metric.value:.3f}" + (f" ± {(metric.high - metric.low) / 2:.3f}" if metric.n > 1 else " ±   -  ")

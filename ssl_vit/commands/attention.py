@@ -53,6 +53,8 @@ class Outcome(NamedTuple):
 
 def main(config: AttentionConfig) -> None:
     """Run the command."""
+    if (config.out / "summary.json").exists():
+        print(f"{config.out} holds an earlier result: what it has of other pictures and methods stays", flush=True)
     outcome = segment(config)
     if outcome.results:
         print(score_table(outcome.results, mass=config.mass))

@@ -35,6 +35,7 @@ from ssl_vit.records.naming import model_name
 from ssl_vit.training.hardware import best_device
 from ssl_vit.training.runs import CONFIG, read_config
 
+TWIN = 2**20  # far from any seed that a run starts from: with its first weights a twin would look like the network
 DRAWN = 4  # pictures
 BATCH_PIXELS = 2**20  # of crops in one forward pass
 _DIVERGED = "Training has diverged: take an earlier checkpoint"
@@ -56,8 +57,8 @@ def main(config: InspectConfig) -> None:
     """Run the command."""
     outcome = inspect(config)
     print(f"{outcome.panels} panels of {outcome.pictures:,} pictures in {outcome.seconds:.0f} s: {outcome.out / INDEX}")
-    for name, why in outcome.left_out.items():
-        print(f"no panel {name}: {why}")
+    for why in dict.fromkeys(outcome.left_out.values()):
+        print(f"no panel {', '.join(name for name, reason in outcome.left_out.items() if reason == why)}: {why}")
     if outcome.skipped:
         print(f"{outcome.skipped} pictures could not be used: {outcome.out / 'skipped.txt'} says why")
 
@@ -72,7 +73,7 @@ def inspect(config: InspectConfig) -> Outcome:
     start = time.perf_counter()
     networks = {NETWORK: _load(config.checkpoint, config)}
     if config.baselines:
-        networks[RANDOM] = random_twin(networks[NETWORK], config.seed)
+        networks[RANDOM] = random_twin(networks[NETWORK], config.seed + TWIN)
     pictures = _pictures(config, networks[NETWORK].run)
     out = config.out or (networks[NETWORK].run or Path()) / "inspect"
     _check_apart(out, config.images)

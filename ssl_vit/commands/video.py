@@ -27,11 +27,11 @@ MOST_NAMED = 5  # skipped frames
 
 
 def main(config: VideoConfig) -> None:
-    """Draw all frames; after Ctrl-C those that were done are kept, in a video that plays.
+    """Draw all frames; after Ctrl-C those that were done are kept beside `out`, in a video that plays.
 
     Raises:
         UserError: There is no frame that can be used, or the network has no class token or other channels.
-        KeyboardInterrupt: Ctrl-C was pressed; the video is whole up to there.
+        KeyboardInterrupt: Ctrl-C was pressed; what was there before at `out` is as it was.
     """
     _check_places(config)
     frames = open_frames(config.video, fps=config.fps)
@@ -42,7 +42,8 @@ def main(config: VideoConfig) -> None:
     skipped: list[BrokenPicture] = []
     total = min(frames.count or config.limit or 0, config.limit or frames.count or 0) or None
     as_video = bool(config.out.suffix)
-    writer = video_writer(config.out, rate=frames.rate, clock=frames.clock) if as_video else picture_writer(config.out)
+    place = config.out.with_stem(f"{config.out.stem}-stopped") if as_video else config.out  # until all frames are done
+    writer = video_writer(place, rate=frames.rate, clock=frames.clock) if as_video else picture_writer(place)
     painter, written, start = Painter(config.mass), 0, time.perf_counter()
     batches = watch(
         islice(frames.read(skipped.append), config.limit),
@@ -61,9 +62,17 @@ def main(config: VideoConfig) -> None:
                 break
         if not written:
             raise UserError(f"video={config.video}: no frame could be used; {_told(skipped)}")
-    _report(config, written, skipped, time.perf_counter() - start, codec=video_codec() if as_video else "JPEG")
+    told = f" ({video_codec() if as_video else 'JPEG'})"
     if stopped:
+        of = f" of {total}" if total else ""
+        print(f"stopped: the first {written}{of} frames are in {place}{told}")
         raise KeyboardInterrupt
+    if as_video:
+        place.replace(config.out)
+    seconds = time.perf_counter() - start
+    print(f"{written} frames in {seconds:.0f} s ({written / seconds:.1f} a second) in {config.out}{told}")
+    if skipped:
+        print(f"{len(skipped)} frames could not be used: {_told(skipped)}")
 
 
 def _check_places(config: VideoConfig) -> None:
@@ -89,12 +98,6 @@ def _ctrl_c() -> Iterator[list[int]]:
         yield received
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _report(config: VideoConfig, written: int, skipped: list[BrokenPicture], seconds: float, *, codec: str) -> None:
-    print(f"{written} frames in {seconds:.0f} s ({written / seconds:.1f} a second) in {config.out} ({codec})")
-    if skipped:
-        print(f"{len(skipped)} frames could not be used: {_told(skipped)}")
 
 
 def _told(skipped: list[BrokenPicture]) -> str:

@@ -15,13 +15,14 @@ from ssl_vit.attention.stream import normalise
 from ssl_vit.errors import UserError
 from ssl_vit.models.weights import LoadedBackbone
 
+SIDE = 480  # pixels: of the shorter side in DINO's protocol
 STEP = 64  # pixels: DINO's longer sides are multiples of it
 
 
 class Rule(NamedTuple):
     """How labels travel; DINO's eval_video_segmentation.py has context 7, radius 12, top_k 5, temperature 0.1."""
 
-    side: int  # pixels of the shorter side that the network sees
+    side: int | None  # pixels of the shorter side that the network sees; None: the frames' own, at most 480
     context: int  # frames before the one at hand that labels come from, besides the first
     radius: int | None  # patches in each direction that labels come from; None: the whole frame
     top_k: int  # most similar patches that labels come from, of all frames together
@@ -51,7 +52,8 @@ class Propagation:
     def __init__(self, network: LoadedBackbone, rule: Rule, first: Tensor, classes: Tensor) -> None:
         self.network = network
         self.rule = rule
-        self.fitted = fitted_size(first.shape[-2], first.shape[-1], rule.side, network.backbone.patch_size)
+        side = rule.side or min(SIDE, *first.shape[-2:])
+        self.fitted = fitted_size(first.shape[-2], first.shape[-1], side, network.backbone.patch_size)
         features = patch_features(network, first, self.fitted)
         small = nearest(classes, (features.shape[0], features.shape[1]))
         labels = F.one_hot(small, int(classes.max()) + 1).to(features)

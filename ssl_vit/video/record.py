@@ -25,7 +25,8 @@ MEASURES = ("J-mean", "J-recall", "J-decay", "F-mean", "F-recall", "F-decay")
 PROTOCOL = {
     "task": "semi-supervised: the first frame's mask is given; DAVIS-2017's measures over its objects",
     "features": "patch tokens of the last block after the final norm, of length 1",
-    "resize": "shorter side to `side` (nearest multiple of the patch), longer down to a multiple of 64 (of the patch, "
+    "resize": "shorter side to `side` (null: its own, at most 480), nearest multiple of the patch; "
+    "longer down to a multiple of 64 (of the patch, "
     "where it does not divide 64); bilinear, antialias; the network's own normalisation",
     "labels": "of the first frame and `context` before: `top_k` most similar patches of all frames together within "
     "`radius` patches, weighted by exp(cosine / temperature); soft labels go on, ties at the last place count",
