@@ -104,6 +104,34 @@ def test_jaccard_is_that_of_the_best_head_of_each_object(voc, tiny_network, tmp_
     assert "each object by itself" in capsys.readouterr().out
 
 
+def test_the_baselines_of_each_object_stand_beside_the_heads(voc, tiny_network, tmp_path, capsys):
+    record = run(voc, tiny_network, tmp_path / "out", "baselines=false")
+    baselines = {score["name"]: score for score in record["baselines"]}
+    found = {
+        name: next(metric["value"] for metric in score["metrics"] if metric["name"] == "object IoU")
+        for name, score in baselines.items()
+    }
+    squares = [to_pixels(torch.from_numpy(instances(place)), (64, 64)).numpy() for place in range(3)]
+    prior, ceiling, whole = [], [], []
+    for place in range(3):
+        values = instances(place)
+        counted, own = values != 255, squares[place]
+        average = np.mean([(one == 1) | (one == 2) for other, one in enumerate(squares) if other != place], axis=0)
+        guess = average >= np.float32(baselines["centre prior"]["details"]["threshold"])
+        for label in (1, 2):
+            truth = values == label
+            inside, pixels = ((part.reshape(5, 8, 7, 8)).sum((1, 3)) for part in (truth, counted))
+            mostly = np.kron(inside > pixels / 2, np.ones((8, 8), dtype=bool))
+            ceiling.append((mostly & truth).sum() / ((mostly | truth) & counted).sum())
+            whole.append(truth.sum() / counted.sum())
+            prior.append((guess & (own == label)).sum() / ((guess | (own == label)) & (own != 255)).sum())
+    assert found["all foreground"] == pytest.approx(np.mean(whole), abs=1e-6)
+    assert found["patch ceiling"] == pytest.approx(np.mean(ceiling), abs=1e-6)
+    assert found["centre prior"] == pytest.approx(np.mean(prior), abs=1e-6)
+    table = capsys.readouterr().out
+    assert table.count("centre prior: the average mask") == 2
+
+
 def test_a_list_of_boxes_gives_corloc_alone(voc, tiny_network, tmp_path, capsys):
     record = run(voc, tiny_network, tmp_path / "out", "split=Main/trainval", "methods=[attention,lost]")
     names = [metric["name"] for metric in record["score"]["metrics"]]

@@ -14,6 +14,7 @@ from ssl_vit.attention.metrics import (
     Scores,
     count_truth,
     iou,
+    majority,
     mass_curve,
     outline,
     score,
@@ -74,13 +75,15 @@ class Squashed(NamedTuple):
     object: Tensor  # (64, 64) bool
     counted: Tensor  # (64, 64) bool
     boxes: Tensor  # (boxes, 4) float, in cells
+    instances: Tensor | None  # (objects, 64, 64) bool, where objects are told apart
 
 
 def squash(annotation: Annotation) -> Squashed:
     """What is given of a picture, without its size."""
     height, width = annotation.object.shape
     cells = annotation.boxes * (OUTLINE / torch.tensor([width, height, width, height]))
-    return Squashed(outline(annotation.object), outline(annotation.counted), cells)
+    instances = None if annotation.instances is None else outline(annotation.instances)
+    return Squashed(outline(annotation.object), outline(annotation.counted), cells, instances)
 
 
 def mark_prior(pictures: list[Squashed], threshold: float) -> list[Marks]:
@@ -99,6 +102,29 @@ def mark_prior(pictures: list[Squashed], threshold: float) -> list[Marks]:
         hit = box is not None and bool((box_iou(box, own.boxes) >= LOCATED).any())
         marks.append(Marks(measures, torch.tensor([hit])))
     return marks
+
+
+def prior_by_object(pictures: list[Squashed], threshold: float) -> Tensor:
+    """IoU (n,) of the same average with each picture's objects, one by one, in the mean over these."""
+    total = torch.stack([picture.object for picture in pictures]).sum(0)
+    ious = []
+    for own in pictures:
+        assert own.instances is not None
+        mask = (total - own.object.long()).float() / (len(pictures) - 1) >= threshold  # (64, 64)
+        ious.append(mean_over_objects(mask, own.instances, own.counted))
+    return torch.stack(ious)
+
+
+def mean_over_objects(mask: Tensor, instances: Tensor, counted: Tensor) -> Tensor:
+    """IoU () of a mask of patches (rows, columns) with each object (objects, H, W), in the mean over these."""
+    grid = (mask.shape[-2], mask.shape[-1])
+    return torch.stack([iou(mask, count_truth(instance, grid, counted)) for instance in instances]).mean()
+
+
+def ceiling_by_object(instances: Tensor, counted: Tensor, grid: tuple[int, int]) -> Tensor:
+    """IoU () of each object's majority patches with the object itself, in the mean over the objects (objects, H, W)."""
+    truths = [count_truth(instance, grid, counted) for instance in instances]
+    return torch.stack([iou(majority(truth), truth) for truth in truths]).mean()
 
 
 def stack_marks(pictures: list[Marks]) -> Marks:

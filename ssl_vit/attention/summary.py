@@ -26,10 +26,13 @@ from ssl_vit.attention.scoring import (
     Marks,
     Objects,
     Squashed,
+    ceiling_by_object,
     mark,
     mark_attention,
     mark_prior,
+    mean_over_objects,
     pick,
+    prior_by_object,
     squash,
     stack_marks,
 )
@@ -40,6 +43,7 @@ from ssl_vit.records.record import Metric, Score
 NETWORK, RANDOM = "network", "random init"
 BASELINES = ("centre prior", "all foreground", "patch ceiling")
 CORLOC = "CorLoc"
+BY_OBJECT = "object IoU"  # of a baseline: with each object by itself
 MEASURES = ("acc", "F@0.3", "maxF@0.3", "maxF_selfmask", CORLOC)  # beside the IoU
 
 
@@ -68,6 +72,7 @@ class _Scored(NamedTuple):
     methods: list[dict[str, Marks]]  # per network
     squashed: Squashed
     baselines: dict[str, Marks]  # those that no other picture is needed for
+    by_object: dict[str, Tensor]  # their IoU () with each object, in the mean; empty where objects are not told apart
 
 
 _KEPT: list[Any] = [_Scored, AttentionMarks, Marks, Measures, Scores, HeadScores, Squashed]
@@ -109,7 +114,13 @@ class Summary:
             ],
             squash(given),
             {name: mark(mask.float(), mask, given) for name, mask in masks.items()},
+            {},
         )
+        if given.instances is not None:
+            scored.by_object["all foreground"] = mean_over_objects(
+                masks["all foreground"][0], given.instances, given.counted
+            )
+            scored.by_object["patch ceiling"] = ceiling_by_object(given.instances, given.counted, (rows, columns))
         torch.save(scored, self._folder / f"{len(self.places)}.pt")
         self.places.append(place)
         self._boxes_alone = not given.masked
@@ -130,9 +141,12 @@ class Summary:
             squashed = [picture.squashed for picture in pictures]
             _, threshold = centre_prior(torch.stack([own.object for own in squashed]))
             results.append(_of_baseline("centre prior", mark_prior(squashed, threshold), threshold=threshold))
-        results += [
-            _of_baseline(name, [picture.baselines[name] for picture in pictures]) for name in pictures[0].baselines
-        ]
+            if pictures[0].by_object:
+                results[-1].others[BY_OBJECT] = prior_by_object(squashed, threshold)
+        for name in pictures[0].baselines:
+            results.append(_of_baseline(name, [picture.baselines[name] for picture in pictures]))
+            if pictures[0].by_object:
+                results[-1].others[BY_OBJECT] = torch.stack([picture.by_object[name] for picture in pictures])
         if self._boxes_alone:
             results = [_located_alone(result) for result in results]
         return results

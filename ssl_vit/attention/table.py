@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ssl_vit.attention.summary import CORLOC, MEASURES, RANDOM, Result, mean
+from ssl_vit.attention.summary import BY_OBJECT, CORLOC, MEASURES, RANDOM, Result, mean
 
 HEAD_RULES = {
     "fixed head": "best fixed head",
     "mean": "mean of the heads",
     "oracle head": "oracle: each picture's best",
 }
+OBJECTS = "attention: each object by itself"
 OBJECT_RULES = HEAD_RULES | {"oracle head": "oracle: each object's best"}
 BASELINES = {
     "centre prior": "centre prior: the average mask",
@@ -30,7 +31,7 @@ def score_table(results: list[Result], *, mass: float) -> str:
     lines = [_row(f"IoU of {count} pictures", "± 95 %", list(MEASURES), RANDOM if twin else "")]
     sections = {
         f"attention: masks with {mass:.0%} of it": {f"mass/{rule}": name for rule, name in HEAD_RULES.items()},
-        "attention: each object by itself": {f"object/{rule}": name for rule, name in OBJECT_RULES.items()},
+        OBJECTS: {f"object/{rule}": name for rule, name in OBJECT_RULES.items()},
         "attention: the object's area, given": {f"area/{rule}": name for rule, name in HEAD_RULES.items()},
         "other methods": {rule: rule for rule in network.ious if "/" not in rule},
     }
@@ -39,6 +40,12 @@ def score_table(results: list[Result], *, mass: float) -> str:
         if shown:
             lines.append(title)
             lines += [_rule(f"  {name}", rule, network, twin) for rule, name in shown.items()]
+        if shown and title == OBJECTS:
+            lines += [
+                _row(f"  {BASELINES[result.name]}", _cell(result.others[BY_OBJECT]), [], "")
+                for result in results
+                if BY_OBJECT in result.others
+            ]
     lines.append("without a network")
     lines += [_rule(f"  {BASELINES[result.name]}", "", result, None) for result in results if result.name in BASELINES]
     if count == 1:
