@@ -239,7 +239,9 @@ def test_a_network_that_has_diverged_has_no_panels(pretrain_config, sample, tmp_
 # --- wandb -----------------------------------------------------------------------------------------------------
 
 
-def test_wandb_receives_the_panels(pretrain_config):
+def test_wandb_receives_the_panels(pretrain_config, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    wandb.setup()  # as something else in this process may have: from then on it reads no environment
     run = pretrain(pretrain_config("method=sit", *EVERY_EPOCH, "logger=wandb", "logger.offline=true"))
     wandb.teardown()  # its process writes the files to their end
     sent = sorted(path.name for path in (run / "wandb").rglob("media/images/panels/*.png"))

@@ -133,7 +133,7 @@ def make_loggers(config: AnyRun, done: int) -> list[Logger]:
             id=id_file.read_text(encoding="utf-8") if first_process() else None,
             resume="allow",
             save_dir=folder,
-            offline=config.logger.offline,
+            mode="offline" if config.logger.offline else None,
         )
         wandb.log_hyperparams(config.model_dump(mode="json"))
         loggers.append(wandb)
