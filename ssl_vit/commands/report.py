@@ -60,7 +60,7 @@ def write(config: ReportConfig) -> Written:
     print(
         f"Gathering {printable(config.run)}: records, curves, attention, neighbours, a map of the features", flush=True
     )
-    if config.inspect and not (config.run / "inspect" / INDEX).exists():
+    if config.inspect and config.run.is_dir() and not (config.run / "inspect" / INDEX).exists():
         _inspect(config)
     content = gather(config, _command(config))
     page = _page(content)
