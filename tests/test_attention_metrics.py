@@ -8,12 +8,11 @@ from PIL import Image
 from ssl_vit.attention.masks import mass_mask, to_pixels, top_mask
 from ssl_vit.attention.metrics import (
     HeadScores,
-    all_foreground,
     centre_prior,
     count_truth,
     fixed_head,
     iou,
-    majority_ceiling,
+    majority,
     oracle_head,
     outline,
     score,
@@ -48,8 +47,8 @@ def test_perfect_and_disjoint_masks():
     counted = count_truth(truth, (2, 2))
     masks = torch.tensor([[[1, 0], [0, 0]], [[0, 1], [1, 1]], [[1, 1], [0, 0]], [[0, 0], [0, 0]]]) > 0
     assert iou(masks, counted).tolist() == [1, 0, 0.5, 0]
-    assert majority_ceiling(counted) == 1
-    assert all_foreground(counted) == 0.25
+    assert iou(majority(counted), counted) == 1
+    assert iou(torch.ones(counted.object.shape, dtype=torch.bool), counted) == 0.25
 
 
 def test_score_holds_each_rule_for_each_head_and_for_the_mean_map():
@@ -124,8 +123,9 @@ def test_baselines_on_ecssd_are_those_known_for_it(ecssd):
     assert prior.mean() == pytest.approx(0.41, abs=0.01)
     assert threshold == pytest.approx(0.3)
     counted = [count_truth(truth, (round(truth.shape[0] / 16), round(truth.shape[1] / 16))) for truth in truths]
-    assert torch.stack([majority_ceiling(c) for c in counted]).mean() == pytest.approx(0.85, abs=0.01)
-    assert torch.stack([all_foreground(c) for c in counted]).mean() == pytest.approx(0.235, abs=0.005)
+    assert torch.stack([iou(majority(c), c) for c in counted]).mean() == pytest.approx(0.85, abs=0.01)
+    whole = [iou(torch.ones(c.object.shape, dtype=torch.bool), c) for c in counted]
+    assert torch.stack(whole).mean() == pytest.approx(0.235, abs=0.005)
 
 
 def test_masks_of_every_mode_are_non_zero_where_the_object_is(tmp_path):

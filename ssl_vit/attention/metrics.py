@@ -123,18 +123,8 @@ def majority(truth: Truth) -> Tensor:
     return truth.object > truth.pixels / 2
 
 
-def majority_ceiling(truth: Truth) -> Tensor:
-    """IoU of the patches that are mostly object."""
-    return iou(majority(truth), truth)
-
-
-def all_foreground(truth: Truth) -> Tensor:
-    """IoU of a mask that covers the whole picture."""
-    return truth.object.sum() / truth.pixels.sum()
-
-
 def outline(mask: Tensor) -> Tensor:
-    """A mask (H, W) bool, squashed to (64, 64) bool: all that the centre prior keeps of a picture."""
+    """Masks (..., H, W) bool, squashed to (..., 64, 64) bool: all that the centre prior keeps of a picture."""
     return to_pixels(mask, (OUTLINE, OUTLINE))
 
 
