@@ -11,7 +11,7 @@ INSTALLED := .venv/.installed
 demo: $(INSTALLED)
 	$(BIN)/ssl-vit demo run.overwrite=true
 
-# One thread per test process: the networks are too small to share out.
+# One thread per test process: the models are too small to share out.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 

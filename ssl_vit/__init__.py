@@ -1,4 +1,4 @@
-"""ssl-vit: self-supervised pretraining of vision transformers on your own pictures."""
+"""ssl-vit: self-supervised pretraining of vision transformers on your own images."""
 
 from importlib.metadata import PackageNotFoundError, version
 

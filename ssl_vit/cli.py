@@ -11,9 +11,9 @@ import warnings
 from typing import NamedTuple
 
 from ssl_vit import __version__
-from ssl_vit.durable import FULL
-from ssl_vit.errors import PartDone, SharedError, UserError
-from ssl_vit.processes import first_process
+from ssl_vit.runtime.atomic_io import DISK_FULL_ERRNOS
+from ssl_vit.runtime.errors import AllRanksError, RankFinished, UserError
+from ssl_vit.runtime.launch import is_rank_zero
 
 
 class Command(NamedTuple):
@@ -24,37 +24,35 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "demo": Command("the whole product in a few minutes, on pictures it makes itself", "ssl-vit demo"),
+    "demo": Command("the whole product in a few minutes, on images it makes itself", "ssl-vit demo"),
     "pretrain": Command(
-        "pretrain a ViT on a folder of pictures, without labels",
+        "pretrain a ViT on a folder of images, without labels",
         "ssl-vit pretrain data.root=photos method=dino backbone=vit_small run.name=photos",
     ),
-    "knn": Command("kNN accuracy of the frozen features", "ssl-vit knn checkpoint=runs/photos data.root=labelled"),
-    "linear": Command(
-        "linear probe on the frozen features", "ssl-vit linear checkpoint=runs/photos data.root=labelled"
-    ),
+    "knn": Command("kNN accuracy of the frozen features", "ssl-vit knn checkpoint=runs/photos data.root=labeled"),
+    "linear": Command("linear probe on the frozen features", "ssl-vit linear checkpoint=runs/photos data.root=labeled"),
     "compare": Command(
-        "records of several networks in one table, with paired tests", "ssl-vit compare runs/dino runs/sit"
+        "records of several models in one table, with paired tests", "ssl-vit compare runs/dino runs/sit"
     ),
-    "neighbours": Command(
-        "the nearest pictures of a picture, drawn side by side",
-        "ssl-vit neighbours checkpoint=runs/photos data.root=photos images=photo.jpg",
+    "neighbors": Command(
+        "the nearest images of an image, drawn side by side",
+        "ssl-vit neighbors checkpoint=runs/photos data.root=photos images=photo.jpg",
     ),
     "features": Command(
-        "describe pictures once, for all evaluations and other tools",
+        "describe images once, for all evaluations and other tools",
         "ssl-vit features checkpoint=runs/photos data.root=photos to=npz out=features.npz",
     ),
     "fewshot": Command(
         "accuracy with few labels: 1 to 25 of each class, 1 to 10 %",
-        "ssl-vit fewshot checkpoint=runs/photos data.root=labelled",
+        "ssl-vit fewshot checkpoint=runs/photos data.root=labeled",
     ),
     "transfer": Command(
-        "a table of networks by labelled data sets: linear probes of each on each",
-        "ssl-vit transfer 'checkpoints=[runs/a,runs/b]' 'data.roots=[labelled/a,labelled/b]'",
+        "a table of models by labeled data sets: linear probes of each on each",
+        "ssl-vit transfer 'checkpoints=[runs/a,runs/b]' 'data.roots=[labeled/a,labeled/b]'",
     ),
     "finetune": Command(
-        "train the whole network with labels, and test it once",
-        "ssl-vit finetune checkpoint=runs/photos data.root=labelled run.name=photos-ft",
+        "train the whole model with labels, and test it once",
+        "ssl-vit finetune checkpoint=runs/photos data.root=labeled run.name=photos-ft",
     ),
     "attention": Command(
         "what the [CLS] token looks at: maps, masks, overlays",
@@ -69,20 +67,20 @@ COMMANDS = {
         "ssl-vit propagate checkpoint=runs/photos davis=DAVIS split=val",
     ),
     "inspect": Command(
-        "what is inside the network: attention, weights and features as panels and arrays",
+        "what is inside the model: attention, weights and features as panels and arrays",
         "ssl-vit inspect checkpoint=runs/photos images=photos out=inspect",
     ),
     "report": Command(
-        "a run as one page: scores, curves, attention, neighbours, a map of the features",
+        "a run as one page: scores, curves, attention, neighbors, a map of the features",
         "ssl-vit report run=runs/photos",
     ),
     "export": Command("weights that bare timm loads", "ssl-vit export checkpoint=runs/photos out=backbone.safetensors"),
-    "scan": Command("what is in a picture folder, broken files included", "ssl-vit scan data.root=photos"),
+    "scan": Command("what is in an image folder, broken files included", "ssl-vit scan data.root=photos"),
     "bench": Command(
         "how fast a configuration trains here, where the time goes, and how two compare",
-        "ssl-vit bench data.root=photos 'versus=[trainer.precision=32-true]'",
+        "ssl-vit bench data.root=photos 'compare_to=[trainer.precision=32-true]'",
     ),
-    "shard": Command("tar shards of a picture folder (WebDataset layout)", "ssl-vit shard data.root=photos out=shards"),
+    "shard": Command("tar shards of an image folder (WebDataset layout)", "ssl-vit shard data.root=photos out=shards"),
 }
 
 
@@ -109,24 +107,26 @@ def main(words: list[str] | None = None) -> int:
             print(help_text(name, COMMANDS[name].summary, COMMANDS[name].example, rest), flush=True)
             return 0
         if "--cfg" in rest:
-            from ssl_vit.commands.compose import compose_values, to_yaml
+            from ssl_vit.commands.load_config import compose_config, to_yaml
 
-            print(to_yaml(compose_values(name, [word for word in rest if word != "--cfg"])), flush=True)
+            print(to_yaml(compose_config(name, [word for word in rest if word != "--cfg"])), flush=True)
             return 0
-        # What Pillow warns of is read all the same, or ends as a skipped picture.
+        # What Pillow warns of is read all the same, or ends as a skipped image.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         if name == "pretrain" and "--multirun" in rest:
             importlib.import_module("ssl_vit.commands.sweep").main(rest)
             return 0
-        from ssl_vit.commands.compose import MODELS, load_config
+        from ssl_vit.commands.load_config import CONFIG_CLASSES, load_config
 
-        config = load_config(name, rest, MODELS[name])  # mistakes are told before torch is imported, seconds later
+        config = load_config(
+            name, rest, CONFIG_CLASSES[name]
+        )  # mistakes are told before torch is imported, seconds later
         command = importlib.import_module(f"ssl_vit.commands.{name}")
         command.main(rest if name == "bench" else config)  # bench makes a second configuration of the words
-    except PartDone:
+    except RankFinished:
         return 0
     except UserError as error:
-        if first_process() or not isinstance(error, SharedError):
+        if is_rank_zero() or not isinstance(error, AllRanksError):
             print(f"ssl-vit {name}: {error}", file=sys.stderr)
         return 2
     except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:  # of a place to write to
@@ -135,7 +135,7 @@ def main(words: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in DISK_FULL_ERRNOS:
             raise
         print(
             f"ssl-vit {name}: {error.filename or 'a file'}: {error.strerror}; make room and try again", file=sys.stderr
@@ -150,7 +150,7 @@ def main(words: list[str] | None = None) -> int:
 
 def overview() -> str:
     """The commands with an example each."""
-    lines = [f"ssl-vit {__version__}: self-supervised vision transformers from your own pictures", ""]
+    lines = [f"ssl-vit {__version__}: self-supervised vision transformers from your own images", ""]
     for name, command in COMMANDS.items():
         lines += [f"  {name:<10} {command.summary}", f"  {'':<10} $ {command.example}", ""]
     lines.append("ssl-vit <command> --help explains every key of a command.")

@@ -12,7 +12,7 @@ import yaml
 from ssl_vit import __version__
 from ssl_vit.cli import COMMANDS
 from ssl_vit.cli import main as ssl_vit
-from ssl_vit.commands.compose import MODELS, compose_values
+from ssl_vit.commands.load_config import CONFIG_CLASSES, compose_config
 
 
 def run(*words, **options):
@@ -68,7 +68,7 @@ def test_a_wrong_key_is_told_before_torch_is_imported(command):
 
 
 def test_every_command_has_its_configuration():
-    assert MODELS.keys() == COMMANDS.keys()
+    assert CONFIG_CLASSES.keys() == COMMANDS.keys()
 
 
 @pytest.mark.parametrize("words", [[], ["pretrain", "--help"], ["pretrain", "--cfg"]])
@@ -127,7 +127,7 @@ def test_help_holds_every_key_with_its_default(words, capsys):
     assert COMMANDS[command].summary in text
     assert COMMANDS[command].example in text
     body = re.split(r"^recipe=NAME|^Lists are written", text.partition("defaults:\n")[2], flags=re.M)[0]
-    told, composed = leaves(yaml.safe_load(body)), leaves(compose_values(command, options))
+    told, composed = leaves(yaml.safe_load(body)), leaves(compose_config(command, options))
     assert told.keys() == composed.keys()
     assert {key: value for key, value in told.items() if value != composed[key] and "${" not in str(value)} == {}
 

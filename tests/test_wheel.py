@@ -61,7 +61,7 @@ def test_the_wheel_holds_the_package_and_its_yaml_and_nothing_else(wheel):
     assert names == expected | {"ssl_vit/py.typed"}
 
 
-def test_the_wheel_names_its_licence_and_command(wheel):
+def test_the_wheel_names_its_license_and_command(wheel):
     with zipfile.ZipFile(wheel) as archive:
         texts = {Path(name).name: archive.read(name).decode() for name in archive.namelist() if ".dist-info/" in name}
     assert "License-Expression: Apache-2.0" in texts["METADATA"]

@@ -1,4 +1,4 @@
-"""Parts of a step alone on a GPU, and whether the GPU computes what the CPU does, for `gpu_figures.py`."""
+"""Parts of a step alone on a GPU, and whether the GPU computes what the CPU does, for `gpu_report.py`."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from ssl_vit.commands.compose import load_config
-from ssl_vit.config import BenchConfig
-from ssl_vit.distributed import norms
-from ssl_vit.evaluation.knn import Labelled, knn
-from ssl_vit.losses.dino import Targets, assignment, dino_loss
-from ssl_vit.losses.diversity import effective_rank, spread
+from ssl_vit.commands.load_config import load_config
+from ssl_vit.config.pretrain import BenchConfig
+from ssl_vit.data.transforms.corruption import Corruption
+from ssl_vit.data.transforms.multicrop import MultiCrop
+from ssl_vit.evaluation.classification.knn import LabeledFeatures, knn
+from ssl_vit.losses.dino import TeacherTargets, assignment_stats, dino_loss
 from ssl_vit.methods.base import SSLMethod, make_plan
-from ssl_vit.methods.finite import clip_each
-from ssl_vit.models.drop_path import choose_paths
-from ssl_vit.models.heads import Prototypes
-from ssl_vit.models.teacher import follow
-from ssl_vit.training.bench import make_batch
+from ssl_vit.methods.gradient_clipping import clip_grad_per_parameter
+from ssl_vit.methods.heads import Prototypes
+from ssl_vit.models.drop_path import sample_drop_paths
+from ssl_vit.models.ema import update_ema
+from ssl_vit.models.feature_statistics import effective_rank, feature_std
+from ssl_vit.runtime.distributed import norms
+from ssl_vit.runtime.rng import view_keys
+from ssl_vit.training.benchmark import make_batch
 from ssl_vit.training.trainer import build_method
-from ssl_vit.transforms.corruption import Corruption
-from ssl_vit.transforms.crops import MultiCrop
-from ssl_vit.transforms.randomness import view_keys
 
 STEP, STEPS = 5_000, 10_000  # of a run: the one at hand, and all
 DROP_PATH = "backbone.drop_path=0.1"
@@ -47,7 +47,7 @@ class Place:
 
     Args:
         device: That trains.
-        folder: Takes the pictures that are made.
+        folder: Takes the images that are made.
     """
 
     def __init__(self, device: torch.device, folder: Path) -> None:
@@ -87,7 +87,7 @@ class Stepper:
 
     Args:
         words: Of the configuration.
-        batch: Pictures.
+        batch: Images.
         device: That trains.
         mixed: Under bf16 autocast.
     """
@@ -120,19 +120,19 @@ class Stepper:
         return loss.detach()
 
 
-def synchronisation(place: Place) -> dict[str, Any]:
+def synchronization(place: Place) -> dict[str, Any]:
     """Where in a step the CPU waits for the GPU by an operation that torch knows to wait."""
     place.needs_gpu()
     found = {}
     for name, words in (("dino", VIT_CPU), ("sit", SIT)):
         stepper = Stepper((*words, DROP_PATH, "trainer.compile=false"), batch=64, device=place.device)
         stepper.step()
-        with warnings.catch_warnings(record=True) as caught, synchronising("warn"):
+        with warnings.catch_warnings(record=True) as caught, synchronizing("warn"):
             warnings.simplefilter("always")
             stepper.step()
         places = {f"{warning.filename}:{warning.lineno}" for warning in caught if "synchroniz" in str(warning.message)}
         try:
-            with synchronising("error"):
+            with synchronizing("error"):
                 stepper.step()
             found[name] = "none" if not places else f"WAITS at {sorted(places)}"
         except RuntimeError as error:
@@ -141,7 +141,7 @@ def synchronisation(place: Place) -> dict[str, Any]:
 
 
 @contextmanager
-def synchronising(mode: str) -> Iterator[None]:
+def synchronizing(mode: str) -> Iterator[None]:
     """What torch does in the block when the CPU waits for the GPU."""
     torch.cuda.set_sync_debug_mode(mode)
     try:
@@ -172,17 +172,19 @@ def waits(place: Place) -> dict[str, Any]:
 
 
 def parts(place: Place) -> dict[str, Any]:
-    """Milliseconds of parts of a step on their own, per batch, and per picture where that is what counts."""
+    """Milliseconds of parts of a step on their own, per batch, and per image where that is what counts."""
     batch = 512 if place.on_gpu else 4
     found = {f"{name}, ms": 1000 * place.seconds(call) for name, call in calls(place, batch=batch).items()}
     found |= {
-        f"{name}, ms per picture": found[f"{name}, ms"] / batch
+        f"{name}, ms per image": found[f"{name}, ms"] / batch
         for name in ("photometrics, global", "photometrics, local", "corruption")
     }
     found |= {f"loss K={k}, ms": 1000 * place.seconds(loss_call(place, batch, k)) for k in (4096, 65536)}
     queries, bank = (10_000, 50_000) if place.on_gpu else (50, 500)
     known, asked = (
-        Labelled(F.normalize(torch.randn(n, 384, device=place.device)), torch.arange(n, device=place.device) % 10)
+        LabeledFeatures(
+            F.normalize(torch.randn(n, 384, device=place.device)), torch.arange(n, device=place.device) % 10
+        )
         for n in (bank, queries)
     )
     search = partial(knn, known, asked, ks=[10, 20, 100, 200], temperature=0.07)
@@ -209,9 +211,9 @@ def calls(place: Place, *, batch: int) -> dict[str, Callable[[], object]]:
     gradients = [parameter.grad for parameter in method.student.parameters() if parameter.grad is not None]
     features, z = (torch.randn(n, d, device=place.device) for n, d in ((batch, width), (2 * batch, 256)))
     last = Prototypes(256, prototypes, norm_last_layer=True).to(place.device)
-    targets = Targets(last(z), torch.zeros(prototypes, device=place.device), 0.04)
+    targets = TeacherTargets(last(z), torch.zeros(prototypes, device=place.device), 0.04)
     cifar = MultiCrop(load_config("bench", [*VIT_CPU, "backbone.img_size=32"], BenchConfig).method.views)
-    pictures = torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8, device=place.device)
+    dataset = torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8, device=place.device)
     taken = torch.tensor(True, device=place.device)
 
     def corrupt() -> None:
@@ -222,13 +224,15 @@ def calls(place: Place, *, batch: int) -> dict[str, Callable[[], object]]:
         "photometrics, global": lambda: method.photometric(made.global_views, made.key),
         "photometrics, local": lambda: method.photometric(made.local_views, made.key, first_view=2),
         "corruption": torch.no_grad()(corrupt),
-        "crops of CIFAR": lambda: cifar.batch(pictures, made.key),
-        "drop path": lambda: choose_paths(method.student.backbone.drop_paths, keys[:, 2:].T.flatten(), place.device),
-        "clip": lambda: clip_each(gradients, norms(gradients), 3.0),
-        "ema": lambda: follow(method.teacher, method.student, 0.996, taken),
+        "crops of CIFAR": lambda: cifar.batch(dataset, made.key),
+        "drop path": lambda: sample_drop_paths(
+            method.student.backbone.drop_paths, keys[:, 2:].T.flatten(), place.device
+        ),
+        "clip": lambda: clip_grad_per_parameter(gradients, norms(gradients), 3.0),
+        "ema": lambda: update_ema(method.teacher, method.student, 0.996, taken),
         "optimizer": stepper.optimizer.step,
-        "logged: rank and spread": lambda: (effective_rank(features), spread(features)),
-        "logged: assignment": lambda: assignment(targets),
+        "logged: rank and spread": lambda: (effective_rank(features), feature_std(features)),
+        "logged: assignment": lambda: assignment_stats(targets),
     }
 
 
@@ -242,7 +246,7 @@ def loss_call(place: Place, batch: int, prototypes: int) -> Callable[[], None]:
     def call() -> None:
         with torch.autocast(place.device.type, torch.bfloat16):
             with torch.no_grad():
-                targets = Targets(last(teacher), center, 0.04)
+                targets = TeacherTargets(last(teacher), center, 0.04)
             dino_loss(last(student), targets, views=12, temperature=0.1).backward()
         last.zero_grad()
 

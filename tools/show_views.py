@@ -1,9 +1,9 @@
-"""Draw what a run will see, before it is started: pictures of its first step, their views, what SiT makes of them.
+"""Draw what a run will see, before it is started: images of its first step, their views, what SiT makes of them.
 
     python tools/show_views.py data.root=photos out=views.png
     python tools/show_views.py data.root=photos method=sit count=8 out=sit.png
 
-Takes every key of `ssl-vit pretrain`, and `out` (a picture file) and `count` (pictures, 6 by default).
+Takes every key of `ssl-vit pretrain`, and `out` (an image file) and `count` (images, 6 by default).
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ssl_vit.commands.compose import load_config
-from ssl_vit.config import PretrainConfig
-from ssl_vit.data.find import find_pictures
-from ssl_vit.data.pictures import SkippedPictures
-from ssl_vit.errors import UserError
-from ssl_vit.inspection.settings import RunSettings
-from ssl_vit.inspection.views import first_seen
-from ssl_vit.inspection.views_sheet import views_sheet
+from ssl_vit.commands.load_config import load_config
+from ssl_vit.config.pretrain import PretrainConfig
+from ssl_vit.data.dataset import SkippedImageLog
+from ssl_vit.data.dataset_factory import build_dataset
+from ssl_vit.runtime.errors import UserError
+from ssl_vit.visualization.first_step_views import RunSettings, load_first_step
+from ssl_vit.visualization.views_figure import views_sheet
 
 
 def main(words: list[str]) -> None:
@@ -29,12 +28,12 @@ def main(words: list[str]) -> None:
     config = load_config("pretrain", [word for word in words if word.partition("=")[0] not in own], PretrainConfig)
     settings = RunSettings.model_validate(config.model_dump())
     with tempfile.TemporaryDirectory() as folder:
-        skipped = SkippedPictures(Path(folder) / "skipped.txt")
-        seen = first_seen(
-            settings, find_pictures(config.data.source, config.data.root), count=int(own["count"]), skipped=skipped
+        skipped = SkippedImageLog(Path(folder) / "skipped_images.txt")
+        seen = load_first_step(
+            settings, build_dataset(config.data.source, config.data.root), count=int(own["count"]), skipped=skipped
         )
     views_sheet(seen).save(own["out"])
-    print(f"{len(seen)} pictures, method={config.method.name}: {own['out']}")
+    print(f"{len(seen)} images, method={config.method.name}: {own['out']}")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""One file per command, each read top to bottom: config, parts, run."""
+"""One file per command."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-from ssl_vit.config import ExportConfig
-from ssl_vit.errors import UserError
-from ssl_vit.models.weights import export_backbone, load_backbone
+from ssl_vit.config.pretrain import ExportConfig
+from ssl_vit.models.checkpoint import export_backbone, load_backbone
+from ssl_vit.runtime.errors import UserError
 
 
 def main(config: ExportConfig) -> None:

@@ -1,7 +1,7 @@
-"""`ssl-vit fewshot`: what the frozen features are worth where few pictures have labels.
+"""`ssl-vit fewshot`: what the frozen features are worth where few images have labels.
 
-ssl-vit fewshot checkpoint=runs/photos data.root=labelled
-ssl-vit fewshot checkpoint=runs/photos labelled=cifar10 data.root=data 'shots=[1,5]' 'shares=[]'
+ssl-vit fewshot checkpoint=runs/photos data.root=labeled
+ssl-vit fewshot checkpoint=runs/photos labeled=cifar10 data.root=data 'shots=[1,5]' 'shares=[]'
 """
 
 from __future__ import annotations
@@ -9,28 +9,28 @@ from __future__ import annotations
 from pathlib import Path
 
 from ssl_vit.commands.linear import split
-from ssl_vit.commands.publish import publish
-from ssl_vit.config_evaluation import FewshotConfig
-from ssl_vit.evaluation.fewshot import NEAREST, RIDGE, Outcome, edge_warnings, few_shot, settings
-from ssl_vit.evaluation.probes import Variant, split_rule
-from ssl_vit.evaluation.study import NETWORK, PIXELS, Study
-from ssl_vit.records.record import Record, Score
-from ssl_vit.training.hardware import best_device
+from ssl_vit.commands.log_results import report_result
+from ssl_vit.config.evaluate import FewshotConfig
+from ssl_vit.evaluation.classification.few_shot import NEAREST, RIDGE, FewShotResult, edge_warnings, few_shot, settings
+from ssl_vit.evaluation.classification.linear_classifier import FeatureVariant, split_rule
+from ssl_vit.evaluation.evaluator import MODEL, PIXELS, Evaluation
+from ssl_vit.evaluation.results.eval_result import EvalResult, ModelScores
+from ssl_vit.runtime.device import best_device
 
 
 def main(config: FewshotConfig) -> None:
     """Run the command."""
-    publish(*measure(config), config)
+    report_result(*measure(config), config)
 
 
-def measure(config: FewshotConfig) -> tuple[Record, Path]:
+def measure(config: FewshotConfig) -> tuple[EvalResult, Path]:
     """The record of the evaluation, and the file that it was written to.
 
     Raises:
-        UserError: Network and labelled pictures are not there, do not fit, or allow no evaluation.
+        UserError: Model and labeled images are not there, do not fit, or allow no evaluation.
     """
-    study = Study.begin("fewshot", config)
-    variant = Variant(min(config.blocks, len(study.loaded.backbone.vit.blocks)), config.patch_mean)
+    study = Evaluation.begin("fewshot", config)
+    variant = FeatureVariant(min(config.blocks, len(study.loaded.backbone.vit.blocks)), config.patch_mean)
     seeds = range(config.seed, config.seed + config.subsets)
     scores = []
     for source in study.sources(blocks=variant.blocks):
@@ -39,21 +39,21 @@ def measure(config: FewshotConfig) -> tuple[Record, Path]:
         outcomes = few_shot(
             train,
             test,
-            variant=Variant(1, False) if source.name == PIXELS else variant,
+            variant=FeatureVariant(1, False) if source.name == PIXELS else variant,
             among=among,
             seeds=seeds,
             l2=config.l2,
             device=best_device(),
         )
         scores.append(_score(source.name, outcomes))
-        if source.name == NETWORK:
+        if source.name == MODEL:
             edges = edge_warnings(outcomes, config.l2)
             chosen = {outcome.setting: {"l2": outcome.l2} for outcome in outcomes if outcome.l2}
     record = study.finish(
         scores,
         protocol={
             "classifiers": {
-                RIDGE: f"{variant}, standardised by the subset; 1 / (2 N) squared error to +1 and -1 + l2 / 2 |W|^2",
+                RIDGE: f"{variant}, standardized by the subset; 1 / (2 N) squared error to +1 and -1 + l2 / 2 |W|^2",
                 NEAREST: "cosine of the [CLS] of the last block",
             },
             "l2": sorted(set(config.l2)),
@@ -66,7 +66,7 @@ def measure(config: FewshotConfig) -> tuple[Record, Path]:
         },
         train_labels=train.labels,
         test_labels=test.labels,
-        findings={"labelled": {setting.name: int(setting.counts.sum()) for setting in among}},
+        findings={"labeled": {setting.name: int(setting.counts.sum()) for setting in among}},
         warnings=[*warnings, *edges],
         selection={"on": "leave-one-out within each subset", "chosen": chosen},
         seeds={"subsets": list(seeds)},
@@ -74,8 +74,8 @@ def measure(config: FewshotConfig) -> tuple[Record, Path]:
     return record, study.out
 
 
-def _score(name: str, outcomes: list[Outcome]) -> Score:
-    """The ridge probe in all settings, then the nearest neighbour."""
+def _score(name: str, outcomes: list[FewShotResult]) -> ModelScores:
+    """The ridge probe in all settings, then the nearest neighbor."""
     ordered = sorted(outcomes, key=lambda outcome: outcome.classifier != RIDGE)
     details = {
         "subsets": [
@@ -89,7 +89,7 @@ def _score(name: str, outcomes: list[Outcome]) -> Score:
             for outcome in ordered
         ]
     }
-    return Score(
+    return ModelScores(
         name,
         [outcome.metric() for outcome in ordered],
         details,

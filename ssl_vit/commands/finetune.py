@@ -1,8 +1,8 @@
-"""`ssl-vit finetune`: train a whole network with labels, as a run, and test it once at the end.
+"""`ssl-vit finetune`: train a whole model with labels, as a run, and test it once at the end.
 
-ssl-vit finetune checkpoint=runs/photos data.root=labelled run.name=photos-ft
-ssl-vit finetune checkpoint=random:runs/photos data.root=labelled run.name=from-scratch
-ssl-vit finetune checkpoint=runs/photos data.root=labelled data.image_size=384 run.name=photos-ft-384
+ssl-vit finetune checkpoint=runs/photos data.root=labeled run.name=photos-ft
+ssl-vit finetune checkpoint=random:runs/photos data.root=labeled run.name=from-scratch
+ssl-vit finetune checkpoint=runs/photos data.root=labeled data.image_size=384 run.name=photos-ft-384
 """
 
 from __future__ import annotations
@@ -14,47 +14,47 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save
 
+from ssl_vit.commands.log_results import format_result
 from ssl_vit.commands.pretrain import make_loggers
-from ssl_vit.commands.publish import shown
-from ssl_vit.config import PretrainDataConfig
-from ssl_vit.config_evaluation import FinetuneConfig
-from ssl_vit.data.loading import training_loader
-from ssl_vit.data.pictures import Pictures, SkippedPictures, Subset
-from ssl_vit.distributed import disband
-from ssl_vit.durable import durable, write_json
-from ssl_vit.errors import UserError
-from ssl_vit.evaluation.knn import rank_of
-from ssl_vit.evaluation.probes import TEST_SHARE, split_rule, stratified
-from ssl_vit.evaluation.study import NETWORK, Study
-from ssl_vit.methods.base import Plan, make_plan
-from ssl_vit.methods.finetune import FineTuning, trainable
-from ssl_vit.models.weights import export_backbone
-from ssl_vit.processes import first_process
-from ssl_vit.records.naming import data_name
-from ssl_vit.records.record import Answers, Score, accuracies
-from ssl_vit.training.agreement import SameStart
-from ssl_vit.training.faults import named_faults, refuse_divergence
-from ssl_vit.training.hardware import best_device
-from ssl_vit.training.held_out import HeldOut, answer
-from ssl_vit.training.journal import Journal
-from ssl_vit.training.keeper import Keeper
-from ssl_vit.training.origin import compare_origin, keep_origin, origin
-from ssl_vit.training.progress import RunProgress
-from ssl_vit.training.report import conclusion, schedules_along, way_on
-from ssl_vit.training.runs import Start, begin_run, locked, open_run, with_extension
-from ssl_vit.training.signals import StopSignals
-from ssl_vit.training.skipping import SkippedSteps
-from ssl_vit.training.trainer import make_trainer, quiet_lightning, tune
-from ssl_vit.transforms.augment import RandAugment, crop_views
-from ssl_vit.transforms.crops import MultiCrop
+from ssl_vit.config.evaluate import FinetuneConfig
+from ssl_vit.config.pretrain import PretrainDataConfig
+from ssl_vit.data.dataset import ImageDataset, SkippedImageLog, Subset
+from ssl_vit.data.loading.loader import build_train_loader
+from ssl_vit.data.transforms.mixup import RandAugment, single_view_config
+from ssl_vit.data.transforms.multicrop import MultiCrop
+from ssl_vit.evaluation.classification.knn import rank_of_true_class
+from ssl_vit.evaluation.classification.linear_classifier import TEST_SHARE, split_rule, stratified
+from ssl_vit.evaluation.evaluator import MODEL, Evaluation
+from ssl_vit.evaluation.results.eval_result import ModelScores, Predictions, topk_metrics
+from ssl_vit.evaluation.results.provenance import data_name
+from ssl_vit.methods.base import TrainingPlan, make_plan
+from ssl_vit.methods.finetune import FineTune, prepare_for_finetuning
+from ssl_vit.models.checkpoint import export_backbone
+from ssl_vit.runtime.atomic_io import atomic_write, write_json
+from ssl_vit.runtime.device import best_device
+from ssl_vit.runtime.distributed import shutdown_process_group
+from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.jsonl import JSONLWriter
+from ssl_vit.runtime.launch import is_rank_zero
+from ssl_vit.training.callbacks.consistency_check import ConsistencyCheck
+from ssl_vit.training.callbacks.preemption import PreemptionHandler
+from ssl_vit.training.callbacks.progress_bar import TrainingProgressBar
+from ssl_vit.training.callbacks.run_checkpoint import RunCheckpoint
+from ssl_vit.training.callbacks.skipped_steps import SkippedSteps
+from ssl_vit.training.callbacks.validation import ValidationCallback, predict
+from ssl_vit.training.console import final_summary, preview_schedules, resume_summary
+from ssl_vit.training.failures import raise_if_diverged, translate_training_errors
+from ssl_vit.training.finetune_source import compare_origin, finetune_source, keep_origin
+from ssl_vit.training.run_dir import RunState, apply_extension, lock_run_dir, open_run_dir, write_run_metadata
+from ssl_vit.training.trainer import build_trainer, configure_backbones, silence_lightning
 
 
-class Parts(NamedTuple):
-    """The labelled pictures, by what they are for."""
+class Splits(NamedTuple):
+    """The labeled images, by what they are for."""
 
     learned: Subset
     held_out: Subset
-    test: Pictures
+    test: ImageDataset
     split: str
 
 
@@ -67,90 +67,94 @@ def finetune(config: FinetuneConfig) -> Path:
     """Train, test, export, and return the run folder.
 
     Raises:
-        UserError: Of the configuration, the network, the pictures or the run folder, before any training; or training
+        UserError: Of the configuration, the model, the images or the run folder, before any training; or training
             failed.
     """
-    quiet_lightning()
-    config = with_extension(config)
+    silence_lightning()
+    config = apply_extension(config)
     out = config.out or config.run.path / "eval" / f"finetune-{data_name(config.data)}.json"
-    study = Study.begin("finetune", config.model_copy(update={"out": out}))
-    parts = divide(config, study.pictures.train, study.pictures.test)
+    study = Evaluation.begin("finetune", config.model_copy(update={"out": out}))
+    parts = split_dataset(config, study.dataset.train, study.dataset.test)
     plan = make_plan(config, len(parts.learned))
-    method = build(config, study, plan)
-    with locked(config.run):
-        start = open_run(config, study.pictures.train)
-        if start.pictures is not study.pictures.train:  # run.keep_pictures
-            study = replace(study, pictures=study.pictures._replace(train=start.pictures))
-            parts = divide(config, start.pictures, study.pictures.test)
+    method = build_method(config, study, plan)
+    with lock_run_dir(config.run):
+        start = open_run_dir(config, study.dataset.train)
+        if start.dataset is not study.dataset.train:  # run.keep_image_list
+            study = replace(study, dataset=study.dataset._replace(train=start.dataset))
+            parts = split_dataset(config, start.dataset, study.dataset.test)
             plan = make_plan(config, len(parts.learned))
-            method = build(config, study, plan)
-        now = origin(study.loaded, parts.learned, parts.held_out, parts.test)
+            method = build_method(config, study, plan)
+        now = finetune_source(study.loaded, parts.learned, parts.held_out, parts.test)
         if start.checkpoint:
             start = start._replace(notes=[*start.notes, *compare_origin(config.run.path, now)])
-        elif first_process():
+        elif is_rank_zero():
             keep_origin(config.run.path, now)
         return train(config, study, parts, plan, method, start)
 
 
-def divide(config: FinetuneConfig, pictures: Pictures, test: Pictures | None) -> Parts:
+def split_dataset(config: FinetuneConfig, dataset: ImageDataset, test: ImageDataset | None) -> Splits:
     """What to learn from, what to watch the training on, and what to test on at the end.
 
     Raises:
-        UserError: No class has pictures enough for it.
+        UserError: No class has images enough for it.
     """
-    places, split = torch.arange(len(pictures)), split_rule(test, config.seed)
+    places, split = torch.arange(len(dataset)), split_rule(test, config.seed)
     if test is None:
-        tested = stratified(pictures.labels, TEST_SHARE, seed=config.seed)
-        test, places = Subset(pictures, places[tested]), places[~tested]
-    held = stratified(pictures.labels[places], config.held_out, seed=config.seed)
+        tested = stratified(dataset.labels, TEST_SHARE, seed=config.seed)
+        test, places = Subset(dataset, places[tested]), places[~tested]
+    held = stratified(dataset.labels[places], config.val_fraction, seed=config.seed)
     if not len(test) or not held.any():
-        raise UserError("no class has pictures enough: none can be held out")
-    return Parts(Subset(pictures, places[~held]), Subset(pictures, places[held]), test, split)
+        raise UserError("no class has images enough: none can be held out")
+    return Splits(Subset(dataset, places[~held]), Subset(dataset, places[held]), test, split)
 
 
-def build(config: FinetuneConfig, study: Study, plan: Plan) -> FineTuning:
+def build_method(config: FinetuneConfig, study: Evaluation, plan: TrainingPlan) -> FineTune:
     """The Lightning module, its backbone in the form that the device is good at."""
     torch.manual_seed(config.seed)
     size = study.transform.image_size
-    backbone = trainable(study.loaded, image_size=size, drop_path=config.method.drop_path)
-    views = crop_views(config.method, size, study.loaded.mean, study.loaded.std)
+    backbone = prepare_for_finetuning(study.loaded, image_size=size, drop_path=config.method.drop_path)
+    views = single_view_config(config.method, size, study.loaded.mean, study.loaded.std)
     try:
-        method = FineTuning(config.method, views, backbone, len(study.pictures.train.classes), plan)
+        method = FineTune(config.method, views, backbone, len(study.dataset.train.classes), plan)
     except ValueError as error:  # of the schedules: a warm-up longer than the run
         raise UserError(f"method.optimizer: {error}") from None
-    tune(method, config.trainer)
+    configure_backbones(method, config.trainer)
     return method
 
 
-def train(config: FinetuneConfig, study: Study, parts: Parts, plan: Plan, method: FineTuning, start: Start) -> Path:
+def train(
+    config: FinetuneConfig, study: Evaluation, parts: Splits, plan: TrainingPlan, method: FineTune, start: RunState
+) -> Path:
     """From the start to the end of the run, or to where it is stopped."""
     folder = config.run.path
-    skipped = SkippedPictures(folder / "skipped.txt")
-    signals = StopSignals()
-    keeper = Keeper(folder / "checkpoints", signals, lambda: False, config.trainer)
+    skipped = SkippedImageLog(folder / "skipped_images.txt")
+    signals = PreemptionHandler()
+    keeper = RunCheckpoint(folder / "checkpoints", signals, lambda: False, config.trainer)
     steps = SkippedSteps(
-        Journal(folder / "skipped_steps.jsonl", start.done), parts.learned, budget=config.trainer.skip_budget
+        JSONLWriter(folder / "skipped_steps.jsonl", start.done), parts.learned, budget=config.trainer.max_skipped_steps
     )
-    progress = RunProgress(plan.total_steps, plan.batch_size, every=plan.log_every)
-    held_out = HeldOut(parts.held_out, study.transform, every_epochs=config.validate_every_epochs, skipped=skipped)
-    callbacks = [signals, SameStart(config, start), steps, progress, held_out, keeper]
-    trainer = make_trainer(config, plan, make_loggers(config, start.done), callbacks, keeper.files, folder)
+    progress = TrainingProgressBar(plan.total_steps, plan.batch_size, every=plan.log_every)
+    held_out = ValidationCallback(
+        parts.held_out, study.transform, every_epochs=config.validate_every_epochs, skipped=skipped
+    )
+    callbacks = [signals, ConsistencyCheck(config, start), steps, progress, held_out, keeper]
+    trainer = build_trainer(config, plan, make_loggers(config, start.done), callbacks, keeper.files, folder)
     augment = RandAugment(config.method.rand_augment, size=study.transform.image_size, mean=study.loaded.mean)
-    loader = training_loader(
+    loader = build_train_loader(
         parts.learned,
         MultiCrop(method.views),
         PretrainDataConfig(
             source=config.data.source,
             root=config.data.root or config.data.train or Path(),
             batch_size=config.data.batch_size,
-            workers=config.data.workers,
-            memory_gb=config.memory_gb,
+            num_workers=config.data.num_workers,
+            cache_gb=config.cache_gb,
         ),
         seed=config.seed,
         channels=method.target.config.in_chans,
         rank=trainer.global_rank,
         world=trainer.world_size,
-        accumulate=config.trainer.accumulate,
+        accumulate=config.trainer.accumulate_grad_batches,
         first_step=start.done,
         skipped=skipped,
         local_world=config.trainer.devices,
@@ -158,16 +162,16 @@ def train(config: FinetuneConfig, study: Study, parts: Parts, plan: Plan, method
         device=trainer.strategy.root_device,
     )
     if trainer.is_global_zero:
-        begin_run(config, start.pictures)
-        print(introduction(config, study, parts, plan, method, start), flush=True)
-    with named_faults(keeper):
+        write_run_metadata(config, start.dataset)
+        print(startup_summary(config, study, parts, plan, method, start), flush=True)
+    with translate_training_errors(keeper):
         trainer.fit(method, loader, ckpt_path=start.checkpoint, weights_only=True)
-    disband()
-    refuse_divergence(keeper, steps, trainer.global_step)
+    shutdown_process_group()
+    raise_if_diverged(keeper, steps, trainer.global_step)
 
     if trainer.is_global_zero:
-        export(folder, method, study.pictures.train.classes, step=trainer.global_step)
-        print(conclusion(folder, trainer.global_step, plan, None, steps, skipped, online=[]))
+        export(folder, method, study.dataset.train.classes, step=trainer.global_step)
+        print(final_summary(folder, trainer.global_step, plan, None, steps, skipped, online=[]))
         if trainer.global_step == plan.total_steps:
             test(config, study, parts, method)
         if outcome := signals.pass_on():
@@ -175,71 +179,71 @@ def train(config: FinetuneConfig, study: Study, parts: Parts, plan: Plan, method
     return folder
 
 
-def introduction(
-    config: FinetuneConfig, study: Study, parts: Parts, plan: Plan, method: FineTuning, start: Start
+def startup_summary(
+    config: FinetuneConfig, study: Evaluation, parts: Splits, plan: TrainingPlan, method: FineTune, start: RunState
 ) -> str:
     """What is about to happen."""
     size = sum(parameter.numel() for parameter in method.target.parameters()) / 1e6
     optimizer = config.method.optimizer
     lines = [
-        f"{len(parts.learned):,} pictures of {len(start.pictures.classes)} classes, {plan.batch_size} per step, "
+        f"{len(parts.learned):,} images of {len(start.dataset.classes)} classes, {plan.batch_size} per step, "
         f"{plan.steps_per_epoch:,} steps per epoch, {plan.total_steps:,} steps in all",
-        f"{len(parts.held_out):,} training pictures held out, {len(parts.test):,} test pictures for the end "
+        f"{len(parts.held_out):,} training images held out, {len(parts.test):,} test images for the end "
         f"({parts.split})",
         f"fine-tuning {study.loaded.source}, {size:.1f} M parameters, at {study.transform.image_size} pixels, run "
         f"folder {config.run.path}",
         f"learning rate {optimizer.lr:g} x {plan.batch_size}/{optimizer.lr_batch_size} = {method.peak_lr:.3g} at the "
         f"head, x {config.method.layer_decay:g} per layer below",
-        *schedules_along(plan, method),
-        *way_on(plan, method, start, make_plan(start.before, len(parts.learned))),
+        *preview_schedules(plan, method),
+        *resume_summary(plan, method, start, make_plan(start.before, len(parts.learned))),
     ]
     return "\n".join(lines)
 
 
-def export(folder: Path, method: FineTuning, classes: list[str], *, step: int) -> None:
+def export(folder: Path, method: FineTune, classes: list[str], *, step: int) -> None:
     """Write `backbone.safetensors`, as pretraining does, and `head.safetensors` with the linear layer on its [CLS]."""
     views = method.views
     source = f"{folder} after {step} steps"
     export_backbone(method.target, folder / "backbone.safetensors", mean=views.mean, std=views.std, source=source)
     head = method.student.head[0]
-    with durable(folder / "head.safetensors") as file:
+    with atomic_write(folder / "head.safetensors") as file:
         file.write(save({name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}))
     about = {"logits": "weight @ [CLS] token after the final norm + bias", "classes": classes, "source": source}
     write_json(folder / "head.json", about)
 
 
-def test(config: FinetuneConfig, study: Study, parts: Parts, method: FineTuning) -> None:
-    """Look at the test pictures, once, with the last weights, and write the record.
+def test(config: FinetuneConfig, study: Evaluation, parts: Splits, method: FineTune) -> None:
+    """Look at the test images, once, with the last weights, and write the record.
 
     Raises:
-        UserError: No test picture can be read.
+        UserError: No test image can be read.
     """
     folder = config.run.path
-    skipped = [SkippedPictures(folder / name) for name in ("skipped.txt", "skipped_test.txt")]
+    skipped = [SkippedImageLog(folder / name) for name in ("skipped_images.txt", "skipped_test_images.txt")]
     skipped[1].path.unlink(missing_ok=True)
     method.to(best_device(config.trainer.accelerator))
-    logits, labels, index = answer(method.student, parts.test, study.transform, skipped=skipped[1], show=True)
-    ranks = rank_of(labels, logits)
+    logits, labels, index = predict(method.student, parts.test, study.transform, skipped=skipped[1], show=True)
+    ranks = rank_of_true_class(labels, logits)
     place = parts.test.places[index] if isinstance(parts.test, Subset) else index
-    answers = Answers(place, labels, logits.argmax(dim=1), ranks)
-    metrics = accuracies(ranks, len(study.pictures.train.classes))
+    answers = Predictions(place, labels, logits.argmax(dim=1), ranks)
+    metrics = topk_metrics(ranks, len(study.dataset.train.classes))
     plan = method.plan
     record = study.finish(
-        [Score(NETWORK, metrics, {"run": str(folder), "steps": plan.total_steps}, {"": answers})],
+        [ModelScores(MODEL, metrics, {"run": str(folder), "steps": plan.total_steps}, {"": answers})],
         protocol={
-            "trained": "the whole network and a linear head on [CLS], by cross-entropy",
+            "trained": "the whole model and a linear head on [CLS], by cross-entropy",
             "method": config.method.model_dump(mode="json"),
             "steps": plan.total_steps,
             "batch_size": plan.batch_size,
-            "held_out": config.held_out,
+            "held_out": config.val_fraction,
             "selection": "none: the last weights, tested once",
             "split": parts.split,
         },
         train_labels=parts.learned.labels,
         test_labels=labels,
         findings={"skipped": sum(part.count() for part in skipped)},
-        warnings=[f"{n:,} pictures could not be read: {part.path}" for part in skipped if (n := part.count())],
+        warnings=[f"{n:,} images could not be read: {part.path}" for part in skipped if (n := part.count())],
         by_class="",
-        sheet=config.sheet,
+        figure=config.figure,
     )
-    print(shown(record, study.out))
+    print(format_result(record, study.out))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ssl_vit.commands.folders import conf_dir, recipes_dir
+from ssl_vit.commands.config_dirs import conf_dir, recipes_dir
 
 _PACKAGE = re.compile(r"\A# @package (\w+)\n")
 _GROUP = re.compile(r"  - (?:override /)?(\w+)(?:: (\w+))?$")

@@ -1,8 +1,8 @@
 """`ssl-vit knn`: what the frozen features are worth, by exact kNN classification.
 
-ssl-vit knn checkpoint=runs/photos data.root=labelled
-ssl-vit knn checkpoint=timm:vit_small_patch16_224.dino data.train=labelled/train data.test=labelled/val
-ssl-vit knn checkpoint=runs/photos labelled=cifar10 data.root=data 'k=[20]' 'temperature=[0.07,0.1]'
+ssl-vit knn checkpoint=runs/photos data.root=labeled
+ssl-vit knn checkpoint=timm:vit_small_patch16_224.dino data.train=labeled/train data.test=labeled/val
+ssl-vit knn checkpoint=runs/photos labeled=cifar10 data.root=data 'k=[20]' 'temperature=[0.07,0.1]'
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import NamedTuple
 
 import torch
 
-from ssl_vit.commands.publish import publish
-from ssl_vit.config_evaluation import KNNConfig
-from ssl_vit.evaluation.features import Features
-from ssl_vit.evaluation.knn import Found, KNNResult, Labelled, classify, search
-from ssl_vit.evaluation.leaks import find_leak
-from ssl_vit.evaluation.search import choose_engine
-from ssl_vit.evaluation.study import NETWORK, Source, Study
-from ssl_vit.records.record import Answers, Record, Score, accuracies
-from ssl_vit.training.hardware import best_device
+from ssl_vit.commands.log_results import report_result
+from ssl_vit.config.evaluate import KNNConfig
+from ssl_vit.evaluation.classification.knn import KNNResult, LabeledFeatures, NeighborResult, classify, search
+from ssl_vit.evaluation.classification.nearest_neighbors import choose_engine
+from ssl_vit.evaluation.classification.train_test_overlap import find_overlap
+from ssl_vit.evaluation.evaluator import MODEL, Evaluation, FeatureSource
+from ssl_vit.evaluation.features.extractor import Features
+from ssl_vit.evaluation.results.eval_result import EvalResult, ModelScores, Predictions, topk_metrics
+from ssl_vit.runtime.device import best_device
 
-USUAL = 20  # k that is mostly best (DINO), so the one whose mistakes are told class by class
+DEFAULT_K = 20  # k that is mostly best (DINO), so the one whose mistakes are told class by class
 
 
 class Settings(NamedTuple):
@@ -39,30 +39,30 @@ class Settings(NamedTuple):
 
 def main(config: KNNConfig) -> None:
     """Run the command."""
-    publish(*measure(config), config)
+    report_result(*measure(config), config)
 
 
-def measure(config: KNNConfig) -> tuple[Record, Path]:
+def measure(config: KNNConfig) -> tuple[EvalResult, Path]:
     """The record of the evaluation, and the file that it was written to.
 
     Raises:
-        UserError: Network and labelled pictures are not there, do not fit, or allow no evaluation.
+        UserError: Model and labeled images are not there, do not fit, or allow no evaluation.
     """
-    study = Study.begin("knn", config)
+    study = Evaluation.begin("knn", config)
     device = best_device()
     asked, temperatures = sorted(set(config.k)), sorted(set(config.temperature))
     scores = []
     for source in study.sources(blocks=1):
-        bank = _labelled(source.train, device)
-        queries = None if source.test is None else _labelled(source.test, device)
+        bank = _labeled(source.train, device)
+        queries = None if source.test is None else _labeled(source.test, device)
         found = search(bank, queries, most=asked[-1], engine=config.engine)
-        added = _added(asked, found.smallest_class())
+        added = _fallback_k(asked, found.smallest_class())
         settings = Settings([*added, *asked], temperatures)
         results = [classify(found, ks=settings.ks, temperature=temperature) for temperature in temperatures]
-        scores.append(_score(source, results, settings))
-        if source.name == NETWORK:
-            leak = find_leak(source, found, study.pictures)
-            warnings = [*results[0].warnings, *_remarks(scores[0], added, found), *leak.warnings()]
+        scores.append(to_scores(source, results, settings))
+        if source.name == MODEL:
+            leak = find_overlap(source, found, study.dataset)
+            warnings = [*results[0].warnings, *_notes(scores[0], added, found), *leak.warnings()]
     record = study.finish(
         scores,
         protocol={
@@ -76,40 +76,40 @@ def measure(config: KNNConfig) -> tuple[Record, Path]:
         test_labels=bank.labels if queries is None else queries.labels,
         findings=leak.findings(),
         engines={"knn": choose_engine(config.engine, device)},
-        by_class=settings.suffix(USUAL if USUAL in settings.ks else settings.ks[0], settings.temperatures[0]),
-        sheet=config.sheet,
+        by_class=settings.suffix(DEFAULT_K if DEFAULT_K in settings.ks else settings.ks[0], settings.temperatures[0]),
+        figure=config.figure,
         warnings=warnings,
     )
     return record, study.out
 
 
-def _labelled(features: Features, device: torch.device) -> Labelled:
-    return Labelled(features.cls[:, -1].to(device), features.labels.to(device))
+def _labeled(features: Features, device: torch.device) -> LabeledFeatures:
+    return LabeledFeatures(features.cls[:, -1].to(device), features.labels.to(device))
 
 
-def _added(asked: Sequence[int], smallest: int) -> list[int]:
+def _fallback_k(asked: Sequence[int], smallest: int) -> list[int]:
     """The largest k for which no class is too small, where all that were asked for are larger."""
     return [smallest] if 0 < smallest < min(asked) else []
 
 
-def _remarks(score: Score, added: Sequence[int], found: Found) -> list[str]:
-    size = f"the size of the smallest class{' without the picture itself' if found.left_one_out else ''}"
+def _notes(score: ModelScores, added: Sequence[int], found: NeighborResult) -> list[str]:
+    size = f"the size of the smallest class{' without the image itself' if found.left_one_out else ''}"
     texts = [f"k = {k} was added, {size}" for k in added]
     if not any(metric.name.startswith("top-5") for metric in score.metrics):
         texts.append("top-5 needs six classes: it is left out")
     return texts
 
 
-def _score(source: Source, results: Sequence[KNNResult], settings: Settings) -> Score:
+def to_scores(source: FeatureSource, results: Sequence[KNNResult], settings: Settings) -> ModelScores:
     asked = source.train if source.test is None else source.test
     classes = len(torch.unique(torch.cat([source.train.labels, asked.labels])))
     answers = {
-        settings.suffix(k, temperature): Answers(
+        settings.suffix(k, temperature): Predictions(
             asked.index, asked.labels, result.predicted[k].cpu(), result.ranks[k].cpu()
         )
         for temperature, result in zip(settings.temperatures, results, strict=True)
         for k in settings.ks
     }
-    found = [accuracies(answer.rank, classes, suffix) for suffix, answer in answers.items()]
+    found = [topk_metrics(answer.rank, classes, suffix) for suffix, answer in answers.items()]
     metrics = [metric for same_depth in zip(*found, strict=True) for metric in same_depth]  # top-1 of all first
-    return Score(source.name, metrics, {"k_effective": results[0].k_effective}, answers)
+    return ModelScores(source.name, metrics, {"k_effective": results[0].k_effective}, answers)

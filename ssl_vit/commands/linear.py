@@ -1,10 +1,10 @@
-"""`ssl-vit linear`: what the frozen features are worth, by a linear probe chosen on held-out training pictures.
+"""`ssl-vit linear`: what the frozen features are worth, by a linear probe chosen on held-out training images.
 
-ssl-vit linear checkpoint=runs/photos data.root=labelled
-ssl-vit linear checkpoint=timm:vit_small_patch16_224.dino data.train=labelled/train data.test=labelled/val
-ssl-vit linear checkpoint=runs/photos labelled=cifar10 data.root=data 'blocks=[1]'
-ssl-vit linear checkpoint=runs/photos data.root=labelled solver=sgd sgd.epochs=30
-ssl-vit linear checkpoint=runs/photos data.root=labelled protocol=dino
+ssl-vit linear checkpoint=runs/photos data.root=labeled
+ssl-vit linear checkpoint=timm:vit_small_patch16_224.dino data.train=labeled/train data.test=labeled/val
+ssl-vit linear checkpoint=runs/photos labeled=cifar10 data.root=data 'blocks=[1]'
+ssl-vit linear checkpoint=runs/photos data.root=labeled solver=sgd sgd.epochs=30
+ssl-vit linear checkpoint=runs/photos data.root=labeled protocol=dino
 """
 
 from __future__ import annotations
@@ -14,43 +14,43 @@ from pathlib import Path
 
 import torch
 
-from ssl_vit.commands.publish import publish
-from ssl_vit.config_evaluation import LinearConfig
-from ssl_vit.errors import UserError
-from ssl_vit.evaluation.features import Features
-from ssl_vit.evaluation.linear import SGD, LinearResult, Logistic, Ridge, Solver, linear_probe
-from ssl_vit.evaluation.probe_file import save_probe
-from ssl_vit.evaluation.probes import TEST_SHARE, Variant, split_rule, stratified
-from ssl_vit.evaluation.sgd import Schedule
-from ssl_vit.evaluation.study import PIXELS, Source, Study
-from ssl_vit.records.record import Answers, Record, Score, accuracies
-from ssl_vit.training.hardware import best_device
-from ssl_vit.training.published import published_probe
+from ssl_vit.commands.log_results import report_result
+from ssl_vit.config.evaluate import LinearConfig
+from ssl_vit.evaluation.classification.classifier_file import save_probe
+from ssl_vit.evaluation.classification.linear_classifier import TEST_SHARE, FeatureVariant, split_rule, stratified
+from ssl_vit.evaluation.classification.linear_probe import SGD, LinearResult, Logistic, Ridge, Solver, linear_probe
+from ssl_vit.evaluation.classification.sgd_classifiers import Schedule
+from ssl_vit.evaluation.evaluator import PIXELS, Evaluation, FeatureSource
+from ssl_vit.evaluation.features.extractor import Features
+from ssl_vit.evaluation.results.eval_result import EvalResult, ModelScores, Predictions, topk_metrics
+from ssl_vit.runtime.device import best_device
+from ssl_vit.runtime.errors import UserError
+from ssl_vit.training.published_linear import published_probe
 
 
 def main(config: LinearConfig) -> None:
     """Run the command."""
-    publish(*measure(config), config)
+    report_result(*measure(config), config)
 
 
-def measure(config: LinearConfig) -> tuple[Record, Path]:
+def measure(config: LinearConfig) -> tuple[EvalResult, Path]:
     """The record of the evaluation, and the file that it was written to.
 
     Raises:
-        UserError: Network and labelled pictures are not there, do not fit, or allow no evaluation.
+        UserError: Model and labeled images are not there, do not fit, or allow no evaluation.
     """
     if config.protocol != "held-out":
         return published_probe(config)
     task = "linear" if config.solver == "logistic" else f"linear-{config.solver}"
-    study = Study.begin(task, config)
+    study = Evaluation.begin(task, config)
     depth = len(study.loaded.backbone.vit.blocks)
     blocks = sorted({min(count, depth) for count in config.blocks})
-    variants = [Variant(count, patch_mean) for count in blocks for patch_mean in (False, True)]
+    variants = [FeatureVariant(count, patch_mean) for count in blocks for patch_mean in (False, True)]
     solver = _solver(config)
     results, scores = [], []
     for source in study.sources(blocks=max(blocks)):
         train, test = split(source, config.seed)
-        offered = [Variant(1, False)] if source.name == PIXELS else variants
+        offered = [FeatureVariant(1, False)] if source.name == PIXELS else variants
         result = linear_probe(train, test, variants=offered, solver=solver, device=best_device())
         results.append(result)
         scores.append(_score(source.name, result, train, test))
@@ -58,7 +58,7 @@ def measure(config: LinearConfig) -> tuple[Record, Path]:
         scores,
         protocol={
             "features": [str(variant) for variant in variants],
-            "standardised": "by the training pictures",
+            "standardized": "by the training images",
             **solver.describe(),
             "split": split_rule(source.test, config.seed),
         },
@@ -68,34 +68,34 @@ def measure(config: LinearConfig) -> tuple[Record, Path]:
         warnings=results[0].warnings,
         selection={**solver.selection(), "chosen": scores[0].details["chosen"]},
         by_class="",
-        sheet=config.sheet,
+        figure=config.figure,
     )
-    names, found = study.pictures.train.classes, results[0]
+    names, found = study.dataset.train.classes, results[0]
     save_probe(study, found.probe, found.chosen.variant, [names[label] for label in found.classes])
     return record, study.out
 
 
-def split(source: Source, seed: int) -> tuple[Features, Features]:
+def split(source: FeatureSource, seed: int) -> tuple[Features, Features]:
     """The two sets that there are, or a part of each class of the only one held out to test on."""
     if source.test is not None:
         return source.train, source.test
     test = stratified(source.train.labels, TEST_SHARE, seed=seed)
     if not test.any():
-        raise UserError("no class has two pictures: none can be held out to test on")
+        raise UserError("no class has two images: none can be held out to test on")
     return source.train.take(~test), source.train.take(test)
 
 
 def _solver(config: LinearConfig) -> Solver:
     sgd = config.sgd
     solvers: dict[str, Solver] = {
-        "logistic": Logistic(config.l2, config.held_out, config.seed),
+        "logistic": Logistic(config.l2, config.val_fraction, config.seed),
         "ridge": Ridge(config.l2),
-        "sgd": SGD(sgd.lr, sgd.weight_decay, Schedule(sgd.epochs, sgd.batch_size, config.seed), config.held_out),
+        "sgd": SGD(sgd.lr, sgd.weight_decay, Schedule(sgd.epochs, sgd.batch_size, config.seed), config.val_fraction),
     }
     return solvers[config.solver]
 
 
-def _score(name: str, result: LinearResult, train: Features, test: Features) -> Score:
+def _score(name: str, result: LinearResult, train: Features, test: Features) -> ModelScores:
     classes = len(torch.unique(torch.cat([train.labels, test.labels])))
     chosen, *trials = (
         {
@@ -105,5 +105,5 @@ def _score(name: str, result: LinearResult, train: Features, test: Features) -> 
         }
         for trial in (result.chosen, *result.trials)
     )
-    answers = Answers(test.index, test.labels, result.predicted, result.ranks)
-    return Score(name, accuracies(result.ranks, classes), {"chosen": chosen, "trials": trials}, {"": answers})
+    answers = Predictions(test.index, test.labels, result.predicted, result.ranks)
+    return ModelScores(name, topk_metrics(result.ranks, classes), {"chosen": chosen, "trials": trials}, {"": answers})

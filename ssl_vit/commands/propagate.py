@@ -12,15 +12,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ssl_vit.config_pictures import PropagateConfig
-from ssl_vit.data.pictures import BrokenPicture, SkippedPictures
-from ssl_vit.errors import UserError
-from ssl_vit.models.weights import LoadedBackbone, load_backbone, random_twin
-from ssl_vit.training.hardware import best_device
-from ssl_vit.video.davis import Clip, davis_clips, own_clip
-from ssl_vit.video.following import Followed, follow
-from ssl_vit.video.propagation import Rule
-from ssl_vit.video.record import NETWORK, RANDOM, STILL, scores, sheet, table, write_record
+from ssl_vit.config.visualize import PropagateConfig
+from ssl_vit.data.annotations.davis import Clip, davis_clips, own_clip
+from ssl_vit.data.dataset import SkippedImageLog, UnreadableImageError
+from ssl_vit.evaluation.video.label_propagation import PropagationConfig
+from ssl_vit.evaluation.video.object_tracking import TrackingResult, track_objects
+from ssl_vit.evaluation.video.tracking_result import MODEL, RANDOM, STILL, scores, sheet, table, write_record
+from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone, random_init_like
+from ssl_vit.runtime.device import best_device
+from ssl_vit.runtime.errors import UserError
 
 SHEET_ROWS = 12  # videos on the sheet
 
@@ -33,11 +33,11 @@ def main(config: PropagateConfig) -> None:
     """
     clips = _clips(config)
     baselines = config.baselines and any(clip.masks.several for clip in clips)
-    networks = _networks(config, baselines=baselines)
-    rule = Rule(config.side, config.context, config.radius, config.top_k, config.temperature)
-    skipped = _fresh_list(config.out / "skipped.txt")
+    models = _models(config, baselines=baselines)
+    rule = PropagationConfig(config.side, config.context, config.radius, config.top_k, config.temperature)
+    skipped = _fresh_list(config.out / "skipped_images.txt")
     start = time.perf_counter()
-    videos: list[Followed] = []
+    videos: list[TrackingResult] = []
     still = STILL if baselines else None
     with tqdm(total=sum(clip.frames.count or 0 for clip in clips) or None, unit=" frames", desc="propagate") as bar:
         for clip in clips:
@@ -45,16 +45,16 @@ def main(config: PropagateConfig) -> None:
             out = config.out / "masks" / (clip.name if config.davis else "")
             skip = partial(_skip, skipped, clip.name)
             try:
-                videos.append(follow(clip, networks, rule, out=out, still=still, skip=skip, tick=bar.update))
+                videos.append(track_objects(clip, models, rule, out=out, still=still, skip=skip, tick=bar.update))
             except UserError as error:
                 if clip is clips[-1] and not videos:
                     raise
-                skipped.record(BrokenPicture(clip.name, f"the whole video: {error}"))
+                skipped.record(UnreadableImageError(clip.name, f"the whole video: {error}"))
     seconds = time.perf_counter() - start
     found = scores(videos)
     left_out = skipped.count()
     warnings = [f"{left_out} frames, masks or videos could not be used: {skipped.path} says why"] if left_out else []
-    write_record(config, networks[NETWORK], videos, found, warnings=warnings, started=start)
+    write_record(config, models[MODEL], videos, found, warnings=warnings, started=start)
     sheet(videos[:SHEET_ROWS]).save(config.out / "sheet.jpg", quality=90, subsampling=0)
     if found:
         print(table(videos, found))
@@ -76,22 +76,22 @@ def _clips(config: PropagateConfig) -> list[Clip]:
     return [own_clip(config.frames, config.masks)]
 
 
-def _networks(config: PropagateConfig, *, baselines: bool) -> dict[str, LoadedBackbone]:
-    """The network, and beside it, where there are scores to compare, the same with random weights."""
-    networks = {NETWORK: load_backbone(config.checkpoint, config.weights, cls_needed=False)}
-    if networks[NETWORK].backbone.config.in_chans != 3:
-        raise UserError(f"checkpoint={config.checkpoint}: frames have 3 channels, the network takes another number")
+def _models(config: PropagateConfig, *, baselines: bool) -> dict[str, LoadedBackbone]:
+    """The model, and beside it, where there are scores to compare, the same with random weights."""
+    models = {MODEL: load_backbone(config.checkpoint, config.weights, cls_needed=False)}
+    if models[MODEL].backbone.config.in_chans != 3:
+        raise UserError(f"checkpoint={config.checkpoint}: frames have 3 channels, the model takes another number")
     if baselines:
-        networks[RANDOM] = random_twin(networks[NETWORK], config.seed)
-    for network in networks.values():
-        network.backbone.to(best_device())
-    return networks
+        models[RANDOM] = random_init_like(models[MODEL], config.seed)
+    for model in models.values():
+        model.backbone.to(best_device())
+    return models
 
 
-def _skip(skipped: SkippedPictures, clip: str, broken: BrokenPicture) -> None:
-    skipped.record(BrokenPicture(f"{clip}/{broken.name}", broken.reason))
+def _skip(skipped: SkippedImageLog, clip: str, broken: UnreadableImageError) -> None:
+    skipped.record(UnreadableImageError(f"{clip}/{broken.name}", broken.reason))
 
 
-def _fresh_list(path: Path) -> SkippedPictures:
+def _fresh_list(path: Path) -> SkippedImageLog:
     path.unlink(missing_ok=True)
-    return SkippedPictures(path)
+    return SkippedImageLog(path)

@@ -1,7 +1,7 @@
 """`ssl-vit report`: a run as one page that opens anywhere, and the same as JSON.
 
 ssl-vit report run=runs/photos
-ssl-vit report run=runs/photos data.root=labelled images=ecssd/images masks=ecssd/masks
+ssl-vit report run=runs/photos data.root=labeled images=ecssd/images masks=ecssd/masks
 ssl-vit report run=runs/photos projection=tsne out=photos.html
 """
 
@@ -13,21 +13,20 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from ssl_vit.commands.compose import compose_values, load_config
 from ssl_vit.commands.inspect import inspect
-from ssl_vit.config_pictures import InspectConfig, ReportConfig
-from ssl_vit.data.pictures import printable
-from ssl_vit.durable import durable, write_json
-from ssl_vit.errors import UserError
-from ssl_vit.inspection.files import INDEX
-from ssl_vit.report.content import Content
-from ssl_vit.report.gather import gather
-from ssl_vit.report.page import render
-from ssl_vit.report.smaller import MOST_BYTES, halved
-from ssl_vit.report.twin import as_plain
+from ssl_vit.commands.load_config import compose_config, load_config
+from ssl_vit.config.visualize import InspectConfig, ReportConfig
+from ssl_vit.data.dataset import escape_path
+from ssl_vit.runtime.atomic_io import atomic_write, write_json
+from ssl_vit.runtime.errors import UserError
+from ssl_vit.visualization.analysis.analysis_writer import INDEX
+from ssl_vit.visualization.report.build import collect_report
+from ssl_vit.visualization.report.encode import MOST_BYTES, downscale_images
+from ssl_vit.visualization.report.html import render
+from ssl_vit.visualization.report.schema import ReportData, to_json
 
 
-class Written(NamedTuple):
+class ReportFile(NamedTuple):
     """A report that was written."""
 
     path: Path  # of the page
@@ -42,12 +41,12 @@ def main(config: ReportConfig) -> None:
     for section, text in written.missing.items():
         print(f"{section}: {text.replace('`', '')}")
     print(
-        f"{printable(written.path)}: {written.size / 1e6:.1f} MB, in {written.seconds:.0f} s; "
+        f"{escape_path(written.path)}: {written.size / 1e6:.1f} MB, in {written.seconds:.0f} s; "
         f"{written.path.with_suffix('.json').name} beside it"
     )
 
 
-def write(config: ReportConfig) -> Written:
+def write(config: ReportConfig) -> ReportFile:
     """Write the page and its JSON twin.
 
     Raises:
@@ -58,17 +57,17 @@ def write(config: ReportConfig) -> Written:
     twin = out.with_suffix(".json")
     _check_place(config, out, twin)
     print(
-        f"Gathering {printable(config.run)}: records, curves, attention, neighbours, a map of the features", flush=True
+        f"Gathering {escape_path(config.run)}: records, curves, attention, neighbors, a map of the features", flush=True
     )
     if config.inspect and config.run.is_dir() and not (config.run / "inspect" / INDEX).exists():
         _inspect(config)
-    content = gather(config, _command(config))
+    content = collect_report(config, _command(config))
     page = _page(content)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with durable(out) as file:
+    with atomic_write(out) as file:
         file.write(page)
-    write_json(twin, as_plain(content))
-    return Written(out, len(page), content.missing, time.perf_counter() - began)
+    write_json(twin, to_json(content))
+    return ReportFile(out, len(page), content.missing, time.perf_counter() - began)
 
 
 def _check_place(config: ReportConfig, out: Path, twin: Path) -> None:
@@ -77,38 +76,38 @@ def _check_place(config: ReportConfig, out: Path, twin: Path) -> None:
         return  # gathering says what is wrong with it
     folder = next(folder for folder in out.absolute().parents if folder.exists())
     if not os.access(folder, os.W_OK):
-        raise UserError(f"{printable(folder)} cannot be written to: name another place with out=FILE.html")
+        raise UserError(f"{escape_path(folder)} cannot be written to: name another place with out=FILE.html")
     if config.out is not None and twin.exists() and not out.exists():
-        raise UserError(f"{printable(twin)} is there and may be of something else: name another page with out=")
+        raise UserError(f"{escape_path(twin)} is there and may be of something else: name another page with out=")
 
 
 def _inspect(config: ReportConfig) -> None:
-    """Make the drawings of what is inside the network; a report does without them where that cannot be done."""
+    """Make the drawings of what is inside the model; a report does without them where that cannot be done."""
     words = [f"checkpoint={config.run}", f"weights={config.weights}", f"out={config.run / 'inspect'}"]
     words += [] if config.images is None else [f"images={config.images}"]
     try:
         inspect(load_config("inspect", words, InspectConfig))
-    except (UserError, OSError) as error:  # the network cannot be loaded, say, or the folder is one to read only
-        print(f"No drawings of what is inside the network: {error}")
+    except (UserError, OSError) as error:  # the model cannot be loaded, say, or the folder is one to read only
+        print(f"No drawings of what is inside the model: {error}")
 
 
-def _page(content: Content) -> bytes:
-    """The page; its pictures are halved, thrice at most, until it fits."""
+def _page(content: ReportData) -> bytes:
+    """The page; its images are halved, thrice at most, until it fits."""
     page = render(content).encode("utf-8", "backslashreplace")
     for _ in range(3):
         if len(page) <= MOST_BYTES:
             break
-        print(f"The page would have {len(page) / 1e6:.1f} MB: its pictures are halved", flush=True)
-        content = halved(content)
+        print(f"The page would have {len(page) / 1e6:.1f} MB: its images are halved", flush=True)
+        content = downscale_images(content)
         page = render(content).encode("utf-8", "backslashreplace")
     return page
 
 
 def _command(config: ReportConfig) -> str:
     """The words that make this report again: those that differ from the defaults."""
-    default, given = _flat(compose_values("report", [])), _flat(config.model_dump(mode="json"))
+    default, given = _flat(compose_config("report", [])), _flat(config.model_dump(mode="json"))
     words = [f"{key}={value}" for key, value in given.items() if value != default[key]]
-    return shlex.join(["ssl-vit", "report", *map(printable, words)])
+    return shlex.join(["ssl-vit", "report", *map(escape_path, words)])
 
 
 def _flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:

@@ -1,17 +1,17 @@
-"""`ssl-vit scan`: what is in a picture folder, broken files included."""
+"""`ssl-vit scan`: what is in an image folder, broken files included."""
 
 from __future__ import annotations
 
-from ssl_vit.config import ScanConfig
-from ssl_vit.data.files import folder_pictures, listed_pictures
-from ssl_vit.data.scan import scan_files
-from ssl_vit.durable import write_json
+from ssl_vit.config.pretrain import ScanConfig
+from ssl_vit.data.dataset_summary import summarize_dataset
+from ssl_vit.data.sources.image_folder import read_image_list, scan_image_folder
+from ssl_vit.runtime.atomic_io import write_json
 
 
 def main(config: ScanConfig) -> None:
     """Run the command."""
-    find = {"folder": folder_pictures, "list": listed_pictures}[config.data.source]
-    report = scan_files(find(config.data.root))
+    find = {"folder": scan_image_folder, "list": read_image_list}[config.data.source]
+    report = summarize_dataset(find(config.data.root))
     print(report.as_text())
     if config.out:
         config.out.mkdir(parents=True, exist_ok=True)

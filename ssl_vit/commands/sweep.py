@@ -19,10 +19,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from ssl_vit.commands.compose import load_config
+from ssl_vit.commands.load_config import load_config
 from ssl_vit.commands.pretrain import pretrain
-from ssl_vit.config import PretrainConfig
-from ssl_vit.errors import UserError
+from ssl_vit.config.pretrain import PretrainConfig
+from ssl_vit.runtime.errors import UserError
 
 
 def main(words: list[str]) -> None:
@@ -33,7 +33,7 @@ def main(words: list[str]) -> None:
     """
     words = [word for word in words if word != "--multirun"]
     hydras = [word for word in words if word.startswith(("hydra/", "hydra."))]
-    jobs = combinations([word for word in words if word not in hydras])
+    jobs = expand_sweep([word for word in words if word not in hydras])
     configs = [load_config("pretrain", job, PretrainConfig) for job in jobs]
     folders = [config.run.path for config in configs]
     if len(set(folders)) < len(folders):
@@ -47,7 +47,7 @@ def main(words: list[str]) -> None:
         _run_here(jobs)
 
 
-def combinations(words: list[str]) -> list[list[str]]:
+def expand_sweep(words: list[str]) -> list[list[str]]:
     """The words of each job: `a=1,2 b=3` are `a=1 b=3` and `a=2 b=3`. Jobs that stand already go on."""
     resume = [] if any(word.startswith("run.resume=") for word in words) else ["run.resume=auto"]
     return [[*job, *resume] for job in itertools.product(*map(_choices, words))]

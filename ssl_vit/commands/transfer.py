@@ -1,6 +1,6 @@
-"""`ssl-vit transfer`: networks pretrained on one set of pictures, probed on others; a table with random networks below.
+"""`ssl-vit transfer`: models pretrained on one dataset, probed on others; a table with random models below.
 
-ssl-vit transfer 'checkpoints=[runs/a,runs/b]' 'data.roots=[labelled/a,labelled/b]'
+ssl-vit transfer 'checkpoints=[runs/a,runs/b]' 'data.roots=[labeled/a,labeled/b]'
 ssl-vit transfer 'checkpoints=[runs/a,timm:vit_small_patch16_224.dino]' 'data.roots=[cifar10:data,cifar100:data]'
 """
 
@@ -17,31 +17,31 @@ import yaml
 
 from ssl_vit import __version__
 from ssl_vit.commands import linear
-from ssl_vit.commands.compose import load_config
-from ssl_vit.config import Source
-from ssl_vit.config_evaluation import LinearConfig, TransferConfig
-from ssl_vit.data.find import find_labelled
-from ssl_vit.durable import durable, write_json
-from ssl_vit.errors import SharedError, UserError
-from ssl_vit.evaluation.transfer import Cell, pretrained_on, short_names, table
-from ssl_vit.models.weights import LoadedBackbone, load_backbone
-from ssl_vit.processes import place_in_launch
+from ssl_vit.commands.load_config import load_config
+from ssl_vit.config.evaluate import LinearConfig, TransferConfig
+from ssl_vit.config.pretrain import Source
+from ssl_vit.data.dataset_factory import build_labeled_splits
+from ssl_vit.evaluation.transfer import TransferResult, pretrained_on, short_names, table
+from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone
+from ssl_vit.runtime.atomic_io import atomic_write, write_json
+from ssl_vit.runtime.errors import AllRanksError, UserError
+from ssl_vit.runtime.launch import torchrun_rank
 
 # What decides over no number of a pair, or stands for it by a hash.
 _PLACES = {"checkpoint", "out", "features", "baselines", "data"}
-_OURS = {"checkpoint", "out", "baselines", "data", "labelled", "seed", "weights"}
+_OURS = {"checkpoint", "out", "baselines", "data", "labeled", "seed", "weights"}
 
 
-class Network(NamedTuple):
+class Model(NamedTuple):
     """A row of the table."""
 
     name: str
     checkpoint: str
     identity: dict[str, Any]  # equal for equal weights
-    own: tuple[str, Path] | None  # kind and place of the pictures that it was pretrained on
+    own: tuple[str, Path] | None  # kind and place of the images that it was pretrained on
 
 
-class DataSet(NamedTuple):
+class EvalDataset(NamedTuple):
     """A column of the table."""
 
     name: str
@@ -51,24 +51,24 @@ class DataSet(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pair:
+class TransferCell:
     """A cell of the table."""
 
-    network: Network
-    data: DataSet
+    model: Model
+    data: EvalDataset
     probe: LinearConfig
 
     @property
     def own(self) -> bool:
-        """Whether the network was pretrained on these pictures."""
+        """Whether the model was pretrained on these images."""
         root = self.data.root.resolve()
-        return self.network.own in [(self.data.source, root), (self.data.source, root / "train")]
+        return self.model.own in [(self.data.source, root), (self.data.source, root / "train")]
 
     def asked(self) -> str:
         """A hash of all that decides over the result."""
         probe = self.probe.model_dump(mode="json", exclude=_PLACES)
         crop = self.probe.data.crop_ratio
-        parts = [__version__, probe, crop, self.network.identity, self.data.source, self.data.fingerprints]
+        parts = [__version__, probe, crop, self.model.identity, self.data.source, self.data.fingerprints]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def stored(self) -> dict[str, Any] | None:
@@ -92,52 +92,52 @@ def main(config: TransferConfig) -> None:
     """Run the command.
 
     Raises:
-        SharedError: Several processes were started.
-        UserError: A network or a data set is not there, or pairs failed.
+        AllRanksError: Several processes were started.
+        UserError: A model or a data set is not there, or pairs failed.
     """
-    if place_in_launch()[1] > 1:
-        raise SharedError("transfer is one process; `ssl-vit features` under torchrun describes the pictures before it")
-    networks, sets = _networks(config), _data_sets(config)
-    pairs = [Pair(network, data, _probe(config, network, data)) for network in networks for data in sets]
+    if torchrun_rank()[1] > 1:
+        raise AllRanksError("transfer is one process; `ssl-vit features` under torchrun describes the images before it")
+    models, sets = _models(config), _data_sets(config)
+    pairs = [TransferCell(model, data, _probe(config, model, data)) for model in models for data in sets]
     stored = [pair.stored() for pair in pairs]
     print(f"{len(pairs)} pairs, {sum(record is not None for record in stored)} of them there already", flush=True)
-    cells: dict[tuple[str, str], Cell] = {}
+    cells: dict[tuple[str, str], TransferResult] = {}
     failures = []
     for pair, record in zip(pairs, stored, strict=True):
-        names = pair.network.name, pair.data.name
+        names = pair.model.name, pair.data.name
         try:
-            cells[names] = Cell.of(record or pair.measured(), own=pair.own)
+            cells[names] = TransferResult.of(record or pair.measured(), own=pair.own)
         except UserError as error:
             failures.append(f"{names[0]} on {names[1]}: {error}")
             continue
         if record is None:
             print(f"{names[0]} on {names[1]}: {cells[names]}", flush=True)
-    text = table([network.name for network in networks], [data.name for data in sets], cells)
+    text = table([model.name for model in models], [data.name for data in sets], cells)
     _write(config.out, pairs, cells, text)
     print(f"\n{text}\n\n{config.out / 'transfer.md'}")
     if failures:
         raise UserError("\n  ".join(["these pairs failed, all others are stored", *failures]))
 
 
-def _networks(config: TransferConfig) -> list[Network]:
-    """The networks in the order given, then a random one of each architecture.
+def _models(config: TransferConfig) -> list[Model]:
+    """The models in the order given, then a random one of each architecture.
 
     Raises:
         UserError: One cannot be loaded.
     """
     names = short_names([_parts(checkpoint) for checkpoint in config.checkpoints])
-    networks: list[Network] = []
+    models: list[Model] = []
     architectures: dict[str, tuple[str, str, dict[str, Any]]] = {}
     for name, checkpoint in zip(names, config.checkpoints, strict=True):
         loaded = load_backbone(checkpoint, config.weights)
-        networks.append(Network(name, checkpoint, _identity(loaded), _own(loaded)))
+        models.append(Model(name, checkpoint, _identity(loaded), _own(loaded)))
         untrained = f"random:{checkpoint.removeprefix('timm:')}"
         twin = _identity(loaded) | {"sha256": None, "source": "random weights, seed 0"}
         architectures.setdefault(json.dumps(twin), (name, untrained, twin))
     alone = len(architectures) == 1
     for name, untrained, twin in architectures.values():
-        networks.append(Network("random-init" if alone else f"random-init-{name}", untrained, twin, None))
-    return networks
+        models.append(Model("random-init" if alone else f"random-init-{name}", untrained, twin, None))
+    return models
 
 
 def _identity(loaded: LoadedBackbone) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _identity(loaded: LoadedBackbone) -> dict[str, Any]:
         "sha256": loaded.sha256,
         "source": None if loaded.sha256 else loaded.source,
         "backbone": loaded.backbone.config.model_dump(mode="json", exclude={"drop_path"}),  # only of training
-        "normalisation": [loaded.mean, loaded.std],
+        "normalization": [loaded.mean, loaded.std],
     }
 
 
@@ -158,7 +158,7 @@ def _own(loaded: LoadedBackbone) -> tuple[str, Path] | None:
         return None
 
 
-def _data_sets(config: TransferConfig) -> list[DataSet]:
+def _data_sets(config: TransferConfig) -> list[EvalDataset]:
     """The data sets in the order given.
 
     Raises:
@@ -171,8 +171,8 @@ def _data_sets(config: TransferConfig) -> list[DataSet]:
     sets = []
     for name, (source, root) in zip(names, places, strict=True):
         data = load_config("linear", [*_data_words(config, source, root), "checkpoint=none"], LinearConfig).data
-        prints = [part.fingerprint(sizes=True, times=True) for part in find_labelled(data) if part is not None]
-        sets.append(DataSet(name, source, root, prints))
+        prints = [part.fingerprint(sizes=True, times=True) for part in build_labeled_splits(data) if part is not None]
+        sets.append(EvalDataset(name, source, root, prints))
     return sets
 
 
@@ -200,12 +200,12 @@ def _data_words(config: TransferConfig, source: str, root: Path) -> list[str]:
         f"data.source={source}",
         f"data.root={root}",
         f"data.batch_size={data.batch_size}",
-        f"data.workers={data.workers}",
+        f"data.num_workers={data.num_workers}",
         f"data.crop_ratio={data.crop_ratio}",
     ]
 
 
-def _probe(config: TransferConfig, network: Network, data: DataSet) -> LinearConfig:
+def _probe(config: TransferConfig, model: Model, data: EvalDataset) -> LinearConfig:
     """The `linear` command of a pair."""
     for word in config.linear:
         if word.partition("=")[0].partition(".")[0] in _OURS:
@@ -214,11 +214,11 @@ def _probe(config: TransferConfig, network: Network, data: DataSet) -> LinearCon
         *_data_words(config, data.source, data.root),
         *config.linear,
         "baselines=false",
-        "sheet=false",
+        "figure=false",
         f"seed={config.seed}",
-        f"checkpoint={network.checkpoint}",
+        f"checkpoint={model.checkpoint}",
         f"weights={config.weights}",
-        f"out={config.out / f'{network.name}-{data.name}.json'}",
+        f"out={config.out / f'{model.name}-{data.name}.json'}",
     ]
     return load_config("linear", words, LinearConfig)
 
@@ -228,21 +228,21 @@ def _file(probe: LinearConfig) -> Path:
     return probe.out
 
 
-def _write(out: Path, pairs: Sequence[Pair], cells: dict[tuple[str, str], Cell], text: str) -> None:
+def _write(out: Path, pairs: Sequence[TransferCell], cells: dict[tuple[str, str], TransferResult], text: str) -> None:
     """The table as Markdown and as JSON."""
     content = [
         {
-            "network": pair.network.name,
-            "checkpoint": pair.network.checkpoint,
+            "model": pair.model.name,
+            "checkpoint": pair.model.checkpoint,
             "data": pair.data.name,
             "root": str(pair.data.root),
             "record": _file(pair.probe).name,
             **cells[names]._asdict(),
         }
         for pair in pairs
-        if (names := (pair.network.name, pair.data.name)) in cells
+        if (names := (pair.model.name, pair.data.name)) in cells
     ]
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "transfer.json", {"schema": 1, "task": "transfer", "cells": content})
-    with durable(out / "transfer.md") as file:
+    with atomic_write(out / "transfer.md") as file:
         file.write(f"{text}\n".encode())

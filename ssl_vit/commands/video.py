@@ -15,13 +15,19 @@ from types import FrameType
 
 from tqdm import tqdm
 
-from ssl_vit.config_pictures import VideoConfig
-from ssl_vit.data.pictures import BrokenPicture
-from ssl_vit.data.video import open_frames
-from ssl_vit.errors import UserError
-from ssl_vit.models.weights import load_backbone
-from ssl_vit.training.hardware import best_device
-from ssl_vit.video.film import Painter, picture_writer, video_codec, video_writer, watch
+from ssl_vit.config.visualize import VideoConfig
+from ssl_vit.data.dataset import UnreadableImageError
+from ssl_vit.data.sources.video_frames import open_frames
+from ssl_vit.models.checkpoint import load_backbone
+from ssl_vit.runtime.device import best_device
+from ssl_vit.runtime.errors import UserError
+from ssl_vit.visualization.attention_video import (
+    AttentionRenderer,
+    image_writer,
+    iter_attention,
+    video_codec,
+    video_writer,
+)
 
 MOST_NAMED = 5  # skipped frames
 
@@ -30,24 +36,24 @@ def main(config: VideoConfig) -> None:
     """Draw all frames; after Ctrl-C those that were done are kept beside `out`, in a video that plays.
 
     Raises:
-        UserError: There is no frame that can be used, or the network has no class token or other channels.
+        UserError: There is no frame that can be used, or the model has no class token or other channels.
         KeyboardInterrupt: Ctrl-C was pressed; what was there before at `out` is as it was.
     """
     _check_places(config)
     frames = open_frames(config.video, fps=config.fps)
-    network = load_backbone(config.checkpoint, config.weights)
-    if network.backbone.config.in_chans != 3:
-        raise UserError(f"checkpoint={config.checkpoint}: frames have 3 channels, the network takes another number")
-    network.backbone.to(best_device())
-    skipped: list[BrokenPicture] = []
+    model = load_backbone(config.checkpoint, config.weights)
+    if model.backbone.config.in_chans != 3:
+        raise UserError(f"checkpoint={config.checkpoint}: frames have 3 channels, the model takes another number")
+    model.backbone.to(best_device())
+    skipped: list[UnreadableImageError] = []
     total = min(frames.count or config.limit or 0, config.limit or frames.count or 0) or None
     as_video = bool(config.out.suffix)
     place = config.out.with_stem(f"{config.out.stem}-stopped") if as_video else config.out  # until all frames are done
-    writer = video_writer(place, rate=frames.rate, clock=frames.clock) if as_video else picture_writer(place)
-    painter, written, start = Painter(config.mass), 0, time.perf_counter()
-    batches = watch(
+    writer = video_writer(place, rate=frames.rate, clock=frames.clock) if as_video else image_writer(place)
+    painter, written, start = AttentionRenderer(config.attention_mass), 0, time.perf_counter()
+    batches = iter_attention(
         islice(frames.read(skipped.append), config.limit),
-        network,
+        model,
         head=config.head,
         max_side=config.max_side,
         skip=skipped.append,
@@ -100,7 +106,7 @@ def _ctrl_c() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _told(skipped: list[BrokenPicture]) -> str:
+def _told(skipped: list[UnreadableImageError]) -> str:
     rest = len(skipped) - MOST_NAMED
     named = "; ".join(map(str, skipped[:MOST_NAMED])) or "it holds none"
     return named + (f"; and {rest} more" if rest > 0 else "")

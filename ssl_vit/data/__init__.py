@@ -1,1 +1,1 @@
-"""Finding, decoding, indexing and loading pictures."""
+"""Images, from files to batches."""

@@ -1,1 +1,1 @@
-"""Frozen features, and what they are worth: kNN, linear probes, few labels, other data."""
+"""Evaluation of frozen features and attention."""

@@ -1,4 +1,4 @@
-"""The table of domain transfer: networks pretrained on one set of pictures, probed on others."""
+"""The table of domain transfer: models pretrained on one dataset, probed on others."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ssl_vit.errors import UserError
+from ssl_vit.runtime.errors import UserError
 
-OWN = "**bold**: pictures that the network was pretrained on, without their labels"
+OWN = "**bold**: images that the model was pretrained on, without their labels"
 
 
-class Cell(NamedTuple):
-    """What the record of one network on one data set says."""
+class TransferResult(NamedTuple):
+    """What the record of one model on one data set says."""
 
     value: float  # accuracy in [0, 1]
     low: float  # ends of its 95 % interval
     high: float
-    n: int  # test pictures
-    split: str  # how training and test pictures were told apart
+    n: int  # test images
+    split: str  # how training and test images were told apart
     warnings: list[str]
-    own: bool  # the network was pretrained on these pictures
+    own: bool  # the model was pretrained on these images
 
     @classmethod
-    def of(cls, record: Mapping[str, Any], *, own: bool) -> Cell:
+    def of(cls, record: Mapping[str, Any], *, own: bool) -> TransferResult:
         """From a record of a linear probe, as it stands in its JSON file."""
         metric = record["score"]["metrics"][0]
         split, warnings = record["protocol"]["split"], record["warnings"]
@@ -35,8 +35,8 @@ class Cell(NamedTuple):
         return f"**{text}**" if self.own else text
 
 
-def table(rows: Sequence[str], columns: Sequence[str], cells: Mapping[tuple[str, str], Cell]) -> str:
-    """Markdown that is a table on a terminal, too: a row per network, a column per data set; a dash where none is."""
+def table(rows: Sequence[str], columns: Sequence[str], cells: Mapping[tuple[str, str], TransferResult]) -> str:
+    """Markdown that is a table on a terminal, too: a row per model, a column per data set; a dash where none is."""
     heads = ["accuracy in %"]
     for column in columns:
         counts = {cell.n for (_, data), cell in cells.items() if data == column}
@@ -45,7 +45,7 @@ def table(rows: Sequence[str], columns: Sequence[str], cells: Mapping[tuple[str,
     widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
     rule = [f":{'-' * (widths[0] - 1)}", *(f"{'-' * (width - 1)}:" for width in widths[1:])]
     text = [_line(heads, widths), f"| {' | '.join(rule)} |", *(_line(line, widths) for line in lines), ""]
-    text.append("Linear probes on frozen features; ± is half the 95 % interval for other test pictures.")
+    text.append("Linear probes on frozen features; ± is half the 95 % interval for other test images.")
     if any(cell.own for cell in cells.values()):
         text.append(f"{OWN}.")
     for column in columns:
@@ -75,7 +75,7 @@ def short_names(places: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def pretrained_on(config: object) -> tuple[str, Path] | None:
-    """Kind and place of the pictures that a run's `config.yaml` names; None if it names none."""
+    """Kind and place of the images that a run's `config.yaml` names; None if it names none."""
     data = config.get("data") if isinstance(config, dict) else None
     if not isinstance(data, dict) or not {"source", "root"} <= data.keys():
         return None

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ssl_vit.distributed import all_mean, all_sum, world_size
-from ssl_vit.losses.logits import Logits
+from ssl_vit.losses.factored_logits import FactoredLogits
+from ssl_vit.runtime.distributed import all_mean, all_reduce_sum, world_size
 
 
-class Targets(NamedTuple):
+class TeacherTargets(NamedTuple):
     """What the teacher says: the probabilities q = softmax((logits - center) / temperature) over K prototypes."""
 
-    logits: Logits  # (G·B, K), without gradient, one global view after the other
+    logits: FactoredLogits  # (G·B, K), without gradient, one global view after the other
     center: Tensor  # (K,)
     temperature: float  # above 0
 
@@ -25,7 +25,7 @@ class Targets(NamedTuple):
         return self.logits.columns(part).sub_(self.center[part]).div_(self.temperature)
 
 
-def dino_loss(student: Logits, targets: Targets, *, views: int, temperature: float) -> Tensor:
+def dino_loss(student: FactoredLogits, targets: TeacherTargets, *, views: int, temperature: float) -> Tensor:
     """Mean cross-entropy between the teacher's view i and the student's view v, over all pairs with i ≠ v.
 
     With the student's logits s = z Wᵀ, the pairs' sum over teachers i comes apart into
@@ -55,12 +55,12 @@ class _CrossEntropy(torch.autograd.Function):
         z: Tensor,
         v: Tensor,
         scale: Tensor,
-        targets: Targets,
+        targets: TeacherTargets,
         views: int,
         temperature: float,
     ) -> Tensor:
-        student = Logits(z, v, scale)
-        lse, target_lse = LogSumExp(len(z), scale), LogSumExp(len(targets.logits.z), scale)
+        student = FactoredLogits(z, v, scale)
+        lse, target_lse = StreamingLogSumExp(len(z), scale), StreamingLogSumExp(len(targets.logits.z), scale)
         expected = scale.new_zeros(len(targets.logits.z), z.shape[1])  # (G·B, D): Σ_k e^(target - top) W_k
         with torch.autocast(z.device.type, enabled=False):
             for part in student.blocks():
@@ -82,8 +82,8 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         z, v, scale, target_z, target_v, target_scale, center, lse, target_lse, partners = ctx.saved_tensors
-        student, temperature = Logits(z, v, scale), ctx.temperature
-        targets = Targets(Logits(target_z, target_v, target_scale), center, ctx.target_temperature)
+        student, temperature = FactoredLogits(z, v, scale), ctx.temperature
+        targets = TeacherTargets(FactoredLogits(target_z, target_v, target_scale), center, ctx.target_temperature)
         views = len(partners)
         batch = len(z) // views
         factor = grad / (ctx.pairs * temperature)
@@ -100,7 +100,7 @@ class _CrossEntropy(torch.autograd.Function):
         return z_grad.to(z.dtype), v_grad, scale_grad, None, None, None
 
 
-class LogSumExp:
+class StreamingLogSumExp:
     """The logarithm of a sum of exponentials over columns (N, k) that come block by block; nothing overflows."""
 
     def __init__(self, rows: int, like: Tensor) -> None:
@@ -154,7 +154,7 @@ class Center(nn.Module):
         self.register_buffer("count", torch.zeros(()), persistent=False)
 
     @torch.no_grad()
-    def observe(self, teacher: Logits) -> None:
+    def observe(self, teacher: FactoredLogits) -> None:
         """Add the logits (G·B, K) of a micro-batch; linear in z, they need not be multiplied out."""
         total = teacher.z.sum(dim=0, dtype=self.seen.dtype)  # (D,)
         with torch.autocast(self.seen.device.type, enabled=False):
@@ -168,29 +168,29 @@ class Center(nn.Module):
 
         Where the optimizer step was not `taken`, () bool, it is only forgotten.
         """
-        mean = all_sum(self.seen) / (self.count * world_size())
+        mean = all_reduce_sum(self.seen) / (self.count * world_size())
         self.value.copy_(torch.where(taken, self.value.lerp(mean, 1 - self.momentum), self.value))
         self.seen.zero_()
         self.count.zero_()
 
 
-class Assignment(NamedTuple):
-    """How the teacher spreads pictures over prototypes, in nats; each a scalar."""
+class AssignmentStats(NamedTuple):
+    """How the teacher spreads images over prototypes, in nats; each a scalar."""
 
-    entropy: Tensor  # of one picture's probabilities, mean; 0 = one prototype, ln K = uniform
+    entropy: Tensor  # of one image's probabilities, mean; 0 = one prototype, ln K = uniform
     kl_to_uniform: Tensor  # ln K - entropy
-    information: Tensor  # entropy of the mean assignment - entropy; 0 = the same answer for every picture: collapse
+    information: Tensor  # entropy of the mean assignment - entropy; 0 = the same answer for every image: collapse
 
 
 @torch.no_grad()
-def assignment(targets: Targets) -> Assignment:
-    """Entropy of the teacher's probabilities (G·B, K) and the information that they carry about the picture.
+def assignment_stats(targets: TeacherTargets) -> AssignmentStats:
+    """Entropy of the teacher's probabilities (G·B, K) and the information that they carry about the image.
 
     In both collapses, to the uniform answer and to a single prototype, the information goes to 0. It is at most
     ln(G·B), because it is estimated on one batch, that of all processes together. Entropy and divergence are this
     process's own: their mean over processes is that of the whole batch.
     """
-    lse = LogSumExp(len(targets.logits.z), targets.logits.scale)
+    lse = StreamingLogSumExp(len(targets.logits.z), targets.logits.scale)
     with torch.autocast(targets.center.device.type, enabled=False):
         for part in targets.logits.blocks():
             lse.add(targets.columns(part))
@@ -201,4 +201,4 @@ def assignment(targets: Targets) -> Assignment:
             entropy += torch.special.entr(p).sum()
     entropy /= len(targets.logits.z)
     information = torch.special.entr(all_mean(mean)).sum() - entropy
-    return Assignment(entropy, math.log(len(targets.center)) - entropy, information)
+    return AssignmentStats(entropy, math.log(len(targets.center)) - entropy, information)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssl_vit.distributed import all_sum, world_size
-from ssl_vit.precision import at_least_float32
+from ssl_vit.runtime.device import upcast
+from ssl_vit.runtime.distributed import all_reduce_sum, world_size
 
 
-def l1(reconstruction: Tensor, clean: Tensor, corrupted: Tensor | None = None) -> Tensor:
+def reconstruction_l1(reconstruction: Tensor, clean: Tensor, corrupted: Tensor | None = None) -> Tensor:
     """Mean absolute difference over all pixels, or over the corrupted ones of all processes.
 
     Args:
@@ -20,8 +20,8 @@ def l1(reconstruction: Tensor, clean: Tensor, corrupted: Tensor | None = None) -
     The corrupted pixels are counted over all processes, so that processes with more of them weigh more and the mean
     over processes equals the mean of one process with the whole batch.
     """
-    difference = (at_least_float32(reconstruction) - at_least_float32(clean)).abs()
+    difference = (upcast(reconstruction) - upcast(clean)).abs()
     if corrupted is None:
         return difference.mean()
-    count = all_sum(corrupted.sum()) * clean.shape[1] / world_size()
+    count = all_reduce_sum(corrupted.sum()) * clean.shape[1] / world_size()
     return (difference * corrupted).sum() / torch.clamp(count, min=1)

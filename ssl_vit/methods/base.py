@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from ssl_vit import __version__
-from ssl_vit.config import BackboneConfig, DINOConfig, SiTConfig, TrainingConfig, ViewsConfig
-from ssl_vit.config_evaluation import FinetuneConfig, FinetuneMethodConfig
-from ssl_vit.distributed import all_mean, gather, norms
-from ssl_vit.losses.diversity import alignment, effective_rank, spread, uniformity
-from ssl_vit.methods.finite import StepCheck, clip_each
+from ssl_vit.config.evaluate import FinetuneConfig, FinetuneMethodConfig
+from ssl_vit.config.pretrain import BackboneConfig, DINOConfig, SiTConfig, TrainingConfig, ViewsConfig
+from ssl_vit.data.batch import Batch
+from ssl_vit.data.transforms.color import ColorAugmentation
+from ssl_vit.methods.gradient_clipping import FiniteCheck, clip_grad_per_parameter
+from ssl_vit.methods.schedules import Schedule, cosine
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.fsdp import shard
-from ssl_vit.models.weights import CHECKPOINT_KEY
-from ssl_vit.timing import Laps
-from ssl_vit.training.schedules import Schedule, cosine
-from ssl_vit.transforms.batch import Batch
-from ssl_vit.transforms.photometric import Photometric
+from ssl_vit.models.checkpoint import CHECKPOINT_KEY
+from ssl_vit.models.feature_statistics import alignment, effective_rank, feature_std, uniformity
+from ssl_vit.models.fsdp import apply_fsdp
+from ssl_vit.runtime.distributed import all_mean, gather_from_ranks, norms
+from ssl_vit.runtime.step_timer import StepTimer
 
 
-class Plan(NamedTuple):
+class TrainingPlan(NamedTuple):
     """The length of a run, in optimizer steps, and what its randomness and learning rate derive from."""
 
     total_steps: int
@@ -36,14 +36,16 @@ class Plan(NamedTuple):
     seed: int
 
 
-def make_plan(config: TrainingConfig | FinetuneConfig, pictures: int) -> Plan:
+def make_plan(config: TrainingConfig | FinetuneConfig, dataset: int) -> TrainingPlan:
     """The run's length in optimizer steps."""
-    steps_per_epoch = max(1, pictures // config.data.batch_size)
+    steps_per_epoch = max(1, dataset // config.data.batch_size)
     total_steps = config.trainer.max_steps or config.trainer.max_epochs * steps_per_epoch
-    return Plan(total_steps, steps_per_epoch, config.data.batch_size, config.trainer.log_every, config.seed)
+    return TrainingPlan(
+        total_steps, steps_per_epoch, config.data.batch_size, config.trainer.log_every_n_steps, config.seed
+    )
 
 
-AnyMethodConfig = DINOConfig | SiTConfig | FinetuneMethodConfig
+MethodConfig = DINOConfig | SiTConfig | FinetuneMethodConfig
 
 
 class StepResult(NamedTuple):
@@ -59,27 +61,27 @@ class SSLMethod(L.LightningModule):
 
     Args:
         config: Of the method.
-        views: That it is given, and their normalisation.
+        views: That it is given, and their normalization.
         plan: Length of the run.
     """
 
     finite: Tensor
-    check: StepCheck  # of the last optimizer step
+    check: FiniteCheck  # of the last optimizer step
 
-    def __init__(self, config: AnyMethodConfig, views: ViewsConfig, plan: Plan) -> None:
+    def __init__(self, config: MethodConfig, views: ViewsConfig, plan: TrainingPlan) -> None:
         super().__init__()
         self.config = config
         self.views = views
         self.plan = plan
-        self.photometric = Photometric(views)
-        self.laps = Laps()
+        self.photometric = ColorAugmentation(views)
+        self.laps = StepTimer()
         self.logged = torch.empty(0)
         self.register_buffer("finite", torch.ones((), dtype=torch.bool), persistent=False)  # the step's losses so far
         self.warmup_steps = config.optimizer.warmup.steps(plan.steps_per_epoch, plan.total_steps)
         self.schedules = self.make_schedules(config, plan)
 
     @classmethod
-    def make_schedules(cls, config: AnyMethodConfig, plan: Plan) -> dict[str, Schedule]:
+    def make_schedules(cls, config: MethodConfig, plan: TrainingPlan) -> dict[str, Schedule]:
         """The method's schedules by name; they depend on nothing but its configuration and the length of the run.
 
         Raises:
@@ -109,11 +111,11 @@ class SSLMethod(L.LightningModule):
     @property
     @abstractmethod
     def flops(self) -> int:
-        """FLOP per picture of a training step."""
+        """FLOP per image of a training step."""
 
     @property
     def prototypes(self) -> int | None:
-        """Number of classes that the method sorts pictures into by itself, if it does."""
+        """Number of classes that the method sorts images into by itself, if it does."""
         return None
 
     @property
@@ -145,9 +147,9 @@ class SSLMethod(L.LightningModule):
 
     def log_step(self, result: StepResult, *, first: bool) -> None:
         """Log means over all processes and over the step's micro-batches so far, of which this is the `first`."""
-        features = gather(result.features[0])
+        features = gather_from_ranks(result.features[0])
         logs = {"loss": result.loss.detach(), **result.logs}
-        logs |= {"spread": spread(features), "effective_rank": effective_rank(features)}
+        logs |= {"spread": feature_std(features), "effective_rank": effective_rank(features)}
         logs["uniformity"] = uniformity(features)
         if len(result.features) == 2:
             logs["alignment"] = alignment(*result.features)
@@ -168,9 +170,9 @@ class SSLMethod(L.LightningModule):
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:  # trainer.strategy=fsdp
-            for network in self.children():
-                if list(network.parameters()):
-                    shard(network, self.device_mesh["data_parallel"])
+            for model in self.children():
+                if list(model.parameters()):
+                    apply_fsdp(model, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Optimizer:
         groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
@@ -216,10 +218,10 @@ class SSLMethod(L.LightningModule):
         gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
         sizes = norms(list(gradients.values()))
         loss_scale = scaler.get_scale() if scaler else None
-        self.check = StepCheck(list(gradients), sizes, self.finite, loss_scale=loss_scale)
+        self.check = FiniteCheck(list(gradients), sizes, self.finite, loss_scale=loss_scale)
         self.finite.fill_(True)
-        if self.config.optimizer.clip:
-            clip_each(list(gradients.values()), sizes, self.config.optimizer.clip)
+        if self.config.optimizer.grad_clip:
+            clip_grad_per_parameter(list(gradients.values()), sizes, self.config.optimizer.grad_clip)
         optimizer.found_inf = (~self.check.taken).float()  # type: ignore[attr-defined] # fused AdamW then does nothing
         if scaler and self.check.skipped():  # which has a mark of its own there
             optimizer.zero_grad()
@@ -248,7 +250,7 @@ class SSLMethod(L.LightningModule):
         }
 
 
-def by_view(views: Tensor) -> Tensor:
+def stack_views(views: Tensor) -> Tensor:
     """(B, V, C, H, W) as (V·B, C, H, W), one view after the other."""
     return views.transpose(0, 1).flatten(0, 1)
 

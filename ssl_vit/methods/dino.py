@@ -6,20 +6,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ssl_vit.config import BackboneConfig, DINOConfig
-from ssl_vit.losses.dino import Center, Targets, assignment, dino_loss
-from ssl_vit.losses.logits import Logits
-from ssl_vit.methods.base import Plan, SSLMethod, StepResult, by_view, make_backbone
+from ssl_vit.config.pretrain import BackboneConfig, DINOConfig
+from ssl_vit.data.batch import Batch
+from ssl_vit.losses.dino import Center, TeacherTargets, assignment_stats, dino_loss
+from ssl_vit.losses.factored_logits import FactoredLogits
+from ssl_vit.methods.base import SSLMethod, StepResult, TrainingPlan, make_backbone, stack_views
+from ssl_vit.methods.flops import flops_per_image
+from ssl_vit.methods.heads import DINOHead
+from ssl_vit.methods.schedules import Schedule, cosine, teacher_temperature
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.heads import DINOHead
-from ssl_vit.models.teacher import distance, follow, start_teacher
-from ssl_vit.training.flops import flops_per_picture
-from ssl_vit.training.schedules import Schedule, cosine, teacher_temperature
-from ssl_vit.transforms.batch import Batch
-from ssl_vit.transforms.randomness import view_keys
+from ssl_vit.models.ema import init_teacher, relative_parameter_distance, update_ema
+from ssl_vit.runtime.rng import view_keys
 
 
-class DINONetwork(nn.Module):
+class DINOModel(nn.Module):
     """Backbone and head; the head sees the [CLS] tokens of all resolutions in one pass."""
 
     def __init__(self, backbone: Backbone, config: DINOConfig) -> None:
@@ -27,7 +27,7 @@ class DINONetwork(nn.Module):
         self.backbone = backbone
         self.head = DINOHead(backbone.embed_dim, **config.head.model_dump())
 
-    def forward(self, *resolutions: Tensor, key: Tensor | None = None) -> tuple[Logits, Tensor]:
+    def forward(self, *resolutions: Tensor, key: Tensor | None = None) -> tuple[FactoredLogits, Tensor]:
         """Logits (Σ V·B, K) and [CLS] tokens (Σ V·B, D) of images (V·B, C, H, W), one argument per resolution.
 
         `key` (Σ V·B,) holds the keys of all images, from which drop path is drawn in training.
@@ -42,15 +42,15 @@ class DINO(SSLMethod):
 
     config: DINOConfig
 
-    def __init__(self, config: DINOConfig, backbone: BackboneConfig, plan: Plan) -> None:
+    def __init__(self, config: DINOConfig, backbone: BackboneConfig, plan: TrainingPlan) -> None:
         super().__init__(config, config.views, plan)
-        self.student = DINONetwork(make_backbone(backbone, drop_path=True), config)
-        self.teacher = start_teacher(DINONetwork(make_backbone(backbone, drop_path=False), config), self.student)
+        self.student = DINOModel(make_backbone(backbone, drop_path=True), config)
+        self.teacher = init_teacher(DINOModel(make_backbone(backbone, drop_path=False), config), self.student)
         self.center = Center(config.head.prototypes, config.teacher.center_momentum)
         self.frozen_steps = config.freeze_last_layer.steps(plan.steps_per_epoch, plan.total_steps)
 
     @classmethod
-    def make_schedules(cls, config: DINOConfig, plan: Plan) -> dict[str, Schedule]:  # type: ignore[override]
+    def make_schedules(cls, config: DINOConfig, plan: TrainingPlan) -> dict[str, Schedule]:  # type: ignore[override]
         teacher, steps, per_epoch = config.teacher, plan.total_steps, plan.steps_per_epoch
         warmup_epochs = -(-teacher.warmup.steps(per_epoch, steps) // per_epoch)
         return {
@@ -63,7 +63,7 @@ class DINO(SSLMethod):
 
     @property
     def flops(self) -> int:
-        return flops_per_picture(self.config, self.target).total
+        return flops_per_image(self.config, self.target).total
 
     @property
     def target(self) -> Backbone:
@@ -75,11 +75,11 @@ class DINO(SSLMethod):
 
     def step(self, global_views: Tensor, local_views: Tensor, batch: Batch) -> StepResult:
         views = global_views.shape[1] + local_views.shape[1]
-        images = [by_view(global_views)] + ([by_view(local_views)] if local_views.shape[1] else [])
+        images = [stack_views(global_views)] + ([stack_views(local_views)] if local_views.shape[1] else [])
 
         with torch.no_grad():
             teacher, teacher_cls = self.teacher(images[0])  # (2·B, K), (2·B, D)
-            targets = Targets(teacher, self.center.value, self.scheduled("teacher_temperature"))
+            targets = TeacherTargets(teacher, self.center.value, self.scheduled("teacher_temperature"))
             self.center.observe(teacher)
         self.laps.lap("teacher")
 
@@ -89,13 +89,13 @@ class DINO(SSLMethod):
         self.laps.lap("loss")
         logs: dict[str, Tensor] = {}
         if self.at_log_step:
-            entropy, kl, information = assignment(targets)
+            entropy, kl, information = assignment_stats(targets)
             logs = {
                 "teacher_entropy": entropy,
                 "teacher_kl_to_uniform": kl,
                 "information": information,
                 "center_norm": self.center.value.norm(),
-                "teacher_distance": distance(self.teacher, self.student),
+                "teacher_distance": relative_parameter_distance(self.teacher, self.student),
             }
         return StepResult(loss, teacher_cls.unflatten(0, (2, -1)), logs)
 
@@ -105,7 +105,7 @@ class DINO(SSLMethod):
                 parameter.grad = None  # not requires_grad: that would change the graph under DDP
 
     def after_optimizer_step(self, step: int, taken: Tensor) -> None:
-        follow(self.teacher, self.student, self.schedules["teacher_momentum"](step), taken)
+        update_ema(self.teacher, self.student, self.schedules["teacher_momentum"](step), taken)
         self.center.update(taken)
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:

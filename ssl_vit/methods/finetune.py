@@ -1,4 +1,4 @@
-"""Fine-tuning: the whole network learns from labels, the deeper its layers lie the slower."""
+"""Fine-tuning: the whole model learns from labels, the deeper its layers lie the slower."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from ssl_vit.config import ViewsConfig
-from ssl_vit.config_evaluation import FinetuneMethodConfig
-from ssl_vit.methods.base import Plan, SSLMethod, StepResult
+from ssl_vit.config.evaluate import FinetuneMethodConfig
+from ssl_vit.config.pretrain import ViewsConfig
+from ssl_vit.data.batch import Batch
+from ssl_vit.data.transforms.mixup import MixupCutmix
+from ssl_vit.methods.base import SSLMethod, StepResult, TrainingPlan
+from ssl_vit.methods.flops import TRAINED, forward_flops
+from ssl_vit.methods.heads import mlp
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.heads import mlp
-from ssl_vit.models.weights import LoadedBackbone
-from ssl_vit.precision import at_least_float32
-from ssl_vit.training.flops import TRAINED, forward_flops
-from ssl_vit.transforms.augment import Mixing
-from ssl_vit.transforms.batch import Batch
+from ssl_vit.models.checkpoint import LoadedBackbone
+from ssl_vit.runtime.device import upcast
 
 
 class Classifier(nn.Module):
@@ -42,27 +42,27 @@ class Classifier(nn.Module):
         }
 
 
-class FineTuning(SSLMethod):
+class FineTune(SSLMethod):
     """Cross-entropy with the targets that mixing and smoothing leave of the labels.
 
     Not self-supervised, but trained as the others are, step by step.
 
     Args:
         config: Of the augmentation and the optimizer.
-        views: As `crop_views` makes them.
+        views: As `single_view_config` makes them.
         backbone: To be trained.
-        classes: That pictures are told apart by.
+        classes: That images are told apart by.
         plan: Length of the run.
     """
 
     config: FinetuneMethodConfig
 
     def __init__(
-        self, config: FinetuneMethodConfig, views: ViewsConfig, backbone: Backbone, classes: int, plan: Plan
+        self, config: FinetuneMethodConfig, views: ViewsConfig, backbone: Backbone, classes: int, plan: TrainingPlan
     ) -> None:
         super().__init__(config, views, plan)
         self.student = Classifier(backbone, classes)
-        self.mixing = Mixing(config, classes)
+        self.mixing = MixupCutmix(config, classes)
 
     @property
     def target(self) -> Backbone:
@@ -79,7 +79,7 @@ class FineTuning(SSLMethod):
         self.laps.lap("photometrics")
         logits, cls = self.student(images, batch.key)
         self.laps.lap("student")
-        loss = F.cross_entropy(at_least_float32(logits), targets)
+        loss = F.cross_entropy(upcast(logits), targets)
         self.laps.lap("loss")
         return StepResult(loss, cls.detach()[None], {})
 
@@ -106,8 +106,8 @@ class FineTuning(SSLMethod):
             group["lr"] *= group["lr_scale"]
 
 
-def trainable(loaded: LoadedBackbone, *, image_size: int, drop_path: float) -> Backbone:
-    """The network as one that learns on pictures of this size: its position embeddings are resampled to it, once."""
+def prepare_for_finetuning(loaded: LoadedBackbone, *, image_size: int, drop_path: float) -> Backbone:
+    """The model as one that learns on images of this size: its position embeddings are resampled to it, once."""
     backbone = Backbone(loaded.backbone.config.model_copy(update={"drop_path": drop_path}))
     backbone.load_state_dict(loaded.backbone.state_dict())
     if image_size != backbone.config.img_size:

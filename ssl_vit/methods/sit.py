@@ -6,22 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_vit.config import BackboneConfig, SiTConfig
-from ssl_vit.losses.contrastive import nt_xent
-from ssl_vit.losses.reconstruction import l1
-from ssl_vit.losses.weighting import FixedWeights, UncertaintyWeights
-from ssl_vit.methods.base import Plan, SSLMethod, StepResult, by_view, make_backbone
+from ssl_vit.config.pretrain import BackboneConfig, SiTConfig
+from ssl_vit.data.batch import Batch
+from ssl_vit.data.transforms.corruption import Corruption, corrupt_views, rotate, sample_rotations
+from ssl_vit.losses.nt_xent import nt_xent
+from ssl_vit.losses.reconstruction import reconstruction_l1
+from ssl_vit.losses.uncertainty_weighting import FixedWeights, UncertaintyWeights
+from ssl_vit.methods.base import SSLMethod, StepResult, TrainingPlan, make_backbone, stack_views
+from ssl_vit.methods.flops import flops_per_image
+from ssl_vit.methods.heads import ReconstructionHead, mlp
 from ssl_vit.models.backbone import Backbone, Tokens
-from ssl_vit.models.heads import ReconstructionHead, mlp
-from ssl_vit.precision import at_least_float32
-from ssl_vit.training.flops import flops_per_picture
-from ssl_vit.transforms.batch import Batch
-from ssl_vit.transforms.corruption import Corruption, corrupt_views, quarter_turns, rotate
-from ssl_vit.transforms.randomness import view_keys
-from ssl_vit.transforms.transfer import sent
+from ssl_vit.runtime.device import to_device_async, upcast
+from ssl_vit.runtime.rng import view_keys
 
 
-class SiTNetwork(nn.Module):
+class SiTModel(nn.Module):
     """Backbone and one head per loss that is on.
 
     [CLS] is the contrastive token, so that the exported backbone's pooled feature is the semantic one. The rotation is
@@ -69,9 +68,9 @@ class SiT(SSLMethod):
 
     config: SiTConfig
 
-    def __init__(self, config: SiTConfig, backbone: BackboneConfig, plan: Plan) -> None:
+    def __init__(self, config: SiTConfig, backbone: BackboneConfig, plan: TrainingPlan) -> None:
         super().__init__(config, config.views, plan)
-        self.student = SiTNetwork(config, backbone)
+        self.student = SiTModel(config, backbone)
         self.corrupt = Corruption(config.corruption)
         names = list(self.student.heads)
         self.weights = (
@@ -82,7 +81,7 @@ class SiT(SSLMethod):
 
     @property
     def flops(self) -> int:
-        return flops_per_picture(self.config, self.target).total
+        return flops_per_image(self.config, self.target).total
 
     @property
     def target(self) -> Backbone:
@@ -99,7 +98,7 @@ class SiT(SSLMethod):
 
         losses, logs = {}, dict[str, Tensor]()
         if "rotation" in outputs:
-            losses["rotation"] = F.cross_entropy(at_least_float32(outputs["rotation"]), quarter)
+            losses["rotation"] = F.cross_entropy(upcast(outputs["rotation"]), quarter)
             logs["rotation_accuracy"] = (outputs["rotation"].argmax(-1) == quarter).float().mean()
         if "contrastive" in outputs:
             losses["contrastive"], logs["contrastive_accuracy"] = nt_xent(
@@ -109,7 +108,7 @@ class SiT(SSLMethod):
             )
         if "reconstruction" in outputs:
             on = mask if self.config.reconstruction.loss_on == "corrupted" else None
-            losses["reconstruction"] = l1(outputs["reconstruction"], clean, on)
+            losses["reconstruction"] = reconstruction_l1(outputs["reconstruction"], clean, on)
         total = self.weights(losses)
         self.laps.lap("loss")
         logs |= {name: loss.detach() for name, loss in losses.items()}
@@ -119,10 +118,10 @@ class SiT(SSLMethod):
 
     def rotated(self, views: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Views (B, 2, C, H, W), each turned by its own quarter turns: (2B, C, H, W) and the turns (2B,) of 0 to 3."""
-        images = by_view(views)
+        images = stack_views(views)
         if not self.config.rotation.enabled:
             return images, torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        quarter = sent(quarter_turns(key).T.flatten(), views.device)  # (2B,)
+        quarter = to_device_async(sample_rotations(key).T.flatten(), views.device)  # (2B,)
         return rotate(images, quarter), quarter
 
     def corrupted(self, clean: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

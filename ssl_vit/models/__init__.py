@@ -1,1 +1,1 @@
-"""The timm ViT backbone, the heads, the EMA teacher and their weights."""
+"""The timm backbone, its attention, checkpoints in and out."""

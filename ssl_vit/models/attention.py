@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-def choose_attention(attention: Attention, *, fused: bool) -> None:
+def set_attention_impl(attention: Attention, *, fused: bool) -> None:
     """Let timm's attention compute by torch's fused kernel, or by `attend` unless it has parts of its own; in place."""
     vars(attention).pop("forward", None)  # of an earlier choice
     attention.fused_attn = fused
@@ -32,11 +32,11 @@ def _has_no_extras(attention: Attention) -> bool:
 def _forward(attention: Attention, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
     batch, tokens, _ = x.shape
     qkv = attention.qkv(x).view(batch, tokens, 3, attention.num_heads, attention.head_dim)
-    result: Tensor = attention.proj(attend(qkv, attention.scale))
+    result: Tensor = attention.proj(matmul_attention(qkv, attention.scale))
     return result
 
 
-def attend(qkv: Tensor, scale: float) -> Tensor:
+def matmul_attention(qkv: Tensor, scale: float) -> Tensor:
     """softmax(scale · q kᵀ) v of every head (Vaswani et al. 2017, equation 1).
 
     Args:

@@ -13,20 +13,20 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ssl_vit.config import BackboneConfig
-from ssl_vit.errors import UserError
-from ssl_vit.models.attention import choose_attention
-from ssl_vit.models.drop_path import choose_paths, use_keyed_drop_paths
-from ssl_vit.models.recompute import recompute_activations
+from ssl_vit.config.pretrain import BackboneConfig
+from ssl_vit.models.activation_checkpointing import recompute_activations
+from ssl_vit.models.attention import set_attention_impl
+from ssl_vit.models.drop_path import replace_drop_path, sample_drop_paths
+from ssl_vit.runtime.errors import UserError
 
-_MOST_GRAPHS = 64  # of all blocks of a process: a network in training has five, and a process may build several
+_MOST_GRAPHS = 64  # of all blocks of a process: a model in training has five, and a process may build several
 
 
-NOT_PLAIN = "not a plain ViT (hybrids and ViTs with rotary position embeddings are not supported yet)"
+UNSUPPORTED_MESSAGE = "not a plain ViT (hybrids and ViTs with rotary position embeddings are not supported yet)"
 
 
 class Tokens(NamedTuple):
-    """What the backbone says of B pictures, after its final norm."""
+    """What the backbone says of B images, after its final norm."""
 
     cls: Tensor  # (B, D)
     registers: Tensor  # (B, R, D)
@@ -35,13 +35,13 @@ class Tokens(NamedTuple):
 
 
 class Backbone(nn.Module):
-    """A plain timm ViT; pictures may have any size that is a multiple of the patch.
+    """A plain timm ViT; images may have any size that is a multiple of the patch.
 
-    Initialisation and interpolation of the position embeddings are timm's. DINO's own differ a little: its class token
+    Initialization and interpolation of the position embeddings are timm's. DINO's own differ a little: its class token
     starts at std .02 instead of 1e-6, and it interpolates without antialias.
 
     Args:
-        config: Name, sizes and initialisation; `drop_path` included.
+        config: Name, sizes and initialization; `drop_path` included.
 
     Raises:
         UserError: timm does not know the name, or it is not a plain ViT, or it has batch norm.
@@ -51,12 +51,12 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.vit = _create(config)
-        self.drop_paths = use_keyed_drop_paths(self.vit)
+        self.drop_paths = replace_drop_path(self.vit)
         self.compiled = False
 
     @property
     def has_cls(self) -> bool:
-        """Whether there is a class token that stands for the picture; without one there are no `Tokens` to speak of."""
+        """Whether there is a class token that stands for the image; without one there are no `Tokens` to speak of."""
         return bool(self.vit.has_class_token and self.vit.global_pool == "token")
 
     def need_cls(self) -> Backbone:
@@ -87,7 +87,7 @@ class Backbone(nn.Module):
             key: The images' keys (B,) int64, from which drop path is drawn; only needed for it, in training.
         """
         if self.training and self.drop_paths:
-            choose_paths(self.drop_paths, key, images.device)
+            sample_drop_paths(self.drop_paths, key, images.device)
         return self._split(self.vit.forward_features(images), images)
 
     def last_blocks(self, images: Tensor, count: int) -> list[Tokens]:
@@ -108,7 +108,7 @@ class Backbone(nn.Module):
     def set_fused_attention(self, fused: bool) -> None:
         """Choose between torch's fused attention and plain matrix products; both compute the same."""
         for block in self.vit.blocks:
-            choose_attention(block.attn, fused=fused)
+            set_attention_impl(block.attn, fused=fused)
 
     def compile_blocks(self) -> None:
         """Let torch compile each block, once per shape of its input; the weights keep their names.
@@ -129,7 +129,7 @@ class Backbone(nn.Module):
         return super().train(mode and any(p.requires_grad for p in self.parameters()))
 
 
-def timm_arguments(config: BackboneConfig) -> dict[str, Any]:
+def timm_kwargs(config: BackboneConfig) -> dict[str, Any]:
     """The keywords of `timm.create_model` that rebuild the architecture, without training-only ones."""
     sizes = {"embed_dim": config.embed_dim, "depth": config.depth, "num_heads": config.num_heads}
     return {
@@ -148,14 +148,14 @@ def _create(config: BackboneConfig) -> VisionTransformer:
         near = timm.list_models(f"*{config.name.split('.')[0]}*")[:5] or timm.list_models("vit_*_patch16_224")[:5]
         raise UserError(f"backbone.name={config.name}: timm has no such model; there are {', '.join(near)}")
     weight_init = {"timm": "", "jax": "jax"}[config.init]
-    arguments = {**timm_arguments(config), "drop_path_rate": config.drop_path, "weight_init": weight_init}
+    arguments = {**timm_kwargs(config), "drop_path_rate": config.drop_path, "weight_init": weight_init}
     try:
         with _quiet_timm():
             vit = timm.create_model(config.name, pretrained=False, **arguments)
     except TypeError as error:
-        raise UserError(f"backbone.name={config.name} is {NOT_PLAIN}: {error}") from None
+        raise UserError(f"backbone.name={config.name} is {UNSUPPORTED_MESSAGE}: {error}") from None
     if type(vit) is not VisionTransformer:
-        raise UserError(f"backbone.name={config.name} is {NOT_PLAIN}")
+        raise UserError(f"backbone.name={config.name} is {UNSUPPORTED_MESSAGE}")
     if any(isinstance(module, _BatchNorm) for module in vit.modules()):
         raise UserError(
             f"backbone.name={config.name} has batch norm, whose result depends on how a batch is spread over processes "

@@ -1,4 +1,4 @@
-"""Stochastic depth (Huang et al. 2016, arXiv 1603.09382) that a picture's key decides, not the process's randomness."""
+"""Stochastic depth (Huang et al. 2016, arXiv 1603.09382) that an image's key decides, not the process's randomness."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from timm.layers import DropPath as TimmDropPath
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ssl_vit.transforms.randomness import Stream, fold, uniform
-from ssl_vit.transforms.transfer import sent
+from ssl_vit.runtime.device import to_device_async
+from ssl_vit.runtime.rng import RNGStream, fold_in, uniform
 
 
 class DropPath(nn.Module):
-    """In training leaves a residual branch out for some pictures, and scales it up for the others.
+    """In training leaves a residual branch out for some images, and scales it up for the others.
 
-    `choose_paths` says for which, before every pass.
+    `sample_drop_paths` says for which, before every pass.
     """
 
     def __init__(self, drop_prob: float) -> None:
@@ -26,7 +26,7 @@ class DropPath(nn.Module):
         return x * self.scale[:, None, None].to(x.dtype) if self.training else x
 
 
-def use_keyed_drop_paths(vit: VisionTransformer) -> list[DropPath]:
+def replace_drop_path(vit: VisionTransformer) -> list[DropPath]:
     """Put a `DropPath` in the place of each of timm's, with the same probability; two per block, in their order."""
     paths = []
     for block in vit.blocks:
@@ -37,21 +37,21 @@ def use_keyed_drop_paths(vit: VisionTransformer) -> list[DropPath]:
     return paths
 
 
-def choose_paths(paths: list[DropPath], key: Tensor | None, device: torch.device) -> None:
-    """Draw for each picture of the next training pass which branches it goes without.
+def sample_drop_paths(paths: list[DropPath], key: Tensor | None, device: torch.device) -> None:
+    """Draw for each image of the next training pass which branches it goes without.
 
     Args:
-        paths: Of one network.
-        key: The pictures' keys (B,) int64.
-        device: Where the pictures are. The draws are made on the CPU, which does not wait for a GPU.
+        paths: Of one model.
+        key: The images' keys (B,) int64.
+        device: Where the images are. The draws are made on the CPU, which does not wait for a GPU.
 
     Raises:
         ValueError: There is no key.
     """
     if key is None:
-        raise ValueError("in training with drop_path above 0 the backbone needs the pictures' keys: forward(x, key)")
-    draws = uniform(fold(key.cpu(), Stream.DROP_PATH), len(paths)).T  # (2 x blocks, B)
+        raise ValueError("in training with drop_path above 0 the backbone needs the images' keys: forward(x, key)")
+    draws = uniform(fold_in(key.cpu(), RNGStream.DROP_PATH), len(paths)).T  # (2 x blocks, B)
     drop_prob = torch.tensor([path.drop_prob for path in paths])[:, None]
-    scales = sent((draws >= drop_prob) / (1 - drop_prob), device)
+    scales = to_device_async((draws >= drop_prob) / (1 - drop_prob), device)
     for path, scale in zip(paths, scales, strict=True):
         path.scale = scale

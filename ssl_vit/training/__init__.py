@@ -1,1 +1,1 @@
-"""Schedules, checkpoints, health and progress of a run."""
+"""Trainer, run directory, checkpoints, loggers."""

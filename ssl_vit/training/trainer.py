@@ -13,52 +13,47 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
-from ssl_vit.config import TrainerConfig, TrainingConfig
-from ssl_vit.config_evaluation import FinetuneConfig
-from ssl_vit.errors import UserError
+from ssl_vit.config.evaluate import FinetuneConfig
+from ssl_vit.config.pretrain import TrainerConfig, TrainingConfig
 from ssl_vit.methods import METHODS
-from ssl_vit.methods.base import Plan, SSLMethod
+from ssl_vit.methods.base import SSLMethod, TrainingPlan
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.processes import keep_freed_memory
-from ssl_vit.training.checkpoints import DurableIO
-from ssl_vit.training.hardware import (
-    autocast_dtype,
-    best_device,
-    compiling_pays,
-    fused_attention_pays,
-)
+from ssl_vit.runtime.device import autocast_dtype, best_device, prefer_compile, prefer_fused_attention
+from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.launch import disable_malloc_trim
+from ssl_vit.training.checkpointing import AtomicCheckpointIO
 
 
-def build_method(config: TrainingConfig, plan: Plan) -> SSLMethod:
+def build_method(config: TrainingConfig, plan: TrainingPlan) -> SSLMethod:
     """The Lightning module, its backbones in the form that the device is good at."""
     torch.manual_seed(config.seed)
     try:
         method = METHODS[config.method.name](config.method, config.backbone, plan)  # type: ignore[arg-type]
     except ValueError as error:  # of the schedules: a warm-up longer than the run
         raise UserError(f"method.{config.method.name}: {error}") from None
-    tune(method, config.trainer)
+    configure_backbones(method, config.trainer)
     return method
 
 
-def tune(method: SSLMethod, settings: TrainerConfig) -> None:
+def configure_backbones(method: SSLMethod, settings: TrainerConfig) -> None:
     """Bring the backbones of a method into the form that the device is good at."""
     device = best_device(settings.accelerator)
-    fused = fused_attention_pays(device) if settings.fused_attention == "auto" else settings.fused_attention
-    compiled = compiling_pays(device) if settings.compile == "auto" else settings.compile
+    fused = prefer_fused_attention(device) if settings.fused_attention == "auto" else settings.fused_attention
+    compiled = prefer_compile(device) if settings.compile == "auto" else settings.compile
     for backbone in (module for module in method.modules() if isinstance(module, Backbone)):
         backbone.set_fused_attention(fused)
         if compiled:
             backbone.compile_blocks()
-        if settings.recompute_activations:
+        if settings.activation_checkpointing:
             backbone.recompute_activations()
 
 
-def make_trainer(
+def build_trainer(
     config: TrainingConfig | FinetuneConfig,
-    plan: Plan,
+    plan: TrainingPlan,
     loggers: list[Logger],
     callbacks: list[L.Callback],
-    files: DurableIO,
+    files: AtomicCheckpointIO,
     folder: Path,
 ) -> L.Trainer:
     """Lightning's Trainer for a run in `folder`; checkpoints, progress and stopping are the callbacks' work."""
@@ -67,7 +62,7 @@ def make_trainer(
     if device.type == "cuda" and settings.devices > torch.cuda.device_count():
         raise UserError(f"trainer.devices={settings.devices}: this machine has {torch.cuda.device_count()} GPUs")
     if device.type == "cpu":
-        keep_freed_memory()
+        disable_malloc_trim()
     if device.type == "cpu" and settings.devices > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // settings.devices))
     precision = settings.precision
@@ -79,12 +74,12 @@ def make_trainer(
     return L.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=settings.devices,
-        num_nodes=settings.nodes,
+        num_nodes=settings.num_nodes,
         strategy=make_strategy(settings, device),
         precision=precision,
         max_steps=plan.total_steps,
-        accumulate_grad_batches=settings.accumulate,
-        log_every_n_steps=settings.log_every,
+        accumulate_grad_batches=settings.accumulate_grad_batches,
+        log_every_n_steps=settings.log_every_n_steps,
         logger=loggers,
         callbacks=callbacks,
         plugins=plugins,
@@ -96,8 +91,8 @@ def make_trainer(
 
 
 def make_strategy(settings: TrainerConfig, device: torch.device) -> Strategy | str:
-    """How the processes share the work: each with the whole network, or with a part of it."""
-    processes = settings.devices * settings.nodes
+    """How the processes share the work: each with the whole model, or with a part of it."""
+    processes = settings.devices * settings.num_nodes
     # The CPUs talk among themselves as well, so that they can agree without waiting for their GPUs.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if settings.strategy == "fsdp":
@@ -115,7 +110,7 @@ class _DDP(DDPStrategy):
         """None: Lightning has moved the batch. Torch would move its keys to the GPU as well, and the CPU wait there."""
 
 
-def quiet_lightning() -> None:
+def silence_lightning() -> None:
     """Keep Lightning's hints for its own users off the terminal."""
     for part in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(part).setLevel(logging.WARNING)

@@ -14,20 +14,20 @@ from torch import Tensor
 from torchvision import transforms as tv1
 from torchvision.transforms.v2 import functional as tv
 
-from ssl_vit.config import CorruptionConfig, ViewsConfig
-from ssl_vit.transforms.randomness import Stream, fold, normal, uniform, view_keys
+from ssl_vit.config.pretrain import CorruptionConfig, ViewsConfig
+from ssl_vit.runtime.rng import RNGStream, fold_in, normal, uniform, view_keys
 
 
 def photograph(file: Path) -> Tensor:
-    """A picture file as (3, H, W) uint8."""
+    """An image file as (3, H, W) uint8."""
     return tv.pil_to_tensor(Image.open(file).convert("RGB"))
 
 
 def dino_view(
-    picture: Image.Image, *, size: int, scale: tuple[float, float], blur: float, solarize: float
+    image: Image.Image, *, size: int, scale: tuple[float, float], blur: float, solarize: float
 ) -> Image.Image:
-    """One random view, as the DINO paper's augmentation makes it, before normalisation."""
-    view = tv1.RandomResizedCrop(size, scale=scale, interpolation=tv1.InterpolationMode.BICUBIC)(picture)
+    """One random view, as the DINO paper's augmentation makes it, before normalization."""
+    view = tv1.RandomResizedCrop(size, scale=scale, interpolation=tv1.InterpolationMode.BICUBIC)(image)
     view = tv1.RandomHorizontalFlip(0.5)(view)
     view = tv1.RandomApply([tv1.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)], p=0.8)(view)
     view = tv1.RandomGrayscale(p=0.2)(view)
@@ -39,25 +39,23 @@ def dino_view(
 
 
 def textbook_views(file: Path, views: ViewsConfig) -> list[Tensor]:
-    """All views of a picture file, global ones first, as a plain data set of torchvision's transforms gives them.
+    """All views of an image file, global ones first, as a plain data set of torchvision's transforms gives them.
 
-    One after the other from one decoded picture: box, flip, jitter, grey, blur and solarize of the DINO paper with
-    `dino_view`'s strengths, then a normalised float tensor (3, S, S).
+    One after the other from one decoded image: box, flip, jitter, gray, blur and solarize of the DINO paper with
+    `dino_view`'s strengths, then a normalized float tensor (3, S, S).
     """
-    picture = Image.open(file).convert("RGB")
-    normalise = tv1.Compose([tv1.ToTensor(), tv1.Normalize(views.mean, views.std)])
+    image = Image.open(file).convert("RGB")
+    normalize = tv1.Compose([tv1.ToTensor(), tv1.Normalize(views.mean, views.std)])
     kinds = [(views.global_crops, i) for i in range(views.global_crops.count)]
     kinds += [(views.local_crops, 2)] * views.local_crops.count
     return [
-        normalise(
-            dino_view(picture, size=kind.size, scale=kind.scale, blur=views.blur.p[i], solarize=views.solarize[i])
-        )
+        normalize(dino_view(image, size=kind.size, scale=kind.scale, blur=views.blur.p[i], solarize=views.solarize[i]))
         for kind, i in kinds
     ]
 
 
 def jittered(x: Tensor, order: list[int], factor: list[float], hue: float) -> Tensor:
-    """A picture (C, H, W) in [0, 1] after torchvision's four operations, in the given order."""
+    """An image (C, H, W) in [0, 1] after torchvision's four operations, in the given order."""
     operations = (
         lambda y: tv.adjust_brightness(y, factor[0]),
         lambda y: tv.adjust_contrast(y, factor[1]),
@@ -70,7 +68,7 @@ def jittered(x: Tensor, order: list[int], factor: list[float], hue: float) -> Te
 
 
 def blurred(x: Tensor, sigma: float, *, reach: int, radius: int | None = None) -> Tensor:
-    """A picture (C, H, W) after a Gaussian blur, the same for rows and columns, that goes on past its border."""
+    """An image (C, H, W) after a Gaussian blur, the same for rows and columns, that goes on past its border."""
     offset = torch.arange(-reach, reach + 1, dtype=x.dtype)
     kernel = torch.exp(-0.5 * (offset / max(sigma, 1e-3)) ** 2) * (
         offset.abs() <= (reach if radius is None else radius)
@@ -90,9 +88,9 @@ def photometric(
     for views_of_one, keys in zip(views, view_keys(key, first_view, views.shape[1]), strict=True):
         for number, (view, one) in enumerate(zip(views_of_one, keys, strict=True), start=first_view):
             kind = min(number, 2)
-            draws = {stream: uniform(fold(one, stream), 9) for stream in Stream}
-            jitter, blur, grey, solarize = (
-                draws[stream] for stream in (Stream.JITTER, Stream.BLUR, Stream.GRAYSCALE, Stream.SOLARIZE)
+            draws = {stream: uniform(fold_in(one, stream), 9) for stream in RNGStream}
+            jitter, blur, gray, solarize = (
+                draws[stream] for stream in (RNGStream.JITTER, RNGStream.BLUR, RNGStream.GRAYSCALE, RNGStream.SOLARIZE)
             )
             x = view.to(dtype) / 255
             if jitter[0] < config.jitter.p:
@@ -101,7 +99,7 @@ def photometric(
                 x = jittered(
                     x, jitter[5:].argsort().tolist(), factor.tolist(), config.jitter.hue * float(2 * jitter[4] - 1)
                 )
-            if grey[0] < config.grayscale and len(x) == 3:
+            if gray[0] < config.grayscale and len(x) == 3:
                 x = tv.rgb_to_grayscale(x, num_output_channels=3)
             if blur[0] < config.blur.p[kind]:
                 x = blurred(x, float(low + (high - low) * blur[1]), reach=math.ceil(4 * high))
@@ -153,30 +151,32 @@ def rectangles(
 
 
 def corruption(config: CorruptionConfig, x: Tensor, key: Tensor, *, view: int) -> tuple[Tensor, Tensor]:
-    """SiT's corruption of pictures (B, C, H, W), one after another; and what it hides (B, 1, H, W)."""
+    """SiT's corruption of images (B, C, H, W), one after another; and what it hides (B, 1, H, W)."""
     size = x.shape[2], x.shape[3]
-    pictures, masks = [], []
+    dataset, masks = [], []
     for i, (clean, one) in enumerate(zip(x, key, strict=True)):
-        grey, blur = (
-            rectangles(uniform(fold(one, stream), 6), size, p=p)
-            for stream, p in ((Stream.GREY_BLOCK, config.grey), (Stream.BLUR_BLOCK, config.blur))
+        gray, blur = (
+            rectangles(uniform(fold_in(one, stream), 6), size, p=p)
+            for stream, p in ((RNGStream.GRAY_BLOCK, config.gray), (RNGStream.BLUR_BLOCK, config.blur))
         )
         noisy, replaced = (
-            rectangles(uniform(fold(one, stream), 2 + 4 * 64), size, p=many.p, side=many.side, max_area=many.max_area)
-            for stream, many in ((Stream.NOISE_BLOCKS, config.noise), (Stream.REPLACE_BLOCKS, config.replace))
+            rectangles(
+                uniform(fold_in(one, stream), 2 + 4 * 64), size, p=many.p, side=many.size, max_area=many.max_area
+            )
+            for stream, many in ((RNGStream.NOISE_BLOCKS, config.noise), (RNGStream.REPLACE_BLOCKS, config.replace))
         )
-        picture = clean.where(~grey, clean.mean(dim=0))
-        sigma, radius = uniform(fold(one, Stream.BLUR_SIGMA), 2).tolist()
-        picture = picture.where(~blur, blurred(picture, 0.1 + 5 * sigma, reach=7, radius=int(3 + 13 * radius) // 2))
-        picture = picture.where(~noisy, normal(fold(one, Stream.NOISE), clean.numel()).view_as(clean))
+        image = clean.where(~gray, clean.mean(dim=0))
+        sigma, radius = uniform(fold_in(one, RNGStream.BLUR_SIGMA), 2).tolist()
+        image = image.where(~blur, blurred(image, 0.1 + 5 * sigma, reach=7, radius=int(3 + 13 * radius) // 2))
+        image = image.where(~noisy, normal(fold_in(one, RNGStream.NOISE), clean.numel()).view_as(clean))
         lender = i ^ (1 << view)
         if lender < len(x):
-            picture = picture.where(~replaced, x[lender])
+            image = image.where(~replaced, x[lender])
         else:
             replaced[:] = False
-        pictures.append(picture)
+        dataset.append(image)
         masks.append(noisy | replaced)
-    return torch.stack(pictures), torch.stack(masks).unsqueeze(1)
+    return torch.stack(dataset), torch.stack(masks).unsqueeze(1)
 
 
 def kolmogorov_smirnov(a: Tensor, b: Tensor) -> float:

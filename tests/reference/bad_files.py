@@ -37,7 +37,7 @@ def bare_pickle(path: Path, mark: Mark) -> None:
 
 
 def as_module(path: Path, mark: Mark) -> None:
-    """A whole network, which weights_only refuses as well."""
+    """A whole model, which weights_only refuses as well."""
     torch.save(torch.nn.Linear(2, 2), path)
 
 
@@ -84,7 +84,7 @@ CHECKPOINTS |= {
     "a number for an entry": plain(ssl_vit=3),
     "no weights": plain(),
     "no backbone": plain(ssl_vit={"backbone": {}, "mean": [0.5], "std": [0.5]}),
-    "a network of 10^14 numbers": plain(
+    "a model of 10^14 numbers": plain(
         ssl_vit={"backbone": BACKBONE | {"embed_dim": 640_000, "img_size": 80_000}, "mean": [0.5] * 3, "std": [0.5] * 3}
     ),
     "a list of weights": plain(state_dict=[1]),
@@ -142,7 +142,7 @@ SAFETENSORS: dict[str, Callable[[bytes, Mark], bytes]] = {
     "a pickle": lambda good, mark: pickle.dumps(mark),
     "cut": lambda good, mark: good[:-100],
     "longer": lambda good, mark: good + b"\0" * 100,
-    "another network's": lambda good, mark: described(one()),
+    "another model's": lambda good, mark: described(one()),
 }
 
 # From the good JSON beside a safetensors file and the mark to a bad one.
@@ -151,16 +151,16 @@ SIDECARS: dict[str, Callable[[dict[str, Any], Mark], str]] = {
     "nothing": lambda good, mark: "",
     "a number": lambda good, mark: "1",
     "nested lists": lambda good, mark: "[" * 100_000 + "]" * 100_000,
-    "no network": lambda good, mark: json.dumps(good | {"backbone": None}),
+    "no model": lambda good, mark: json.dumps(good | {"backbone": None}),
     "a size of nothing": lambda good, mark: json.dumps(good | {"backbone": good["backbone"] | {"depth": 0}}),
     "infinite drop path": lambda good, mark: json.dumps(
         good | {"backbone": good["backbone"] | {"drop_path": float("inf")}}
     ),
     "a mean of text": lambda good, mark: json.dumps(
-        good | {"normalisation": {"mean": "x", "std": f"__import__('os').mkdir({str(mark.path)!r})"}}
+        good | {"normalization": {"mean": "x", "std": f"__import__('os').mkdir({str(mark.path)!r})"}}
     ),
-    "a mean of one channel": lambda good, mark: json.dumps(good | {"normalisation": {"mean": [0.5], "std": [0.5]}}),
-    "a std of zero": lambda good, mark: json.dumps(good | {"normalisation": {"mean": [0.5] * 3, "std": [0.0] * 3}}),
+    "a mean of one channel": lambda good, mark: json.dumps(good | {"normalization": {"mean": [0.5], "std": [0.5]}}),
+    "a std of zero": lambda good, mark: json.dumps(good | {"normalization": {"mean": [0.5] * 3, "std": [0.0] * 3}}),
 }
 
 

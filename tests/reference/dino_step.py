@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from ssl_vit.config import BackboneConfig, DINOHeadConfig
-from ssl_vit.models.backbone import timm_arguments
+from ssl_vit.config.pretrain import BackboneConfig, DINOHeadConfig
+from ssl_vit.models.backbone import timm_kwargs
 
 
 class TextbookDINO(nn.Module):
@@ -20,7 +20,7 @@ class TextbookDINO(nn.Module):
 
     def __init__(self, backbone: BackboneConfig, head: DINOHeadConfig, *, fused_attention: bool) -> None:
         super().__init__()
-        vit = timm.create_model(backbone.name, **timm_arguments(backbone))
+        vit = timm.create_model(backbone.name, **timm_kwargs(backbone))
         for block in vit.blocks:
             block.attn.fused_attn = fused_attention
         dims = [vit.embed_dim, *[head.hidden_dim] * (head.layers - 1), head.bottleneck_dim]
@@ -33,12 +33,12 @@ class TextbookDINO(nn.Module):
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.register_buffer("center", torch.zeros(1, head.prototypes))
 
-    def logits(self, network: nn.ModuleDict, resolutions: list[Tensor]) -> Tensor:
+    def logits(self, model: nn.ModuleDict, resolutions: list[Tensor]) -> Tensor:
         """(Σ V·B, K) of images (V·B, C, H, W), one entry per resolution; the head sees all together."""
         cls = torch.empty(0)
         for images in resolutions:
-            cls = torch.cat([cls, network["backbone"].forward_features(images)[:, 0]])
-        return network["last"](F.normalize(network["mlp"](cls), dim=-1))
+            cls = torch.cat([cls, model["backbone"].forward_features(images)[:, 0]])
+        return model["last"](F.normalize(model["mlp"](cls), dim=-1))
 
     def loss(self, views: list[Tensor], student_temperature: float, teacher_temperature: float) -> Tensor:
         """The mean over pairs; views (B, C, H, W), the two global ones first."""

@@ -72,14 +72,14 @@ def rollout(matrices, prefix):
 
 
 def hsic(x, y):
-    """The U-statistic: the mean over all ordered quadruples of different pictures."""
+    """The U-statistic: the mean over all ordered quadruples of different images."""
     k, m = x @ x.T, y @ y.T
     terms = [float(k[a, b] * (m[a, b] + m[c, d] - 2 * m[a, c])) for a, b, c, d in permutations(range(len(x)), 4)]
     return sum(terms) / len(terms)
 
 
 def minibatch_cka(x, y, size):
-    """Of the means over minibatches; what is left over counts by its pictures if these are four or more."""
+    """Of the means over minibatches; what is left over counts by its images if these are four or more."""
     parts = [(x[i : i + size], y[i : i + size]) for i in range(0, len(x), size) if len(x[i : i + size]) >= 4]
     xy = sum(len(a) * hsic(a, b) for a, b in parts)
     xx = sum(len(a) * hsic(a, a) for a, b in parts)

@@ -13,7 +13,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def dino(student, teacher, center, student_temperature, teacher_temperature) -> float:
-    """Pair by pair, picture by picture: student (V, B, K) and teacher (G, B, K) logits."""
+    """Pair by pair, image by image: student (V, B, K) and teacher (G, B, K) logits."""
     total, terms = 0.0, 0
     for g in range(len(teacher)):
         q = softmax((teacher[g] - center) / teacher_temperature)
@@ -48,7 +48,7 @@ def nt_xent(first, second, temperature) -> float:
 
 
 def alignment(one, other) -> float:
-    """Picture by picture, (B, D) of two views."""
+    """Image by image, (B, D) of two views."""
     unit = [[row / np.linalg.norm(row) for row in view] for view in (one, other)]
     return float(np.mean([np.sum((a - b) ** 2) for a, b in zip(*unit, strict=True)]))
 

@@ -21,9 +21,9 @@ def knn_classes(queries, bank, labels, k, temperature, *, leave_one_out=False) -
     """Of each query the classes that got votes, the most voted first; of equal ones the lower."""
     unit_queries, unit_bank = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, bank))
     answers = []
-    for query, neighbours in zip(unit_queries, nearest(queries, bank, k, leave_one_out=leave_one_out), strict=True):
+    for query, neighbors in zip(unit_queries, nearest(queries, bank, k, leave_one_out=leave_one_out), strict=True):
         votes = {}
-        for i in neighbours:
+        for i in neighbors:
             votes[labels[i]] = votes.get(labels[i], 0.0) + np.exp(np.dot(query, unit_bank[i]) / temperature)
         answers.append(sorted(votes, key=lambda label: (-votes[label], label)))
     return answers
@@ -32,7 +32,7 @@ def knn_classes(queries, bank, labels, k, temperature, *, leave_one_out=False) -
 def chunked_knn(bank, labels, queries, classes, *, ks, temperature, chunks=100) -> dict[int, torch.Tensor]:
     """The classes (Q,) that DINO's evaluation answers, the way it goes about it: for each k anew, chunk by chunk.
 
-    Per chunk of queries the product with the whole transposed bank, its k largest, and the sum over neighbours of
+    Per chunk of queries the product with the whole transposed bank, its k largest, and the sum over neighbors of
     their one-hot classes (q, k, classes) times exp(similarity / temperature). `bank` (N, D) and `queries` have length
     1; there are at least as many queries as chunks.
     """
@@ -51,7 +51,7 @@ def chunked_knn(bank, labels, queries, classes, *, ks, temperature, chunks=100) 
 
 
 def logistic_loss(x, labels, classes, l2, *, steps=50) -> float:
-    """The least mean cross-entropy + l2 / 2 |W|² over weights of standardised features and a bias, by Newton."""
+    """The least mean cross-entropy + l2 / 2 |W|² over weights of standardized features and a bias, by Newton."""
     x = torch.as_tensor(x, dtype=torch.float64)
     x = (x - x.mean(0)) / x.std(0, correction=0)
     dim = x.shape[1]
@@ -86,7 +86,7 @@ def ridge(z, targets, penalty) -> np.ndarray:
 
 
 def ridge_left_out(z, targets, penalty) -> torch.Tensor:
-    """The scores (N, C) of each picture by a ridge regression fitted to all others."""
+    """The scores (N, C) of each image by a ridge regression fitted to all others."""
     z, targets = (np.asarray(x, dtype=np.float64) for x in (z, targets))
     scores = []
     for i in range(len(z)):
@@ -101,7 +101,7 @@ def subset(labels, counts, turns) -> list[int]:
 
 
 def ridge_by_refits(x, labels, asked, classes, l2) -> tuple[torch.Tensor, float]:
-    """Scores (Q, C) by scikit-learn's ridge onto ±1, and the mean squared error of each picture's refit without it."""
+    """Scores (Q, C) by scikit-learn's ridge onto ±1, and the mean squared error of each image's refit without it."""
     from sklearn.linear_model import Ridge
 
     x, asked = (torch.as_tensor(part).double().numpy() for part in (x, asked))
@@ -120,7 +120,7 @@ def ridge_by_refits(x, labels, asked, classes, l2) -> tuple[torch.Tensor, float]
 def sgd_head(x, labels, classes, *, lr, weight_decay, batches) -> torch.nn.Linear:
     """A linear layer from zero by `torch.optim.SGD`, half a cosine to learning rate 0, the bias without decay.
 
-    `x` (N, D) are standardised features, `batches` the places of the pictures of every step.
+    `x` (N, D) are standardized features, `batches` the places of the images of every step.
     """
     head = torch.nn.Linear(x.shape[1], classes, dtype=x.dtype)
     torch.nn.init.zeros_(head.weight)

@@ -26,7 +26,7 @@ def propagate(features, sources, *, radius, top_k, temperature):
 
 
 def boundary(mask):
-    """Pixels whose right, lower or lower right neighbour differs."""
+    """Pixels whose right, lower or lower right neighbor differs."""
     height, width = mask.shape
     edge = np.zeros_like(mask)
     for y in range(height):

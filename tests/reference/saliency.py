@@ -21,15 +21,15 @@ def slow_f_curve(scaled: np.ndarray, truth: np.ndarray, beta_squared: float) -> 
     return [slow_f(scaled > k / 255, truth, beta_squared) for k in range(255)]
 
 
-def slow_max_f_dataset(pictures: list[tuple[np.ndarray, np.ndarray]]) -> float:
-    """TokenCut's: F averaged over pictures at each threshold, then the largest."""
-    curves = [slow_f_curve(scaled, truth, 0.3) for scaled, truth in pictures]
+def slow_max_f_dataset(dataset: list[tuple[np.ndarray, np.ndarray]]) -> float:
+    """TokenCut's: F averaged over images at each threshold, then the largest."""
+    curves = [slow_f_curve(scaled, truth, 0.3) for scaled, truth in dataset]
     return max(sum(at_one) / len(at_one) for at_one in zip(*curves, strict=True))
 
 
-def slow_max_f_selfmask(pictures: list[tuple[np.ndarray, np.ndarray]]) -> float:
-    """SelfMask's: each picture's largest F, then averaged; 0.3 is squared once more."""
-    best = [max(slow_f_curve(scaled, truth, 0.3**2)) for scaled, truth in pictures]
+def slow_max_f_selfmask(dataset: list[tuple[np.ndarray, np.ndarray]]) -> float:
+    """SelfMask's: each image's largest F, then averaged; 0.3 is squared once more."""
+    best = [max(slow_f_curve(scaled, truth, 0.3**2)) for scaled, truth in dataset]
     return sum(best) / len(best)
 
 

@@ -72,14 +72,14 @@ def found(attention: np.ndarray, keys: np.ndarray, threshold: float = 0.3) -> tu
     return cosines, cosines <= threshold
 
 
-def principal_components(pictures: list[np.ndarray], count: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def principal_components(dataset: list[np.ndarray], count: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean, unit components that point away from the borders' mean, and deviations along them."""
-    tokens = np.array([token for picture in pictures for row in picture for token in row])
+    tokens = np.array([token for image in dataset for row in image for token in row])
     border = [
-        picture[r, c]
-        for picture in pictures
-        for r, c in np.ndindex(picture.shape[:2])
-        if r in (0, picture.shape[0] - 1) or c in (0, picture.shape[1] - 1)
+        image[r, c]
+        for image in dataset
+        for r, c in np.ndindex(image.shape[:2])
+        if r in (0, image.shape[0] - 1) or c in (0, image.shape[1] - 1)
     ]
     mean = tokens.mean(0)
     _, _, components = np.linalg.svd(tokens - mean, full_matrices=False)

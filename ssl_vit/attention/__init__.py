@@ -1,1 +1,0 @@
-"""What the [CLS] token looks at: maps, masks, scores, pictures."""

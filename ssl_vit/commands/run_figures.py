@@ -1,0 +1,118 @@
+"""Drawings of a run from its folder: the views that it saw first, and what it restores. For `inspect` and `report`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ssl_vit.data.dataset import ImageDataset, SkippedImageLog, UnreadableImageError, evenly_spaced
+from ssl_vit.data.dataset_factory import build_dataset
+from ssl_vit.data.sources.image_folder import ImageFolder
+from ssl_vit.data.sources.packed_paths import PackedPaths
+from ssl_vit.data.transforms.eval_transform import EvalTransform
+from ssl_vit.evaluation.segmentation.segmentation_evaluator import MODEL
+from ssl_vit.methods.sit_reconstruction import load_sit_model, reconstruct
+from ssl_vit.runtime.errors import UserError
+from ssl_vit.training.run_dir import DATA, IMAGES
+from ssl_vit.visualization.analysis.plots import TitledFigure
+from ssl_vit.visualization.first_step_views import RunSettings, load_first_step, run_settings
+from ssl_vit.visualization.reconstruction_figure import reconstruction_sheet
+from ssl_vit.visualization.reconstructions import compute_reconstructions, means
+from ssl_vit.visualization.views_figure import views_sheet
+
+
+def training_views_figure(run: Path, *, count: int = 4) -> TitledFigure:
+    """The images that the run in a folder saw first, with their views.
+
+    Raises:
+        UserError: The folder holds no pretraining run, or its images are not where they were or have changed.
+    """
+    settings = run_settings(run)
+    dataset = _learned_from(run, settings)
+    with tempfile.TemporaryDirectory() as folder:
+        skipped = SkippedImageLog(Path(folder) / "skipped_images.txt")
+        seen = load_first_step(settings, dataset, count=count, skipped=skipped)
+    kinds = settings.method.views
+    views = f"{kinds.global_crops.count} global views of {kinds.global_crops.size} px"
+    if kinds.local_crops.count:
+        views += f" and {kinds.local_crops.count} local views of {kinds.local_crops.size} px"
+    text = (
+        f"The first {len(seen)} images of the run's first step with their {views}, as the model was given them. "
+        "The frame with a view's number and color is where it was cut out."
+    )
+    if seen[0].puzzles:
+        text += " SiT turns each view, hides parts of it with noise and other images, and has to restore it."
+    if not (run / DATA).is_file():
+        text += " The run did not write down its images: these are made of those there are now."
+    return TitledFigure("Views that the run trained on", views_sheet(seen), text)
+
+
+def reconstruction_figure(run: Path, checkpoint: Path | None = None, *, count: int = 8) -> TitledFigure | None:
+    """What a SiT run restores of some of its images; they are the same ones, corrupted in the same way, at any time.
+
+    Args:
+        run: Its folder.
+        checkpoint: One of its `.ckpt` files; None: the last one.
+        count: Images, evenly spread over the run's own.
+
+    Returns:
+        None where there is nothing to draw: no SiT run, reconstruction turned off, or no checkpoint with the heads.
+
+    Raises:
+        UserError: The folder holds no pretraining run, its images are not where they were, or the checkpoint does
+            not fit exactly.
+    """
+    settings = run_settings(run)
+    method = settings.method
+    model = load_sit_model(checkpoint or run, method, settings.backbone)
+    if model is None or method.name != "sit":
+        return None
+    dataset = _images(settings)
+    transform = EvalTransform(method.views.global_crops.size, 0.875, method.views.mean, method.views.std)
+    crops = []
+    for place in evenly_spaced(len(dataset), count).tolist():
+        try:
+            crops.append(transform(dataset.read(place, settings.backbone.in_chans)))
+        except UnreadableImageError:
+            continue
+    if not crops:
+        raise UserError(f"{settings.data.root}: none of the images that would be restored can be read")
+    found = compute_reconstructions(torch.stack(crops), partial(reconstruct, model), method, seed=settings.seed)
+    text = f"{len(found)} images, corrupted as in training, and what the model restores."
+    if over := means([one.on_hidden for one in found]):
+        text += " On the hidden pixels " + ", ".join(
+            f"{'the model' if name == MODEL else name} has L1 {far.l1:.3f} and PSNR {far.psnr:.1f} dB"
+            for name, far in over.items()
+        )
+    return TitledFigure(
+        "Reconstructions", reconstruction_sheet(found), f"{text}. L1 and PSNR are of values from 0 to 1."
+    )
+
+
+def _learned_from(run: Path, settings: RunSettings) -> ImageDataset:
+    """The run's images as it had them, without what has been added to them since.
+
+    Raises:
+        UserError: They are not where they were, or have changed.
+    """
+    dataset = _images(settings)
+    try:
+        fingerprint = json.loads((run / DATA).read_text(encoding="utf-8"))["fingerprint"]
+        if dataset.fingerprint(sizes=False) == fingerprint:
+            return dataset
+        before = PackedPaths.load(run / IMAGES) if isinstance(dataset, ImageFolder) else None
+    except FileNotFoundError:  # an earlier version wrote no fingerprint
+        return dataset
+    except (OSError, ValueError, LookupError, TypeError):
+        before = None
+    if before is None or not isinstance(dataset, ImageFolder) or not set(before) <= set(dataset.names):
+        raise UserError(f"{settings.data.root}: the images have changed since: which it saw first cannot be said")
+    return dataset.with_names(before)
+
+
+def _images(settings: RunSettings) -> ImageDataset:
+    return build_dataset(settings.data.source, settings.data.root)

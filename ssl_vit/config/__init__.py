@@ -1,0 +1,1 @@
+"""Configuration classes: every key, its type, range and unit."""

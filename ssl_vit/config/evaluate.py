@@ -1,0 +1,250 @@
+"""The configuration keys of the commands that look at a trained model: evaluations, fine-tuning and attention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ssl_vit.config.pretrain import (
+    CheckpointWeights,
+    LoggerConfig,
+    OptimizerConfig,
+    RunConfig,
+    Source,
+    StrictConfig,
+    TrainerConfig,
+    Workers,
+)
+from ssl_vit.config.types import (
+    Count,
+    ListOrScalar,
+    NonNegative,
+    OverrideList,
+    Positive,
+    Probability,
+    Range,
+    Ratio,
+    Seed,
+    Share,
+)
+
+
+class EvalDataConfig(StrictConfig):
+    source: Source
+    root: Path | None
+    train: Path | None
+    test: Path | None
+    batch_size: Count
+    num_workers: Workers
+    crop_ratio: Share
+    image_size: Count | None
+
+    @model_validator(mode="after")
+    def _some_images(self) -> Self:
+        if self.root is None and self.train is None:
+            raise ValueError("name the labeled images: data.root=FOLDER, or data.train=FOLDER data.test=FOLDER")
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_name_them(self) -> Self:
+        if self.root is not None and self.train is not None:
+            raise ValueError("data.root and data.train exclude each other: data.root holds train/ and val/ or test/")
+        if self.test is not None and self.train is None:
+            raise ValueError("data.test needs data.train beside it")
+        return self
+
+
+class LabeledEvalConfig(StrictConfig):
+    checkpoint: str
+    weights: CheckpointWeights
+    data: EvalDataConfig
+    seed: Seed
+    out: Path | None
+    logger: LoggerConfig
+
+
+class EvaluationConfig(LabeledEvalConfig):
+    baselines: bool
+    features: Path | None
+
+
+class KNNConfig(EvaluationConfig):
+    k: Annotated[list[Count], Field(min_length=1), ListOrScalar]
+    temperature: Annotated[list[Positive], Field(min_length=1), ListOrScalar]
+    engine: Literal["auto", "torch", "faiss"]
+    figure: bool
+
+
+class SGDConfig(StrictConfig):
+    lr: Annotated[list[Positive], Field(min_length=1), ListOrScalar]
+    weight_decay: Annotated[list[NonNegative], Field(min_length=1), ListOrScalar]
+    epochs: Count
+    batch_size: Count
+
+
+class LinearConfig(EvaluationConfig):
+    protocol: Literal["held-out", "dino", "sit"]
+    epochs: Count | None
+    solver: Literal["logistic", "ridge", "sgd"]
+    blocks: Annotated[list[Count], Field(min_length=1), ListOrScalar]
+    l2: Annotated[list[Positive], Field(min_length=1), ListOrScalar]
+    sgd: SGDConfig
+    val_fraction: Annotated[float, Field(gt=0, lt=1)]
+    figure: bool
+
+    @model_validator(mode="after")
+    def _fits_the_protocol(self) -> Self:
+        if self.protocol == "held-out" and self.epochs is not None:
+            raise ValueError("epochs is for protocol=dino and protocol=sit")
+        if self.protocol != "held-out" and self.solver != "logistic":
+            raise ValueError(f"solver={self.solver} is for protocol=held-out, not {self.protocol}")
+        if self.protocol == "sit" and self.data.batch_size % 2:
+            raise ValueError(f"data.batch_size={self.data.batch_size}: protocol=sit mixes images in pairs")
+        return self
+
+
+class CompareConfig(StrictConfig):
+    results: list[Path]
+    format: Literal["text", "markdown", "latex"]
+    mix: bool
+    out: Path | None
+
+    @model_validator(mode="after")
+    def _some_records(self) -> Self:
+        if not self.results:
+            raise ValueError("name records or run folders: ssl-vit compare runs/photos runs/other")
+        return self
+
+
+class FeatureCommandConfig(StrictConfig):
+    checkpoint: str
+    weights: CheckpointWeights
+    data: EvalDataConfig
+    features: Path | None
+
+
+class NeighborsConfig(FeatureCommandConfig):
+    images: Path | None
+    k: Count
+    limit: Count
+    index: Literal["exact", "ivf"]
+    recall: Annotated[float, Field(gt=0, le=1)]
+    seed: Seed
+    out: Path
+
+    @model_validator(mode="after")
+    def _an_image(self) -> Self:
+        if self.out.suffix not in (".png", ".jpg"):
+            raise ValueError(f"out={self.out}: the sheet is an image, name it .png or .jpg")
+        return self
+
+
+class FeaturesConfig(FeatureCommandConfig):
+    blocks: Count
+    to: Literal["npz", "parquet"] | None
+    out: Path | None
+    pca: bool
+
+    @model_validator(mode="after")
+    def _file_and_form(self) -> Self:
+        if (self.to is None) != (self.out is None):
+            raise ValueError("to and out belong together: to=npz out=FILE.npz, or to=parquet out=FILE.parquet")
+        if self.pca and self.to != "parquet":
+            raise ValueError("pca=true adds columns to a parquet file: to=parquet out=FILE.parquet")
+        return self
+
+
+class FewshotConfig(EvaluationConfig):
+    shots: list[Count]
+    shares: list[Share]
+    subsets: Count
+    blocks: Count
+    patch_mean: bool
+    l2: Annotated[list[Positive], Field(min_length=1), ListOrScalar]
+
+
+class TransferDataConfig(StrictConfig):
+    roots: Annotated[OverrideList, Field(min_length=1)]
+    batch_size: Count
+    num_workers: Workers
+    crop_ratio: Share
+
+
+class TransferConfig(StrictConfig):
+    checkpoints: Annotated[OverrideList, Field(min_length=1)]
+    weights: CheckpointWeights
+    data: TransferDataConfig
+    linear: OverrideList
+    seed: Seed
+    out: Path
+
+
+class RandomResizedCropConfig(StrictConfig):
+    scale: Range
+    ratio: Ratio
+
+
+class RandAugmentConfig(StrictConfig):
+    layers: Annotated[int, Field(ge=0)]
+    magnitude: Annotated[float, Field(ge=0, le=10)]
+    std: NonNegative
+
+
+class AugmentationConfig(StrictConfig):
+    crops: RandomResizedCropConfig
+    flip: Probability
+    rand_augment: RandAugmentConfig
+    erasing: Probability
+    mixup: NonNegative
+    cutmix: NonNegative
+    smoothing: Annotated[float, Field(ge=0, lt=1)]
+
+
+class FinetuneMethodConfig(AugmentationConfig):
+    drop_path: Annotated[float, Field(ge=0, lt=1)]
+    layer_decay: Annotated[float, Field(gt=0, le=1)]
+    optimizer: OptimizerConfig
+
+    @property
+    def name(self) -> str:
+        """What checkpoints call it."""
+        return "finetune"
+
+
+class FinetuneConfig(LabeledEvalConfig):
+    cache_gb: NonNegative
+    val_fraction: Annotated[float, Field(gt=0, lt=1)]
+    method: FinetuneMethodConfig
+    validate_every_epochs: Count | None
+    figure: bool
+    run: RunConfig
+    trainer: TrainerConfig
+
+    @property
+    def tied_to_processes(self) -> bool:
+        """Whether another number of processes computes something else."""
+        return self.method.mixup > 0 or self.method.cutmix > 0  # images are mixed within a process
+
+    @model_validator(mode="after")
+    def _whole_model(self) -> Self:
+        if self.trainer.strategy == "fsdp":
+            raise ValueError("trainer.strategy=fsdp: fine-tuning wants the whole model in each process")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> Self:
+        parts = self.trainer.devices * self.trainer.num_nodes * self.trainer.accumulate_grad_batches
+        size = self.data.batch_size
+        if size % parts:
+            raise ValueError(
+                f"data.batch_size={size} (over all processes) does not divide into devices x nodes x accumulate = "
+                f"{parts} parts"
+            )
+        if self.tied_to_processes and size // parts % 2:
+            raise ValueError(
+                f"data.batch_size={size} makes {size // parts} images per process and micro-batch; mixup and cutmix "
+                f"take images in pairs: make it a multiple of {2 * parts}"
+            )
+        return self

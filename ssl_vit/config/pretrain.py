@@ -1,0 +1,402 @@
+"""Every configuration key: its type, its range and its unit. Defaults stand once, in `conf/`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ssl_vit.config.types import (
+    Count,
+    DurationField,
+    NonNegative,
+    OverrideList,
+    Positive,
+    Probability,
+    Range,
+    Ratio,
+    ResumeChoice,
+    Seed,
+    WallTime,
+)
+
+
+class StrictConfig(BaseModel):
+    """A part of the configuration: unknown keys are errors, numbers are finite, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+# --- a run -----------------------------------------------------------------------------------------------------
+
+
+class RunDirConfig(StrictConfig):
+    name: Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$")]  # one folder's name, not ..
+    folder: Path
+    resume: bool
+    overwrite: bool
+
+    @property
+    def path(self) -> Path:
+        """The run's own folder."""
+        return self.folder / self.name
+
+    @model_validator(mode="after")
+    def _one_way_on(self) -> Self:
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other: choose one")
+        return self
+
+
+class RunConfig(RunDirConfig):
+    resume: ResumeChoice  # type: ignore[assignment]
+    extend_to_epochs: Count | None
+    keep_image_list: bool
+
+    @model_validator(mode="after")
+    def _only_on_resume(self) -> Self:
+        if (self.extend_to_epochs or self.keep_image_list) and not self.resume:
+            raise ValueError("extend_to_epochs and keep_image_list are for a run that goes on: add run.resume=true")
+        return self
+
+
+class TrainerConfig(StrictConfig):
+    max_epochs: Count
+    max_steps: Count | None
+    max_time: WallTime | None
+    accelerator: Literal["auto", "cpu", "gpu"]
+    devices: Count
+    num_nodes: Count
+    strategy: Literal["auto", "ddp", "fsdp"]
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
+    accumulate_grad_batches: Count
+    fused_attention: Literal["auto"] | bool
+    compile: Literal["auto"] | bool
+    activation_checkpointing: bool
+    log_every_n_steps: Count
+    checkpoint_every: WallTime
+    keep_every_epochs: Count | None
+    max_skipped_steps: Annotated[int, Field(ge=0)]
+
+
+class LoggerConfig(StrictConfig):
+    name: Literal["csv", "wandb"]
+    project: str
+    offline: bool
+
+
+class OnlineEvalConfig(StrictConfig):
+    root: Path | None
+    every_epochs: Count | None
+    train_images: Count
+    val_images: Count
+    k: Annotated[list[Count], Field(min_length=1)]
+
+
+class ImageLoggingConfig(StrictConfig):
+    root: Path | None
+    every_epochs: Count | None
+    num_images: Count
+
+
+# --- data ------------------------------------------------------------------------------------------------------
+
+Source = Literal["folder", "list", "shards", "cifar10", "cifar100", "stl10"]
+Workers = Literal["auto"] | Annotated[int, Field(ge=0)]
+
+
+class PretrainDataConfig(StrictConfig):
+    source: Source
+    root: Path
+    batch_size: Count
+    num_workers: Workers
+    cache_gb: NonNegative
+
+
+# --- views -----------------------------------------------------------------------------------------------------
+
+
+class CropsConfig(StrictConfig):
+    count: Annotated[int, Field(ge=0)]
+    size: Count
+    scale: Range
+    ratio: Ratio
+
+
+class JitterConfig(StrictConfig):
+    p: Probability
+    brightness: NonNegative
+    contrast: NonNegative
+    saturation: NonNegative
+    hue: Annotated[float, Field(ge=0, le=0.5)]
+
+
+class BlurConfig(StrictConfig):
+    p: tuple[Probability, Probability, Probability]
+    sigma: Range
+
+
+class ViewsConfig(StrictConfig):
+    global_crops: CropsConfig
+    local_crops: CropsConfig
+    flip: Probability
+    jitter: JitterConfig
+    grayscale: Probability
+    blur: BlurConfig
+    solarize: tuple[Probability, Probability, Probability]
+    mean: list[float]
+    std: list[Positive]
+
+
+# --- backbone --------------------------------------------------------------------------------------------------
+
+
+class BackboneConfig(StrictConfig):
+    name: str
+    img_size: Count
+    patch_size: Count
+    in_chans: Count
+    reg_tokens: Annotated[int, Field(ge=0)]
+    drop_path: Annotated[float, Field(ge=0, lt=1)]
+    embed_dim: Count | None
+    depth: Annotated[int, Field(ge=1, le=1000)] | None
+    num_heads: Count | None
+    init: Literal["timm", "jax"]
+
+    @model_validator(mode="after")
+    def _whole_patches(self) -> Self:
+        if self.img_size % self.patch_size:
+            raise ValueError(f"img_size {self.img_size} is not a multiple of patch_size {self.patch_size}")
+        if self.embed_dim and self.num_heads and self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+        return self
+
+
+# --- methods ---------------------------------------------------------------------------------------------------
+
+
+class OptimizerConfig(StrictConfig):
+    lr: Positive
+    lr_batch_size: Count
+    min_lr: NonNegative
+    warmup: DurationField
+    weight_decay: tuple[NonNegative, NonNegative]
+    betas: tuple[Probability, Probability]
+    grad_clip: NonNegative
+
+
+class DINOHeadConfig(StrictConfig):
+    prototypes: Annotated[int, Field(ge=2)]
+    hidden_dim: Count
+    bottleneck_dim: Count
+    layers: Count
+    norm_last_layer: bool
+
+
+class TeacherConfig(StrictConfig):
+    momentum: tuple[Probability, Probability]
+    temperature: Positive
+    warmup_temperature: Positive
+    warmup: DurationField
+    center_momentum: Probability
+
+
+class DINOConfig(StrictConfig):
+    name: Literal["dino"]
+    views: ViewsConfig
+    head: DINOHeadConfig
+    teacher: TeacherConfig
+    student_temperature: Positive
+    freeze_last_layer: DurationField
+    optimizer: OptimizerConfig
+
+    @model_validator(mode="after")
+    def _two_global_views(self) -> Self:
+        if self.views.global_crops.count != 2:
+            raise ValueError("views.global_crops.count must be 2: DINO compares two global views")
+        return self
+
+
+class RotationConfig(StrictConfig):
+    enabled: bool
+    weight: NonNegative
+
+
+class ContrastiveConfig(StrictConfig):
+    enabled: bool
+    weight: NonNegative
+    dim: Count
+    head: Literal["linear", "mlp"]
+    hidden_dim: Count
+    temperature: Positive
+    gather: bool
+
+
+class ReconstructionConfig(StrictConfig):
+    enabled: bool
+    weight: NonNegative
+    loss_on: Literal["all", "corrupted"]
+
+
+class CorruptionBlocksConfig(StrictConfig):
+    p: Probability
+    max_area: Probability
+    size: Range
+
+
+class CorruptionConfig(StrictConfig):
+    gray: Probability
+    blur: Probability
+    noise: CorruptionBlocksConfig
+    replace: CorruptionBlocksConfig
+
+
+class SiTConfig(StrictConfig):
+    name: Literal["sit"]
+    views: ViewsConfig
+    tokens: Literal["dedicated", "shared"]
+    rotation: RotationConfig
+    contrastive: ContrastiveConfig
+    reconstruction: ReconstructionConfig
+    weighting: Literal["uncertainty", "fixed"]
+    corruption: CorruptionConfig
+    optimizer: OptimizerConfig
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> Self:
+        if not (self.rotation.enabled or self.contrastive.enabled or self.reconstruction.enabled):
+            raise ValueError("enable at least one of rotation, contrastive, reconstruction")
+        if self.views.global_crops.count != 2 or self.views.local_crops.count != 0:
+            raise ValueError("SiT works on two global views: views.global_crops.count=2 views.local_crops.count=0")
+        return self
+
+
+MethodConfig = Annotated[DINOConfig | SiTConfig, Field(discriminator="name")]
+
+
+# --- commands --------------------------------------------------------------------------------------------------
+
+
+class TrainingConfig(StrictConfig):
+    """What `pretrain` trains and `bench` measures."""
+
+    seed: Seed
+    data: PretrainDataConfig
+    backbone: BackboneConfig
+    method: MethodConfig
+    trainer: TrainerConfig
+
+    @model_validator(mode="after")
+    def _channels_agree(self) -> Self:
+        channels = self.backbone.in_chans
+        if channels not in (1, 3):
+            raise ValueError(f"backbone.in_chans={channels}: images are read with 1 (gray) or 3 (RGB) channels")
+        if not len(self.method.views.mean) == len(self.method.views.std) == channels:
+            raise ValueError(f"backbone.in_chans={channels} needs {channels} numbers in method.views.mean and .std")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_patches_in_views(self) -> Self:
+        for name in ("global_crops", "local_crops"):
+            crops: CropsConfig = getattr(self.method.views, name)
+            if crops.count and crops.size % self.backbone.patch_size:
+                raise ValueError(
+                    f"method.views.{name}.size={crops.size} is not a multiple of backbone.patch_size="
+                    f"{self.backbone.patch_size}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _fsdp_has_limits(self) -> Self:
+        if self.trainer.strategy == "fsdp" and self.trainer.precision == "16-mixed":
+            raise ValueError("trainer.strategy=fsdp has no 16-mixed: choose trainer.precision=bf16-mixed or 32-true")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> Self:
+        parts = self.trainer.devices * self.trainer.num_nodes * self.trainer.accumulate_grad_batches
+        if self.data.batch_size % parts:
+            raise ValueError(
+                f"data.batch_size={self.data.batch_size} (over all processes) does not divide into "
+                f"devices x nodes x accumulate = {parts} parts"
+            )
+        processes = self.trainer.devices * self.trainer.num_nodes
+        replaces = self.method.name == "sit" and self.method.corruption.replace.p > 0
+        if processes > 1 and replaces and self.data.batch_size // parts % 4:
+            raise ValueError(
+                f"data.batch_size={self.data.batch_size} makes {self.data.batch_size // parts} images per process "
+                "and micro-batch; with method.corruption.replace.p above 0 and several processes make it a multiple "
+                f"of 4, as data.batch_size={-(-self.data.batch_size // (4 * parts)) * 4 * parts}: images lend each "
+                "other blocks in fours"
+            )
+        return self
+
+
+class PretrainConfig(TrainingConfig):
+    run: RunConfig
+    logger: LoggerConfig
+    online: OnlineEvalConfig
+    image_logging: ImageLoggingConfig
+
+    @property
+    def tied_to_processes(self) -> bool:
+        """Whether another number of processes computes something else."""
+        return self.method.name == "sit" and not self.method.contrastive.gather  # negatives are those of a process
+
+    @model_validator(mode="after")
+    def _online_needs_a_whole_model(self) -> Self:
+        if self.trainer.strategy == "fsdp" and self.online.every_epochs:
+            raise ValueError("trainer.strategy=fsdp needs online.every_epochs=null: no process has it whole")
+        return self
+
+
+class BenchRunConfig(StrictConfig):
+    name: str
+
+
+class BenchDataConfig(PretrainDataConfig):
+    root: Path | None  # type: ignore[assignment]
+
+
+class BenchConfig(TrainingConfig):
+    run: BenchRunConfig
+    data: BenchDataConfig
+    seconds: Positive
+    compare_to: OverrideList
+    row: Literal["full", "synthetic"]
+    rounds: Count
+    out: Path
+
+
+CheckpointWeights = Literal["teacher", "student"]
+
+
+class ExportConfig(StrictConfig):
+    checkpoint: str
+    weights: CheckpointWeights
+    out: Path
+
+
+class ScanDataConfig(StrictConfig):
+    source: Literal["folder", "list"]
+    root: Path
+
+
+class ScanConfig(StrictConfig):
+    data: ScanDataConfig
+    out: Path | None
+
+
+class ShardConfig(StrictConfig):
+    data: ScanDataConfig
+    out: Path
+    shard_mb: Positive
+
+
+class DemoConfig(StrictConfig):
+    seed: Seed
+    run: RunDirConfig
+    method: Literal["dino", "sit"]
+    num_images: Annotated[int, Field(ge=200)]
+    max_steps: Count

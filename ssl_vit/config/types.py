@@ -1,0 +1,108 @@
+"""How the values of a configuration are written: numbers in their ranges, times, durations, intervals, words."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of training in one of three units, turned into optimizer steps in one place.
+
+    >>> Duration.parse("2 epochs").steps(steps_per_epoch=50, total_steps=1000)
+    100
+    >>> Duration.parse("10%").steps(steps_per_epoch=50, total_steps=1000)
+    100
+    """
+
+    value: float
+    unit: str
+
+    @classmethod
+    def parse(cls, text: str) -> Duration:
+        """Read `100 steps`, `1.5 epochs` or `10%` (of the whole run).
+
+        Raises:
+            ValueError: The text is none of these.
+        """
+        match = re.fullmatch(r"(\d+\.?\d*|\.\d+) ?(steps?|epochs?|%)", text.strip())
+        if not match:
+            raise ValueError("write a duration as 100steps, 1.5epochs or 10% (of the run)")
+        return cls(float(match[1]), match[2].rstrip("s"))
+
+    def __str__(self) -> str:
+        return f"{self.value:.15g}%" if self.unit == "%" else f"{self.value:.15g} {self.unit}s"
+
+    def steps(self, steps_per_epoch: int, total_steps: int) -> int:
+        """The duration in whole optimizer steps."""
+        per_unit = {"step": 1.0, "epoch": float(steps_per_epoch), "%": total_steps / 100}[self.unit]
+        return round(self.value * per_unit)
+
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+def _seconds(value: object) -> object:
+    """`90s`, `20m`, `1.5h` and `2d` as a timedelta."""
+    units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+    if isinstance(value, str) and (match := re.fullmatch(r"([\d.]+) ?([smhd])", value.strip())):
+        return timedelta(**{units[match[2]]: float(match[1])})
+    if value is None or isinstance(value, timedelta):
+        return value
+    raise ValueError("write a time as 90s, 20m, 1.5h or 2d")
+
+
+def _duration(value: object) -> object:
+    return value if isinstance(value, Duration) else Duration.parse(str(value))
+
+
+def _resume(value: object) -> object:
+    if value not in (True, False, "auto"):
+        raise ValueError("write true, false or auto")
+    return value
+
+
+def _ascending(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError(f"write the smaller end first, as [{value[1]}, {value[0]}]")
+    return value
+
+
+def _several(value: object) -> object:
+    """One value in the place of a list of several."""
+    return value if isinstance(value, list) else [value]
+
+
+def _words(value: object) -> object:
+    """`[a=1,b=[2,3]]`, which Hydra leaves a text, as the words of a command line."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    inside = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    depth, words = 0, [""]
+    for letter in inside:
+        depth += (letter == "[") - (letter == "]")
+        if letter == "," and depth == 0:
+            words.append("")
+        else:
+            words[-1] += letter
+    return [word.strip() for word in words if word.strip()]
+
+
+ListOrScalar = BeforeValidator(_several)  # before a list: k=5 is k=[5]
+OverrideList = Annotated[list[str], BeforeValidator(_words)]
+WallTime = Annotated[timedelta, BeforeValidator(_seconds), PlainSerializer(lambda t: f"{t.total_seconds():.15g}s")]
+DurationField = Annotated[Duration, BeforeValidator(_duration), PlainSerializer(str)]
+Range = Annotated[tuple[NonNegative, NonNegative], AfterValidator(_ascending)]
+Ratio = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
+ResumeChoice = Annotated[bool | Literal["auto"], BeforeValidator(_resume)]

@@ -1,0 +1,134 @@
+"""The configuration keys of the commands that turn what a model sees into images and pages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ssl_vit.config.evaluate import EvalDataConfig
+from ssl_vit.config.pretrain import CheckpointWeights, StrictConfig
+from ssl_vit.config.types import Count, ListOrScalar, Positive, Seed
+
+VIDEOS = (".mp4", ".m4v", ".mov", ".mkv")  # what can be written
+
+
+class AttentionConfig(StrictConfig):
+    checkpoint: str
+    weights: CheckpointWeights
+    images: Path | None
+    masks: Path | None
+    voc: Path | None
+    split: str
+    out: Path
+    methods: Annotated[
+        list[Literal["attention", "lost", "tokencut", "pca", "found"]], Field(min_length=1), ListOrScalar
+    ]
+    refine: Literal["guided"] | None
+    attention_mass: Annotated[float, Field(gt=0, lt=1)]
+    max_side: Count | None
+    baselines: bool
+    seed: Seed
+    limit: Count | None
+
+    @model_validator(mode="after")
+    def _some_images(self) -> Self:
+        if (self.images is None) == (self.voc is None):
+            raise ValueError("name the images: images=FOLDER, or voc=VOCdevkit/VOC2012")
+        if self.voc is not None and self.masks is not None:
+            raise ValueError("masks belongs to images; voc brings its own")
+        return self
+
+
+class InspectConfig(StrictConfig):
+    checkpoint: str
+    weights: CheckpointWeights
+    images: Path | None
+    compare_to: str | None
+    out: Path | None
+    image_size: Count | None
+    baselines: bool
+    seed: Seed
+    limit: Count
+
+
+class VideoConfig(StrictConfig):
+    checkpoint: str
+    weights: CheckpointWeights
+    video: Path
+    out: Path
+    head: Annotated[int, Field(ge=0)] | None
+    attention_mass: Annotated[float, Field(gt=0, lt=1)]
+    max_side: Count | None
+    fps: Annotated[float, Field(gt=0, le=1000)]
+    limit: Count | None
+
+    @model_validator(mode="after")
+    def _a_video_or_a_folder(self) -> Self:
+        if self.out.suffix and self.out.suffix.lower() not in VIDEOS:
+            raise ValueError(f"out={self.out}: name a video ({', '.join(VIDEOS)}), or a folder without a dot")
+        return self
+
+
+class PropagateConfig(StrictConfig):
+    checkpoint: str
+    weights: CheckpointWeights
+    davis: Path | None
+    split: str
+    frames: Path | None
+    masks: Path | None
+    out: Path
+    side: Count | None
+    context: Annotated[int, Field(ge=0)]
+    radius: Count | None
+    top_k: Count
+    temperature: Positive
+    baselines: bool
+    seed: Seed
+    limit: Count | None
+
+    @model_validator(mode="after")
+    def _davis_or_own(self) -> Self:
+        if (self.davis is None) == (self.frames is None):
+            raise ValueError("name the videos: davis=FOLDER, or frames=FOLDER masks=MASK of your own")
+        if (self.frames is None) != (self.masks is None):
+            raise ValueError("frames and masks belong together: frames=FOLDER masks=FOLDER or the first frame's mask")
+        return self
+
+
+class ReportDataConfig(EvalDataConfig):
+    @model_validator(mode="after")
+    def _some_images(self) -> Self:  # a report does without labeled images
+        return self
+
+    @property
+    def named(self) -> bool:
+        """Whether there are any."""
+        return self.root is not None or self.train is not None
+
+
+class ReportConfig(StrictConfig):
+    run: Path
+    weights: CheckpointWeights
+    data: ReportDataConfig
+    features: Path | None
+    images: Path | None
+    masks: Path | None
+    limit: Count
+    max_side: Count | None
+    attention_mass: Annotated[float, Field(gt=0, lt=1)]
+    k: Count
+    points: Annotated[int, Field(ge=3, le=1000)]
+    inspect: bool
+    projection: Literal["pca", "tsne"]
+    seed: Seed
+    out: Path | None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.masks is not None and self.images is None:
+            raise ValueError("masks needs the images that they belong to: images=FOLDER masks=FOLDER")
+        if self.out is not None and self.out.suffix != ".html":
+            raise ValueError(f"out={self.out}: the report is a page, name it .html")
+        return self

@@ -1,0 +1,1 @@
+"""Ground-truth masks: ECSSD-like folders, VOC, DAVIS."""

@@ -1,0 +1,1 @@
+"""Datasets, batch samplers and loaders of training and evaluation."""

@@ -1,0 +1,1 @@
+"""Crops, color augmentation, corruption, resizing."""

@@ -1,0 +1,1 @@
+"""kNN, linear probes, few-shot."""

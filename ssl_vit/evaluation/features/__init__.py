@@ -1,0 +1,1 @@
+"""Feature extraction, cached on disk."""

@@ -1,0 +1,1 @@
+"""Unsupervised object masks and their scores."""

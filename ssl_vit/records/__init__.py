@@ -1,1 +1,0 @@
-"""Results and how they came about: written, read back, compared and drawn."""

@@ -1,0 +1,1 @@
+"""Errors, devices, processes, files and random numbers: what every package may use."""

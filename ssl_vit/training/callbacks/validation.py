@@ -1,0 +1,65 @@
+"""Accuracy on training images that are never learned from, while fine-tuning goes on."""
+
+from __future__ import annotations
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_vit.data.dataset import ImageDataset, SkippedImageLog
+from ssl_vit.data.transforms.eval_transform import EvalTransform
+from ssl_vit.evaluation.features.extractor import extract
+from ssl_vit.methods.finetune import Classifier, FineTune
+from ssl_vit.models.checkpoint import LoadedBackbone
+from ssl_vit.runtime.device import upcast
+
+_AT_ONCE = 256  # images
+
+
+class ValidationCallback(L.Callback):
+    """Logs `held_out/top1` and `held_out/loss` (cross-entropy) every n epochs and at the end.
+
+    Args:
+        images: That nothing is learned from.
+        transform: Of the evaluation.
+        every_epochs: n; None: never.
+        skipped: Takes the images that cannot be read.
+    """
+
+    def __init__(
+        self, dataset: ImageDataset, transform: EvalTransform, *, every_epochs: int | None, skipped: SkippedImageLog
+    ) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.every_epochs = every_epochs
+        self.skipped = skipped
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: FineTune, *_: object) -> None:  # type: ignore[override]
+        if not self.every_epochs or not trainer.is_global_zero:
+            return
+        due = trainer.is_last_batch and (trainer.current_epoch + 1) % self.every_epochs == 0
+        if due or trainer.global_step == trainer.max_steps:
+            logits, labels, _places = predict(module.student, self.dataset, self.transform, skipped=self.skipped)
+            right = (logits.argmax(dim=1) == labels).float().mean()
+            row = {"held_out/top1": float(right), "held_out/loss": float(F.cross_entropy(logits, labels))}
+            for logger in trainer.loggers:
+                logger.log_metrics({**row, "epoch": trainer.current_epoch}, step=trainer.global_step - 1)
+
+
+def predict(
+    model: Classifier, dataset: ImageDataset, transform: EvalTransform, *, skipped: SkippedImageLog, show: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (N, classes), labels (N,) and places (N,) of all images that can be read."""
+    training = model.training
+    model.eval()
+    loaded = LoadedBackbone(model.backbone, transform.mean, transform.std, "the run", None, None)
+    with torch.compiler.set_stance("force_eager"):  # its batches have sizes of their own
+        features = extract(
+            loaded, dataset, transform, blocks=1, batch_size=_AT_ONCE, num_workers=0, skipped=skipped, show=show
+        )
+    with torch.no_grad():
+        head = model.head
+        logits = head(features.cls[:, -1].float().to(next(head.parameters()).device))
+    model.train(training)
+    return upcast(logits).cpu(), features.labels, features.index

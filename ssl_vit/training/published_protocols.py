@@ -1,0 +1,180 @@
+"""The linear evaluations that DINO and SiT were published with: features, heads, optimizer, augmentation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from ssl_vit.config.evaluate import AugmentationConfig, RandAugmentConfig, RandomResizedCropConfig
+from ssl_vit.methods.schedules import Schedule
+from ssl_vit.models.backbone import Backbone
+from ssl_vit.runtime.errors import UserError
+
+_HIDDEN = 1024  # of SiT's non-linear head
+_WIDE = 768  # from this width on DINO takes the last block and the mean patch token, as for ViT-B
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One or more heads on frozen features, each trained and judged by itself.
+
+    A head is a module per feature; its answer is the mean of their logits, its loss the sum of their losses.
+    """
+
+    features: Callable[[Backbone, Tensor], list[Tensor]]  # of images (B, C, H, W): one or more of (B, D)
+    heads: nn.ModuleDict  # of ModuleLists, by the name of the head
+    optimizer: Optimizer
+    lr: Schedule  # of the epoch
+    epochs: int
+    every: int  # epochs between two looks at the test images
+    augmentation: AugmentationConfig
+    about: dict[str, Any]  # for the record
+
+    def logits(self, head: str, features: list[Tensor]) -> Tensor:
+        """What a head answers (B, classes)."""
+        parts = zip(self._modules_of(head), features, strict=True)
+        return torch.stack([module(feature) for module, feature in parts]).mean(dim=0)
+
+    def loss(self, features: list[Tensor], targets: Tensor) -> Tensor:
+        """The sum of all losses, given targets (B, classes)."""
+        losses = [
+            F.cross_entropy(module(feature), targets)
+            for head in self.heads
+            for module, feature in zip(self._modules_of(head), features, strict=True)
+        ]
+        return torch.stack(losses).sum()
+
+    def _modules_of(self, head: str) -> nn.ModuleList:
+        modules = self.heads[head]
+        assert isinstance(modules, nn.ModuleList)
+        return modules
+
+
+def dino_probe(backbone: Backbone, classes: int, *, epochs: int | None, batch_size: int) -> Probe:
+    """DINO's `eval_linear.py`: SGD with momentum on crops and flips, a cosine of the epoch, no penalty.
+
+    Four [CLS] tokens of a model narrower than 768, else the last one and the mean patch token.
+    """
+    epochs = epochs or 100
+    blocks = min(4, len(backbone.vit.blocks)) if backbone.embed_dim < _WIDE else 1
+    patch_mean = backbone.embed_dim >= _WIDE
+
+    def features(backbone: Backbone, images: Tensor) -> list[Tensor]:
+        tokens = backbone.last_blocks(images, blocks)
+        parts = [block.cls for block in tokens] + ([tokens[-1].patches.mean(dim=1)] if patch_mean else [])
+        return [torch.cat(parts, dim=1)]
+
+    linear = nn.Linear((blocks + patch_mean) * backbone.embed_dim, classes)
+    nn.init.normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)
+    peak = 0.001 * batch_size / 256
+    return Probe(
+        features=features,
+        heads=nn.ModuleDict({"linear": nn.ModuleList([linear])}),
+        optimizer=SGD(linear.parameters(), lr=peak, momentum=0.9, weight_decay=0.0),
+        lr=lambda epoch: peak * (1 + math.cos(math.pi * epoch / epochs)) / 2,
+        epochs=epochs,
+        every=1,
+        augmentation=_augmentation(rand_augment=0, erasing=0, mixup=0, cutmix=0, smoothing=0),
+        about={
+            "features": f"[CLS] of the last {blocks} blocks" if not patch_mean else "last [CLS] and mean patch token",
+            "optimizer": f"SGD, momentum 0.9, no penalty, lr 0.001 x {batch_size}/256, cosine of the epoch to 0",
+            "not reproduced": [
+                "bilinear crops: here bicubic",
+                "float32 backbone: see environment.forward",
+                "the last, smaller batch of an epoch: here left out, batches are whole",
+            ],
+        },
+    )
+
+
+def sit_probe(backbone: Backbone, classes: int, *, epochs: int | None, batch_size: int) -> Probe:
+    """SiT's linear evaluation (code version 1.1): a head on [CLS] and one on the rotation token, their logits' mean.
+
+    Once with linear and once with non-linear heads, with the augmentation of fine-tuning.
+
+    Raises:
+        UserError: The model has no second token.
+    """
+    if not backbone.config.reg_tokens:
+        raise UserError(
+            "protocol=sit reads two tokens, [CLS] and the rotation token that SiT trains with method.tokens=dedicated; "
+            "this model has only [CLS]: use protocol=held-out or protocol=dino"
+        )
+    epochs, warmup = epochs or 501, 5
+    heads: dict[str, list[nn.Module]] = {
+        "linear": [_small(nn.Linear(backbone.embed_dim, classes)) for _ in range(2)],
+        "nonlinear": [
+            nn.Sequential(
+                _small(nn.Linear(backbone.embed_dim, _HIDDEN)), nn.Tanh(), _small(nn.Linear(_HIDDEN, classes))
+            )
+            for _ in range(2)
+        ],
+    }
+    modules = nn.ModuleDict({name: nn.ModuleList(parts) for name, parts in heads.items()})
+    peak, start, end = 1e-3 * batch_size / 512, 1e-6, 5e-6
+
+    def features(backbone: Backbone, images: Tensor) -> list[Tensor]:
+        tokens = backbone(images)
+        return [tokens.cls, tokens.registers[:, 0]]
+
+    def lr(epoch: int) -> float:
+        if epoch < warmup:
+            return start + (peak - start) * epoch / warmup
+        return end + (peak - end) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+    penalised = [parameter for parameter in modules.parameters() if parameter.ndim > 1]
+    free = [parameter for parameter in modules.parameters() if parameter.ndim == 1]
+    return Probe(
+        features=features,
+        heads=modules,
+        optimizer=AdamW([{"params": penalised, "weight_decay": 5e-4}, {"params": free, "weight_decay": 0.0}], lr=start),
+        lr=lr,
+        epochs=epochs,
+        every=10,
+        augmentation=_augmentation(rand_augment=2, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1),
+        about={
+            "features": "[CLS] and rotation token of the last block, a head each, mean of their logits",
+            "heads": f"linear: Linear(D, classes); nonlinear: Linear(D, {_HIDDEN}), Tanh, Linear({_HIDDEN}, classes)",
+            "optimizer": f"AdamW, weight decay 5e-4, lr 1e-3 x {batch_size}/512, warm-up 5 epochs from 1e-6, cosine of "
+            "the epoch to 5e-6",
+            "augmentation": "crops, flips, RandAugment (9, 2, std 0.5), erasing 0.25, mixup 0.8, cutmix 1, smoothing "
+            "0.1, color jitter none",
+            "not reproduced": [
+                "drop path 0.1 in the frozen backbone: here in evaluation mode",
+                "repeated augmentation: here each image once per epoch",
+                "float16 backbone: see environment.forward",
+            ],
+        },
+    )
+
+
+PROBES = {"dino": dino_probe, "sit": sit_probe}
+
+
+def _small(linear: nn.Linear) -> nn.Linear:
+    nn.init.trunc_normal_(linear.weight, std=0.02)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def _augmentation(
+    *, rand_augment: int, erasing: float, mixup: float, cutmix: float, smoothing: float
+) -> AugmentationConfig:
+    """Crops of 8 to 100 % and flips, and what is given."""
+    return AugmentationConfig(
+        crops=RandomResizedCropConfig(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)),
+        flip=0.5,
+        rand_augment=RandAugmentConfig(layers=rand_augment, magnitude=9, std=0.5),
+        erasing=erasing,
+        mixup=mixup,
+        cutmix=cutmix,
+        smoothing=smoothing,
+    )

@@ -1,1 +1,0 @@
-"""From a uint8 picture to what the network sees."""

@@ -1,0 +1,311 @@
+"""`ssl-vit attention` on a folder as people have them: odd sizes, odd modes, broken files, masks that do not fit."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ssl_vit.cli import main
+from ssl_vit.config.pretrain import BackboneConfig
+from ssl_vit.evaluation.segmentation.patch_mask import Segmentation
+from ssl_vit.evaluation.segmentation.segmentation_evaluator import MEASURES
+from ssl_vit.models.backbone import Backbone
+from ssl_vit.models.checkpoint import export_backbone
+from ssl_vit.visualization.overlays import at_size, head_figure, image_grid, make_example, overlay
+from ssl_vit.visualization.segmentation_writer import Gallery
+from tests.reference.saliency import slow_f
+
+CHECKPOINT = "checkpoint=random:vit_tiny_patch16_224"
+
+
+@pytest.fixture(autouse=True)
+def few_threads():
+    torch.set_num_threads(1)
+
+
+def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
+    shape = (height, width, channels) if channels > 1 else (height, width)
+    return np.random.default_rng(height).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Six usable images of four sizes, one smaller than a patch, two broken; masks of which some do not serve."""
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    (images / "deep").mkdir(parents=True)
+    (masks / "deep").mkdir(parents=True)
+    Image.fromarray(noise(33, 50)).save(images / "odd.png")
+    Image.fromarray(noise(50, 33, 4)).save(images / "deep" / "rgba.png")
+    Image.fromarray(noise(40, 40, 1)).save(images / "gray.jpg")
+    Image.fromarray(noise(40, 40)).save(images / "gray.png")  # shares its stem with gray.jpg
+    Image.fromarray(noise(41, 39)).save(images / "unmasked.bmp")
+    Image.fromarray(noise(32, 48)).save(images / "other size.webp")
+    Image.fromarray(noise(9, 60)).save(images / "thin.png")
+    (images / "broken.jpg").write_bytes(b"\xff\xd8 no image")
+    (images / "empty.png").touch()
+    for name, (height, width) in {"odd": (33, 50), "deep/rgba": (50, 33), "gray": (40, 40)}.items():
+        mask = np.zeros((height, width), dtype=np.uint8)
+        mask[10:25, 8:30] = 255
+        Image.fromarray(mask).save(masks / f"{name}.png")
+    Image.new("L", (10, 10), 255).save(masks / "other size.png")
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+def run(folder: Path, *words: str) -> int:
+    return main(["attention", CHECKPOINT, f"images={folder / 'images'}", f"out={folder / 'out'}", *words])
+
+
+def test_every_usable_image_gets_its_files_at_its_own_size(folder, capsys):
+    assert run(folder) == 0
+    out = folder / "out"
+    sizes = {
+        "odd": (50, 33),
+        "deep/rgba": (33, 50),
+        "gray.jpg": (40, 40),
+        "gray.png": (40, 40),
+        "unmasked": (39, 41),
+        "other size": (48, 32),
+    }
+    for name, size in sizes.items():
+        assert Image.open(out / "overlays" / f"{name}.jpg").size == size
+        for head in ("mean", "head0", "head1", "head2"):
+            mask = Image.open(out / "masks" / head / f"{name}.png")
+            assert mask.size == size
+            assert 0 < np.asarray(mask).mean() < 1
+        with np.load(out / "maps" / f"{name}.npz") as arrays:
+            assert arrays["maps"].sum((1, 2)) == pytest.approx(np.ones(4), abs=1e-5)
+            assert tuple(arrays["size"]) == size[::-1]
+        assert (out / "heads" / f"{name}.jpg").exists()
+    assert Image.open(out / "sheet.jpg").height > 300
+    assert len(list((out / "maps").rglob("*.npz"))) == len(sizes)
+    skipped = dict(line.split("\t") for line in (out / "skipped_images.txt").read_text().splitlines())
+    assert skipped.keys() == {"broken.jpg", "empty.png", "thin.png"}
+    assert "60 x 9 pixels: a side is smaller than one patch of 16" in skipped["thin.png"]
+    printed = capsys.readouterr().out
+    assert "6 images" in printed
+    assert "3 images could not be used" in printed
+
+
+def test_masks_add_scores_beside_the_baselines(folder, capsys):
+    assert run(folder, f"masks={folder / 'masks'}") == 0
+    unscored = dict(line.split("\t") for line in (folder / "out" / "unscored.txt").read_text().splitlines())
+    assert unscored == {
+        "other size.webp": "the mask has 10 x 10 pixels, its image 48 x 32",
+        "unmasked.bmp": "no mask with this image's name",
+    }
+    printed = capsys.readouterr().out
+    assert "IoU of 4 images" in printed
+    for row in ("best fixed head", "oracle", "mean of the heads", "center prior", "the whole image", "ceiling"):
+        assert row in printed
+    assert "random init" in printed
+    assert (folder / "out" / "overlays" / "unmasked.jpg").exists()
+
+
+def test_the_record_says_what_was_measured_and_how(folder):
+    assert run(folder, f"masks={folder / 'masks'}") == 0
+    record = json.loads((folder / "out" / "summary.json").read_text())
+    assert record["task"] == "attention"
+    assert record["protocol"]["mass"] == 0.6
+    assert {key: record["data"][key] for key in ("images", "skipped", "unscored")} == {
+        "images": 6,
+        "skipped": 3,
+        "unscored": 2,
+    }
+    names = [record["score"]["name"], *(baseline["name"] for baseline in record["baselines"])]
+    assert names == ["model", "random init", "center prior", "all foreground", "patch ceiling"]
+    with np.load(folder / "out" / "ious.npz") as ious:
+        assert sorted(ious["images"]) == ["deep/rgba.png", "gray.jpg", "gray.png", "odd.png"]
+        for score in (record["score"], *record["baselines"]):
+            for metric in score["metrics"]:
+                values = ious[f"{score['name']}/{metric['name']}"]
+                assert metric["n"] == len(values) == 4
+                assert metric["value"] == pytest.approx(values.mean())
+                assert metric["low"] <= metric["value"] <= metric["high"]
+        assert (ious["model/mass/oracle head"] >= ious["model/mass/fixed head"]).all()
+
+
+def test_the_record_can_be_shown_as_a_table(folder, capsys):
+    assert run(folder, f"masks={folder / 'masks'}") == 0
+    capsys.readouterr()
+    assert main(["compare", str(folder / "out"), "format=markdown"]) == 0
+    table = capsys.readouterr().out
+    assert "attention on images<br>mass/oracle head" in table
+    assert "| center prior |" in table
+
+
+def test_running_again_replaces_the_lists(folder):
+    assert run(folder) == run(folder, "limit=5") == 0
+    assert (folder / "out" / "skipped_images.txt").read_text().count("broken.jpg") == 1
+
+
+def test_one_image_and_a_limit_on_its_size(folder):
+    image = folder / "images" / "odd.png"
+    words = ["attention", CHECKPOINT, f"images={image}", f"out={folder / 'one'}", "max_side=32"]
+    assert main(words) == 0
+    assert Image.open(folder / "one" / "overlays" / "odd.jpg").size == (50, 33)
+    with np.load(folder / "one" / "maps" / "odd.npz") as arrays:
+        assert arrays["maps"].shape == (4, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["images={folder}/nowhere"], "does not exist"),
+        (["masks={folder}/nowhere"], "there is no such folder"),
+        (["images={folder}/images/thin.png"], "no image could be used"),
+        (["images={folder}/images/unmasked.bmp", "masks={folder}/masks"], "no image has a usable mask"),
+        (["out={folder}/images/maps"], "choose a folder outside of it"),
+        (["attention_mass=1.5"], "mass: input should be less than 1"),
+        (["checkpoint=random:vit_nothing"], "vit_nothing"),
+        (["checkpoint=random:vit_small_patch16_dinov3", "methods=[lost]"], "rotary position embeddings"),
+        (["methods=[lost,cutler]"], "methods.1"),
+        (["methods=[]"], "methods: "),
+        (["masks={folder}/empty"], "no image in this folder"),
+    ],
+)
+def test_mistakes_get_a_clear_word(folder, capsys, words, message):
+    assert run(folder, *(word.format(folder=folder) for word in words)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+METHODS = ["lost", "tokencut", "pca", "found"]
+
+
+def test_every_method_gets_its_masks_scores_and_drawings(folder, tiny_model, capsys):
+    words = ["methods=[attention,lost,tokencut,pca,found]", "refine=guided", f"masks={folder / 'masks'}"]
+    assert run(folder, f"checkpoint={tiny_model}", *words) == 0
+    out = folder / "out"
+    refined = [f"{name}+guided" for name in ("mean", *METHODS)]
+    for name in ("mean", "head0", "head2", *METHODS, *refined):
+        mask = np.asarray(Image.open(out / "masks" / name / "deep" / "rgba.png"))
+        assert mask.shape == (50, 33)
+        assert set(np.unique(mask)) <= {0, 255} | {False, True}
+    with np.load(out / "maps" / "odd.npz") as arrays:
+        for name in METHODS:
+            assert arrays[f"{name}/mask"].shape == arrays[f"{name}/soft"].shape == arrays["maps"].shape[1:]
+        assert arrays["lost+guided/mask"].shape == (33, 50)
+    record = json.loads((out / "summary.json").read_text())
+    assert record["protocol"]["refine"] == "guided"
+    for score in (record["score"], record["baselines"][0]):  # the model and its random-init model
+        values = {metric["name"]: metric for metric in score["metrics"]}
+        for rule in ("mass/mean", "mass/fixed head", "mass/oracle head", *METHODS, *refined):
+            for name in (rule, *(f"{rule} {measure}" for measure in MEASURES)):
+                assert 0 <= values[name]["low"] <= values[name]["value"] <= values[name]["high"] <= 1
+                assert values[name]["n"] == 4
+        assert values["lost CorLoc"]["interval"] == "Wilson"
+        curve = score["details"]["IoU by mass"]
+        assert curve["mean"][11] == pytest.approx(values["mass/mean"]["value"])  # of .60
+        assert curve["oracle head"][11] == pytest.approx(values["mass/oracle head"]["value"])
+        assert curve["fixed head"][11] == pytest.approx(values["mass/fixed head"]["value"])
+    for score in record["baselines"][1:]:
+        assert {metric["name"] for metric in score["metrics"]} == {"IoU", *MEASURES}
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("  tokencut+guided ") for line in lines)
+    assert max(len(line) for line in lines if str(out) not in line) <= 100
+    assert Image.open(out / "curve.png").width > 400
+    assert Image.open(out / "sheet.jpg").width > 1200
+
+
+def test_written_masks_give_the_scores_that_are_told(folder, tiny_model):
+    run(folder, f"checkpoint={tiny_model}", f"masks={folder / 'masks'}", "methods=[attention,lost]")
+    with np.load(folder / "out" / "ious.npz") as scores:
+        for place, name in enumerate(scores["images"]):
+            stem = name if name.startswith("gray") else name.rpartition(".")[0]
+            given = np.asarray(Image.open(folder / "masks" / f"{name.rpartition('.')[0]}.png")) > 0
+            for rule, kind in (("mass/mean", "mean"), ("lost", "lost")):
+                mask = np.asarray(Image.open(folder / "out" / "masks" / kind / f"{stem}.png")) > 0
+                assert scores[f"model/{rule}"][place] == pytest.approx((mask & given).sum() / (mask | given).sum())
+                assert scores[f"model/{rule} acc"][place] == pytest.approx((mask == given).mean())
+                assert scores[f"model/{rule} F@0.3"][place] == pytest.approx(slow_f(mask, given, 0.3))
+
+
+def test_a_model_without_class_token_is_told_what_works(folder, tmp_path, capsys):
+    sizes = {"img_size": 32, "patch_size": 16, "in_chans": 3, "reg_tokens": 0, "embed_dim": 48, "depth": 2}
+    config = BackboneConfig(name="vit_medium_patch16_gap_256", drop_path=0.0, num_heads=3, init="jax", **sizes)
+    export_backbone(
+        Backbone(config).eval(), tmp_path / "gap.safetensors", mean=[0.5] * 3, std=[0.5] * 3, source="a test"
+    )
+    gap = f"checkpoint={tmp_path / 'gap.safetensors'}"
+    for methods, needing in (("attention", "attention"), ("lost,found", "found"), ("attention,found", "attention and")):
+        assert run(folder, gap, f"methods=[{methods}]") == 2
+        error = capsys.readouterr().err
+        assert "no class token" in error
+        assert needing in error
+        assert "methods=[lost,tokencut,pca] need none" in error
+    words = [gap, "methods=[lost,pca]", f"masks={folder / 'masks'}", "baselines=false", "max_side=32"]
+    assert run(folder, *words) == 0
+    out = folder / "out"
+    assert sorted(path.name for path in (out / "masks").iterdir()) == ["lost", "pca"]
+    assert (out / "overlays" / "odd.jpg").exists()
+    assert (out / "sheet.jpg").exists()
+    assert not (out / "curve.png").exists()
+    printed = capsys.readouterr().out
+    assert "attention:" not in printed
+    assert "random init" not in printed
+
+
+def test_void_is_told(folder, tiny_model, capsys):
+    mask = np.zeros((33, 50), dtype=np.uint8)
+    mask[5:20, 5:30], mask[6:19, 6:29] = 255, 1
+    Image.fromarray(mask).save(folder / "masks" / "odd.png")
+    assert run(folder, f"checkpoint={tiny_model}", f"masks={folder / 'masks'}") == 0
+    said = "255 was taken for void, and left out, in 1 of the masks"
+    assert said in capsys.readouterr().out
+    assert said in " ".join(json.loads((folder / "out" / "summary.json").read_text())["warnings"])
+    with np.load(folder / "out" / "ious.npz") as scores:
+        whole = scores["all foreground/IoU"][list(scores["images"]).index("odd.png")]
+    assert whole == pytest.approx((mask == 1).sum() / (mask != 255).sum())
+
+
+def test_drawings_of_any_shape_and_number_of_heads():
+    for channels, size, heads in ((3, (30, 200), 12), (1, (200, 17), 3), (3, (400, 300), 1)):
+        image = torch.randint(0, 256, (channels, *size), dtype=torch.uint8)
+        maps = torch.rand(heads, max(1, size[0] // 16), max(1, size[1] // 16))
+        maps /= maps.sum((-2, -1), keepdim=True)
+        methods = {
+            "lost": Segmentation(maps[0], maps[0] > 0.5),
+            "+guided": Segmentation(torch.ones(size), torch.rand(size) > 0.5),
+        }
+        example = make_example(image, maps, 0.6, torch.rand(size) > 0.7, methods=methods)
+        assert overlay(example).size == size[::-1]
+        assert head_figure(example).width > 240
+        assert image_grid([("first", example), ("second", example)]).height > 120
+
+
+def test_heat_is_where_the_attention_is():
+    maps = torch.full((2, 4, 4), 0.01)
+    maps[:, 1, 2] = 1
+    maps /= maps.sum((-2, -1), keepdim=True)
+    heat = np.asarray(overlay(make_example(torch.zeros(3, 64, 64, dtype=torch.uint8), maps, 0.6, None))).astype(int)
+    brightness = heat.sum(-1)
+    assert brightness[20:28, 36:44].min() > 2 * brightness[40:, :24].max()
+
+
+def test_soft_maps_are_bilinear_between_patch_centers():
+    map_ = torch.rand(3, 5)
+    large = torch.from_numpy(at_size(map_, (33, 55)).copy())  # 11 pixels a patch: the center pixel is its center
+    torch.testing.assert_close(large[5::11, 5::11], map_)
+    expected = torch.nn.functional.interpolate(map_[None, None], (33, 55), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(large, expected[0, 0])
+
+
+def test_names_that_differ_in_their_suffix_alone_keep_it(tmp_path):
+    assert Gallery(tmp_path, ["a.jpg", "a.png", "b/a.jpg", "c.d.jpg"]).stems == ["a.jpg", "a.png", "b/a", "c.d"]
+
+
+def test_one_scored_image_has_no_interval_and_a_second_run_is_told_of_the_first(folder, capsys):
+    one = [f"images={folder / 'images' / 'odd.png'}", f"masks={folder / 'masks'}", f"out={folder / 'out'}"]
+    assert main(["attention", CHECKPOINT, *one]) == 0
+    first = capsys.readouterr().out
+    assert "IoU of 1 images" in first
+    assert "one image: no intervals" in first
+    assert "±   -" in first
+    assert "earlier result" not in first
+    assert main(["attention", CHECKPOINT, *one]) == 0
+    assert "holds an earlier result" in capsys.readouterr().out

@@ -1,0 +1,170 @@
+"""IoU of attention masks: counting per patch against pixels, head rules on hand-made cases, baselines on ECSSD."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ssl_vit.data.annotations.object_masks import MaskFolder, MissingMaskError
+from ssl_vit.evaluation.segmentation.iou import (
+    HeadIoU,
+    center_prior,
+    cross_validated_head,
+    downsample_mask,
+    iou,
+    majority_patches,
+    oracle_head,
+    pool_mask_to_patches,
+    score_heads,
+    stack_scores,
+)
+from ssl_vit.models.attention_maps import attention_mass_mask, topk_mask, upsample_mask
+from ssl_vit.runtime.errors import UserError
+
+
+def blob(height: int, width: int, seed: int) -> torch.Tensor:
+    """A random object mask with a rough border."""
+    noise = torch.rand(1, 1, 5, 4, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(noise, (height, width), mode="bicubic")[0, 0] > 0.55
+
+
+def slow_iou(mask: torch.Tensor, truth: torch.Tensor) -> float:
+    pairs = list(zip(mask.flatten().tolist(), truth.flatten().tolist(), strict=True))
+    return sum(a and b for a, b in pairs) / sum(a or b for a, b in pairs)
+
+
+@pytest.mark.parametrize(("size", "grid"), [((48, 64), (3, 4)), ((50, 61), (3, 4)), ((139, 200), (9, 12))])
+def test_counting_per_patch_gives_the_iou_of_the_pixels(size, grid):
+    truth = blob(*size, seed=0)
+    masks = torch.rand(3, *grid, generator=torch.Generator().manual_seed(1)) > 0.5
+    expected = [slow_iou(mask, truth) for mask in upsample_mask(masks, size)]
+    assert iou(masks, pool_mask_to_patches(truth, grid)).tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_perfect_and_disjoint_masks():
+    truth = torch.zeros(8, 8, dtype=torch.bool)
+    truth[:4, :4] = True
+    counted = pool_mask_to_patches(truth, (2, 2))
+    masks = torch.tensor([[[1, 0], [0, 0]], [[0, 1], [1, 1]], [[1, 1], [0, 0]], [[0, 0], [0, 0]]]) > 0
+    assert iou(masks, counted).tolist() == [1, 0, 0.5, 0]
+    assert iou(majority_patches(counted), counted) == 1
+    assert iou(torch.ones(counted.object.shape, dtype=torch.bool), counted) == 0.25
+
+
+def test_score_holds_each_rule_for_each_head_and_for_the_mean_map():
+    truth = blob(60, 80, seed=3)
+    maps = torch.rand(4, 6, 8, generator=torch.Generator().manual_seed(2))
+    maps /= maps.sum((-2, -1), keepdim=True)
+    scores = score_heads(maps, pool_mask_to_patches(truth, (6, 8)), mass=0.6)
+    area = round(48 * truth.float().mean().item())
+    for head in range(4):
+        assert scores.mass.heads[head] == pytest.approx(
+            slow_iou(upsample_mask(attention_mass_mask(maps[head], 0.6), (60, 80)), truth)
+        )
+        assert scores.area.heads[head] == pytest.approx(
+            slow_iou(upsample_mask(topk_mask(maps[head], area), (60, 80)), truth)
+        )
+    assert scores.mass.mean == pytest.approx(
+        slow_iou(upsample_mask(attention_mass_mask(maps.mean(0), 0.6), (60, 80)), truth)
+    )
+
+
+def test_a_tiny_object_still_gets_one_patch():
+    truth = torch.zeros(64, 64, dtype=torch.bool)
+    truth[3, 3] = True
+    maps = torch.eye(4)[None] + 0.1
+    assert score_heads(maps, pool_mask_to_patches(truth, (4, 4)), 0.6).area.heads[0] == pytest.approx(1 / 256)
+
+
+def test_oracle_is_never_below_the_fixed_head_nor_a_choice_on_all_images():
+    heads = torch.rand(41, 6, generator=torch.Generator().manual_seed(0))
+    scores = HeadIoU(heads, heads.mean(1))
+    fixed, _ = cross_validated_head(scores, seed=0)
+    assert (oracle_head(scores) >= fixed).all()
+    assert oracle_head(scores).mean() > heads.mean(0).max()
+    assert fixed.mean() < heads.mean(0).max()  # heads without merit: choosing on the scored images would flatter
+
+
+def test_the_fixed_head_is_the_good_one_and_is_scored_on_the_other_half():
+    heads = torch.full((10, 3), 0.2)
+    heads[:, 1] = 0.7
+    fixed, chosen = cross_validated_head(HeadIoU(heads, heads.mean(1)), seed=3)
+    assert chosen == [1, 1]
+    assert fixed.tolist() == pytest.approx([0.7] * 10)
+    # One head is best on each half: each half must get the head that the other half chose.
+    for seed in range(5):
+        first = torch.zeros(10, dtype=torch.bool)
+        first[torch.randperm(10, generator=torch.Generator().manual_seed(seed))[:5]] = True
+        split = torch.stack([first.float(), (~first).float()], dim=1)
+        fixed, chosen = cross_validated_head(HeadIoU(split, split.mean(1)), seed=seed)
+        assert chosen == [0, 1]
+        assert fixed.sum() == 0
+
+
+def test_stacked_scores_keep_their_places():
+    truth = pool_mask_to_patches(blob(32, 32, seed=5), (4, 4))
+    maps = torch.rand(3, 2, 4, 4)
+    scores = stack_scores([score_heads(one, truth, 0.6) for one in maps])
+    assert scores.area.heads.shape == (3, 2)
+    assert scores.area.heads[2, 1] == score_heads(maps[2], truth, 0.6).area.heads[1]
+
+
+def test_center_prior_leaves_the_scored_image_out():
+    left = torch.zeros(64, 64, dtype=torch.bool)
+    left[:, :32] = True
+    outlines = torch.stack([left, left, left, ~left])
+    scores, _ = center_prior(outlines)
+    assert scores.tolist() == pytest.approx([1, 1, 1, 0])
+
+
+def test_baselines_on_ecssd_are_those_known_for_it(ecssd):
+    """All 1,000 images give .408 (center prior), .235 (all foreground), .851 (ceiling at patch 16)."""
+    truths = [torch.from_numpy(np.asarray(Image.open(path)) > 0) for path in sorted((ecssd / "masks").glob("*.png"))]
+    assert len(truths) == 300
+    prior, threshold = center_prior(torch.stack([downsample_mask(truth) for truth in truths]))
+    assert prior.mean() == pytest.approx(0.41, abs=0.01)
+    assert threshold == pytest.approx(0.3)
+    counted = [
+        pool_mask_to_patches(truth, (round(truth.shape[0] / 16), round(truth.shape[1] / 16))) for truth in truths
+    ]
+    assert torch.stack([iou(majority_patches(c), c) for c in counted]).mean() == pytest.approx(0.85, abs=0.01)
+    whole = [iou(torch.ones(c.object.shape, dtype=torch.bool), c) for c in counted]
+    assert torch.stack(whole).mean() == pytest.approx(0.235, abs=0.005)
+
+
+def test_masks_of_every_mode_are_non_zero_where_the_object_is(tmp_path):
+    truth = np.zeros((6, 9), dtype=np.uint8)
+    truth[1:4, 2:7] = 1
+    palette = Image.fromarray(truth, "P")
+    palette.putpalette([200, 0, 0, 0, 0, 0])  # index 1 is black: the index counts, not its color
+    (tmp_path / "deep").mkdir()
+    palette.save(tmp_path / "deep" / "palette.png")
+    Image.fromarray(truth).save(tmp_path / "dark.png")
+    Image.fromarray(truth.astype(bool)).save(tmp_path / "bit.tif")
+    Image.fromarray(truth.astype(np.uint16) * 300).save(tmp_path / "sixteen.png")
+    rgba = np.dstack([truth * 0, truth * 9, truth * 0, np.full_like(truth, 255)])
+    Image.fromarray(rgba).save(tmp_path / "rgba.png")
+    folder = MaskFolder(tmp_path)
+    for name in ("deep/palette.jpg", "dark.jpeg", "bit.png", "sixteen.webp", "rgba.png"):
+        assert np.array_equal(folder.read(name, (6, 9)).numpy(), truth > 0), name
+
+
+def test_a_mask_that_does_not_serve_says_why(tmp_path):
+    Image.new("L", (9, 6)).save(tmp_path / "empty.png")
+    Image.new("L", (9, 6), 255).save(tmp_path / "small.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    folder = MaskFolder(tmp_path)
+    for name, reason in {
+        "empty.jpg": "no object",
+        "missing.jpg": "no mask with this image's name",
+        "broken.jpg": "cannot be read",
+    }.items():
+        with pytest.raises(MissingMaskError, match=reason):
+            folder.read(name, (6, 9))
+    with pytest.raises(MissingMaskError, match=r"9 x 6 pixels, its image 20 x 12"):
+        folder.read("small.jpg", (12, 20))
+    with pytest.raises(UserError, match="no such folder"):
+        MaskFolder(tmp_path / "nowhere")
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(UserError, match="no image in this folder"):
+        MaskFolder(tmp_path / "bare")

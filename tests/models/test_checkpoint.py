@@ -1,0 +1,245 @@
+"""Weights come in from every layout that people have, strictly, and go out so that bare timm loads them."""
+
+import argparse
+import json
+import os
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from ssl_vit.cli import main
+from ssl_vit.models.backbone import Backbone
+from ssl_vit.models.checkpoint import export_backbone, load_backbone, random_init_like
+from ssl_vit.runtime.errors import UserError
+from tests.models.test_backbone import tiny
+
+IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def plain():
+    """A timm ViT with random weights, its [CLS] token made visible."""
+    torch.manual_seed(0)
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=0, img_size=32, patch_size=8, embed_dim=64, depth=3, num_heads=1
+    ).eval()
+    torch.nn.init.normal_(vit.cls_token)
+    return vit
+
+
+def assert_same_tokens(loaded, vit):
+    tokens = loaded.backbone(IMAGES)
+    ours = torch.cat([tokens.cls[:, None], tokens.registers, tokens.patches], 1)
+    torch.testing.assert_close(ours, vit.forward_features(IMAGES), rtol=0, atol=2e-6)
+    assert not loaded.backbone.training
+    assert not any(parameter.requires_grad for parameter in loaded.backbone.parameters())
+
+
+def prefixed(state, prefix):
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+DINO_HEAD = {"mlp.0.weight": torch.zeros(8, 64), "last_layer.weight_g": torch.ones(16, 1)}
+
+
+def test_official_dino_backbone_file(plain, tmp_path):
+    torch.save(plain.state_dict(), tmp_path / "dino.pth")
+    assert_same_tokens(load_backbone(str(tmp_path / "dino.pth")), plain)
+
+
+@pytest.mark.parametrize("which", ["teacher", "student"])
+def test_official_dino_full_checkpoint(plain, tmp_path, which):
+    """Both models, prefixes `module.` and `backbone.`, the head, the center and an argparse.Namespace."""
+    other = {key: torch.zeros_like(value) for key, value in plain.state_dict().items()}
+    states = {name: plain.state_dict() if name == which else other for name in ("teacher", "student")}
+    content = {
+        "student": prefixed(states["student"], "module.backbone.") | prefixed(DINO_HEAD, "module.head."),
+        "teacher": prefixed(states["teacher"], "backbone.") | prefixed(DINO_HEAD, "head."),
+        "epoch": 100,
+        "args": argparse.Namespace(arch="vit_small", lr=5e-4),
+        "dino_loss": {"center": torch.zeros(1, 16)},
+    }
+    torch.save(content, tmp_path / "checkpoint.pth")
+    loaded = load_backbone(str(tmp_path / "checkpoint.pth"), which)
+    assert_same_tokens(loaded, plain)
+    assert which in loaded.source
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_official_sit_v1_file(tmp_path, nested):
+    """[rotation, contrastive, patches] becomes timm's [class, register, patches], position rows included."""
+    torch.manual_seed(1)
+    vit = timm.create_model(
+        "vit_tiny_patch16_224",
+        num_classes=0,
+        img_size=32,
+        patch_size=8,
+        embed_dim=64,
+        depth=2,
+        num_heads=1,
+        reg_tokens=1,
+    ).eval()
+    for token in (vit.cls_token, vit.reg_token):
+        torch.nn.init.normal_(token)
+    state = vit.state_dict()
+    position = state.pop("pos_embed")
+    official = state | {
+        "rot_token": state.pop("reg_token"),
+        "contrastive_token": state.pop("cls_token"),
+        "pos_embed": torch.cat([position[:, 1:2], position[:, 0:1], position[:, 2:]], 1),
+        "rot_head.weight": torch.zeros(4, 64),
+        "contrastive_head.weight": torch.zeros(512, 64),
+        "convTrans.weight": torch.zeros(64, 3, 8, 8),
+        "rot_w": torch.ones(1),
+        "contrastive_w": torch.ones(1),
+        "recons_w": torch.ones(1),
+    }
+    torch.save({"model": official, "epoch": 3} if nested else official, tmp_path / "sit.pth")
+    assert_same_tokens(load_backbone(str(tmp_path / "sit.pth")), vit)
+
+
+def test_export_loads_in_bare_timm_by_its_own_two_lines(tmp_path, monkeypatch):
+    torch.manual_seed(2)
+    backbone = Backbone(tiny(reg_tokens=1, init="jax")).eval()
+    export_backbone(backbone, tmp_path / "w.safetensors", mean=[0.5] * 3, std=[0.2] * 3, source="a test")
+    sidecar = json.loads((tmp_path / "w.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    scope = {"timm": timm, "safetensors": safetensors}
+    for line in sidecar["load"]:
+        exec(line, scope)
+    torch.testing.assert_close(
+        scope["model"].eval()(IMAGES), backbone(IMAGES).cls, rtol=0, atol=0
+    )  # timm pools the class token
+    loaded = load_backbone(str(tmp_path / "w.safetensors"))
+    torch.testing.assert_close(loaded.backbone(IMAGES).patches, backbone(IMAGES).patches, rtol=0, atol=0)
+    assert (loaded.mean, loaded.std) == ([0.5] * 3, [0.2] * 3)
+
+
+def test_export_command_from_an_official_file(plain, tmp_path, capsys):
+    torch.save(plain.state_dict(), tmp_path / "dino.pth")
+    out = tmp_path / "new" / "backbone.safetensors"
+    assert main(["export", f"checkpoint={tmp_path / 'dino.pth'}", f"out={out}"]) == 0
+    assert "timm.create_model" in capsys.readouterr().out
+    assert_same_tokens(load_backbone(str(out)), plain)
+
+
+def test_timm_weights_go_through_timm_itself(tmp_path, monkeypatch, plain):
+    """`timm:` asks timm for pretrained weights; here they come from a file instead of the model."""
+    torch.manual_seed(3)
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=1000).eval()
+    safetensors.torch.save_file(vit.state_dict(), tmp_path / "model.safetensors")
+    original = timm.create_model
+
+    def from_file(name, pretrained=False, **kwargs):
+        overlay = {"file": str(tmp_path / "model.safetensors"), "hf_hub_id": None, "url": ""} if pretrained else None
+        return original(name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", from_file)
+    loaded = load_backbone("timm:vit_tiny_patch16_224")
+    images = torch.rand(1, 3, 224, 224)
+    torch.testing.assert_close(loaded.backbone(images).patches, vit.forward_features(images)[:, 1:])
+    assert loaded.mean == [0.5, 0.5, 0.5]  # of this timm model, not ImageNet's
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "resnet18", "vit_small_r26_s32_224"])
+def test_a_timm_model_of_another_kind_is_refused_before_its_weights_are_fetched(name, monkeypatch):
+    original = timm.create_model
+
+    def without_model(name, pretrained=False, **kwargs):
+        assert not pretrained
+        return original(name, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", without_model)
+    with pytest.raises(UserError, match=f"timm:{name} is not a plain ViT"):
+        load_backbone(f"timm:{name}")
+
+
+def test_a_timm_tag_that_is_not_there_gets_a_clear_word():
+    with pytest.raises(UserError, match=r"224\.snow cannot be loaded here: Invalid pretrained tag"):
+        load_backbone("timm:vit_tiny_patch16_224.snow")
+
+
+def test_random_weights_follow_their_seed_and_leave_the_global_generator_alone(plain, tmp_path):
+    torch.save(plain.state_dict(), tmp_path / "dino.pth")
+    loaded = load_backbone(str(tmp_path / "dino.pth"))
+    before = torch.get_rng_state()
+    first, again, other = (random_init_like(loaded, seed).backbone(IMAGES).cls for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    by_name = load_backbone(f"random:{tmp_path / 'dino.pth'}").backbone(IMAGES).cls
+    assert torch.equal(by_name, first)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def write(name, content):
+    def make(folder):
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        else:
+            torch.save(content, folder / name)
+        return folder / name
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda folder: folder / "nothing.ckpt", "there is no such file"),
+        (lambda folder: folder, "no checkpoints/last.ckpt"),
+        (write("empty.pth", b""), "not a checkpoint"),
+        (write("text.pth", b"hello, I am no checkpoint"), "not a checkpoint"),
+        (write("code.pth", Bomb()), "could run code"),
+        (write("code.ckpt", {"teacher": {}, "callback": Bomb()}), "could run code"),
+        (write("list.pth", [1, 2]), "not a checkpoint"),
+        (write("resnet.pth", {"conv1.weight": torch.zeros(64, 3, 7, 7)}), "conv1.weight"),
+        (write("alone.safetensors", safetensors.torch.save({"a": torch.zeros(1)})), "alone.json is missing"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused_without_running_it(make, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=says):
+        load_backbone(str(make(tmp_path)))
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_keys_that_do_not_fit_are_listed(plain, tmp_path):
+    state = plain.state_dict()
+    del state["blocks.1.attn.qkv.bias"]
+    state["blocks.0.extra"] = torch.zeros(1)
+    state["norm.weight"] = torch.zeros(3)
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(UserError) as error:
+        load_backbone(str(tmp_path / "odd.pth"))
+    text = str(error.value)
+    assert "missing: blocks.1.attn.qkv.bias" in text
+    assert "left over: blocks.0.extra" in text
+    assert "norm.weight (3,) instead of (64,)" in text
+
+
+@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224", "vit_small_patch16_dinov3"])
+def test_another_architecture_of_timm_is_refused(name):
+    with pytest.raises(UserError, match="not a plain ViT"):
+        load_backbone(f"random:{name}")
+
+
+def test_a_model_without_a_class_token_loads_where_none_is_needed():
+    name = "random:vit_medium_patch16_gap_256"
+    with pytest.raises(UserError, match="no class token"):
+        load_backbone(name)
+    assert not load_backbone(name, cls_needed=False).backbone.has_cls
+
+
+@pytest.mark.parametrize("text", ["nonsense", "{}", "[1]", '{"backbone": {"name": "vit"}, "normalization": {}}'])
+def test_a_json_of_another_tool_is_refused(text, tmp_path):
+    (tmp_path / "other.safetensors").write_bytes(safetensors.torch.save({"a": torch.zeros(1)}))
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(UserError, match="not what `ssl-vit export` writes"):
+        load_backbone(str(tmp_path / "other.safetensors"))

@@ -1,0 +1,47 @@
+"""metrics.csv and checkpoints survive what happens to them."""
+
+import pytest
+
+from ssl_vit.commands.pretrain import pretrain
+from ssl_vit.runtime.errors import UserError
+from ssl_vit.training.loggers import ResumableCSVLogger
+from tests.helpers.cli import rows
+
+
+def test_metrics_of_one_step_share_a_row_and_new_columns_may_come_later(tmp_path):
+    path = tmp_path / "metrics.csv"
+    metrics = ResumableCSVLogger(path, done=0)
+    metrics.log_metrics({"loss": 3.0}, step=0)
+    metrics.log_metrics({"speed": 7.0}, step=0)
+    metrics.log_metrics({"loss": 2.0}, step=1)
+    metrics.log_metrics({"knn": 0.5, "loss": 1.0}, step=2)
+    metrics.save()
+    metrics.save()
+    assert [(r["step"], r["loss"], r["speed"], r["knn"]) for r in rows(tmp_path)] == [
+        ("0", "3.0", "7.0", ""),
+        ("1", "2.0", "", ""),
+        ("2", "1.0", "", "0.5"),
+    ]
+
+
+def test_metrics_go_on_behind_the_steps_that_are_done(tmp_path):
+    path = tmp_path / "metrics.csv"
+    first = ResumableCSVLogger(path, done=0)
+    for step in range(6):  # steps 4 and 5 came after the last checkpoint
+        first.log_metrics({"loss": float(step)}, step=step)
+    first.save()
+    resumed = ResumableCSVLogger(path, done=4)
+    for step in range(4, 8):
+        resumed.log_metrics({"loss": 10.0 + step}, step=step)
+    resumed.save()
+    assert [row["step"] for row in rows(tmp_path)] == list("01234567")
+    assert [row["loss"] for row in rows(tmp_path)] == ["0.0", "1.0", "2.0", "3.0", "14.0", "15.0", "16.0", "17.0"]
+
+
+def test_a_folder_without_readable_images_leaves_no_run_behind(pretrain_config, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a.jpg").write_bytes(b"no image")
+    for _ in range(2):
+        with pytest.raises(UserError, match="read"):
+            pretrain(pretrain_config(f"data.root={broken}"))

@@ -1,0 +1,162 @@
+"""SiT's reconstruction panel: the checkpoint's model, the run's corruption, and distances that can be trusted."""
+
+import math
+import shutil
+
+import pytest
+import torch
+
+from ssl_vit.commands.load_config import load_config
+from ssl_vit.commands.pretrain import pretrain
+from ssl_vit.commands.run_figures import reconstruction_figure
+from ssl_vit.config.pretrain import PretrainConfig
+from ssl_vit.data.transforms.corruption import Corruption
+from ssl_vit.evaluation.segmentation.segmentation_evaluator import MODEL
+from ssl_vit.methods.base import make_plan
+from ssl_vit.methods.sit_reconstruction import load_sit_model, reconstruct
+from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.rng import sample_keys, view_keys
+from ssl_vit.training.trainer import build_method
+from ssl_vit.visualization.first_step_views import run_settings
+from ssl_vit.visualization.reconstruction_figure import reconstruction_sheet
+from ssl_vit.visualization.reconstructions import INPUT, MEAN_COLOR, compared, compute_reconstructions, means
+from tests.conftest import SHRUNK
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return torch.randint(0, 256, (6, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def run(sample, tmp_path_factory):
+    """The folder of a SiT run of three steps."""
+    words = [*SHRUNK, "method=sit", "trainer.max_steps=3", f"data.root={sample / 'train'}"]
+    words.append(f"run.folder={tmp_path_factory.mktemp('restoring')}")
+    return pretrain(load_config("pretrain", words, PretrainConfig))
+
+
+def slow_distance(one, other, where):
+    """L1 and PSNR pixel by pixel."""
+    total = squares = count = 0
+    channels, height, width = one.shape
+    for y in range(height):
+        for x in range(width):
+            if where[y, x]:
+                for channel in range(channels):
+                    difference = float(one[channel, y, x]) - float(other[channel, y, x])
+                    total, squares, count = total + abs(difference), squares + difference**2, count + 1
+    return total / count, 10 * math.log10(1 / (squares / count))
+
+
+def test_distances_are_those_of_the_textbook():
+    generator = torch.Generator().manual_seed(1)
+    clean, corrupted, made = (torch.rand(3, 7, 7, generator=generator) for _ in range(3))
+    hidden = torch.rand(7, 7, generator=generator) < 0.3
+    found = compared(clean, corrupted, hidden, made)
+    color = torch.stack([channel[~hidden].mean() for channel in corrupted])[:, None, None].expand(3, 7, 7)
+    for name, answer in ((MODEL, made), (INPUT, corrupted), (MEAN_COLOR, color)):
+        assert found.on_hidden[name] == pytest.approx(slow_distance(answer, clean, hidden))
+        assert found.on_all[name] == pytest.approx(slow_distance(answer, clean, torch.ones(7, 7)))
+
+
+def test_where_nothing_or_all_is_hidden_there_are_no_surprises():
+    x = torch.full((3, 4, 4), 0.25)
+    nothing = compared(x, x, torch.zeros(4, 4, dtype=torch.bool), x)
+    assert nothing.on_hidden == {}
+    assert nothing.on_all[MODEL] == (0, math.inf)
+    everything = compared(x, x, torch.ones(4, 4, dtype=torch.bool), x + 0.1)
+    assert everything.on_hidden[MODEL] == pytest.approx((0.1, 20), rel=1e-5)
+    assert everything.on_hidden == everything.on_all
+    assert means([nothing.on_hidden, everything.on_hidden])[MODEL] == everything.on_hidden[MODEL]
+    assert means([nothing.on_hidden]) == {}
+    assert reconstruction_sheet([nothing, everything]).width <= 900
+
+
+def test_the_corruption_is_the_runs_own_and_stays_the_same(pretrain_config, dataset):
+    config = pretrain_config("method=sit", "method.corruption.noise.max_area=0.5").method
+    given = []
+
+    def restore(x):
+        given.append(x)
+        return torch.zeros_like(x)
+
+    first = compute_reconstructions(dataset, restore, config, seed=5)
+    again = compute_reconstructions(dataset, lambda x: x, config, seed=5)
+    other = compute_reconstructions(dataset, lambda x: x, config, seed=6)
+    key = view_keys(sample_keys(5, 0, torch.arange(6)), 0, 2)[:, 0]
+    mean, std = (torch.tensor(part).view(-1, 1, 1) for part in (config.views.mean, config.views.std))
+    expected, mask = Corruption(config.corruption)((dataset / 255 - mean) / std, key, view=0)
+    torch.testing.assert_close(given[0], expected)
+    for one, two, place in zip(first, again, range(6), strict=True):
+        assert torch.equal(one.hidden, mask[place, 0])
+        assert torch.equal(one.hidden, two.hidden)
+        assert torch.equal(one.corrupted, two.corrupted)
+        assert torch.equal(two.restored, two.corrupted)  # what was given came back
+        torch.testing.assert_close(one.restored, mean.expand(3, 48, 48))  # zeros, un-normalized
+        assert two.on_hidden.get(MODEL) == two.on_hidden.get(INPUT)
+    assert any(not torch.equal(one.hidden, two.hidden) for one, two in zip(again, other, strict=True))
+
+
+def test_a_model_that_restores_all_has_no_error(pretrain_config, dataset):
+    config = pretrain_config("method=sit").method
+    mean, std = (torch.tensor(part).view(-1, 1, 1) for part in (config.views.mean, config.views.std))
+    for one in compute_reconstructions(dataset, lambda _: (dataset / 255 - mean) / std, config, seed=0):
+        assert one.on_all[MODEL].l1 < 1e-6
+        assert one.on_all[MODEL].psnr > 100
+        assert one.on_all[INPUT].psnr < 40
+
+
+def test_a_model_that_has_diverged_is_told(pretrain_config, dataset):
+    with pytest.raises(UserError, match="not finite"):
+        compute_reconstructions(dataset, lambda x: x * math.nan, pretrain_config("method=sit").method, seed=0)
+
+
+def test_the_checkpoint_gives_the_model_back_with_its_heads(run, pretrain_config):
+    config = pretrain_config("method=sit", "trainer.max_steps=3")
+    model = load_sit_model(run, config.method, config.backbone)
+    method = build_method(config, make_plan(config, 192))
+    method.load_state_dict(torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+    x = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        expected = method.student.eval()(x)[1]["reconstruction"]
+    torch.testing.assert_close(reconstruct(model, x), expected, rtol=1e-4, atol=1e-5)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("change", ["missing", "left over", "of another shape"])
+def test_keys_that_do_not_fit_are_an_error(run, tmp_path, change):
+    path = tmp_path / "changed.ckpt"
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    name = "student.heads.reconstruction.deconvolution.bias"
+    if change == "missing":
+        del content["state_dict"][name]
+    elif change == "left over":
+        content["state_dict"]["student.heads.color.bias"] = torch.zeros(3)
+    else:
+        content["state_dict"][name] = torch.zeros(4)
+    torch.save(content, path)
+    settings = run_settings(run)
+    with pytest.raises(UserError, match=r"(?s)does not fit the run's config\.yaml.*heads\."):
+        load_sit_model(path, settings.method, settings.backbone)
+
+
+def test_where_nothing_restores_there_is_nothing(run, tmp_path, pretrain_config):
+    settings = run_settings(run)
+    assert load_sit_model(run / "backbone.safetensors", settings.method, settings.backbone) is None
+    dino = pretrain_config()
+    assert load_sit_model(run, dino.method, dino.backbone) is None
+    off = pretrain_config("method=sit", "method.reconstruction.enabled=false")
+    assert load_sit_model(run, off.method, off.backbone) is None
+    shutil.copy(run / "config.yaml", tmp_path)  # without its checkpoints
+    assert reconstruction_figure(tmp_path) is None
+
+
+def test_the_panel_of_a_run_names_its_numbers(run):
+    panel = reconstruction_figure(run, count=4)
+    assert panel.text.startswith("4 images, corrupted as in training")
+    assert "mean color has L1 0." in panel.text
+    assert panel.image.width <= 900
+    from_checkpoint = reconstruction_figure(run, run / "checkpoints" / "last.ckpt", count=4)
+    assert from_checkpoint.image.tobytes() == panel.image.tobytes()

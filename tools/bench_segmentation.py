@@ -1,0 +1,141 @@
+"""Measure the methods that find an object without labels: seconds, memory, and IoU on images with masks.
+
+    python tools/bench_segmentation.py time
+    python tools/bench_segmentation.py iou CHECKPOINT images masks [max_side]
+
+`time`: processor seconds of one image, one thread, on keys of two kinds of patches with noise (six heads of 64, 30 %
+of the pairs joined), median of three; beside them the dense generalised eigensolution that TokenCut's authors use. Each
+in a process of its own, for its peak memory above that of the keys.
+
+`iou`: mean IoU, and its 95 % interval over images, of the model and of one with random weights, at the images'
+own sizes; of the masks, and of the masks refined. The sign that pca is given is chosen by no mask.
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from scipy.linalg import eigh
+from torch import Tensor
+
+from ssl_vit.data.annotations.object_masks import MaskFolder
+from ssl_vit.data.dataset import SkippedImageLog
+from ssl_vit.data.sources.image_folder import load_images_at
+from ssl_vit.evaluation.segmentation.guided_filter import refine
+from ssl_vit.evaluation.segmentation.image_outputs import ImageOutputs, run_backbone
+from ssl_vit.evaluation.segmentation.iou import center_prior, downsample_mask
+from ssl_vit.evaluation.segmentation.mask_methods import METHODS, make_segmenters
+from ssl_vit.evaluation.segmentation.patch_mask import concatenated_keys
+from ssl_vit.models.attention_maps import LastBlockFeatures, upsample_mask
+from ssl_vit.models.checkpoint import load_backbone, random_init_like
+
+GRIDS = {450: (18, 25), 900: (30, 30), 3600: (60, 60), 7500: (75, 100)}
+DENSE = "dense eigh"
+
+
+def main() -> None:
+    """One of the two tables, or, in a process of its own, one of the measurements."""
+    torch.set_num_threads(1)
+    if sys.argv[1] == "time":
+        times()
+    elif sys.argv[1] == "one":
+        measure(sys.argv[2], int(sys.argv[3]))
+    else:
+        scores(*sys.argv[2:])
+
+
+def times() -> None:
+    """A row per method, a column per number of patches."""
+    print("seconds (MB)".ljust(14) + "".join(f"{count:>20}" for count in GRIDS))
+    for name in (*METHODS, DENSE):
+        cells = [
+            subprocess.run([sys.executable, __file__, "one", name, str(count)], capture_output=True, check=True).stdout
+            for count in GRIDS
+        ]
+        print(name.ljust(14) + "".join(f"{cell.decode().strip():>20}" for cell in cells), flush=True)
+
+
+def measure(name: str, count: int) -> None:
+    """Seconds and megabytes of one method at one number of patches."""
+    sight = synthetic(GRIDS[count])
+    small = synthetic((8, 8))
+    method = dense if name == DENSE else make_segmenters([name], [sight])[name]
+    method(small)  # libraries are loaded
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = []
+    for _ in range(1 if name == DENSE else 3):
+        start = time.process_time()
+        method(sight)
+        seconds.append(time.process_time() - start)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(f"{median(seconds):.4f} ({grown:.0f})")
+
+
+def synthetic(grid: tuple[int, int]) -> LastBlockFeatures:
+    """An image with an object in its middle."""
+    random = torch.Generator().manual_seed(0)
+    rows, columns = grid
+    inside = torch.zeros(grid)
+    inside[rows // 4 : rows * 3 // 4, columns // 4 : columns * 3 // 4] = 1
+    kinds = torch.randn(2, 6, 64, generator=random)
+    keys = kinds[inside.long()].permute(2, 0, 1, 3) + 2 * torch.randn(6, *grid, 64, generator=random)
+    attention = torch.rand(6, *grid, generator=random)
+    return LastBlockFeatures(attention / attention.sum((1, 2), keepdim=True), keys, keys.permute(1, 2, 0, 3).flatten(2))
+
+
+def dense(sight: LastBlockFeatures) -> None:
+    """TokenCut's eigenvector by the dense solver."""
+    unit = torch.nn.functional.normalize(concatenated_keys(sight), dim=-1)
+    weights = np.where((unit @ unit.T).numpy() > 0.2, 1.0, 1e-5)
+    degrees = np.diag(weights.sum(1))
+    eigh(degrees - weights, degrees, subset_by_index=[1, 2])
+
+
+def scores(checkpoint: str, images: str, masks: str, max_side: str = "") -> None:
+    """A row per method and model; two passes over the images, as pca needs them."""
+    model = load_backbone(checkpoint, cls_needed=False)
+    models = [model, random_init_like(model, 0)]
+    dataset, truths = load_images_at(Path(images)), MaskFolder(Path(masks))
+    skipped = SkippedImageLog(Path("skipped_images.txt"))
+    places = range(len(dataset))
+    side = int(max_side) if max_side else None
+    names = METHODS if model.backbone.has_cls else tuple(name for name in METHODS if name != "found")
+
+    def stream() -> Iterator[ImageOutputs]:
+        return run_backbone(dataset, places, models=models, max_side=side, skipped=skipped)
+
+    segmenters = [make_segmenters(names, (seen.sights[index] for seen in stream())) for index in range(2)]
+    found: dict[tuple[str, str], list[Tensor]] = {}
+    outlines = []
+    for seen in stream():
+        size = (seen.image.shape[-2], seen.image.shape[-1])
+        truth = truths.read(dataset.name(seen.place), size)
+        outlines.append(downsample_mask(truth))
+        for title, methods, sight in zip(("model", "random"), segmenters, seen.sights, strict=True):
+            for name, segment in methods.items():
+                mask = segment(sight).mask
+                for way, pixels in (("", upsample_mask(mask, size)), (" refined", refine(mask, seen.image))):
+                    union = (pixels | truth).sum().clamp_min(1)
+                    found.setdefault((name + way, title), []).append((pixels & truth).sum() / union)
+    prior, _ = center_prior(torch.stack(outlines))
+    print(f"{len(outlines)} images, center prior {cell(list(prior))}")
+    for name in dict.fromkeys(name for name, _ in found):
+        print(f"{name:<20}" + "".join(f"{title:>10} {cell(found[name, title])}" for title in ("model", "random")))
+
+
+def cell(values: list[Tensor]) -> str:
+    """A mean with its 95 % interval."""
+    ious = torch.stack(values)
+    return f"{ious.mean():.3f} ± {1.96 * ious.std() / len(ious) ** 0.5:.3f}"
+
+
+if __name__ == "__main__":
+    main()
