@@ -70,7 +70,9 @@ def test_the_wheel_names_its_license_and_command(wheel):
 
 
 def test_it_is_the_wheel_that_runs(run, installed):
-    code = "import ssl_vit; from ssl_vit.commands.folders import *; print(ssl_vit.__file__, conf_dir(), recipes_dir())"
+    code = (
+        "import ssl_vit; from ssl_vit.commands.config_dirs import *; print(ssl_vit.__file__, conf_dir(), recipes_dir())"
+    )
     result = run("-c", code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == [str(installed / "ssl_vit" / name) for name in ("__init__.py", "conf", "recipes")]

@@ -23,10 +23,10 @@ CHILD = """
 import json, sys, time
 from pathlib import Path
 
-import ssl_vit.data.index
-from ssl_vit.data.find import find_images
+import ssl_vit.data.sources.image_index
+from ssl_vit.data.dataset_factory import build_dataset
 
-ssl_vit.data.index._WORTH_S = 0.0  # remembered, however quick it was
+ssl_vit.data.sources.image_index._WORTH_S = 0.0  # remembered, however quick it was
 
 
 def memory(kind):
@@ -36,7 +36,7 @@ def memory(kind):
 
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
 before, start = memory("VmRSS"), time.perf_counter()
-images = find_images(sys.argv[1], Path(sys.argv[2]))
+images = build_dataset(sys.argv[1], Path(sys.argv[2]))
 seconds, peak = time.perf_counter() - start, memory("VmHWM") - before
 names = images.names
 print(json.dumps({

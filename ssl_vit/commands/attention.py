@@ -75,7 +75,7 @@ def _segment(config: AttentionConfig, summary: Summary) -> AttentionSummary:
     models = _models(config, scored=truths is not None)
     places = range(len(dataset))[: config.limit]
     gallery = Gallery(config.out, [dataset.name(place) for place in places])
-    skipped, unscored = (_fresh_list(config.out / f"{name}.txt") for name in ("skipped", "unscored"))
+    skipped, unscored = (_fresh_list(config.out / f"{name}_images.txt") for name in ("skipped", "unscored"))
     written = []
     start = time.perf_counter()
     finders = build_predictors(
@@ -114,7 +114,7 @@ def _write_results(
     started: float,
 ) -> None:
     """The record, the scores of every image by name, and the curve of the thresholds."""
-    counts = {"images": outcome.written, "skipped": outcome.skipped, "unscored": outcome.unscored}
+    counts = {"num_images": outcome.written, "skipped": outcome.skipped, "unscored": outcome.unscored}
     data = {"fingerprint": dataset.fingerprint(sizes=True), **counts}
     write_record(config, model, outcome.results, data=data, remarks=outcome.remarks, started=started)
     write_ious(config.out / "ious.npz", outcome.results, scored)
@@ -218,7 +218,7 @@ def _report(config: AttentionConfig, outcome: AttentionSummary) -> str:
     if outcome.skipped:
         lines.append(f"{outcome.skipped} images could not be used: {config.out / 'skipped_images.txt'} says why")
     if outcome.unscored:
-        lines.append(f"{outcome.unscored} images have no usable mask: {config.out / 'unscored.txt'} says why")
+        lines.append(f"{outcome.unscored} images have no usable mask: {config.out / 'unscored_images.txt'} says why")
     lines += outcome.remarks
     lines.append(f"{config.out} holds overlays/, heads/, masks/ and maps/ under the images' names")
     return "\n".join(lines)

@@ -72,11 +72,11 @@ CONFIG_CLASSES: dict[str, type[StrictConfig]] = {
 STRING_KEYS = {
     "run.name", "run.folder", "data.root", "data.train", "data.test", "data.roots", "online.root", "image_logging.root", "run",
     "backbone.name", "logger.project", "checkpoint", "checkpoints", "features", "images", "masks", "out", "linear",
-    "versus", "video", "davis", "voc", "split", "frames",
+    "compare_to", "video", "davis", "voc", "split", "frames",
 }  # fmt: skip
 
 # The key of a command that takes the words without an equals sign, and those that are files or folders.
-POSITIONAL_KEYS = {"compare": "records"}
+POSITIONAL_KEYS = {"compare": "results"}
 
 
 def load_config(command: str, words: list[str], model: type[ConfigT]) -> ConfigT:

@@ -68,7 +68,7 @@ def compare_origin(folder: Path, now: dict[str, dict[str, Any]]) -> list[str]:
     if before["model"] != now["model"]:
         raise UserError(
             "run.resume=true: checkpoint= holds another model than the one that the run began with: "
-            f"{model}; now {_model(now['network'])}. Put that one back, or start anew from this one: "
+            f"{model}; now {_model(now['model'])}. Put that one back, or start anew from this one: "
             "run.overwrite=true deletes the run, run.name=OTHER starts beside it"
         )
     return []

@@ -92,7 +92,7 @@ def test_every_usable_image_gets_its_files_at_its_own_size(folder, capsys):
 
 def test_masks_add_scores_beside_the_baselines(folder, capsys):
     assert run(folder, f"masks={folder / 'masks'}") == 0
-    unscored = dict(line.split("\t") for line in (folder / "out" / "unscored.txt").read_text().splitlines())
+    unscored = dict(line.split("\t") for line in (folder / "out" / "unscored_images.txt").read_text().splitlines())
     assert unscored == {
         "other size.webp": "the mask has 10 x 10 pixels, its image 48 x 32",
         "unmasked.bmp": "no mask with this image's name",
@@ -109,9 +109,9 @@ def test_the_record_says_what_was_measured_and_how(folder):
     assert run(folder, f"masks={folder / 'masks'}") == 0
     record = json.loads((folder / "out" / "summary.json").read_text())
     assert record["task"] == "attention"
-    assert record["protocol"]["mass"] == 0.6
-    assert {key: record["data"][key] for key in ("images", "skipped", "unscored")} == {
-        "images": 6,
+    assert record["protocol"]["attention_mass"] == 0.6
+    assert {key: record["data"][key] for key in ("num_images", "skipped", "unscored")} == {
+        "num_images": 6,
         "skipped": 3,
         "unscored": 2,
     }
@@ -159,7 +159,7 @@ def test_one_image_and_a_limit_on_its_size(folder):
         (["images={folder}/images/thin.png"], "no image could be used"),
         (["images={folder}/images/unmasked.bmp", "masks={folder}/masks"], "no image has a usable mask"),
         (["out={folder}/images/maps"], "choose a folder outside of it"),
-        (["attention_mass=1.5"], "mass: input should be less than 1"),
+        (["attention_mass=1.5"], "attention_mass: input should be less than 1"),
         (["checkpoint=random:vit_nothing"], "vit_nothing"),
         (["checkpoint=random:vit_small_patch16_dinov3", "methods=[lost]"], "rotary position embeddings"),
         (["methods=[lost,cutler]"], "methods.1"),

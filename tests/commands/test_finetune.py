@@ -329,7 +329,7 @@ def test_a_broken_image_is_skipped_counted_and_named(words, sample, tmp_path, ca
         ("trainer.strategy=fsdp", "trainer.strategy=fsdp: fine-tuning wants the whole model"),
         ("method.optimizer.warmup=100steps", "warm-up of 100 steps does not fit into a run of 4 steps"),
         ("method.layer_decay=0", "method.layer_decay"),
-        ("val_fraction=0", "held_out"),
+        ("val_fraction=0", "val_fraction"),
         ("baselines=true", "baselines"),
     ],
 )

@@ -287,4 +287,4 @@ def test_cfg_prints_what_composes(capsys):
     ],
 )
 def test_overrides_to_compare_with_may_hold_lists(written, words):
-    assert load_config("bench", [f"compare_to={written}"], models.BenchConfig).versus == words
+    assert load_config("bench", [f"compare_to={written}"], models.BenchConfig).compare_to == words

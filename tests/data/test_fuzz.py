@@ -139,7 +139,7 @@ def test_the_largest_images_take_bounded_memory(tmp_path, color):
     row = 1 + math.ceil(side * width)
     (tmp_path / "x.png").write_bytes(png(side, side, bits=bits, color=kind, rows=zeros(row * side)))
     script = (
-        "import resource, sys, pathlib; from ssl_vit.data.decode import decode\n"
+        "import resource, sys, pathlib; from ssl_vit.data.sources.decode import decode\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "decode(pathlib.Path(sys.argv[1]))\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6)"

@@ -223,14 +223,14 @@ def test_freed_memory_is_kept_where_the_c_library_can():
         return
     code = """
 import resource, torch
-from ssl_vit.processes import keep_freed_memory
+from ssl_vit.runtime.launch import disable_malloc_trim
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5):
         torch.ones(8_000_000)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 first = faults()
-keep_freed_memory()
+disable_malloc_trim()
 faults()
 print(first, faults())
 """

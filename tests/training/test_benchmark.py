@@ -135,9 +135,9 @@ def test_steps_that_take_too_long_get_fewer_images(tmp_path, method, batch_size)
 INTERRUPTED = """
 import signal, sys, tempfile
 from ssl_vit.cli import main
-from ssl_vit.training.bench import Stopwatch
+from ssl_vit.training.benchmark import StepTimeRecorder
 tempfile.tempdir = "tmp"
-Stopwatch.on_train_batch_end = lambda *_: signal.raise_signal(signal.SIGINT)
+StepTimeRecorder.on_train_batch_end = lambda *_: signal.raise_signal(signal.SIGINT)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.exit(main(["bench", *sys.argv[1:]]))
 """

@@ -227,7 +227,7 @@ DINO.step = step
 """
 
 ERROR_IN_ONE = """
-from ssl_vit.errors import UserError
+from ssl_vit.runtime.errors import UserError
 original = DINO.step
 def step(self, *batch):
     if self.global_rank == {rank} and self.global_step == 2:
@@ -353,7 +353,7 @@ def test_saved_by_two_processes_and_resumed_by_one_and_the_reverse(pretrain_word
     whole = run_command([*words, "run.name=whole"])
     assert whole.returncode == 0, whole.stderr
     stop = """
-from ssl_vit.training.signals import PreemptionHandler
+from ssl_vit.training.callbacks.preemption import PreemptionHandler
 import signal
 def ask(self, trainer, *rest):
     if trainer.global_step == 5:

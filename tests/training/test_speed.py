@@ -84,7 +84,7 @@ def clocked(monkeypatch):
     def with_clock(config, plan, loggers, callbacks, *rest):
         return original(config, plan, loggers, [clock, *callbacks], *rest)
 
-    monkeypatch.setattr(command, "make_trainer", with_clock)
+    monkeypatch.setattr(command, "build_trainer", with_clock)
     return clock
 
 
@@ -155,7 +155,7 @@ def test_waiting_for_a_slow_loader_is_seen_and_evaluation_is_none(pretrain_confi
         measure(self, *args, **kwargs)
         time.sleep(0.5)
 
-    monkeypatch.setattr(command, "training_loader", slow)
+    monkeypatch.setattr(command, "build_train_loader", slow)
     monkeypatch.setattr(command.OnlineEval, "_measure", long_measure)
     words = ("data.batch_size=64", "trainer.max_steps=6", "trainer.log_every_n_steps=3", "online.every_epochs=1")
     metrics = rows(pretrain(pretrain_config(*words)))

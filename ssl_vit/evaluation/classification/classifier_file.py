@@ -33,7 +33,7 @@ def save_probe(study: Evaluation, probe: LinearClassifier, variant: FeatureVaria
         "apply": [
             "import torch",
             "from safetensors.torch import load_file",
-            "from ssl_vit.models.weights import load_backbone",
+            "from ssl_vit.models.checkpoint import load_backbone",
             f"tokens = load_backbone({checkpoint}).backbone.last_blocks(images, {variant.blocks})",
             f"x = torch.cat([block.cls for block in tokens]{patch_mean}, dim=1)",
             f"probe = load_file({path.name!r})",

@@ -69,7 +69,10 @@ def write_record(
     left_out = {"skipped": "could not be used", "unscored": "have no usable mask"}
     EvalResult(
         task="attention",
-        protocol={**PROTOCOL, **config.model_dump(mode="json", include={"mass", "max_side", "methods", "refine"})},
+        protocol={
+            **PROTOCOL,
+            **config.model_dump(mode="json", include={"attention_mass", "max_side", "methods", "refine"}),
+        },
         model=provenance.model_metadata(network, config.checkpoint, config.weights),
         data={
             "name": config.images.resolve().stem if config.images else f"{config.voc} {config.split}",
@@ -97,4 +100,4 @@ def write_ious(path: Path, results: list[MethodResult], names: list[str]) -> Non
             for metric, of_images in result.values.items()
         }
         with atomic_write(path) as file:
-            np.savez_compressed(file, dataset=np.array(names), **values)
+            np.savez_compressed(file, images=np.array(names), **values)

@@ -74,7 +74,7 @@ def _in_words(record: SavedResult, name: str) -> str:
     if record.task != "attention":
         return name
     rule, _, head = name.partition("/")
-    mass = record.protocol.get("mass")
+    mass = record.protocol.get("attention_mass")
     share = f"{100 * mass:g} %" if isinstance(mass, float | int) else "a share"
     rules = {
         "mass": f"masks with {share} of the attention",

@@ -34,7 +34,7 @@ class RunFolder(NamedTuple):
             UserError: It cannot be loaded.
         """
         if self.loaded is None:
-            raise UserError(f"It needs the model. {self.problems['network']}")
+            raise UserError(f"It needs the model. {self.problems['model']}")
         return self.loaded
 
     def value(self, key: str) -> Any:  # noqa: ANN401 - any YAML

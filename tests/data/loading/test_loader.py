@@ -138,7 +138,9 @@ def test_the_way_is_chosen_by_what_the_images_are(tmp_path, multicrop, skipped):
 
 def test_all_ways_show_the_same_views(tmp_path, multicrop, skipped):
     pictures = put(tmp_path / "same", [(40, 50)] * 16)
-    ways = [load(pictures, multicrop, skipped, **way) for way in ({}, {"cache_gb": 0}, {"cache_gb": 0, "workers": 2})]
+    ways = [
+        load(pictures, multicrop, skipped, **way) for way in ({}, {"cache_gb": 0}, {"cache_gb": 0, "num_workers": 2})
+    ]
     for resident, disk, num_workers in zip(*ways, strict=True):
         assert resident.global_views.shape == (8, 2, 3, 32, 32)
         assert resident.local_views.shape == (8, 3, 3, 16, 16)
@@ -183,7 +185,7 @@ def test_broken_images_are_replaced_by_the_next_good_one(tmp_path, multicrop, sk
     sizes, broken = [(40, 40)] * 16, (3, 4, 15)
     pictures = put(tmp_path / "some", sizes, broken=broken)
     expected = {3: 5, 4: 5, 15: 0}
-    for way in ({}, {"cache_gb": 0}, {"cache_gb": 0, "workers": 2}):
+    for way in ({}, {"cache_gb": 0}, {"cache_gb": 0, "num_workers": 2}):
         loader = load(pictures, multicrop, skipped, **way)
         wanted = [torch.tensor(picks)[:, 0] for picks in loader.batch_sampler]
         batches = list(loader)
@@ -334,9 +336,9 @@ def test_images_of_one_size_lie_and_are_cropped_on_the_device(tmp_path, multicro
 
     original = MultiCrop.together
     monkeypatch.setattr(MultiCrop, "together", together)
-    monkeypatch.setattr(crops, "sent", sent)
-    monkeypatch.setattr(loading, "sent", sent)
-    monkeypatch.setattr(loading, "home", sent)
+    monkeypatch.setattr(crops, "to_device_async", sent)
+    monkeypatch.setattr(loading, "to_device_async", sent)
+    monkeypatch.setattr(loading, "place_on_device", sent)
     batches = list(load(pictures, multicrop, skipped, device=torch.device("cuda")))
     for batch, same in zip(batches, here, strict=True):
         for views, there in ((batch.global_views, same.global_views), (batch.local_views, same.local_views)):

@@ -42,7 +42,7 @@ def walks(tmp_path, monkeypatch):
     roots = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(index, "_WORTH_S", 0.0)
-    monkeypatch.setattr(index, "walk", lambda root: (roots.append(root), walk_images(root))[1])
+    monkeypatch.setattr(index, "walk_images", lambda root: (roots.append(root), walk_images(root))[1])
     return roots
 
 

@@ -317,7 +317,9 @@ def test_one_search_serves_all_temperatures():
 
 def test_several_temperatures_stand_in_the_names_of_the_metrics(tiny_model, sample, tmp_path, monkeypatch):
     searches = []
-    monkeypatch.setattr(voting, "nearest", lambda *words, **more: searches.append(1) or exact_search(*words, **more))
+    monkeypatch.setattr(
+        voting, "exact_search", lambda *words, **more: searches.append(1) or exact_search(*words, **more)
+    )
     both = record_of(tiny_model, sample, tmp_path / "both.json", "k=[10,15]", "temperature=[0.1,0.07]")
     assert len(searches) == 1
     names = [f"top-1, k={k}, T={temperature}" for temperature in (0.07, 0.1) for k in (10, 15)]

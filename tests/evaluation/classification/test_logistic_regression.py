@@ -129,7 +129,12 @@ def test_loss_is_scikit_learns_on_features_of_real_images(cifar, tmp_path):
     half = [0.5, 0.5, 0.5]
     loaded = LoadedBackbone(Backbone(config).requires_grad_(False).eval(), half, half, "a model", None, None)
     dataset, transform = scan_image_folder(cifar / "train"), EvalTransform(32, 0.875, half, half)
-    how = {"batch_size": 256, "workers": 0, "skipped": SkippedImageLog(tmp_path / "skipped_images.txt"), "show": False}
+    how = {
+        "batch_size": 256,
+        "num_workers": 0,
+        "skipped": SkippedImageLog(tmp_path / "skipped_images.txt"),
+        "show": False,
+    }
     features = extract(loaded, dataset, transform, blocks=1, **how)
     assert_as_good_as_scikit_learn(FeatureVariant(1, True).of(features), features.labels)
 

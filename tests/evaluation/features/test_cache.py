@@ -324,7 +324,7 @@ def test_killed_and_gone_on_with_equals_uninterrupted(folder, features, tmp_path
     program = (
         "import threading\n"
         "from ssl_vit import cli\n"
-        "from ssl_vit.data.files import ImageFolder\n"
+        "from ssl_vit.data.sources.image_folder import ImageFolder\n"
         "from ssl_vit.evaluation import filling\n"
         "filling._FLUSH_S, read = 0.0, ImageFolder.read\n"
         "ImageFolder.read = lambda self, i, *rest: threading.Event().wait() if i == 26 else read(self, i, *rest)\n"
@@ -369,7 +369,7 @@ def test_only_what_is_on_the_disk_counts_as_done(dataset, features, monkeypatch,
 
 def as_process(monkeypatch, world):
     """Let threads called 0, 1, ... be the processes of a launch."""
-    monkeypatch.setattr(filling, "place_in_launch", lambda: (int(threading.current_thread().name), world))
+    monkeypatch.setattr(filling, "torchrun_rank", lambda: (int(threading.current_thread().name), world))
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -397,7 +397,7 @@ def test_several_processes_give_the_features_of_one(damaged, dataset, features, 
 
 
 def test_a_process_that_never_comes_is_told_of(dataset, features, monkeypatch):
-    monkeypatch.setattr(filling, "place_in_launch", lambda: (0, 2))
+    monkeypatch.setattr(filling, "torchrun_rank", lambda: (0, 2))
     monkeypatch.setattr(filling, "_PATIENCE_S", 0.0)
     with pytest.raises(UserError, match="24 images are left to another process"):
         store(dataset, features)

@@ -128,7 +128,7 @@ def pixels(dataset, transform, **how):
 
 
 def test_raw_pixels_are_the_image_reduced_to_32(dataset, skipped):
-    how = {"batch_size": 9, "workers": 0, "skipped": skipped}
+    how = {"batch_size": 9, "num_workers": 0, "skipped": skipped}
     small = pixels(dataset, transform(32), **how)
     large = pixels(dataset, transform(48), **how)
     first = dataset.read(0, 3)
@@ -142,7 +142,7 @@ def test_raw_pixels_are_the_image_reduced_to_32(dataset, skipped):
 
 
 def test_knn_of_real_pixels_equals_the_textbook(cifar, skipped):
-    how = {"batch_size": 256, "workers": 0, "skipped": skipped}
+    how = {"batch_size": 256, "num_workers": 0, "skipped": skipped}
     train, test = (pixels(scan_image_folder(cifar / part), transform(16), **how) for part in ("train", "test"))
     mean = train.cls.mean(0)
     bank, queries = (LabeledFeatures(centerd(part, mean).cls[:, 0], part.labels) for part in (train, test))

@@ -211,7 +211,7 @@ def test_a_full_disk_does_not_stop_the_run(pretrain_config, monkeypatch, caplog)
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(panels, "durable", full)
+    monkeypatch.setattr(panels, "atomic_write", full)
     run = pretrain(pretrain_config("method=sit", *EVERY_EPOCH))
     assert state(run)[1] == 7
     assert files(run) == {}

@@ -84,7 +84,7 @@ def labeled(sizes):
 
 
 def chosen(sizes, **settings):
-    config = SimpleNamespace(**{"root": None, "bank": 5000, "queries": 1000} | settings)
+    config = SimpleNamespace(**{"root": None, "train_images": 5000, "val_images": 1000} | settings)
     return choose_labeled(config, labeled(sizes), seed=0)
 
 
@@ -96,7 +96,7 @@ def test_queries_are_never_in_the_bank_and_no_class_is_used_up_by_them():
 
 
 def test_limits_leave_balanced_parts():
-    found = chosen({0: 1000, 1: 500, 2: 20}, bank=61, queries=12)
+    found = chosen({0: 1000, 1: 500, 2: 20}, train_images=61, val_images=12)
     assert Counter(found.queries.labels.tolist()) == {0: 4, 1: 4, 2: 4}
     counts = Counter(found.bank.labels.tolist())
     assert counts[2] == 16
@@ -117,7 +117,7 @@ def slow_values(loaded, config, dataset):
     transform = EvalTransform(views.global_crops.size, 0.875, views.mean, views.std)
     parts = choose_labeled(config.online, dataset, seed=config.seed)
     skipped = SkippedImageLog(config.run.path / "none.txt")
-    how = {"blocks": 1, "batch_size": 64, "workers": 0, "skipped": skipped}
+    how = {"blocks": 1, "batch_size": 64, "num_workers": 0, "skipped": skipped}
     bank, queries = (extract(loaded, part, transform, **how) for part in parts)
     known, asked = (part.cls[:, -1].double().numpy() for part in (bank, queries))
     values = {}
@@ -313,7 +313,7 @@ class Killed(BaseException):
 
 def kill_at(step, place, patch):
     """Around the keeping of the best of this step."""
-    save, keep = RunCheckpoint._save, keeper.keep_as
+    save, keep = RunCheckpoint._save, keeper.link_checkpoint
 
     def killed_before(self, trainer, *rest):
         if trainer.global_step == step:
@@ -328,7 +328,7 @@ def kill_at(step, place, patch):
     if place == "before the checkpoint":
         patch.setattr(RunCheckpoint, "_save", killed_before)
     else:
-        patch.setattr(keeper, "keep_as", killed_after)
+        patch.setattr(keeper, "link_checkpoint", killed_after)
 
 
 @pytest.mark.parametrize("place", ["before the checkpoint", "between checkpoint and best"])

@@ -424,7 +424,7 @@ def test_a_model_that_cannot_be_inspected_is_told_and_one_without_images_asked_f
 
 
 def test_a_page_that_cannot_be_written_is_told_before_the_work(copied, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(report, "gather", None)  # it would fail
+    monkeypatch.setattr(report, "collect_report", None)  # it would fail
     (tmp_path / "data.json").write_text("{}")
     assert main(["report", f"run={copied}", *QUICK, f"out={tmp_path / 'data.html'}"]) == 2
     assert "data.json is there and may be of something else" in capsys.readouterr().err
