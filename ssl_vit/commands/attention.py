@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ssl_vit.config.visualize import AttentionConfig
 from ssl_vit.data.annotations.object_masks import Annotation, AnnotationSource, MaskFolder, MissingMaskError
@@ -32,6 +31,7 @@ from ssl_vit.evaluation.segmentation.segmentation_table import score_table
 from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone, random_init_like
 from ssl_vit.runtime.device import best_device
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.progress import progress_bar
 from ssl_vit.visualization.overlays import OverlayInputs, image_grid, make_example
 from ssl_vit.visualization.segmentation_writer import Gallery, write_curves
 
@@ -83,7 +83,7 @@ def _segment(config: AttentionConfig, summary: Summary) -> AttentionSummary:
         max_side=config.max_side, skipped=skipped,
     )  # fmt: skip
     stream = run_backbone(dataset, places, models=models, max_side=config.max_side, skipped=skipped)
-    for seen in tqdm(stream, total=len(places), unit=" images", desc="attention"):
+    for seen in progress_bar(stream, total=len(places), unit=" images", desc="attention"):
         given = _given(truths, dataset.name(seen.place), seen.image, unscored)
         objects = [find(sight, seen.image) for find, sight in zip(finders, seen.sights, strict=True)]
         gallery.write(seen.place, _example(config, seen.image, objects[0], given))

@@ -21,6 +21,7 @@ from ssl_vit.data.sources.synthetic import HEIGHT, WIDTH, make_synthetic_photos
 from ssl_vit.runtime.atomic_io import write_json
 from ssl_vit.runtime.device import measure_matmul
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.text import pluralize
 from ssl_vit.training.benchmark import BenchmarkRun, Row
 from ssl_vit.training.benchmark_report import (
     ROWS,
@@ -32,7 +33,6 @@ from ssl_vit.training.benchmark_report import (
     machine,
     table,
 )
-from ssl_vit.training.console import pluralize
 from ssl_vit.training.trainer import silence_lightning
 
 PHOTOS = 128  # that are made where there are none
@@ -91,7 +91,7 @@ def bench(configs: list[BenchConfig]) -> None:
         print(f"images: {images_said}\n\n{table(subject)}")
     print(f"\n{comparison or bottleneck(found[0], subjects[0].device)}")
     if count:
-        print(f"{pluralize(count, 'picture')} could not be read and left out; ssl-vit scan names them")
+        print(f"{pluralize(count, 'image')} could not be read and left out; ssl-vit scan names them")
     write_json(config.out, as_values(found, comparison, described, environment))
     print(f"Everything: {config.out}")
 

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ssl_vit.commands.run_figures import reconstruction_figure, training_views_figure
 from ssl_vit.config.visualize import InspectConfig
@@ -28,6 +27,7 @@ from ssl_vit.evaluation.segmentation.segmentation_evaluator import MODEL, RANDOM
 from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone, random_init_like
 from ssl_vit.runtime.device import best_device
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.progress import progress_bar
 from ssl_vit.training.run_dir import CONFIG, read_config
 from ssl_vit.visualization.analysis.activation_collector import Observer
 from ssl_vit.visualization.analysis.analysis_result import (
@@ -194,7 +194,7 @@ def _batches(
     size = max(1, BATCH_PIXELS // max(observer.cut.image_size for observer in observers.values()) ** 2)
     waiting: list[dict[str, Tensor]] = []
     given = 0
-    for place in tqdm(places, unit=" images", desc="inspect"):
+    for place in progress_bar(places, unit=" images", desc="inspect"):
         try:
             waiting.append(_crops(dataset, place, observers))
         except UnreadableImageError as broken:

@@ -10,8 +10,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ssl_vit.config.visualize import PropagateConfig
 from ssl_vit.data.annotations.davis import Clip, davis_clips, own_clip
 from ssl_vit.data.dataset import SkippedImageLog, UnreadableImageError
@@ -21,6 +19,7 @@ from ssl_vit.evaluation.video.tracking_result import MODEL, RANDOM, STILL, score
 from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone, random_init_like
 from ssl_vit.runtime.device import best_device
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.progress import progress_bar
 
 SHEET_ROWS = 12  # videos on the sheet
 
@@ -39,7 +38,9 @@ def main(config: PropagateConfig) -> None:
     start = time.perf_counter()
     videos: list[TrackingResult] = []
     still = STILL if baselines else None
-    with tqdm(total=sum(clip.frames.count or 0 for clip in clips) or None, unit=" frames", desc="propagate") as bar:
+    with progress_bar(
+        total=sum(clip.frames.count or 0 for clip in clips) or None, unit=" frames", desc="propagate"
+    ) as bar:
         for clip in clips:
             bar.set_postfix_str(clip.name)
             out = config.out / "masks" / (clip.name if config.davis else "")

@@ -13,14 +13,13 @@ from contextlib import contextmanager
 from itertools import islice
 from types import FrameType
 
-from tqdm import tqdm
-
 from ssl_vit.config.visualize import VideoConfig
 from ssl_vit.data.dataset import UnreadableImageError
 from ssl_vit.data.sources.video_frames import open_frames
 from ssl_vit.models.checkpoint import load_backbone
 from ssl_vit.runtime.device import best_device
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.progress import progress_bar
 from ssl_vit.visualization.attention_video import (
     AttentionRenderer,
     image_writer,
@@ -58,7 +57,7 @@ def main(config: VideoConfig) -> None:
         max_side=config.max_side,
         skip=skipped.append,
     )
-    with _ctrl_c() as stopped, writer as write, tqdm(total=total, unit=" frames", desc="video") as bar:
+    with _ctrl_c() as stopped, writer as write, progress_bar(total=total, unit=" frames", desc="video") as bar:
         for batch in batches:
             for (frame, _), image in zip(batch, painter.draw(batch), strict=True):
                 write(frame.name, image, frame.time)

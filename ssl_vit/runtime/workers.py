@@ -15,6 +15,8 @@ from typing import Literal, TypeVar
 import torch
 from tqdm import tqdm
 
+from ssl_vit.runtime.progress import progress_bar
+
 MOST_WORKERS = 16  # beyond it, disks and the collecting process are the limit
 PATIENCE = 2.0  # seconds without a progress bar
 _AHEAD = 4  # tasks under way per thread; bounds the memory that finished ones take while an earlier one lasts
@@ -91,8 +93,7 @@ def map_processes(task: Callable[[Item], T], subjects: Sequence[Item], *, label:
 
 
 def _bar(count: int, label: str, show: bool) -> tqdm:
-    # disable=None: no bar where the output is no terminal
-    return tqdm(total=count, desc=label, unit="", delay=PATIENCE, leave=False, disable=None if show else True)
+    return progress_bar(total=count, desc=label, unit="", delay=PATIENCE, leave=False, show=show)
 
 
 def _control_groups(listing: Path, root: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.dataset import SkippedImageLog
 from ssl_vit.methods.base import SSLMethod, TrainingPlan, make_plan
 from ssl_vit.methods.schedules import Schedule
+from ssl_vit.runtime.text import pluralize
 from ssl_vit.training.callbacks.health_monitor import HealthWarning
 from ssl_vit.training.callbacks.online_eval import OnlineEval
 from ssl_vit.training.callbacks.skipped_steps import SkippedSteps
@@ -91,12 +92,7 @@ def final_summary(
             f"{steps.journal.path} names their images"
         )
     if count := skipped.count():
-        lines.append(f"{pluralize(count, 'picture')} could not be read and left out: {skipped.path} names them")
+        lines.append(f"{pluralize(count, 'image')} could not be read and left out: {skipped.path} names them")
     lines += online
     lines.append(f"Backbone: {folder / 'backbone.safetensors'} ({folder / 'backbone.json'} says how to load it)")
     return "\n".join(lines)
-
-
-def pluralize(count: int, thing: str) -> str:
-    """`1 step`, `2 steps`."""
-    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ssl_vit.config.evaluate import LinearConfig
 from ssl_vit.config.pretrain import PretrainDataConfig
@@ -27,6 +26,7 @@ from ssl_vit.runtime.device import autocast_dtype
 from ssl_vit.runtime.errors import RankFinished, UserError
 from ssl_vit.runtime.jsonl import JSONLWriter
 from ssl_vit.runtime.launch import torchrun_rank
+from ssl_vit.runtime.progress import progress_bar
 from ssl_vit.runtime.rng import seeded_global_rng
 from ssl_vit.training.probe_state import ProbeState, exclusive_lock, read_state, resume, save_state
 from ssl_vit.training.published_protocols import PROBES, Probe
@@ -116,7 +116,7 @@ def _learn(
     change, mix = ColorAugmentation(views), MixupCutmix(probe.augmentation, len(study.dataset.train.classes))
     loader = _loader(config, study, probe, SkippedImageLog(folder / _SKIPPED))
     journal = JSONLWriter(folder / "epochs.jsonl", course.epoch)
-    for epoch in tqdm(range(course.epoch, probe.epochs), initial=course.epoch, total=probe.epochs, disable=None):
+    for epoch in progress_bar(range(course.epoch, probe.epochs), initial=course.epoch, total=probe.epochs):
         started, losses = time.perf_counter(), []
         for group in probe.optimizer.param_groups:
             group["lr"] = probe.lr(epoch)

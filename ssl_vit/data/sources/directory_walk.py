@@ -15,12 +15,11 @@ from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from ssl_vit.data.dataset import escape_path
 from ssl_vit.data.sources.decode import EXTENSIONS
 from ssl_vit.data.sources.packed_paths import PackedPaths
 from ssl_vit.runtime.launch import is_rank_zero
+from ssl_vit.runtime.progress import progress_bar
 from ssl_vit.runtime.workers import PATIENCE, map_ordered
 
 THREADS = 16  # waiting for folders
@@ -96,7 +95,7 @@ def walk_images(root: Path) -> WalkResult:
     seen: list[bytes] = []
     state = hashlib.sha256()
     folders, linked = [b""], list[bytes]()  # still to visit, each with a slash at its end
-    bar = tqdm(desc="finding images", unit="", delay=PATIENCE, leave=False, disable=None if is_rank_zero() else True)
+    bar = progress_bar(desc="finding images", unit="", delay=PATIENCE, leave=False, show=is_rank_zero())
     with bar, ThreadPoolExecutor(THREADS) as threads:
         while folders or linked:
             level = sorted(folders) or [heapq.heappop(linked)]

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ssl_vit.evaluation.classification.knn import LabeledFeatures, knn
 from ssl_vit.evaluation.classification.linear_classifier import FeatureVariant, label_ranks
@@ -18,6 +17,7 @@ from ssl_vit.evaluation.features.extractor import Features
 from ssl_vit.evaluation.results.eval_result import Metric, Predictions
 from ssl_vit.evaluation.results.statistics import OVER_SUBSETS, mean_interval, wilson
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.progress import progress_bar
 
 RIDGE, NEAREST = "ridge", "1-NN"
 
@@ -141,7 +141,7 @@ def few_shot(
     queries = LabeledFeatures(test.cls[:, -1].float().to(device), test.labels.to(device))
     turns = [draw_order(train.labels, train.index, seed=seed) for seed in seeds]
     outcomes = []
-    with full_precision(), tqdm(total=len(among) * len(seeds), desc="few labels", unit="", disable=None) as bar:
+    with full_precision(), progress_bar(total=len(among) * len(seeds), desc="few labels", unit="") as bar:
         for setting in among:
             ridge, nearest, chosen = [], [], []
             for turn in turns:

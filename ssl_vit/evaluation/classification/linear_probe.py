@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from ssl_vit.evaluation.classification.linear_classifier import (
     FeatureVariant,
@@ -24,6 +23,7 @@ from ssl_vit.evaluation.classification.ridge_regression import left_out_score, r
 from ssl_vit.evaluation.classification.sgd_classifiers import MOMENTUM, Head, Schedule, train_heads
 from ssl_vit.evaluation.features.extractor import Features
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.progress import progress_bar
 
 
 class Candidate(NamedTuple):
@@ -132,7 +132,7 @@ class Logistic(NamedTuple):
         held = _held(training, self.held_out, self.seed)
         labels, classes = training.labels, training.classes
         trials: list[Candidate] = []
-        with tqdm(total=len(variants) * len(self.l2), desc="linear probe", unit="", disable=None) as bar:
+        with progress_bar(total=len(variants) * len(self.l2), desc="linear probe", unit="") as bar:
             for variant in variants:
                 features = training.of(variant)
                 space, asked = standard_space(features), features[held]
@@ -169,7 +169,7 @@ class Ridge(NamedTuple):
         """Judge each image by the probe fitted without it."""
         trials: list[Candidate] = []
         best: tuple[float, float] | None = None
-        for variant in tqdm(variants, desc="ridge probe", unit="", disable=None):
+        for variant in progress_bar(variants, desc="ridge probe", unit=""):
             for fit in ridge_path(training.of(variant), training.labels, classes=training.classes, l2=self.l2):
                 score = left_out_score(fit, training.labels)
                 trials.append(Candidate(variant, {"l2": fit.l2}, score.accuracy, score.error))

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ssl_vit.evaluation.classification.linear_classifier import LinearClassifier, Standardizer
 from ssl_vit.runtime.device import upcast
+from ssl_vit.runtime.progress import progress_bar
 
 MOMENTUM = 0.9
 
@@ -67,7 +67,7 @@ def train_heads(
     batches = math.ceil(len(known) / schedule.batch_size)
     steps = schedule.epochs * batches
     generator = torch.Generator().manual_seed(schedule.seed)
-    for epoch in tqdm(range(schedule.epochs), desc=f"{len(heads)} heads", unit=" epochs", disable=None):
+    for epoch in progress_bar(range(schedule.epochs), desc=f"{len(heads)} heads", unit=" epochs"):
         order = known[torch.randperm(len(known), generator=generator)].to(features.device)
         for step, places in enumerate(order.tensor_split(batches), start=epoch * batches):
             x = standard.apply(features[places].to(dtype))  # (B, D)

@@ -19,6 +19,7 @@ from ssl_vit.models.checkpoint import LoadedBackbone, state_sha256
 from ssl_vit.models.feature_statistics import feature_std
 from ssl_vit.runtime.device import autocast_dtype, best_device, prefer_fused_attention
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.progress import progress_bar
 
 _TOKENS = 2500  # of a forward pass on a CPU: its activations stay in the cache
 _CHECKED = 1 << 14  # images at a time: what is mapped from a file need not fit into memory
@@ -280,5 +281,5 @@ def check_size(image_size: int, patch_size: int) -> None:
 
 
 def _bar(text: str, total: int, *, show: bool) -> tqdm[NoReturn]:
-    """A progress bar over images; without a terminal there is none."""
-    return tqdm(total=total, desc=text, unit=" images", disable=None if show else True)
+    """Return a progress bar over images."""
+    return progress_bar(total=total, desc=text, unit=" images", show=show)

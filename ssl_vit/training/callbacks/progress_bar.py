@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from ssl_vit.methods.base import SSLMethod
 from ssl_vit.runtime.device import matmul_peak, peak_memory
+from ssl_vit.runtime.progress import progress_bar
 
 _OF_A_STEP = ("train/", "schedule/")
 
@@ -41,12 +40,11 @@ class TrainingProgressBar(ProgressBar):
         self.flops = module.flops * self.batch_size  # per optimizer step
         self.peak = matmul_peak(module.device.type, str(trainer.precision)) * trainer.world_size  # FLOP/s
         if trainer.is_global_zero:
-            self.bar = tqdm(
+            self.bar = progress_bar(
                 total=self.total_steps,
                 initial=trainer.global_step,
                 unit="step",
-                dynamic_ncols=True,
-                mininterval=0.5 if sys.stderr.isatty() else 30.0,
+                delay=0,
             )
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
