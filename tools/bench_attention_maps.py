@@ -68,7 +68,7 @@ def read(dataset: ImageFolder, side: int) -> Tensor:
 @torch.no_grad()
 def difference(backbone: Backbone, images: Tensor) -> float:
     """The largest absolute difference of any [CLS] row, scaled to sum 1 over the patches, to timm's own softmax."""
-    blocks = range(len(backbone.vit.blocks))
+    blocks = range(backbone.num_blocks)
     ours = cls_attention(backbone, images, blocks=blocks).flatten(3)  # (blocks, B, heads, N)
     seen: list[Tensor] = []
     handles = [
@@ -77,12 +77,12 @@ def difference(backbone: Backbone, images: Tensor) -> float:
     ]
     for block in backbone.vit.blocks:
         block.attn.fused_attn = False
-    backbone.vit.forward_features(images)
+    backbone.tokens(images)
     for block in backbone.vit.blocks:
         block.attn.fused_attn = True
     for handle in handles:
         handle.remove()
-    theirs = torch.stack(seen)[..., backbone.vit.num_prefix_tokens :]
+    theirs = torch.stack(seen)[..., backbone.num_prefix_tokens :]
     return (ours - theirs / theirs.sum(-1, keepdim=True)).abs().max().item()
 
 
@@ -90,8 +90,8 @@ def difference(backbone: Backbone, images: Tensor) -> float:
 def cost(backbone: Backbone, images: Tensor, rounds: int) -> None:
     """Ratios of a pass with all blocks' [CLS] rows to a plain one, each pair in turn, the order alternating."""
     ways: dict[str, Callable[[], object]] = {
-        "plain": lambda: backbone.vit.forward_features(images),
-        "rows": lambda: cls_attention(backbone, images, blocks=range(len(backbone.vit.blocks))),
+        "plain": lambda: backbone.tokens(images),
+        "rows": lambda: cls_attention(backbone, images, blocks=range(backbone.num_blocks)),
     }
     for way in ways.values():
         way()

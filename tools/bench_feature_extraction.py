@@ -77,7 +77,7 @@ def model(name: str, size: int, patch: int) -> Backbone:
 
 def flops(backbone: Backbone, size: int) -> float:
     """Of one image's forward pass."""
-    width, depth = backbone.embed_dim, len(backbone.vit.blocks)
+    width, depth = backbone.embed_dim, backbone.num_blocks
     patches = (size // backbone.patch_size) ** 2
     tokens = patches + 1
     project = patches * 3 * backbone.patch_size**2 * width

@@ -101,7 +101,7 @@ def dense(sight: LastBlockFeatures) -> None:
 
 def scores(checkpoint: str, images: str, masks: str, max_side: str = "") -> None:
     """A row per method and model; two passes over the images, as pca needs them."""
-    model = load_backbone(checkpoint, cls_needed=False)
+    model = load_backbone(checkpoint, require_cls=False)
     models = [model, random_init_like(model, 0)]
     dataset, truths = load_images_at(Path(images)), MaskFolder(Path(masks))
     skipped = SkippedImageLog(Path("skipped_images.txt"))

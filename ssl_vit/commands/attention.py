@@ -134,7 +134,7 @@ def _images(config: AttentionConfig) -> tuple[ImageFolder, AnnotationSource | No
 
 def _models(config: AttentionConfig, *, scored: bool) -> list[LoadedBackbone]:
     """The model, and beside it the same with random weights where there are scores to compare."""
-    models = [load_backbone(config.checkpoint, config.weights, cls_needed=False)]
+    models = [load_backbone(config.checkpoint, config.weights, require_cls=False)]
     check_methods(models[0], config.methods)
     if scored and config.baselines:
         models.append(random_init_like(models[0], config.seed))

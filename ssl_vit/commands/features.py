@@ -26,7 +26,7 @@ def main(config: FeaturesConfig) -> None:
         check_pyarrow()
     loaded, transform = load_model(config)
     dataset = build_feature_splits(config.data)
-    blocks = min(config.blocks, len(loaded.backbone.vit.blocks))
+    blocks = min(config.blocks, loaded.backbone.num_blocks)
     describe = BackboneExtractor(on_best_device(loaded), transform, blocks=blocks)
     sets = stored(describe, dataset, config=config, run=loaded.run)
     if torchrun_rank()[0]:

@@ -30,7 +30,7 @@ def measure(config: FewshotConfig) -> tuple[EvalResult, Path]:
         UserError: Model and labeled images are not there, do not fit, or allow no evaluation.
     """
     study = Evaluation.begin("fewshot", config)
-    variant = FeatureVariant(min(config.blocks, len(study.loaded.backbone.vit.blocks)), config.patch_mean)
+    variant = FeatureVariant(min(config.blocks, study.loaded.backbone.num_blocks), config.patch_mean)
     seeds = range(config.seed, config.seed + config.subsets)
     scores = []
     for source in study.sources(blocks=variant.blocks):

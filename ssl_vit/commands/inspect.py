@@ -112,7 +112,7 @@ def inspect(config: InspectConfig) -> AnalysisOutput:
 
 
 def _load(checkpoint: str, config: InspectConfig) -> LoadedBackbone:
-    loaded = load_backbone(checkpoint, config.weights, cls_needed=False)
+    loaded = load_backbone(checkpoint, config.weights, require_cls=False)
     if not all(values.isfinite().all() for values in loaded.backbone.parameters()):
         raise UserError(f"{loaded.source}: its weights are not finite. {_DIVERGED}")
     return loaded

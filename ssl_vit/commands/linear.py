@@ -43,7 +43,7 @@ def measure(config: LinearConfig) -> tuple[EvalResult, Path]:
         return published_probe(config)
     task = "linear" if config.solver == "logistic" else f"linear-{config.solver}"
     study = Evaluation.begin(task, config)
-    depth = len(study.loaded.backbone.vit.blocks)
+    depth = study.loaded.backbone.num_blocks
     blocks = sorted({min(count, depth) for count in config.blocks})
     variants = [FeatureVariant(count, patch_mean) for count in blocks for patch_mean in (False, True)]
     solver = _solver(config)

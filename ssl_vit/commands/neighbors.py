@@ -95,7 +95,7 @@ def main(config: NeighborsConfig) -> None:
 def _known(config: NeighborsConfig, loaded: LoadedBackbone, transform: EvalTransform) -> FeatureSet:
     """The images to search among, and their features, stored now or before."""
     dataset = build_feature_splits(config.data).train
-    describe = BackboneExtractor(loaded, transform, blocks=min(BLOCKS, len(loaded.backbone.vit.blocks)))
+    describe = BackboneExtractor(loaded, transform, blocks=min(BLOCKS, loaded.backbone.num_blocks))
     (found,) = stored(describe, TrainTestSplit(dataset, None), config=config, run=loaded.run)
     return FeatureSet(dataset, found.store.features(blocks=1), found.store.skipped, found.store.folder)
 

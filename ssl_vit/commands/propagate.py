@@ -79,7 +79,7 @@ def _clips(config: PropagateConfig) -> list[Clip]:
 
 def _models(config: PropagateConfig, *, baselines: bool) -> dict[str, LoadedBackbone]:
     """The model, and beside it, where there are scores to compare, the same with random weights."""
-    models = {MODEL: load_backbone(config.checkpoint, config.weights, cls_needed=False)}
+    models = {MODEL: load_backbone(config.checkpoint, config.weights, require_cls=False)}
     if models[MODEL].backbone.config.in_chans != 3:
         raise UserError(f"checkpoint={config.checkpoint}: frames have 3 channels, the model takes another number")
     if baselines:

@@ -186,7 +186,7 @@ class Evaluation:
         """What says something of the images, made when it is its turn."""
         assert isinstance(self.config, EvaluationConfig)
         network = on_best_device(self.loaded)
-        blocks = max(blocks, min(BLOCKS, len(network.backbone.vit.blocks)))
+        blocks = max(blocks, min(BLOCKS, network.backbone.num_blocks))
         yield MODEL, BackboneExtractor(network, self.transform, blocks=blocks)
         if self.config.baselines:
             twin = on_best_device(random_init_like(self.loaded, self.config.seed))

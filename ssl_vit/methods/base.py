@@ -257,4 +257,4 @@ def stack_views(views: Tensor) -> Tensor:
 
 def make_backbone(config: BackboneConfig, *, drop_path: bool) -> Backbone:
     """A backbone with or without the configured stochastic depth."""
-    return Backbone(config if drop_path else config.model_copy(update={"drop_path": 0.0})).need_cls()
+    return Backbone(config if drop_path else config.model_copy(update={"drop_path": 0.0})).require_cls()

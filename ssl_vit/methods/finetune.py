@@ -33,13 +33,9 @@ class Classifier(nn.Module):
         cls = self.backbone(images, key).cls
         return self.head(cls), cls
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, object]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """For timm, which parameters make up a layer: embeddings, each block, and what is left (final norm, head)."""
-        inside = r"^backbone\.vit\."
-        return {
-            "stem": inside + r"(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre)",
-            "blocks": inside + r"blocks\.(\d+)",
-        }
+        return self.backbone.layer_patterns("backbone.")
 
 
 class FineTune(SSLMethod):
@@ -110,7 +106,5 @@ def prepare_for_finetuning(loaded: LoadedBackbone, *, image_size: int, drop_path
     """The model as one that learns on images of this size: its position embeddings are resampled to it, once."""
     backbone = Backbone(loaded.backbone.config.model_copy(update={"drop_path": drop_path}))
     backbone.load_state_dict(loaded.backbone.state_dict())
-    if image_size != backbone.config.img_size:
-        backbone.vit.set_input_size(img_size=(image_size, image_size))
-        backbone.config = backbone.config.model_copy(update={"img_size": image_size})
+    backbone.resize(image_size)
     return backbone

@@ -32,9 +32,7 @@ class SiTModel(nn.Module):
         self.rotation_token = config.rotation.enabled and config.tokens == "dedicated"
         registers = backbone.reg_tokens + int(self.rotation_token)
         self.backbone = make_backbone(backbone.model_copy(update={"reg_tokens": registers}), drop_path=True)
-        for token in (self.backbone.vit.cls_token, self.backbone.vit.reg_token):
-            if token is not None:
-                nn.init.trunc_normal_(token, std=0.02)
+        self.backbone.init_prefix_tokens(std=0.02)
         dim, contrastive = self.backbone.embed_dim, config.contrastive
         self.heads = nn.ModuleDict()
         if config.rotation.enabled:

@@ -59,7 +59,7 @@ def load_sit_model(checkpoint: Path, method: MethodConfig, backbone: BackboneCon
 
 def reconstruct(model: SiTModel, dataset: Tensor) -> Tensor:
     """What the model makes of normalized corrupted images (B, C, S, S), normalized as these."""
-    device = model.backbone.vit.patch_embed.proj.weight.device
+    device = model.backbone.device
     with torch.no_grad():
         _, outputs = model(dataset.to(device))
     made: Tensor = outputs["reconstruction"]

@@ -25,15 +25,15 @@ Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManage
 _KEPT = {torch.ops.aten.addmm.default, torch.ops.aten.mm.default}
 
 
-def recompute_activations(blocks: Iterable[Block], *, all_of_them: bool) -> None:
+def enable_activation_checkpointing(blocks: Iterable[Block], *, whole_blocks: bool) -> None:
     """Change blocks so that their backward pass computes norms, attention and GELU again; in place.
 
     Args:
         blocks: To be changed. Their results stay the same.
-        all_of_them: Compute the linear layers again as well: compiled blocks can only be computed again as a whole.
+        whole_blocks: Compute the linear layers again as well: compiled blocks can only be computed again as a whole.
     """
     contexts: Contexts = (
-        noop_context_fn if all_of_them else partial(create_selective_checkpoint_contexts, _keep_linear_layers)
+        noop_context_fn if whole_blocks else partial(create_selective_checkpoint_contexts, _keep_linear_layers)
     )
     for block in blocks:
         paths = [module for module in block.modules() if isinstance(module, DropPath)]

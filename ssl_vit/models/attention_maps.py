@@ -39,11 +39,11 @@ def extract_last_block(backbone: Backbone, images: Tensor) -> list[LastBlockFeat
     """
     caught: list[tuple[Tensor, Tensor]] = []
     with capture_qk(backbone, lambda _block, queries, keys: caught.append((queries, keys)), blocks=[-1]):
-        tokens = backbone.vit.forward_features(images)  # (B, prefix + N, D)
+        tokens = backbone.tokens(images)  # (B, prefix + N, D)
     queries, keys = caught[0]
     grid = images.shape[-2] // backbone.patch_size, images.shape[-1] // backbone.patch_size
     maps = cls_attention_from_qk(backbone, queries, keys).cpu() if backbone.has_cls else None
-    prefix = backbone.vit.num_prefix_tokens
+    prefix = backbone.num_prefix_tokens
     of_patches, patches = keys[:, :, prefix:].float().cpu(), tokens[:, prefix:].float().cpu()
     return [
         LastBlockFeatures(
@@ -76,7 +76,7 @@ def cls_attention(backbone: Backbone, images: Tensor, *, blocks: Sequence[int] =
         lambda _block, queries, keys: maps.append(cls_attention_from_qk(backbone, queries, keys)),
         blocks=blocks,
     ):
-        backbone.vit.forward_features(images)
+        backbone.tokens(images)
     grid = images.shape[-2] // backbone.patch_size, images.shape[-1] // backbone.patch_size
     stacked = torch.stack(maps)  # (blocks, B, heads, N)
     return stacked.view(*stacked.shape[:3], *grid)
@@ -88,7 +88,7 @@ def cls_attention_from_qk(backbone: Backbone, queries: Tensor, keys: Tensor) -> 
     In float32, also under autocast. It is what the softmax over all tokens leaves to the patches, scaled to sum 1; that
     is their own softmax, which has a value even where next to nothing is left to them.
     """
-    return attention_weights(queries[:, :, :1], keys[:, :, backbone.vit.num_prefix_tokens :]).squeeze(2)
+    return attention_weights(queries[:, :, :1], keys[:, :, backbone.num_prefix_tokens :]).squeeze(2)
 
 
 def attention_weights(queries: Tensor, keys: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def capture_qk(backbone: Backbone, visit: Visit, *, blocks: Sequence[int]) -> It
     Raises:
         UserError: One of them does not compute the plain softmax(q k) attention.
     """
-    depth = len(backbone.vit.blocks)
+    depth = backbone.num_blocks
     numbers = sorted({block % depth for block in blocks})
     attentions = [_plain_attention(backbone, block) for block in numbers]
     handles = [

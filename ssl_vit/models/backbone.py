@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import timm
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssl_vit.config.pretrain import BackboneConfig
-from ssl_vit.models.activation_checkpointing import recompute_activations
+from ssl_vit.models.activation_checkpointing import enable_activation_checkpointing
 from ssl_vit.models.attention import set_attention_impl
 from ssl_vit.models.drop_path import replace_drop_path, sample_drop_paths
 from ssl_vit.runtime.errors import UserError
@@ -53,31 +55,29 @@ class Backbone(nn.Module):
         self.vit = _create(config)
         self.drop_paths = replace_drop_path(self.vit)
         self.compiled = False
+        # Plain attributes: an error inside a property of a module would be reported as "no attribute".
+        self.embed_dim = int(self.vit.embed_dim)  # D
+        self.patch_size = config.patch_size  # pixels
+        self.num_blocks = len(self.vit.blocks)
+        self.num_heads = int(next(part.num_heads for part in self.vit.blocks.modules() if hasattr(part, "num_heads")))
+        self.num_registers = int(self.vit.num_reg_tokens)
+        self.num_prefix_tokens = int(self.vit.num_prefix_tokens)  # class token, then registers, before the patches
+        self.has_cls = bool(self.vit.has_class_token and self.vit.global_pool == "token")  # one that is pooled
 
     @property
-    def has_cls(self) -> bool:
-        """Whether there is a class token that stands for the image; without one there are no `Tokens` to speak of."""
-        return bool(self.vit.has_class_token and self.vit.global_pool == "token")
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return next(self.parameters()).device
 
-    def need_cls(self) -> Backbone:
-        """Itself.
+    def require_cls(self) -> Self:
+        """Return this backbone if it pools a class token.
 
         Raises:
-            UserError: There is no class token.
+            UserError: It does not.
         """
         if not self.has_cls:
-            raise UserError(f"{self.config.name} has no class token that it pools: a ViT with one is needed here")
+            raise UserError(f"{self.config.name} has no class token that it pools; choose a ViT that pools one")
         return self
-
-    @property
-    def embed_dim(self) -> int:
-        """Width D of a token."""
-        return int(self.vit.embed_dim)
-
-    @property
-    def patch_size(self) -> int:
-        """Side of a patch in pixels."""
-        return self.config.patch_size
 
     def forward(self, images: Tensor, key: Tensor | None = None) -> Tokens:
         """Tokens of the last block, after the final norm.
@@ -88,17 +88,24 @@ class Backbone(nn.Module):
         """
         if self.training and self.drop_paths:
             sample_drop_paths(self.drop_paths, key, images.device)
-        return self._split(self.vit.forward_features(images), images)
+        return self._split(self.tokens(images), images)
 
-    def last_blocks(self, images: Tensor, count: int) -> list[Tokens]:
-        """Tokens of the last `count` blocks, each after the final norm; the last block comes last.
+    def tokens(self, images: Tensor) -> Tensor:
+        """Return all tokens (B, prefix + N, D) of the last block, after the final norm; without drop path."""
+        tokens: Tensor = self.vit.forward_features(images)
+        return tokens
 
-        For evaluation: drop path is not drawn here.
-        """
+    def get_intermediate_tokens(self, images: Tensor, count: int) -> list[Tokens]:
+        """Return the tokens of the last `count` blocks, each after the final norm, in order; without drop path."""
         features = self.vit.forward_intermediates(
             images, indices=count, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
         )
         return [self._split(torch.cat([prefix, patches], dim=1), images) for patches, prefix in features]
+
+    def get_patches_of_blocks(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the final tokens (B, prefix + N, D), and each block's patches (B, N, D) before the final norm."""
+        tokens, patches = self.vit.forward_intermediates(images, output_fmt="NLC")
+        return tokens, patches
 
     def _split(self, tokens: Tensor, images: Tensor) -> Tokens:
         prefix = self.vit.num_prefix_tokens  # [CLS], then the registers
@@ -120,13 +127,59 @@ class Backbone(nn.Module):
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
         self.compiled = True
 
-    def recompute_activations(self) -> None:
-        """Keep fewer activations for the backward pass, which takes a little longer."""
-        recompute_activations(self.vit.blocks, all_of_them=self.compiled)
+    def enable_activation_checkpointing(self) -> None:
+        """Keep fewer activations for the backward pass, which then takes a little longer."""
+        enable_activation_checkpointing(self.vit.blocks, whole_blocks=self.compiled)
+
+    def resize(self, img_size: int) -> None:
+        """Resample the position embeddings to another image size, once and for good."""
+        if img_size != self.config.img_size:
+            self.vit.set_input_size(img_size=(img_size, img_size))
+            self.config = self.config.model_copy(update={"img_size": img_size})
+
+    def init_prefix_tokens(self, std: float) -> None:
+        """Draw the class token and the registers again, from a truncated normal distribution."""
+        for token in (self.vit.cls_token, self.vit.reg_token):
+            if token is not None:
+                nn.init.trunc_normal_(token, std=std)
+
+    def patch_filters(self) -> Tensor:
+        """Return the weight (D, C, p, p) of the patch embedding."""
+        weight: Tensor = self.vit.patch_embed.proj.weight.detach()
+        return weight
+
+    def position_embeddings(self) -> Tensor | None:
+        """Return the learned position embeddings (rows, columns, D) of the patches, or None if there are none."""
+        if self.vit.pos_embed is None:
+            return None
+        rows, columns = self.vit.patch_embed.grid_size
+        embeddings: Tensor = self.vit.pos_embed[0, -rows * columns :].detach().view(rows, columns, -1)
+        return embeddings
+
+    def layer_patterns(self, prefix: str) -> dict[str, str]:
+        """Return timm's `group_matcher`: regular expressions of the parameters of the stem and of each block."""
+        inside = rf"^{re.escape(prefix)}vit\."
+        return {
+            "stem": inside + r"(?:cls_token|reg_token|pos_embed|patch_embed|norm_pre)",
+            "blocks": inside + r"blocks\.(\d+)",
+        }
+
+    def state_sha256(self) -> str:
+        """Hash the weights in memory under timm's names, wherever they came from."""
+        return state_sha256(self.vit.state_dict())
 
     def train(self, mode: bool = True) -> Backbone:
         """As `nn.Module.train`; a frozen backbone stays in evaluation mode."""
         return super().train(mode and any(p.requires_grad for p in self.parameters()))
+
+
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """Hash the names, types, shapes and values of weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def timm_kwargs(config: BackboneConfig) -> dict[str, Any]:

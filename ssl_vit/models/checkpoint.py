@@ -65,7 +65,7 @@ class LoadedBackbone(NamedTuple):
     step: int | None = None
 
 
-def load_backbone(checkpoint: str, weights: Weights = "teacher", *, cls_needed: bool = True) -> LoadedBackbone:
+def load_backbone(checkpoint: str, weights: Weights = "teacher", *, require_cls: bool = True) -> LoadedBackbone:
     """Load a run folder, a `.ckpt`, an exported `.safetensors`, `timm:<model>`, `random:<model>`, or an official file.
 
     `weights` chooses between teacher and student where the file holds both. `random:` takes a timm name or anything
@@ -76,8 +76,8 @@ def load_backbone(checkpoint: str, weights: Weights = "teacher", *, cls_needed: 
             no class token where one is needed.
     """
     loaded = _load(checkpoint, weights)
-    if cls_needed:
-        loaded.backbone.need_cls()
+    if require_cls:
+        loaded.backbone.require_cls()
     return loaded
 
 
@@ -267,15 +267,6 @@ def _from_official(content: dict[str, Any], path: Path, weights: Weights) -> Loa
 def _count(content: dict[str, Any], key: str) -> int | None:
     value = content.get(key)
     return value if isinstance(value, int) else None
-
-
-def state_sha256(state: StateDict) -> str:
-    """A hash of the weights in memory, wherever they came from: of their names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from ssl_vit.data.dataset import ImageDataset, Subset
-from ssl_vit.models.checkpoint import LoadedBackbone, state_sha256
+from ssl_vit.models.backbone import state_sha256
+from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.atomic_io import write_json
 from ssl_vit.runtime.errors import UserError
 

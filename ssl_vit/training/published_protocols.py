@@ -63,11 +63,11 @@ def dino_probe(backbone: Backbone, classes: int, *, epochs: int | None, batch_si
     Four [CLS] tokens of a model narrower than 768, else the last one and the mean patch token.
     """
     epochs = epochs or 100
-    blocks = min(4, len(backbone.vit.blocks)) if backbone.embed_dim < _WIDE else 1
+    blocks = min(4, backbone.num_blocks) if backbone.embed_dim < _WIDE else 1
     patch_mean = backbone.embed_dim >= _WIDE
 
     def features(backbone: Backbone, images: Tensor) -> list[Tensor]:
-        tokens = backbone.last_blocks(images, blocks)
+        tokens = backbone.get_intermediate_tokens(images, blocks)
         parts = [block.cls for block in tokens] + ([tokens[-1].patches.mean(dim=1)] if patch_mean else [])
         return [torch.cat(parts, dim=1)]
 

@@ -45,7 +45,7 @@ def configure_backbones(method: SSLMethod, settings: TrainerConfig) -> None:
         if compiled:
             backbone.compile_blocks()
         if settings.activation_checkpointing:
-            backbone.recompute_activations()
+            backbone.enable_activation_checkpointing()
 
 
 def build_trainer(

@@ -60,7 +60,7 @@ def iter_attention(
     Raises:
         UserError: There is no such head.
     """
-    heads = model.backbone.vit.blocks[-1].attn.num_heads
+    heads = model.backbone.num_heads
     if head is not None and head >= heads:
         raise UserError(f"head={head}: the model has {heads} heads, numbered from 0")
     waiting: list[tuple[Frame, Tensor]] = []
@@ -86,7 +86,7 @@ def _joins(frame: Frame, fitted: Tensor, waiting: list[tuple[Frame, Tensor]]) ->
 
 
 def _see(batch: list[tuple[Frame, Tensor]], model: LoadedBackbone, head: int | None) -> list[FrameAttention]:
-    device = model.backbone.vit.patch_embed.proj.weight.device
+    device = model.backbone.device
     pixels = torch.stack([fitted for _, fitted in batch]).to(device).float() / 255  # (B, 3, h, w)
     maps = cls_attention(model.backbone, normalize(pixels, model))[0].cpu()  # (B, heads, rows, columns)
     chosen = maps.mean(1) if head is None else maps[:, head]

@@ -145,7 +145,7 @@ def test_without_a_class_token_there_are_keys_and_patches():
     assert sight.keys.shape == (3, 2, 3, 16)
     assert sight.patches.shape == (2, 3, 48)
     with pytest.raises(UserError, match="no class token"):
-        gap.need_cls()
+        gap.require_cls()
 
 
 def test_other_attention_is_refused_by_name():

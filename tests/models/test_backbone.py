@@ -53,7 +53,7 @@ def test_last_blocks_pass_the_final_norm_and_end_with_the_output():
     states = []
     for block in backbone.vit.blocks:
         block.register_forward_hook(lambda module, inputs, output: states.append(output))
-    blocks = backbone.last_blocks(images, 2)
+    blocks = backbone.get_intermediate_tokens(images, 2)
     assert len(blocks) == 2
     for tokens, state in zip(blocks, states[-2:], strict=True):
         torch.testing.assert_close(tokens.cls, backbone.vit.norm(state)[:, 0])

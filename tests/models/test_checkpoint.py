@@ -234,7 +234,7 @@ def test_a_model_without_a_class_token_loads_where_none_is_needed():
     name = "random:vit_medium_patch16_gap_256"
     with pytest.raises(UserError, match="no class token"):
         load_backbone(name)
-    assert not load_backbone(name, cls_needed=False).backbone.has_cls
+    assert not load_backbone(name, require_cls=False).backbone.has_cls
 
 
 @pytest.mark.parametrize("text", ["nonsense", "{}", "[1]", '{"backbone": {"name": "vit"}, "normalization": {}}'])

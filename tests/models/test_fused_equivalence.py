@@ -123,7 +123,7 @@ def test_recomputed_activations_give_the_same_gradients(dataset, autocast, drop_
     saving = Backbone(tiny(drop_path=drop_path)).train()
     saving.load_state_dict(plain.state_dict())
     saving.set_fused_attention(False)
-    saving.recompute_activations()
+    saving.enable_activation_checkpointing()
     (cls, gradients), (expected, theirs) = (pass_of(x, *dataset, autocast=autocast) for x in (saving, plain))
     assert torch.equal(cls, expected)
     tolerance = 0.02 if autocast else 1e-6  # bfloat16: the gradients of two resolutions meet in another format
@@ -145,7 +145,7 @@ def test_recomputed_activations_are_not_kept(dataset):
     saving = copy.deepcopy(plain)
     for backbone in (plain, saving):
         backbone.set_fused_attention(False)
-    saving.recompute_activations()
+    saving.enable_activation_checkpointing()
     assert 0 < kept(saving) < 0.7 * kept(plain)
 
 
@@ -163,7 +163,7 @@ def test_compiled_blocks_compute_the_same_in_one_graph_per_shape(dataset, recomp
     compiled.load_state_dict(plain.state_dict())
     compiled.compile_blocks()
     if recompute:
-        compiled.recompute_activations()
+        compiled.enable_activation_checkpointing()
     for _ in range(2):
         (cls, gradients), (expected, theirs) = (pass_of(x, *dataset) for x in (compiled, plain))
         torch.testing.assert_close(cls, expected, rtol=1e-5, atol=1e-5)

@@ -102,7 +102,7 @@ def test_dinos_features_are_four_class_tokens_or_the_last_with_the_patch_mean(wi
     images = torch.rand(2, 3, 16, 16)
     (features,) = probe.features(model, images)
     assert features.shape == (2, inputs)
-    tokens = model.last_blocks(images, depth)
+    tokens = model.get_intermediate_tokens(images, depth)
     wanted = (
         torch.cat([tokens[-1].cls, tokens[-1].patches.mean(dim=1)], dim=1)
         if width == 768

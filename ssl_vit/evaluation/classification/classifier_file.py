@@ -34,7 +34,7 @@ def save_probe(study: Evaluation, probe: LinearClassifier, variant: FeatureVaria
             "import torch",
             "from safetensors.torch import load_file",
             "from ssl_vit.models.checkpoint import load_backbone",
-            f"tokens = load_backbone({checkpoint}).backbone.last_blocks(images, {variant.blocks})",
+            f"tokens = load_backbone({checkpoint}).backbone.get_intermediate_tokens(images, {variant.blocks})",
             f"x = torch.cat([block.cls for block in tokens]{patch_mean}, dim=1)",
             f"probe = load_file({path.name!r})",
             'scores = (x - probe["mean"]) * probe["scale"] @ probe["weight"] + probe["bias"]',

@@ -15,7 +15,7 @@ from ssl_vit.data.dataset import ImageDataset, SkippedImageLog
 from ssl_vit.data.loading.loader import build_eval_loader
 from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.models.backbone import timm_kwargs
-from ssl_vit.models.checkpoint import LoadedBackbone, state_sha256
+from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.models.feature_statistics import feature_std
 from ssl_vit.runtime.device import autocast_dtype, best_device, prefer_fused_attention
 from ssl_vit.runtime.errors import UserError
@@ -90,7 +90,7 @@ class BackboneExtractor:
         self.blocks = blocks
         self.title = f"features of {loaded.source}"
         self.channels = model.config.in_chans
-        self.most_blocks = len(model.vit.blocks)
+        self.most_blocks = model.num_blocks
         self.shape = (model.embed_dim, model.embed_dim)
         self.device = next(model.parameters()).device
         self.dtype = autocast_dtype(self.device)
@@ -100,7 +100,7 @@ class BackboneExtractor:
         config = self.model.config
         return {
             "kind": "model",
-            "weights": state_sha256(self.model.vit.state_dict()),
+            "weights": self.model.state_sha256(),
             "backbone": {"name": config.name, **timm_kwargs(config)},
             "forward": str(self.dtype or torch.float32).removeprefix("torch."),
             "transform": self.transform.describe(),
@@ -120,7 +120,7 @@ class BackboneExtractor:
     @torch.inference_mode()
     def _pass(self, images: Tensor) -> Described:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            tokens = self.model.last_blocks(self.transform.normalize(images), self.blocks)
+            tokens = self.model.get_intermediate_tokens(self.transform.normalize(images), self.blocks)
         cls = torch.stack([block.cls for block in tokens], dim=1).float().cpu()  # (B, blocks, D)
         return Described(cls, tokens[-1].patches.float().mean(dim=1).cpu())
 

@@ -18,7 +18,7 @@ from ssl_vit import __version__
 from ssl_vit.config.evaluate import EvalDataConfig, LabeledEvalConfig
 from ssl_vit.data.dataset import escape_path
 from ssl_vit.data.sources.image_folder import SPLITS
-from ssl_vit.models.checkpoint import LoadedBackbone, state_sha256
+from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.device import autocast_dtype, peak_memory
 
 _CHECKOUT = Path(__file__).parents[2]
@@ -77,7 +77,7 @@ def model_metadata(loaded: LoadedBackbone, checkpoint: str, which: str) -> dict[
         "name": model_name(loaded, checkpoint, which),
         "source": loaded.source,
         "sha256": loaded.sha256,
-        "state_sha256": state_sha256(loaded.backbone.vit.state_dict()),
+        "state_sha256": loaded.backbone.state_sha256(),
         "weights": loaded.weights,
         "run": None if loaded.run is None else str(loaded.run),
         "epoch": loaded.epoch,

@@ -73,7 +73,7 @@ def run_backbone(
 
 
 def _attend_batch(batch: list[_Waiting], models: list[LoadedBackbone]) -> Iterator[ImageOutputs]:
-    device = models[0].backbone.vit.patch_embed.proj.weight.device
+    device = models[0].backbone.device
     pixels = torch.stack([item.fitted for item in batch]).to(device).float() / 255  # (B, C, h, w)
     sights = [extract_last_block(model.backbone, normalize(pixels, model)) for model in models]
     for item, *of_image in zip(batch, *sights, strict=True):

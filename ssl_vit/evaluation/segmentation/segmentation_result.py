@@ -64,7 +64,7 @@ def write_record(
         remarks: What a reader must know of how the given masks were read.
         started: When the maps were begun, in seconds of `time.perf_counter`.
     """
-    device = network.backbone.vit.patch_embed.proj.weight.device
+    device = network.backbone.device
     scores = [result.score() for result in results] or [ModelScores(MODEL, [], {})]
     left_out = {"skipped": "could not be used", "unscored": "have no usable mask"}
     EvalResult(

@@ -123,9 +123,9 @@ def patch_features(model: LoadedBackbone, frame: Tensor, fitted: tuple[int, int]
     backbone = model.backbone
     image = Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy())
     resized = image.resize((fitted[1], fitted[0]), Image.Resampling.BILINEAR)
-    pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].to(backbone.vit.patch_embed.proj.weight.device)
-    tokens = backbone.vit.forward_features(normalize(pixels.float() / 255, model))
-    patches = tokens[0, backbone.vit.num_prefix_tokens :].float()
+    pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].to(backbone.device)
+    tokens = backbone.tokens(normalize(pixels.float() / 255, model))
+    patches = tokens[0, backbone.num_prefix_tokens :].float()
     return F.normalize(patches, dim=-1).view(fitted[0] // backbone.patch_size, fitted[1] // backbone.patch_size, -1)
 
 

@@ -106,7 +106,7 @@ def write_record(
         warnings: What was left out.
         started: When the first video was begun, in seconds of `time.perf_counter`.
     """
-    device = network.backbone.vit.patch_embed.proj.weight.device
+    device = network.backbone.device
     rule = config.model_dump(include={"side", "context", "radius", "top_k", "temperature"})
     place = config.davis or config.frames
     assert place is not None  # the configuration demands one of them

@@ -153,7 +153,7 @@ class ImageLogger(L.Callback):
     def _attention(self, backbone: Backbone) -> Image.Image:
         rows = []
         for name, fitted, _ in self.shown:
-            x = self.transform.normalize(fitted[None].to(backbone.vit.patch_embed.proj.weight.device))
+            x = self.transform.normalize(fitted[None].to(backbone.device))
             maps = cls_attention(backbone, x)[0, 0].cpu()  # (heads, rows, columns)
             if not maps.isfinite().all():
                 raise UserError("the attention is not finite")

@@ -55,9 +55,9 @@ class Observer:
             )
         self.cut = EvalTransform(side, 1.0, loaded.mean, loaded.std)
         self.grid = side // patch, side // patch
-        self.device = self.backbone.vit.patch_embed.proj.weight.device
+        self.device = self.backbone.device
         self.centers = patch_centers(self.grid, patch).to(self.device)
-        self.depth = len(self.backbone.vit.blocks)
+        self.depth = self.backbone.num_blocks
         self._heads: list[list[HeadStatistics]] = [[] for _ in range(self.depth)]
         self._norms: list[TokenNorms] = []
         self._features: list[Tensor] = []
@@ -73,8 +73,7 @@ class Observer:
         Raises:
             UserError: A block does not compute the plain softmax(q k) attention.
         """
-        vit = self.backbone.vit
-        prefix = vit.num_prefix_tokens
+        prefix = self.backbone.num_prefix_tokens
         rollout = Rollout()
         last: list[Tensor] = []
 
@@ -86,9 +85,8 @@ class Observer:
                     last.append(cls_attention_from_qk(self.backbone, queries[:drawn], keys[:drawn]).mean(1).cpu())
 
         with capture_qk(self.backbone, visit, blocks=range(self.depth)):
-            tokens, between = vit.forward_intermediates(
-                self.cut.normalize(crops.to(self.device)), output_fmt="NLC"
-            )  # (B, prefix + N, D) after the final norm; (B, N, D) behind each block, before it
+            # (B, prefix + N, D) after the final norm; (B, N, D) behind each block, before it
+            tokens, between = self.backbone.get_patches_of_blocks(self.cut.normalize(crops.to(self.device)))
         norms = torch.stack([patches.float().norm(dim=-1) for patches in between], dim=1)  # (B, blocks, N)
         self._norms.append(token_norms(norms))
         features = tokens[:, 0] if self.backbone.has_cls else tokens[:, prefix:].mean(1)

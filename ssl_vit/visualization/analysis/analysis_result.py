@@ -45,15 +45,13 @@ class AnalysisResult(NamedTuple):
 def analyze_weights(models: dict[str, LoadedBackbone]) -> AnalysisResult:
     """What needs no image: position embeddings and patch filters."""
     found = AnalysisResult.none()
-    similarity = position_similarity(models[MODEL].backbone.vit)
+    similarity = position_similarity(models[MODEL].backbone)
     if similarity is None:
         found.left_out["positions"] = "the model has no learned position embeddings"
     else:
         found.panels["positions"] = position_panel(similarity)
         found.arrays[f"{MODEL}/positions"] = similarity
-    components = {
-        name: filter_components(loaded.backbone.vit.patch_embed.proj.weight) for name, loaded in models.items()
-    }
+    components = {name: filter_components(loaded.backbone.patch_filters()) for name, loaded in models.items()}
     found.panels["filters"] = filter_panel(components)
     for name, (filters, explained) in components.items():
         found.arrays.update({f"{name}/filters": filters, f"{name}/filters explained": explained})
@@ -67,7 +65,7 @@ def analyze_attention(observers: dict[str, Observer], seen: dict[str, Observatio
     """What the heads do, and the rollout."""
     found = AnalysisResult.none()
     uniform = uniform_distance(observers[MODEL].centers)
-    vit = observers[MODEL].backbone.vit
+    backbone = observers[MODEL].backbone
     readings = {name: observation.heads for name, observation in seen.items()}
     dataset = len(seen[MODEL].features)
     if all(observation.drawn[0].rollout is not None for observation in seen.values()):
@@ -79,9 +77,9 @@ def analyze_attention(observers: dict[str, Observer], seen: dict[str, Observatio
     entropy = _means(readings, "entropy")
     found.panels["entropy"] = entropy_panel(entropy, dataset)
     measured = {"distance": distance, "entropy": entropy}
-    if vit.num_prefix_tokens:
+    if backbone.num_prefix_tokens:
         masses = {name: heads.prefix.mean(0) for name, heads in readings.items()}  # (blocks, heads, prefix)
-        kinds = {"class token": int(vit.has_class_token), "register": vit.num_reg_tokens}
+        kinds = {"class token": backbone.num_prefix_tokens - backbone.num_registers, "register": backbone.num_registers}
         found.panels["prefix"] = prefix_panel(masses, kinds, len(observers[MODEL].centers), dataset)
         measured["prefix"] = {name: mass.sum(-1) for name, mass in masses.items()}
         found.arrays.update({f"{name}/prefix by token": mass for name, mass in masses.items()})

@@ -6,26 +6,25 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from ssl_vit.models.backbone import Backbone
 from ssl_vit.visualization.analysis.plots import TitledFigure, figure_to_image, new_figure, plain_style
 
 _TILES = 14  # a side at most: of finer grids some places are shown
 
 
-def position_similarity(vit: VisionTransformer) -> Tensor | None:
+def position_similarity(backbone: Backbone) -> Tensor | None:
     """Cosines between the position embeddings of all patches; those of class token and registers are left out.
 
     Returns:
         (rows, columns, rows, columns) float32, or None where positions are not learned.
     """
-    if vit.pos_embed is None:
+    embeddings = backbone.position_embeddings()
+    if embeddings is None:
         return None
-    rows, columns = vit.patch_embed.grid_size
-    embeddings = vit.pos_embed[0, -rows * columns :].detach().float().cpu()  # (N, D)
-    unit = F.normalize(embeddings, dim=-1)
-    return (unit @ unit.T).view(rows, columns, rows, columns)
+    unit = F.normalize(embeddings.float().cpu().flatten(0, 1), dim=-1)  # (N, D)
+    return (unit @ unit.T).view(*embeddings.shape[:2], *embeddings.shape[:2])
 
 
 def position_panel(similarity: Tensor) -> TitledFigure:

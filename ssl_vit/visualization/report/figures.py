@@ -11,7 +11,7 @@ from PIL import Image
 
 from ssl_vit.data.dataset import UnreadableImageError
 from ssl_vit.data.sources.decode import open_image
-from ssl_vit.models.checkpoint import LoadedBackbone, state_sha256
+from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.visualization.analysis.analysis_writer import INDEX
 from ssl_vit.visualization.analysis.plots import TitledFigure
@@ -94,7 +94,7 @@ def _is_of_another(content: dict[str, Any], loaded: LoadedBackbone) -> bool:
     """Whether it says so."""
     model = content.get("model")
     said = model.get("state_sha256") if isinstance(model, dict) else None
-    return said is not None and said != state_sha256(loaded.backbone.vit.state_dict())
+    return said is not None and said != loaded.backbone.state_sha256()
 
 
 def _how(content: dict[str, Any]) -> str:

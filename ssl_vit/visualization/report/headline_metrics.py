@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from ssl_vit.evaluation.results.result_reader import SavedMetric, SavedResult, SavedScore
-from ssl_vit.models.checkpoint import LoadedBackbone, state_sha256
+from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.visualization.report.schema import MetricRow, Rank
 
 CEILING = "patch ceiling"  # what the attention command calls it
@@ -26,7 +26,7 @@ def headlines_of(records: list[SavedResult], loaded: LoadedBackbone | None, fold
     """
     ranks = {task: rank for rank, task in enumerate(ORDER)}
     ordered = sorted(records, key=lambda record: ranks.get(record.task, len(ORDER)))
-    shown = None if loaded is None else state_sha256(loaded.backbone.vit.state_dict())
+    shown = None if loaded is None else loaded.backbone.state_sha256()
     alike = Counter((record.task, record.data.name) for record in records)
     headlines = []
     for record in ordered:

@@ -73,7 +73,7 @@ def known_images(run: RunFolder, config: ReportConfig) -> FeatureImages:
     Raises:
         UserError: There are none any more, or the model or its features are of no use.
     """
-    run.model.backbone.need_cls()
+    run.model.backbone.require_cls()
     if config.data.named:
         return _known(run, config, config.data)
     for record in sorted(run.records, key=lambda record: record.created, reverse=True):
@@ -122,7 +122,7 @@ def _known(run: RunFolder, config: ReportConfig, data: EvalDataConfig) -> Featur
     check_size(size, loaded.backbone.patch_size)
     transform = EvalTransform(size, data.crop_ratio, loaded.mean, loaded.std)
     split = build_feature_splits(data)
-    describe = BackboneExtractor(loaded, transform, blocks=min(BLOCKS, len(loaded.backbone.vit.blocks)))
+    describe = BackboneExtractor(loaded, transform, blocks=min(BLOCKS, loaded.backbone.num_blocks))
     stores = _stored(describe, split, features_folder(config.features, run.path), data_name(data))
     if stores is None:
         return _described_now(run, config, split.train, transform)

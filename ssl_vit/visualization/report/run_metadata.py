@@ -49,8 +49,8 @@ def run_caption(run: RunFolder) -> dict[str, str]:
     """The facts in a few words; those that are not known are left out."""
     essentials = {"method": METHODS.get(method := str(run.value("method.name") or ""), method)}
     if run.loaded is not None:
-        config, vit = run.loaded.backbone.config, run.loaded.backbone.vit
-        shape = f"{vit.embed_dim} wide, {len(vit.blocks)} blocks"
+        backbone, config = run.loaded.backbone, run.loaded.backbone.config
+        shape = f"{backbone.embed_dim} wide, {backbone.num_blocks} blocks"
         essentials["model"] = f"ViT, {shape}, {config.img_size} px in patches of {config.patch_size}"
         if run.loaded.step is not None:
             essentials["trained"] = f"{run.loaded.step:,} steps, epoch {run.loaded.epoch}"
@@ -67,7 +67,7 @@ def _near(path: Path) -> str:
 
 
 def _model(loaded: LoadedBackbone, run: RunFolder) -> dict[str, str]:
-    config, vit = loaded.backbone.config, loaded.backbone.vit
+    backbone, config = loaded.backbone, loaded.backbone.config
     params = sum(parameter.numel() for parameter in loaded.backbone.parameters())
     epoch = "" if loaded.epoch is None else f" (in epoch {loaded.epoch + 1})"
     reached = "" if loaded.step is None else f", after {loaded.step:,} steps{epoch}"
@@ -75,7 +75,7 @@ def _model(loaded: LoadedBackbone, run: RunFolder) -> dict[str, str]:
     here = f"{Path.cwd()}/"
     registers = f", {_counted(config.reg_tokens, 'register')}" if config.reg_tokens else ""
     return {
-        "model": f"{config.name}: width {vit.embed_dim}, {len(vit.blocks)} blocks, {vit.blocks[0].attn.num_heads} "
+        "model": f"{config.name}: width {backbone.embed_dim}, {backbone.num_blocks} blocks, {backbone.num_heads} "
         f"heads{registers}, images of {config.img_size} pixels in patches of {config.patch_size}",
         "parameters": f"{params:,}",
         "checkpoint": f"{loaded.source.removeprefix(here)}{reached}",

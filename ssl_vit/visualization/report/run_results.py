@@ -62,7 +62,7 @@ def open_run(path: Path, weights: Weights) -> RunFolder:
     config = _config(path, problems)
     loaded = None
     try:
-        loaded = on_best_device(load_backbone(str(path), weights, cls_needed=False))
+        loaded = on_best_device(load_backbone(str(path), weights, require_cls=False))
     except UserError as error:
         problems["model"] = str(error)
     return RunFolder(path, config, loaded, _records(path, problems), problems)

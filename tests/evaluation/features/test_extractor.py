@@ -74,7 +74,9 @@ def test_features_are_the_tokens_of_the_model(loaded, dataset, skipped, in_float
     tokens = loaded.backbone.vit.forward_features(x)  # (N, 1 + 2 + 9, D)
     torch.testing.assert_close(found.cls[:, -1], tokens[:, 0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.patch_mean, tokens[:, 3:].mean(1), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.cls[:, 0], loaded.backbone.last_blocks(x, 2)[0].cls, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found.cls[:, 0], loaded.backbone.get_intermediate_tokens(x, 2)[0].cls, rtol=1e-4, atol=1e-5
+    )
     assert torch.equal(found.labels, dataset.labels)
     assert torch.equal(found.index, torch.arange(len(dataset)))
     assert found.cls.dtype == torch.float32

@@ -25,7 +25,7 @@ from ssl_vit.evaluation.results.eval_result import (
 from ssl_vit.evaluation.results.provenance import data_name, model_name, record_path
 from ssl_vit.evaluation.results.statistics import wilson
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.checkpoint import LoadedBackbone, export_backbone, load_backbone, state_sha256
+from ssl_vit.models.checkpoint import LoadedBackbone, export_backbone, load_backbone
 
 METRIC = Metric("top-1, k=20", 0.5, 100, 0.404, 0.596)
 RECORD = EvalResult(
@@ -215,7 +215,7 @@ def test_a_record_says_which_model_it_was(exported):
     assert told["name"] == "tiny"
     assert told["run"] == str(exported)
     assert told["params"] == sum(parameter.numel() for parameter in loaded.backbone.parameters())
-    assert told["state_sha256"] == state_sha256(loaded.backbone.vit.state_dict())
+    assert told["state_sha256"] == loaded.backbone.state_sha256()
     assert (told["backbone"]["patch_size"], told["backbone"]["img_size"]) == (16, 32)
 
 

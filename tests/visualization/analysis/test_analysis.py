@@ -231,17 +231,18 @@ def test_filter_components_equal_numpys(shape):
 
 def test_position_similarity_leaves_out_class_token_and_registers():
     for registers in (0, 4):
-        vit = make_model(registers=registers).backbone.vit
+        backbone = make_model(registers=registers).backbone
+        vit = backbone.vit
         rows = torch.randn(4, 48)
         vit.pos_embed.data[0, -16:] = rows.repeat_interleave(4, 0)  # the same along each row
         vit.pos_embed.data[0, :-16] = 100
-        similarity = position_similarity(vit)
+        similarity = position_similarity(backbone)
         assert similarity.shape == (4, 4, 4, 4)
         expected = torch.nn.functional.cosine_similarity(rows[:, None], rows, dim=-1)
         torch.testing.assert_close(similarity[:, 0, :, 3], expected)
         torch.testing.assert_close(similarity[2, :, 2], torch.ones(4, 4))
     vit.pos_embed = None
-    assert position_similarity(vit) is None
+    assert position_similarity(backbone) is None
 
 
 def test_position_panel_shows_some_places_of_a_fine_grid():
