@@ -32,8 +32,8 @@ from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone, random_init
 from ssl_vit.runtime.device import best_device
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.progress import progress_bar
-from ssl_vit.visualization.overlays import OverlayInputs, image_grid, make_example
-from ssl_vit.visualization.segmentation_writer import Gallery, write_curves
+from ssl_vit.visualization.overlays import OverlayInputs, make_overlay_inputs, overlay_grid
+from ssl_vit.visualization.segmentation_writer import SegmentationWriter, plot_iou_curves
 
 SHEET_ROWS = 3  # of the best, the middle and the worst images each
 
@@ -74,7 +74,7 @@ def _segment(config: AttentionConfig, summary: Summary) -> AttentionSummary:
     dataset, truths = _images(config)
     models = _models(config, scored=truths is not None)
     places = range(len(dataset))[: config.limit]
-    gallery = Gallery(config.out, [dataset.name(place) for place in places])
+    gallery = SegmentationWriter(config.out, [dataset.name(place) for place in places])
     skipped, unscored = (_fresh_list(config.out / f"{name}_images.txt") for name in ("skipped", "unscored"))
     written = []
     start = time.perf_counter()
@@ -118,7 +118,7 @@ def _write_results(
     data = {"fingerprint": dataset.fingerprint(sizes=True), **counts}
     write_record(config, model, outcome.results, data=data, remarks=outcome.remarks, started=started)
     write_ious(config.out / "ious.npz", outcome.results, scored)
-    write_curves(config.out / "curve.png", outcome.results, config.attention_mass)
+    plot_iou_curves(config.out / "curve.png", outcome.results, config.attention_mass)
 
 
 def _images(config: AttentionConfig) -> tuple[ImageFolder, AnnotationSource | None]:
@@ -163,7 +163,9 @@ def _example(
     config: AttentionConfig, image: Tensor, objects: PredictedMasks, given: Annotation | None
 ) -> OverlayInputs:
     truth, counted = (given.object, given.counted) if given is not None else (None, None)
-    return make_example(image, objects.maps, config.attention_mass, truth, counted=counted, methods=objects.methods)
+    return make_overlay_inputs(
+        image, objects.maps, config.attention_mass, truth, valid=counted, methods=objects.methods
+    )
 
 
 class _Chosen(NamedTuple):
@@ -193,7 +195,7 @@ def select_examples(written: list[int], summary: Summary, results: list[MethodRe
 def _write_sheet(
     config: AttentionConfig,
     dataset: ImageFolder,
-    gallery: Gallery,
+    gallery: SegmentationWriter,
     truths: AnnotationSource | None,
     chosen: list[_Chosen],
 ) -> Path:
@@ -205,9 +207,9 @@ def _write_sheet(
             truths.annotation(dataset.name(place), (image.shape[-2], image.shape[-1])) if truths and caption else None
         )
         caption = f"{caption}\n{dataset.name(place)}".strip()
-        rows.append((caption, _example(config, image, gallery.objects(place), given)))
+        rows.append((caption, _example(config, image, gallery.load(place), given)))
     path = config.out / "sheet.jpg"
-    image_grid(rows).save(path, quality=90, subsampling=0)
+    overlay_grid(rows).save(path, quality=90, subsampling=0)
     return path
 
 

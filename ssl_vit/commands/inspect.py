@@ -39,7 +39,7 @@ from ssl_vit.visualization.analysis.analysis_result import (
 )
 from ssl_vit.visualization.analysis.analysis_writer import INDEX, write_findings
 from ssl_vit.visualization.analysis.cka import LinearCKA
-from ssl_vit.visualization.analysis.plots import TitledFigure
+from ssl_vit.visualization.image_grid import TitledFigure
 
 TWIN = 2**20  # far from any seed that a run starts from: with its first weights a twin would look like the model
 DRAWN = 4  # images

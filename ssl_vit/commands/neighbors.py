@@ -33,7 +33,7 @@ from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.atomic_io import atomic_write, write_json
 from ssl_vit.runtime.device import best_device
 from ssl_vit.runtime.errors import UserError
-from ssl_vit.visualization.neighbor_figure import Tile, neighbor_sheet
+from ssl_vit.visualization.neighbor_figure import NeighborTile, neighbor_figure
 
 DRAWN = 100  # rows of a sheet; the JSON has all queries
 
@@ -87,7 +87,7 @@ def main(config: NeighborsConfig) -> None:
     }
     write_json(config.out.with_suffix(".json"), content)
     with atomic_write(config.out) as file:
-        sheet = neighbor_sheet(_tiles(known, asked, found))
+        sheet = neighbor_figure(_tiles(known, asked, found))
         sheet.save(file, format="PNG" if config.out.suffix == ".png" else "JPEG", quality=90)
     print(_report(config, rows, how, {part.skipped.path: part.skipped.count() for part in (known, asked)}))
 
@@ -173,18 +173,18 @@ def _listed(known: FeatureSet, asked: FeatureSet, found: Neighbors) -> list[dict
     ]
 
 
-def _tiles(known: FeatureSet, asked: FeatureSet, found: Neighbors) -> list[list[Tile]]:
+def _tiles(known: FeatureSet, asked: FeatureSet, found: Neighbors) -> list[list[NeighborTile]]:
     """The rows of the sheet, their images read again."""
     rows = []
     for row, (places, cosines) in enumerate(
         zip(found.place[:DRAWN].tolist(), found.similarity[:DRAWN].tolist(), strict=True)
     ):
         wanted = asked.class_of(row) if asked.class_of(row) in known.dataset.classes else None
-        tiles = [Tile(asked.read(row), [asked.name(row), asked.class_of(row) or ""], None)]
+        tiles = [NeighborTile(asked.read(row), [asked.name(row), asked.class_of(row) or ""], None)]
         for place, cosine in zip(places, cosines, strict=True):
             named = known.class_of(place)
             lines = [f"{cosine:.3f}", named or known.name(place)]
-            tiles.append(Tile(known.read(place), lines, named == wanted if named and wanted else None))
+            tiles.append(NeighborTile(known.read(place), lines, named == wanted if named and wanted else None))
         rows.append(tiles)
     return rows
 

@@ -18,8 +18,8 @@ from ssl_vit.evaluation.segmentation.segmentation_evaluator import MODEL
 from ssl_vit.methods.sit_reconstruction import load_sit_model, reconstruct
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.training.run_dir import DATA, IMAGES
-from ssl_vit.visualization.analysis.plots import TitledFigure
 from ssl_vit.visualization.first_step_views import RunSettings, load_first_step, run_settings
+from ssl_vit.visualization.image_grid import TitledFigure
 from ssl_vit.visualization.reconstruction_figure import reconstruction_sheet
 from ssl_vit.visualization.reconstructions import compute_reconstructions, means
 from ssl_vit.visualization.views_figure import views_sheet

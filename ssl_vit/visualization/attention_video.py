@@ -22,7 +22,7 @@ from ssl_vit.models.attention_maps import attention_mass_mask, cls_attention, re
 from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.atomic_io import atomic_write
 from ssl_vit.runtime.errors import UserError
-from ssl_vit.visualization.image_grid import as_image
+from ssl_vit.visualization.image_grid import to_pil
 from ssl_vit.visualization.overlays import color_scale_max, draw_map
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class AttentionRenderer:
         tops = [color_scale_max(seen.map[None]) for seen in batch]
         for (frame, map_), own in zip(batch, tops, strict=True):
             self.top = median(tops) if self.top is None else CARRY * self.top + (1 - CARRY) * own
-            picture = as_image(frame.image, (frame.image.shape[-2], frame.image.shape[-1]))
+            picture = to_pil(frame.image, (frame.image.shape[-2], frame.image.shape[-1]))
             yield draw_map(picture, map_, attention_mass_mask(map_, self.mass), top=self.top)
 
 

@@ -1,56 +1,43 @@
-"""A sheet of images with their nearest beside them: a row per query."""
+"""Query images with their nearest neighbors beside them, one row per query."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from ssl_vit.visualization.image_grid import INK, PAPER, as_image, fitted, font, shortened
+from ssl_vit.visualization.image_grid import PAPER, captioned, fit_size, image_grid, legend, page, to_pil
 
-SIDE = 112  # pixels of a tile's longer side
-_CELL = SIDE + 20, SIDE + 44  # width and height with border and caption
-_APART = 24  # between query and neighbors
+TILE_SIDE = 112  # pixels of a tile's longer side
 _BORDER = 4
-_SAME, _OTHER = (0, 140, 100), (213, 94, 0)  # told apart by the color-blind, too
+_SAME, _OTHER = (0, 140, 100), (213, 94, 0)  # distinguishable with color blindness
+_QUERY_GAP = Image.new("RGB", (16, 1), PAPER)  # between query and neighbors
 
 
-class Tile(NamedTuple):
+class NeighborTile(NamedTuple):
     """One image of a row."""
 
     image: Tensor  # (C, H, W) uint8
-    lines: list[str]  # below it, two at most
-    same_class: bool | None  # as the query's; None for the query itself, or where one of the two is not known
+    caption: list[str]  # at most two lines
+    same_class: bool | None  # as the query; None for the query itself, or if a class is unknown
 
 
-def neighbor_sheet(rows: Sequence[Sequence[Tile]]) -> Image.Image:
-    """Rows of the query and then its neighbors, the nearest first; borders say whose class is the query's."""
-    columns = max(map(len, rows))
-    sheet = Image.new("RGB", (columns * _CELL[0] + _APART + 20, len(rows) * _CELL[1] + 54), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    draw.text((10, 8), "query", INK, font=font(13))
-    draw.text((10 + _CELL[0] + _APART, 8), "nearest, with their cosines", INK, font=font(13))
-    for row, tiles in enumerate(rows):
-        for column, tile in enumerate(tiles):
-            corner = 10 + column * _CELL[0] + (_APART if column else 0), 30 + row * _CELL[1]
-            _draw_tile(sheet, draw, tile, corner)
-    if any(tile.same_class is not None for tiles in rows for tile in tiles):
-        for place, (color, text) in enumerate(((_SAME, "the query's class"), (_OTHER, "another class"))):
-            left, top = 10 + 150 * place, sheet.height - 22
-            draw.rectangle((left, top + 2, left + 12, top + 14), outline=color, width=_BORDER)
-            draw.text((left + 20, top), text, INK, font=font(13))
-    return sheet
+def neighbor_figure(rows: Sequence[Sequence[NeighborTile]]) -> Image.Image:
+    """Draw each query and its neighbors, the nearest first; border colors show whether they share its class."""
+    tiles = [[_draw_tile(tile) for tile in row] for row in rows]
+    grid = image_grid(
+        [[query, _QUERY_GAP, *neighbors] for query, *neighbors in tiles],
+        column_titles=["query", "", "nearest, with cosine similarities"],
+        align_bottom=True,
+    )
+    if all(tile.same_class is None for row in rows for tile in row):
+        return page([grid])
+    return page([grid, legend({"class of the query": _SAME, "another class": _OTHER})])
 
 
-def _draw_tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, corner: tuple[int, int]) -> None:
-    image = as_image(tile.image, fitted(tile.image, SIDE))
-    left, top = corner[0] + (SIDE - image.width) // 2 + _BORDER, corner[1] + SIDE - image.height + _BORDER
-    sheet.paste(image, (left, top))
-    if tile.same_class is not None:
-        box = left - _BORDER, top - _BORDER, left + image.width + _BORDER - 1, top + image.height + _BORDER - 1
-        draw.rectangle(box, outline=_SAME if tile.same_class else _OTHER, width=_BORDER)
-    for line, text in enumerate(tile.lines):
-        place = corner[0] + _BORDER, corner[1] + SIDE + 2 * _BORDER + 15 * line
-        draw.text(place, shortened(text, SIDE), INK, font=font(13))
+def _draw_tile(tile: NeighborTile) -> Image.Image:
+    color = {None: PAPER, True: _SAME, False: _OTHER}[tile.same_class]
+    image = ImageOps.expand(to_pil(tile.image, fit_size(tile.image, TILE_SIDE)), _BORDER, color)
+    return captioned(image, tile.caption, max_width=TILE_SIDE)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from torch import Tensor
 
-from ssl_vit.visualization.image_grid import INK, PAPER, as_image, font
+from ssl_vit.visualization.image_grid import INK, PAPER, font, to_pil
 from ssl_vit.visualization.reconstructions import Distance, Reconstruction, means
 
 GAP, TILE, STEP = 10, 132, 140
@@ -85,7 +85,7 @@ def _legend(sheet: Image.Image, corner: tuple[int, int]) -> None:
 
 
 def _tile(image: Tensor) -> Image.Image:
-    return as_image((image * 255).round().byte(), (TILE, TILE))
+    return to_pil((image * 255).round().byte(), (TILE, TILE))
 
 
 def _error_tile(error: Tensor, hidden: Tensor) -> Image.Image:

@@ -19,7 +19,7 @@ from ssl_vit.models.attention_maps import upsample_mask
 from ssl_vit.visualization.overlays import OverlayInputs, head_figure, overlay
 
 
-class Gallery:
+class SegmentationWriter:
     """Writes one image's files at a time.
 
     `maps/` holds NumPy arrays; `masks/mean/`, `masks/head0/`, ... (attention), `masks/lost/`, ... (other methods) and
@@ -60,7 +60,7 @@ class Gallery:
         overlay(example).save(self._place("overlays", index, ".jpg"), quality=90, subsampling=0)
         head_figure(example).save(self._place("heads", index, ".jpg"), quality=90, subsampling=0)
 
-    def objects(self, index: int) -> PredictedMasks:
+    def load(self, index: int) -> PredictedMasks:
         """What was written for an image; refined soft maps are not kept, their masks stand for them."""
         with np.load(self._place("maps", index, ".npz")) as arrays:
             values = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
@@ -81,7 +81,7 @@ class Gallery:
 RULES = {"oracle head": "#8a5a00", "fixed head": "#0057a8", "mean": "#b3003c"}
 
 
-def write_curves(path: Path, results: list[MethodResult], mass: float) -> None:
+def plot_iou_curves(path: Path, results: list[MethodResult], mass: float) -> None:
     """Each head rule of the model (solid) and of its random-init model (dashed), beside the center prior.
 
     Args:

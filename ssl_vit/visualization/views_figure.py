@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ssl_vit.visualization.first_step_views import FirstStepViews
-from ssl_vit.visualization.image_grid import INK, PAPER, as_image, fitted, font, shortened
+from ssl_vit.visualization.image_grid import INK, PAPER, fit_size, font, shortened, to_pil
 
 GAP = 10
 IMAGE, GLOBAL, LOCAL, PUZZLE = 210, 132, 62, 122  # pixels of a tile's longer side
@@ -96,7 +96,7 @@ def _sit_row(one: FirstStepViews) -> Image.Image:
 
 def _with_image(one: FirstStepViews, width: int, height: int) -> tuple[Image.Image, int]:
     """A row with the image at its left, and how high it is."""
-    size = fitted(one.image, IMAGE)
+    size = fit_size(one.image, IMAGE)
     height = max(height, size[0] + 2 * TEXT) + GAP
     row = Image.new("RGB", (width, height), PAPER)
     row.paste(_framed(one, size), (GAP, 0))
@@ -109,7 +109,7 @@ def _with_image(one: FirstStepViews, width: int, height: int) -> tuple[Image.Ima
 
 def _framed(one: FirstStepViews, size: tuple[int, int]) -> Image.Image:
     """The image at this height and width with the numbered frames of its views; the global ones lie above."""
-    image = as_image(one.image, size)
+    image = to_pil(one.image, size)
     draw = ImageDraw.Draw(image)
     factor = size[0] / one.image.shape[1], size[1] / one.image.shape[2]
     for number, (top, left, height, width) in reversed(list(enumerate(one.boxes))):
@@ -123,7 +123,7 @@ def _framed(one: FirstStepViews, size: tuple[int, int]) -> Image.Image:
 
 def _paste_view(row: Image.Image, view: Tensor, number: int, place: tuple[int, int], side: int) -> None:
     """A view (C, S, S) in [0, 1] as a square tile in the frame of its color, with its number."""
-    tile = as_image((view * 255).round().byte(), (side, side))
+    tile = to_pil((view * 255).round().byte(), (side, side))
     draw = ImageDraw.Draw(tile)
     draw.rectangle((0, 0, side - 1, side - 1), outline=_color(number), width=3 if side > LOCAL else 2)
     _tag(draw, number, (0, 0))

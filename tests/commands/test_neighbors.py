@@ -16,7 +16,7 @@ from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.classification.ann_index import Index
 from ssl_vit.evaluation.features.extractor import extract
 from ssl_vit.models.checkpoint import load_backbone
-from ssl_vit.visualization.neighbor_figure import SIDE, Tile, neighbor_sheet
+from ssl_vit.visualization.neighbor_figure import TILE_SIDE, NeighborTile, neighbor_figure
 from tests.reference import probes
 
 
@@ -64,7 +64,7 @@ def test_the_nearest_of_an_image_among_unlabeled_ones(words, flat, tmp_path, cap
     assert content["search"] == {"index": "exact", "k": 5}
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.format == "PNG"
-        assert sheet.width > 6 * SIDE
+        assert sheet.width > 6 * TILE_SIDE
     printed = capsys.readouterr().out
     assert str(tmp_path / "sheet.json") in printed
     assert sorted(file.name for file in tmp_path.iterdir()) == ["features", "flat", "sheet.json", "sheet.png"]
@@ -168,7 +168,9 @@ def test_a_jpeg_sheet(words, flat, tmp_path):
 def test_borders_say_whose_class_is_the_querys():
     def colors(*same):
         gray = torch.full((1, 40, 80), 128, dtype=torch.uint8)
-        sheet = np.asarray(neighbor_sheet([[Tile(gray, ["a"], None), *(Tile(gray, ["b"], one) for one in same)]]))
+        sheet = np.asarray(
+            neighbor_figure([[NeighborTile(gray, ["a"], None), *(NeighborTile(gray, ["b"], one) for one in same)]])
+        )
         return {tuple(color) for color in sheet[:-30].reshape(-1, 3).tolist()}  # without the legend
 
     green, orange = (0, 140, 100), (213, 94, 0)

@@ -25,7 +25,7 @@ from ssl_vit.runtime.atomic_io import atomic_write
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.training.loggers import ResumableWandbLogger
 from ssl_vit.training.run_dir import RunState
-from ssl_vit.visualization.overlays import image_grid, make_example
+from ssl_vit.visualization.overlays import make_overlay_inputs, overlay_grid
 from ssl_vit.visualization.reconstruction_figure import reconstruction_sheet
 from ssl_vit.visualization.reconstructions import compute_reconstructions
 
@@ -157,8 +157,8 @@ class ImageLogger(L.Callback):
             maps = cls_attention(backbone, x)[0, 0].cpu()  # (heads, rows, columns)
             if not maps.isfinite().all():
                 raise UserError("the attention is not finite")
-            rows.append((name, make_example(fitted, maps, MASS, None)))
-        return image_grid(rows)
+            rows.append((name, make_overlay_inputs(fitted, maps, MASS, None)))
+        return overlay_grid(rows)
 
     def _reconstruction(self, model: SiTModel, method: SiTConfig) -> Image.Image:
         crops = torch.stack([one.crop for one in self.shown])  # (B, C, S, S)

@@ -16,9 +16,9 @@ from ssl_vit.visualization.analysis.feature_spectrum import spectrum, spectrum_p
 from ssl_vit.visualization.analysis.head_figures import distance_panel, diversity_panel, entropy_panel, prefix_panel
 from ssl_vit.visualization.analysis.head_statistics import uniform_distance
 from ssl_vit.visualization.analysis.patch_filters import filter_components, filter_panel
-from ssl_vit.visualization.analysis.plots import TitledFigure
 from ssl_vit.visualization.analysis.position_embeddings import position_panel, position_similarity
 from ssl_vit.visualization.analysis.token_norms import OUTLIER, NormMap, norms_panel, worst_block
+from ssl_vit.visualization.image_grid import TitledFigure
 
 
 class AnalysisResult(NamedTuple):

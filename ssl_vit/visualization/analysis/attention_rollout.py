@@ -10,9 +10,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ssl_vit.visualization.analysis.head_statistics import attention_rows
-from ssl_vit.visualization.analysis.plots import TitledFigure
-from ssl_vit.visualization.image_grid import INK, PAPER, as_image, fitted, font
-from ssl_vit.visualization.overlays import at_size, blend_heatmap
+from ssl_vit.visualization.image_grid import INK, PAPER, TitledFigure, fit_size, font, to_pil
+from ssl_vit.visualization.overlays import blend_heatmap, resize_map
 
 _SIDE = 330  # pixels of a tile's longer side
 _GAP = 12
@@ -70,7 +69,7 @@ def rollout_panel(rows: list[Rolled]) -> TitledFigure:
     if random:  # flat beside the model's, not stretched until it looks like something
         tops[2] = max(tops[1:])
         tops[1] = tops[2]
-    size = fitted(rows[0].image, _SIDE)
+    size = fit_size(rows[0].image, _SIDE)
     cell, header = (size[1] + _GAP, size[0] + _GAP), 72
     sheet = Image.new("RGB", ((len(columns) + 1) * cell[0] + _GAP, header + len(rows) * cell[1]), PAPER)
     draw = ImageDraw.Draw(sheet)
@@ -79,12 +78,10 @@ def rollout_panel(rows: list[Rolled]) -> TitledFigure:
         draw.multiline_text((_GAP + place * cell[0], 8), caption, INK, font=font(25))
     for line, row in enumerate(rows):
         upper = header + line * cell[1]
-        sheet.paste(as_image(row.image, size), (_GAP, upper))
+        sheet.paste(to_pil(row.image, size), (_GAP, upper))
         for place, (maps, top) in enumerate(zip(columns.values(), tops, strict=True)):
-            heat = at_size(maps[line], size) * maps[line].numel() / top
-            sheet.paste(
-                blend_heatmap(as_image(row.image, size), heat.clip(0, 1)), (_GAP + (place + 1) * cell[0], upper)
-            )
+            heat = resize_map(maps[line], size) * maps[line].numel() / top
+            sheet.paste(blend_heatmap(to_pil(row.image, size), heat.clip(0, 1)), (_GAP + (place + 1) * cell[0], upper))
     text = (
         "Bright is what the class token draws on: in the last block alone (mean over its heads), and through all "
         "blocks, with half of every step passing by in the residual branch (attention rollout, Abnar & Zuidema 2020). "

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ssl_vit.visualization.analysis.plots import TitledFigure, square_maps
+from ssl_vit.visualization.image_grid import TitledFigure
+from ssl_vit.visualization.plots import square_maps
 
 MINIBATCH = 256  # images; as Nguyen et al. 2021
 FEWEST = 4  # that the unbiased estimate is defined for

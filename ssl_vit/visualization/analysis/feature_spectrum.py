@@ -8,14 +8,8 @@ import torch
 from torch import Tensor
 
 from ssl_vit.models.feature_statistics import effective_rank
-from ssl_vit.visualization.analysis.plots import (
-    COLORS,
-    TitledFigure,
-    figure_to_image,
-    new_figure,
-    plain_style,
-    style_axes,
-)
+from ssl_vit.visualization.image_grid import TitledFigure
+from ssl_vit.visualization.plots import COLORS, figure_to_image, new_figure, plain_style, style_axes
 
 
 class Spectrum(NamedTuple):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ssl_vit.evaluation.segmentation.segmentation_evaluator import MODEL
-from ssl_vit.visualization.analysis.plots import TitledFigure, head_chart
+from ssl_vit.visualization.image_grid import TitledFigure
+from ssl_vit.visualization.plots import head_chart
 
 _PATCHES = "Attention among the patches alone, class token and registers dropped and the rest scaled to sum 1."
 

@@ -10,14 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import StrMethodFormatter
 from torch import Tensor
 
-from ssl_vit.visualization.analysis.plots import (
-    COLORS,
-    TitledFigure,
-    figure_to_image,
-    new_figure,
-    plain_style,
-    style_axes,
-)
+from ssl_vit.visualization.image_grid import TitledFigure
+from ssl_vit.visualization.plots import COLORS, figure_to_image, new_figure, plain_style, style_axes
 
 SHOWN = 28  # components, as many as the ViT paper shows
 _COLUMNS = 7

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.visualization.analysis.plots import TitledFigure, figure_to_image, new_figure, plain_style
+from ssl_vit.visualization.image_grid import TitledFigure
+from ssl_vit.visualization.plots import figure_to_image, new_figure, plain_style
 
 _TILES = 14  # a side at most: of finer grids some places are shown
 

@@ -7,16 +7,8 @@ from typing import NamedTuple
 from matplotlib.figure import SubFigure
 from torch import Tensor
 
-from ssl_vit.visualization.analysis.plots import (
-    COLORS,
-    OTHER,
-    TitledFigure,
-    block_axis,
-    figure_to_image,
-    new_figure,
-    plain_style,
-)
-from ssl_vit.visualization.image_grid import as_image
+from ssl_vit.visualization.image_grid import TitledFigure, to_pil
+from ssl_vit.visualization.plots import COLORS, OTHER, block_axis, figure_to_image, new_figure, plain_style
 
 OUTLIER = 3.0  # times the median norm of the image's patch tokens behind the same block
 LEVELS = (0.05, 0.5, 0.95, 1.0)  # quantiles that are kept of each image
@@ -99,7 +91,7 @@ def _draw_maps(figure: SubFigure, maps: list[NormMap], block: int) -> None:
     top = max(float(norms.max()) for _, norms in maps)
     drawn = None
     for (above, below), (picture, norms) in zip(grid.T, maps, strict=True):
-        above.imshow(as_image(picture, (picture.shape[-2], picture.shape[-1])))
+        above.imshow(to_pil(picture, (picture.shape[-2], picture.shape[-1])))
         drawn = below.imshow(norms.numpy(), cmap="cividis", vmin=0, vmax=top)
         for axes in (above, below):
             axes.set_xticks([])

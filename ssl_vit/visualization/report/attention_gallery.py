@@ -16,8 +16,8 @@ from ssl_vit.evaluation.segmentation.iou import center_prior, downsample_mask, i
 from ssl_vit.evaluation.segmentation.mask_methods import METHODS, NEED_CLS, make_segmenters
 from ssl_vit.models.attention_maps import LastBlockFeatures, attention_mass_mask
 from ssl_vit.runtime.errors import UserError
-from ssl_vit.visualization.image_grid import as_image, fitted
-from ssl_vit.visualization.overlays import make_example
+from ssl_vit.visualization.image_grid import fit_size, to_pil
+from ssl_vit.visualization.overlays import make_overlay_inputs
 from ssl_vit.visualization.report.image_sources import GalleryImages, shown_images, skipped_list, skipped_text
 from ssl_vit.visualization.report.run_results import RunFolder
 from ssl_vit.visualization.report.schema import GalleryImage, Segmented
@@ -88,9 +88,9 @@ def _truth(truths: MaskFolder | None, shown: GalleryImages, seen: Seen) -> Tenso
 def _attended(shown: GalleryImages, seen: Seen, truth: Tensor | None, mass: float) -> GalleryImage:
     maps = seen.sights[0].cls
     assert maps is not None  # the model has a class token
-    example = make_example(seen.image, maps, mass, truth)
-    size = fitted(seen.image, min(SIDE, max(seen.image.shape[-2:])))
-    return GalleryImage(shown.dataset.name(seen.place), as_image(seen.image, size), maps, truth, example.ious)
+    example = make_overlay_inputs(seen.image, maps, mass, truth)
+    size = fit_size(seen.image, min(SIDE, max(seen.image.shape[-2:])))
+    return GalleryImage(shown.dataset.name(seen.place), to_pil(seen.image, size), maps, truth, example.ious)
 
 
 def _segmented(shown: GalleryImages, masked: list[tuple[Seen, Tensor | None]], mass: float) -> list[Segmented]:
@@ -107,8 +107,8 @@ def _segmented(shown: GalleryImages, masked: list[tuple[Seen, Tensor | None]], m
         masks |= {name: segmenter(sight).mask for name, segmenter in segmenters.items()}
         counted = pool_mask_to_patches(truth, (sight.keys.shape[1], sight.keys.shape[2]))
         ious = dict(zip(masks, iou(torch.stack([*masks.values()]), counted).tolist(), strict=True))
-        size = fitted(seen.image, min(SIDE, max(seen.image.shape[-2:])))
-        image = as_image(seen.image, size)
+        size = fit_size(seen.image, min(SIDE, max(seen.image.shape[-2:])))
+        image = to_pil(seen.image, size)
         dataset.append(Segmented(shown.dataset.name(seen.place), image, truth, masks, ious))
     return dataset
 

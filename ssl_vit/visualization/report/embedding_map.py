@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssl_vit.data.dataset import UnreadableImageError, evenly_spaced
 from ssl_vit.runtime.errors import UserError
-from ssl_vit.visualization.image_grid import as_image, fitted
+from ssl_vit.visualization.image_grid import fit_size, to_pil
 from ssl_vit.visualization.report.image_sources import FeatureImages
 from ssl_vit.visualization.report.nearest_images import tile
 from ssl_vit.visualization.report.schema import FeatureMap
@@ -34,7 +34,7 @@ def embedding_map(known: FeatureImages, *, points: int, projection: Literal["pca
         except UnreadableImageError:
             continue
         rows.append(row)
-        images.append(as_image(image, fitted(image, min(SIDE, max(image.shape[-2:])))))
+        images.append(to_pil(image, fit_size(image, min(SIDE, max(image.shape[-2:])))))
     if len(rows) < 3:
         raise UserError("Fewer than three images can be read: there is nothing to spread over a plane.")
     kept = features.take(torch.tensor(rows))

@@ -14,7 +14,7 @@ from ssl_vit.data.sources.decode import open_image
 from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.visualization.analysis.analysis_writer import INDEX
-from ssl_vit.visualization.analysis.plots import TitledFigure
+from ssl_vit.visualization.image_grid import TitledFigure
 
 SIDE = 1300  # pixels of the longer side
 RECONSTRUCTION = "reconstruction"  # how the names of such drawings begin

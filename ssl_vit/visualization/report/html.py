@@ -13,8 +13,8 @@ import yaml
 from markupsafe import Markup, escape
 
 from ssl_vit.evaluation.segmentation.iou import pool_mask_to_patches
-from ssl_vit.visualization.analysis.plots import TitledFigure
-from ssl_vit.visualization.overlays import COLORS, LEAST_TOP
+from ssl_vit.visualization.image_grid import COLOR_MAP, TitledFigure
+from ssl_vit.visualization.overlays import MIN_SCALE_MAX
 from ssl_vit.visualization.report.encode import (
     Embedded,
     as_bytes,
@@ -114,10 +114,10 @@ def _sections(content: ReportData) -> list[Section]:
 
 def _data(content: ReportData) -> dict[str, Any]:
     """What the scripts compute with."""
-    ramp = matplotlib.colormaps[COLORS](np.arange(256), bytes=True)[:, :3]
+    ramp = matplotlib.colormaps[COLOR_MAP](np.arange(256), bytes=True)[:, :3]
     return {
         "mass": content.mass,
-        "leastTop": LEAST_TOP,
+        "leastTop": MIN_SCALE_MAX,
         "colors": as_bytes(np.ascontiguousarray(ramp)),
         "heads": _head_names(content.attended),
         "attended": [_attended(seen) for seen in content.attended],

@@ -12,7 +12,7 @@ from ssl_vit.evaluation.classification.nearest_neighbors import Neighbors, choos
 from ssl_vit.evaluation.features.feature_export import FeatureSplit
 from ssl_vit.runtime.device import best_device
 from ssl_vit.runtime.errors import UserError
-from ssl_vit.visualization.image_grid import as_image, fitted
+from ssl_vit.visualization.image_grid import fit_size, to_pil
 from ssl_vit.visualization.report.image_sources import FeatureImages
 from ssl_vit.visualization.report.schema import Near
 
@@ -108,7 +108,7 @@ def _row(queries: FeatureSplit, bank: FeatureSplit, found: Neighbors, row: int) 
         label = int(part.features.labels[place])
         nears.append(
             Near(
-                as_image(image, fitted(image, min(SIDE, max(image.shape[-2:])))),
+                to_pil(image, fit_size(image, min(SIDE, max(image.shape[-2:])))),
                 part.dataset.name(int(part.features.index[place])),
                 part.dataset.classes[label] if label >= 0 else None,
                 similarity,

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_vit.evaluation.results.eval_result import json_safe
-from ssl_vit.visualization.analysis.plots import TitledFigure
+from ssl_vit.visualization.image_grid import TitledFigure
 
 
 class Rank(Enum):

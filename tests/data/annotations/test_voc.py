@@ -13,7 +13,7 @@ from ssl_vit.data.annotations.object_masks import MaskFolder, MissingMaskError
 from ssl_vit.data.annotations.voc import VOCDataset, read_boxes
 from ssl_vit.models.attention_maps import attention_mass_mask, upsample_mask
 from ssl_vit.runtime.errors import UserError
-from ssl_vit.visualization.segmentation_writer import Gallery
+from ssl_vit.visualization.segmentation_writer import SegmentationWriter
 
 SIZE = (40, 56)  # height and width
 NAMES = ["2007_000001", "2007_000002", "2007_000003"]
@@ -84,10 +84,10 @@ def run(voc: Path, tiny_model: Path, out: Path, *words: str) -> dict:
 
 def test_jaccard_is_that_of_the_best_head_of_each_object(voc, tiny_model, tmp_path, capsys):
     record = run(voc, tiny_model, tmp_path / "out", "split=val", "methods=[attention,lost]")
-    gallery = Gallery(tmp_path / "out", [f"{name}.jpg" for name in NAMES])
+    gallery = SegmentationWriter(tmp_path / "out", [f"{name}.jpg" for name in NAMES])
     oracle, by_mean = [], []
     for place in range(3):
-        maps = gallery.objects(place).maps
+        maps = gallery.load(place).maps
         masks = upsample_mask(attention_mass_mask(torch.cat([maps, maps.mean(0, keepdim=True)]), 0.6), SIZE).numpy()
         values = instances(place)
         ious = []

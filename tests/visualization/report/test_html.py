@@ -15,7 +15,7 @@ from PIL import Image
 
 from ssl_vit.evaluation.segmentation.iou import iou, pool_mask_to_patches
 from ssl_vit.models.attention_maps import attention_mass_mask, upsample_mask
-from ssl_vit.visualization.analysis.plots import TitledFigure
+from ssl_vit.visualization.image_grid import TitledFigure
 from ssl_vit.visualization.report.encode import as_json, map_bytes, outline
 from ssl_vit.visualization.report.html import render
 from ssl_vit.visualization.report.schema import (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import matplotlib.style
 import numpy as np
@@ -125,11 +124,3 @@ def _write_values(axes: Axes, matrix: Tensor, span: tuple[float, float]) -> None
         for column, value in enumerate(values):
             color = INK if value > middle else "white"
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
-
-
-class TitledFigure(NamedTuple):
-    """A drawing with what it shows."""
-
-    title: str
-    image: Image.Image  # RGB
-    text: str  # how to read it; it is also what is read out in the drawing's place
