@@ -68,9 +68,11 @@ def train(config: PretrainConfig, plan: TrainingPlan, method: SSLMethod, start: 
     steps = SkippedSteps(
         JSONLWriter(folder / "skipped_steps.jsonl", start.done), start.dataset, budget=config.trainer.max_skipped_steps
     )
+    verdicts = check_config(config.method, plan, method.peak_lr)
     health = HealthMonitor(
-        method.prototypes,
+        method.health_checks(),
         JSONLWriter(folder / "health.jsonl", start.done),
+        config_warnings=verdicts,
         first_step=method.warmup_steps,
         every=plan.log_every,
     )
@@ -94,9 +96,6 @@ def train(config: PretrainConfig, plan: TrainingPlan, method: SSLMethod, start: 
     )
     if trainer.is_global_zero:
         write_run_metadata(config, start.dataset)
-        verdicts = check_config(config.method, plan, method.peak_lr)
-        for verdict in [] if start.done else verdicts:
-            health.journal.write(0, **verdict._asdict())
         print(startup_summary(config, plan, method, start, verdicts, online), flush=True)
     with translate_training_errors(keeper):
         trainer.fit(method, loader, ckpt_path=start.checkpoint, weights_only=True)
@@ -110,7 +109,7 @@ def train(config: PretrainConfig, plan: TrainingPlan, method: SSLMethod, start: 
         target = load_backbone(str(folder)).backbone
         export_backbone(target, folder / "backbone.safetensors", mean=views.mean, std=views.std, source=source)
         said = [*online.summary(), *panels.summary()]
-        print(final_summary(folder, trainer.global_step, plan, health.verdict, steps, skipped, said))
+        print(final_summary(folder, trainer.global_step, plan, health.current, steps, skipped, said))
         if outcome := signals.pass_on():
             print(outcome)
     return folder

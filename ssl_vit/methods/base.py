@@ -17,6 +17,7 @@ from ssl_vit.config.pretrain import BackboneConfig, DINOConfig, SiTConfig, Train
 from ssl_vit.data.batch import Batch
 from ssl_vit.data.transforms.color import ColorAugmentation
 from ssl_vit.methods.gradient_clipping import FiniteCheck, clip_grad_per_parameter
+from ssl_vit.methods.health import HealthCheck, check_feature_std
 from ssl_vit.methods.schedules import Schedule, cosine
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.checkpoint import CHECKPOINT_KEY
@@ -113,10 +114,9 @@ class SSLMethod(L.LightningModule):
     def flops(self) -> int:
         """FLOP per image of a training step."""
 
-    @property
-    def prototypes(self) -> int | None:
-        """Number of classes that the method sorts images into by itself, if it does."""
-        return None
+    def health_checks(self) -> list[HealthCheck]:
+        """Return the checks of a row of metrics, most important first."""
+        return [check_feature_std]
 
     @property
     def peak_lr(self) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,6 +15,7 @@ from ssl_vit.losses.factored_logits import FactoredLogits
 from ssl_vit.methods.base import SSLMethod, StepResult, TrainingPlan, make_backbone, stack_views
 from ssl_vit.methods.flops import flops_per_image
 from ssl_vit.methods.heads import DINOHead
+from ssl_vit.methods.health import HealthCheck, check_assignments, check_teacher_distance
 from ssl_vit.methods.schedules import Schedule, cosine, teacher_temperature
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.ema import init_teacher, relative_parameter_distance, update_ema
@@ -69,9 +72,9 @@ class DINO(SSLMethod):
     def target(self) -> Backbone:
         return self.teacher.backbone
 
-    @property
-    def prototypes(self) -> int:
-        return self.config.head.prototypes
+    def health_checks(self) -> list[HealthCheck]:
+        assignments = partial(check_assignments, prototypes=self.config.head.prototypes)
+        return [check_teacher_distance, assignments, *super().health_checks()]
 
     def step(self, global_views: Tensor, local_views: Tensor, batch: Batch) -> StepResult:
         views = global_views.shape[1] + local_views.shape[1]

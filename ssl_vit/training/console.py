@@ -8,9 +8,9 @@ from pathlib import Path
 from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.dataset import SkippedImageLog
 from ssl_vit.methods.base import SSLMethod, TrainingPlan, make_plan
+from ssl_vit.methods.health import HealthWarning
 from ssl_vit.methods.schedules import Schedule
 from ssl_vit.runtime.text import pluralize
-from ssl_vit.training.callbacks.health_monitor import HealthWarning
 from ssl_vit.training.callbacks.online_eval import OnlineEval
 from ssl_vit.training.callbacks.skipped_steps import SkippedSteps
 from ssl_vit.training.run_dir import RunState

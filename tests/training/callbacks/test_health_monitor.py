@@ -3,15 +3,17 @@
 import json
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
 
 from ssl_vit.commands.pretrain import pretrain
 from ssl_vit.methods.base import make_plan
+from ssl_vit.methods.health import check_assignments, check_feature_std, check_teacher_distance
 from ssl_vit.models.ema import relative_parameter_distance
 from ssl_vit.models.feature_statistics import alignment, effective_rank, feature_std, uniformity
-from ssl_vit.training.callbacks.health_monitor import judge
+from ssl_vit.training.callbacks.health_monitor import check_metrics
 from ssl_vit.training.config_check import check_config
 from ssl_vit.training.trainer import build_method
 from tests.helpers.cli import rows, state
@@ -87,17 +89,20 @@ def test_the_verdicts_stand_before_the_run(pretrain_config, capsys):
     ],
 )
 def test_each_verdict_has_its_name(numbers, name):
-    verdict = judge(HEALTHY | numbers, prototypes=1024, first_loss=4.0)
+    checks = [check_teacher_distance, partial(check_assignments, prototypes=1024), check_feature_std]
+    verdict = check_metrics(HEALTHY | numbers, checks, first_loss=4.0)
     assert verdict is None if name is None else verdict.name == name
     if name:
         assert verdict.remedy
 
 
 def test_a_method_without_prototypes_is_judged_by_its_features():
-    assert judge({"train/loss": 4.0, "train/spread": 0.9}, prototypes=None, first_loss=None) is None
-    verdict = judge({"train/loss": 4.0, "train/spread": 0.0}, prototypes=None, first_loss=None)
+    checks = [check_feature_std]
+    assert check_metrics({"train/loss": 4.0, "train/spread": 0.9}, checks, first_loss=None) is None
+    verdict = check_metrics({"train/loss": 4.0, "train/spread": 0.0}, checks, first_loss=None)
     assert verdict.name == "features-collapse"
-    assert judge({"train/loss": -1.0, "train/spread": 0.9}, None, first_loss=-1.5) is None  # learned weights
+    # A loss with learned weights can be negative.
+    assert check_metrics({"train/loss": -1.0, "train/spread": 0.9}, checks, first_loss=-1.5) is None
 
 
 DRIVEN = {
