@@ -31,15 +31,8 @@ from ssl_vit.config.evaluate import (
     NeighborsConfig,
     TransferConfig,
 )
-from ssl_vit.config.pretrain import (
-    BenchConfig,
-    DemoConfig,
-    ExportConfig,
-    PretrainConfig,
-    ScanConfig,
-    ShardConfig,
-    StrictConfig,
-)
+from ssl_vit.config.pretrain import BenchConfig, DemoConfig, ExportConfig, PretrainConfig, ScanConfig, ShardConfig
+from ssl_vit.config.types import StrictConfig
 from ssl_vit.config.visualize import AttentionConfig, InspectConfig, PropagateConfig, ReportConfig, VideoConfig
 from ssl_vit.runtime.errors import AllRanksError, UserError
 
@@ -192,11 +185,11 @@ def _plain(error: Exception) -> str:
 def _describe(error: ValidationError, values: dict[str, Any]) -> str:
     """One line per mistake: the dotted key, what is wrong with it, and for an unknown key the nearest valid one."""
     mistakes = error.errors(include_url=False)
-    unknown = {_dotted(m["loc"]) for m in mistakes if m["type"] == "extra_forbidden"}
+    unknown = {".".join(map(str, m["loc"])) for m in mistakes if m["type"] == "extra_forbidden"}
     known = [key for key in _keys(values) if not any(f"{key}.".startswith(f"{other}.") for other in unknown)]
     lines = []
     for mistake in mistakes:
-        key = _dotted(mistake["loc"])
+        key = ".".join(map(str, mistake["loc"]))
         message = mistake["msg"].removeprefix("Value error, ")
         message = message[:1].lower() + message[1:]
         if key in unknown:
@@ -214,15 +207,6 @@ def key_similarity(key: str, other: str) -> float:
     """How near two dotted keys are, in their last names and as a whole."""
     names = key.rpartition(".")[2], other.rpartition(".")[2]
     return sum(difflib.SequenceMatcher(None, a, b).ratio() for a, b in (names, (key, other)))
-
-
-def _dotted(place: tuple[int | str, ...]) -> str:
-    """`method.dino.head.layers` as the user wrote it: without the name that pydantic puts in for the chosen method."""
-    parts = [str(part) for part in place]
-    return ".".join(part for i, part in enumerate(parts) if not (i == 1 and parts[0] == "method" and part in _METHODS))
-
-
-_METHODS = ("dino", "sit")
 
 
 def _keys(values: dict[str, Any], prefix: str = "") -> list[str]:

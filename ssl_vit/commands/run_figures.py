@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ssl_vit.config.methods import SiTConfig
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog, UnreadableImageError, evenly_spaced
 from ssl_vit.data.dataset_factory import build_dataset
 from ssl_vit.data.sources.image_folder import ImageFolder
@@ -69,7 +70,7 @@ def reconstruction_figure(run: Path, checkpoint: Path | None = None, *, count: i
     settings = run_settings(run)
     method = settings.method
     model = load_sit_model(checkpoint or run, method, settings.backbone)
-    if model is None or method.name != "sit":
+    if model is None or not isinstance(method, SiTConfig):
         return None
     dataset = _images(settings)
     transform = EvalTransform(method.views.global_crops.size, 0.875, method.views.mean, method.views.std)

@@ -7,16 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ssl_vit.config.pretrain import (
-    CheckpointWeights,
-    LoggerConfig,
-    OptimizerConfig,
-    RunConfig,
-    Source,
-    StrictConfig,
-    TrainerConfig,
-    Workers,
-)
+from ssl_vit.config.methods import OptimizerConfig
+from ssl_vit.config.pretrain import CheckpointWeights, LoggerConfig, RunConfig, Source, TrainerConfig, Workers
 from ssl_vit.config.types import (
     Count,
     ListOrScalar,
@@ -28,6 +20,7 @@ from ssl_vit.config.types import (
     Ratio,
     Seed,
     Share,
+    StrictConfig,
 )
 
 
@@ -223,7 +216,7 @@ class FinetuneConfig(LabeledEvalConfig):
     trainer: TrainerConfig
 
     @property
-    def tied_to_processes(self) -> bool:
+    def depends_on_num_processes(self) -> bool:
         """Whether another number of processes computes something else."""
         return self.method.mixup > 0 or self.method.cutmix > 0  # images are mixed within a process
 
@@ -242,7 +235,7 @@ class FinetuneConfig(LabeledEvalConfig):
                 f"data.batch_size={size} (over all processes) does not divide into devices x nodes x accumulate = "
                 f"{parts} parts"
             )
-        if self.tied_to_processes and size // parts % 2:
+        if self.depends_on_num_processes and size // parts % 2:
             raise ValueError(
                 f"data.batch_size={size} makes {size // parts} images per process and micro-batch; mixup and cutmix "
                 f"take images in pairs: make it a multiple of {2 * parts}"

@@ -5,28 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from ssl_vit.config.methods import CropsConfig, MethodName, SelectedMethodConfig
 from ssl_vit.config.types import (
     Count,
-    DurationField,
     NonNegative,
     OverrideList,
     Positive,
-    Probability,
-    Range,
-    Ratio,
     ResumeChoice,
     Seed,
+    StrictConfig,
     WallTime,
 )
-
-
-class StrictConfig(BaseModel):
-    """A part of the configuration: unknown keys are errors, numbers are finite, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
 
 # --- a run -----------------------------------------------------------------------------------------------------
 
@@ -114,41 +105,6 @@ class PretrainDataConfig(StrictConfig):
     cache_gb: NonNegative
 
 
-# --- views -----------------------------------------------------------------------------------------------------
-
-
-class CropsConfig(StrictConfig):
-    count: Annotated[int, Field(ge=0)]
-    size: Count
-    scale: Range
-    ratio: Ratio
-
-
-class JitterConfig(StrictConfig):
-    p: Probability
-    brightness: NonNegative
-    contrast: NonNegative
-    saturation: NonNegative
-    hue: Annotated[float, Field(ge=0, le=0.5)]
-
-
-class BlurConfig(StrictConfig):
-    p: tuple[Probability, Probability, Probability]
-    sigma: Range
-
-
-class ViewsConfig(StrictConfig):
-    global_crops: CropsConfig
-    local_crops: CropsConfig
-    flip: Probability
-    jitter: JitterConfig
-    grayscale: Probability
-    blur: BlurConfig
-    solarize: tuple[Probability, Probability, Probability]
-    mean: list[float]
-    std: list[Positive]
-
-
 # --- backbone --------------------------------------------------------------------------------------------------
 
 
@@ -173,108 +129,6 @@ class BackboneConfig(StrictConfig):
         return self
 
 
-# --- methods ---------------------------------------------------------------------------------------------------
-
-
-class OptimizerConfig(StrictConfig):
-    lr: Positive
-    lr_batch_size: Count
-    min_lr: NonNegative
-    warmup: DurationField
-    weight_decay: tuple[NonNegative, NonNegative]
-    betas: tuple[Probability, Probability]
-    grad_clip: NonNegative
-
-
-class DINOHeadConfig(StrictConfig):
-    prototypes: Annotated[int, Field(ge=2)]
-    hidden_dim: Count
-    bottleneck_dim: Count
-    layers: Count
-    norm_last_layer: bool
-
-
-class TeacherConfig(StrictConfig):
-    momentum: tuple[Probability, Probability]
-    temperature: Positive
-    warmup_temperature: Positive
-    warmup: DurationField
-    center_momentum: Probability
-
-
-class DINOConfig(StrictConfig):
-    name: Literal["dino"]
-    views: ViewsConfig
-    head: DINOHeadConfig
-    teacher: TeacherConfig
-    student_temperature: Positive
-    freeze_last_layer: DurationField
-    optimizer: OptimizerConfig
-
-    @model_validator(mode="after")
-    def _two_global_views(self) -> Self:
-        if self.views.global_crops.count != 2:
-            raise ValueError("views.global_crops.count must be 2: DINO compares two global views")
-        return self
-
-
-class RotationConfig(StrictConfig):
-    enabled: bool
-    weight: NonNegative
-
-
-class ContrastiveConfig(StrictConfig):
-    enabled: bool
-    weight: NonNegative
-    dim: Count
-    head: Literal["linear", "mlp"]
-    hidden_dim: Count
-    temperature: Positive
-    gather: bool
-
-
-class ReconstructionConfig(StrictConfig):
-    enabled: bool
-    weight: NonNegative
-    loss_on: Literal["all", "corrupted"]
-
-
-class CorruptionBlocksConfig(StrictConfig):
-    p: Probability
-    max_area: Probability
-    size: Range
-
-
-class CorruptionConfig(StrictConfig):
-    gray: Probability
-    blur: Probability
-    noise: CorruptionBlocksConfig
-    replace: CorruptionBlocksConfig
-
-
-class SiTConfig(StrictConfig):
-    name: Literal["sit"]
-    views: ViewsConfig
-    tokens: Literal["dedicated", "shared"]
-    rotation: RotationConfig
-    contrastive: ContrastiveConfig
-    reconstruction: ReconstructionConfig
-    weighting: Literal["uncertainty", "fixed"]
-    corruption: CorruptionConfig
-    optimizer: OptimizerConfig
-
-    @model_validator(mode="after")
-    def _some_loss(self) -> Self:
-        if not (self.rotation.enabled or self.contrastive.enabled or self.reconstruction.enabled):
-            raise ValueError("enable at least one of rotation, contrastive, reconstruction")
-        if self.views.global_crops.count != 2 or self.views.local_crops.count != 0:
-            raise ValueError("SiT works on two global views: views.global_crops.count=2 views.local_crops.count=0")
-        return self
-
-
-MethodConfig = Annotated[DINOConfig | SiTConfig, Field(discriminator="name")]
-
-
 # --- commands --------------------------------------------------------------------------------------------------
 
 
@@ -284,7 +138,7 @@ class TrainingConfig(StrictConfig):
     seed: Seed
     data: PretrainDataConfig
     backbone: BackboneConfig
-    method: MethodConfig
+    method: SelectedMethodConfig
     trainer: TrainerConfig
 
     @model_validator(mode="after")
@@ -322,13 +176,13 @@ class TrainingConfig(StrictConfig):
                 f"devices x nodes x accumulate = {parts} parts"
             )
         processes = self.trainer.devices * self.trainer.num_nodes
-        replaces = self.method.name == "sit" and self.method.corruption.replace.p > 0
-        if processes > 1 and replaces and self.data.batch_size // parts % 4:
+        multiple = self.method.batch_multiple
+        if processes > 1 and self.data.batch_size // parts % multiple:
+            valid = -(-self.data.batch_size // (multiple * parts)) * multiple * parts
             raise ValueError(
                 f"data.batch_size={self.data.batch_size} makes {self.data.batch_size // parts} images per process "
-                "and micro-batch; with method.corruption.replace.p above 0 and several processes make it a multiple "
-                f"of 4, as data.batch_size={-(-self.data.batch_size // (4 * parts)) * 4 * parts}: images lend each "
-                "other blocks in fours"
+                f"and micro-batch; method={self.method.name} with several processes needs a multiple of {multiple} "
+                f"there, as data.batch_size={valid}"
             )
         return self
 
@@ -340,9 +194,9 @@ class PretrainConfig(TrainingConfig):
     image_logging: ImageLoggingConfig
 
     @property
-    def tied_to_processes(self) -> bool:
-        """Whether another number of processes computes something else."""
-        return self.method.name == "sit" and not self.method.contrastive.gather  # negatives are those of a process
+    def depends_on_num_processes(self) -> bool:
+        """Whether another number of processes changes the loss."""
+        return self.method.depends_on_num_processes
 
     @model_validator(mode="after")
     def _online_needs_a_whole_model(self) -> Self:
@@ -397,6 +251,6 @@ class ShardConfig(StrictConfig):
 class DemoConfig(StrictConfig):
     seed: Seed
     run: RunDirConfig
-    method: Literal["dino", "sit"]
+    method: MethodName
     num_images: Annotated[int, Field(ge=200)]
     max_steps: Count

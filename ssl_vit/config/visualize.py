@@ -8,8 +8,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from ssl_vit.config.evaluate import EvalDataConfig
-from ssl_vit.config.pretrain import CheckpointWeights, StrictConfig
-from ssl_vit.config.types import Count, ListOrScalar, Positive, Seed
+from ssl_vit.config.pretrain import CheckpointWeights
+from ssl_vit.config.types import Count, ListOrScalar, Positive, Seed, StrictConfig
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv")  # what can be written
 

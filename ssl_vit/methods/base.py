@@ -13,7 +13,8 @@ from torch.optim import AdamW, Optimizer
 
 from ssl_vit import __version__
 from ssl_vit.config.evaluate import FinetuneConfig, FinetuneMethodConfig
-from ssl_vit.config.pretrain import BackboneConfig, DINOConfig, SiTConfig, TrainingConfig, ViewsConfig
+from ssl_vit.config.methods import DINOConfig, SiTConfig, ViewsConfig
+from ssl_vit.config.pretrain import BackboneConfig, TrainingConfig
 from ssl_vit.data.batch import Batch
 from ssl_vit.data.transforms.color import ColorAugmentation
 from ssl_vit.methods.gradient_clipping import FiniteCheck, clip_grad_per_parameter

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ssl_vit.config.pretrain import BackboneConfig, DINOConfig
+from ssl_vit.config.methods import DINOConfig
+from ssl_vit.config.pretrain import BackboneConfig
 from ssl_vit.data.batch import Batch
 from ssl_vit.losses.dino import Center, TeacherTargets, assignment_stats, dino_loss
 from ssl_vit.losses.factored_logits import FactoredLogits

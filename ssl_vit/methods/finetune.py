@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from ssl_vit.config.evaluate import FinetuneMethodConfig
-from ssl_vit.config.pretrain import ViewsConfig
+from ssl_vit.config.methods import ViewsConfig
 from ssl_vit.data.batch import Batch
 from ssl_vit.data.transforms.mixup import MixupCutmix
 from ssl_vit.methods.base import SSLMethod, StepResult, TrainingPlan

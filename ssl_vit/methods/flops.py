@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
-from ssl_vit.config.pretrain import CropsConfig, DINOConfig, SiTConfig
+from ssl_vit.config.methods import CropsConfig, DINOConfig, MethodConfig, SiTConfig
 from ssl_vit.models.backbone import Backbone
 
 TRAINED = 3  # a trained model's forward pass, and the gradients of its activations and of its weights
@@ -24,7 +24,7 @@ class Flops(NamedTuple):
         return self.teacher + self.student + self.head
 
 
-def flops_per_image(config: DINOConfig | SiTConfig, backbone: Backbone) -> Flops:
+def flops_per_image(config: MethodConfig, backbone: Backbone) -> Flops:
     """What the step of a method computes for an image, at 2 FLOP per multiply-add.
 
     Counted are matrix products: patch embedding, blocks, attention and heads. A trained model counts three times its
@@ -41,8 +41,9 @@ def flops_per_image(config: DINOConfig | SiTConfig, backbone: Backbone) -> Flops
         crops.count * (TRAINED * forward_flops(backbone, crops) - _embedding(backbone, crops))
         for crops in (large, small)
     )
-    if config.name == "sit":
+    if isinstance(config, SiTConfig):
         return Flops(0, student, TRAINED * large.count * _sit_heads(config, backbone, large))
+    assert isinstance(config, DINOConfig)
     head = _dino_head(config, backbone.embed_dim)
     return Flops(
         teacher=large.count * (forward_flops(backbone, large) + head),

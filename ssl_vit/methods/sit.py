@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_vit.config.pretrain import BackboneConfig, SiTConfig
+from ssl_vit.config.methods import SiTConfig
+from ssl_vit.config.pretrain import BackboneConfig
 from ssl_vit.data.batch import Batch
 from ssl_vit.data.transforms.corruption import Corruption, corrupt_views, rotate, sample_rotations
 from ssl_vit.losses.nt_xent import nt_xent

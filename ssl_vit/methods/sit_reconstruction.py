@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ssl_vit.config.pretrain import BackboneConfig, MethodConfig, SiTConfig
+from ssl_vit.config.methods import MethodConfig, SiTConfig
+from ssl_vit.config.pretrain import BackboneConfig
 from ssl_vit.methods.sit import SiTModel
 from ssl_vit.models.checkpoint import LAST
 from ssl_vit.models.torch_load import torch_load_weights_only

@@ -17,8 +17,8 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from ssl_vit.config.pretrain import BackboneConfig, StrictConfig
-from ssl_vit.config.types import Positive
+from ssl_vit.config.pretrain import BackboneConfig
+from ssl_vit.config.types import Positive, StrictConfig
 from ssl_vit.models.backbone import UNSUPPORTED_MESSAGE, Backbone, timm_kwargs
 from ssl_vit.models.official_checkpoints import IMAGENET_MEAN, IMAGENET_STD, convert_official_checkpoint
 from ssl_vit.models.torch_load import torch_load_weights_only

@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.trainer import Trainer
 from torch import Tensor
 
-from ssl_vit.config.pretrain import CropsConfig, TrainingConfig
+from ssl_vit.config.methods import CropsConfig
+from ssl_vit.config.pretrain import TrainingConfig
 from ssl_vit.config.types import Duration
 from ssl_vit.data.batch import Batch
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog

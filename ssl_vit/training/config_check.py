@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ssl_vit.config.pretrain import MethodConfig, OptimizerConfig, StrictConfig, TeacherConfig, ViewsConfig
-from ssl_vit.config.types import Duration
+from ssl_vit.config.methods import MethodConfig, OptimizerConfig, TeacherConfig, ViewsConfig
+from ssl_vit.config.types import Duration, StrictConfig
 from ssl_vit.methods.base import TrainingPlan
 from ssl_vit.methods.health import HealthWarning
 from ssl_vit.runtime.text import pluralize

@@ -243,7 +243,7 @@ def compare_configs(before: dict[str, Any], now: AnyRun) -> list[str]:
         text
         for key, text in changed.items()
         if not (key.startswith(KEYS_ALLOWED_TO_CHANGE) or (extended and key in length))
-        or (now.tied_to_processes and key in ("trainer.devices", "trainer.num_nodes"))
+        or (now.depends_on_num_processes and key in ("trainer.devices", "trainer.num_nodes"))
     ]
     if harmful:
         head = "run.resume=true: these keys differ from the run's config.yaml; set them back"

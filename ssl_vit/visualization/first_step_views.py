@@ -11,8 +11,9 @@ import yaml
 from pydantic import ConfigDict, ValidationError
 from torch import Tensor
 
-from ssl_vit.config.pretrain import BackboneConfig, MethodConfig, SiTConfig, Source, StrictConfig, ViewsConfig
-from ssl_vit.config.types import Count, Seed
+from ssl_vit.config.methods import MethodConfig, SiTConfig, ViewsConfig
+from ssl_vit.config.pretrain import BackboneConfig, Source
+from ssl_vit.config.types import Count, Seed, StrictConfig
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog
 from ssl_vit.data.loading.batch_sampler import ResumableBatchSampler
 from ssl_vit.data.loading.multicrop_dataset import MultiCropDataset

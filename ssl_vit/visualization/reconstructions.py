@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssl_vit.config.pretrain import SiTConfig
+from ssl_vit.config.methods import SiTConfig
 from ssl_vit.data.transforms.corruption import Corruption
 from ssl_vit.evaluation.segmentation.segmentation_evaluator import MODEL
 from ssl_vit.runtime.errors import UserError

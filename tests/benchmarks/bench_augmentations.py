@@ -25,7 +25,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resized_crop
 
 from ssl_vit.commands.load_config import load_config
-from ssl_vit.config.pretrain import PretrainConfig, ViewsConfig
+from ssl_vit.config.methods import ViewsConfig
+from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.batch import Batch
 from ssl_vit.data.dataset import SkippedImageLog
 from ssl_vit.data.loading.multicrop_dataset import MultiCropDataset

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
 from ssl_vit.commands.load_config import load_config
-from ssl_vit.config.pretrain import PretrainConfig, ViewsConfig
+from ssl_vit.config.methods import ViewsConfig
+from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.sources.decode import decode
 from ssl_vit.data.transforms.color import ColorAugmentation
 from ssl_vit.data.transforms.corruption import Corruption

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ssl_vit.commands.load_config import load_config
-from ssl_vit.config.pretrain import DINOConfig, PretrainConfig
+from ssl_vit.config.methods import DINOConfig
+from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.batch import Batch
 from ssl_vit.methods.base import SSLMethod, make_plan
 from ssl_vit.methods.flops import flops_per_image

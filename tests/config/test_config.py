@@ -12,6 +12,7 @@ from ssl_vit.cli import main as ssl_vit
 from ssl_vit.commands.config_dirs import conf_dir, recipes_dir
 from ssl_vit.commands.load_config import STRING_KEYS, compose_config, load_config, to_yaml
 from ssl_vit.config import evaluate as evaluations
+from ssl_vit.config import methods
 from ssl_vit.config import pretrain as models
 from ssl_vit.config import visualize as dataset
 from ssl_vit.runtime.errors import UserError
@@ -42,7 +43,7 @@ OPTIONS = sorted(f"{file.parent.name}={file.stem}" for file in conf_dir().glob("
 RECIPES = sorted(recipes_dir().glob("*.yaml"))
 SECTIONS = [
     model
-    for module in (models, evaluations, dataset)
+    for module in (models, methods, evaluations, dataset)
     for model in vars(module).values()
     if isinstance(model, type) and issubclass(model, models.StrictConfig)
 ]
@@ -198,7 +199,7 @@ def test_unknown_keys_in_an_own_file_are_found_too(tmp_path):
         (["data.batch_size=65", "trainer.accumulate_grad_batches=2"], ["data.batch_size=65", "2 parts"]),
         (
             ["method=sit", "data.batch_size=60", "trainer.devices=2", "trainer.accumulate_grad_batches=3"],
-            ["data.batch_size=60 makes 10 images per process", "method.corruption.replace.p", "data.batch_size=72"],
+            ["data.batch_size=60 makes 10 images per process", "multiple of 4", "data.batch_size=72"],
         ),
         (["backbone.in_chans=1"], ["backbone.in_chans=1", "method.views.mean"]),
         (["backbone.img_size=100"], ["img_size 100 is not a multiple of patch_size 16"]),

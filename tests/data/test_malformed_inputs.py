@@ -15,7 +15,8 @@ import yaml
 
 from ssl_vit.cli import main
 from ssl_vit.commands.load_config import load_config
-from ssl_vit.config.pretrain import CropsConfig, PretrainConfig
+from ssl_vit.config.methods import CropsConfig
+from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.dataset import UnreadableImageError
 from ssl_vit.data.dataset_factory import build_dataset
 from ssl_vit.data.sources.decode import decode

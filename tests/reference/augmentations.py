@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision import transforms as tv1
 from torchvision.transforms.v2 import functional as tv
 
-from ssl_vit.config.pretrain import CorruptionConfig, ViewsConfig
+from ssl_vit.config.methods import CorruptionConfig, ViewsConfig
 from ssl_vit.runtime.rng import RNGStream, fold_in, normal, uniform, view_keys
 
 

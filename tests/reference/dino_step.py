@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from ssl_vit.config.pretrain import BackboneConfig, DINOHeadConfig
+from ssl_vit.config.methods import DINOHeadConfig
+from ssl_vit.config.pretrain import BackboneConfig
 from ssl_vit.models.backbone import timm_kwargs
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_vit.config.pretrain import JitterConfig, ViewsConfig
+from ssl_vit.config.methods import JitterConfig, ViewsConfig
 from ssl_vit.data.transforms.separable_filter import BlurWeights, blur, blur_weights
 from ssl_vit.runtime.device import to_device_async
 from ssl_vit.runtime.rng import RNGStream, fold_in, uniform, view_keys

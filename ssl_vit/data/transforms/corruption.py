@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssl_vit.config.pretrain import CorruptionConfig
+from ssl_vit.config.methods import CorruptionConfig
 from ssl_vit.data.transforms.separable_filter import blur, blur_weights
 from ssl_vit.runtime.device import to_device_async
 from ssl_vit.runtime.rng import RNGStream, fold_in, normal, uniform, view_keys

@@ -18,7 +18,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from ssl_vit.config.evaluate import AugmentationConfig, RandAugmentConfig
-from ssl_vit.config.pretrain import BlurConfig, CropsConfig, JitterConfig, ViewsConfig
+from ssl_vit.config.methods import BlurConfig, CropsConfig, JitterConfig, ViewsConfig
 from ssl_vit.data.batch import Batch
 from ssl_vit.runtime.rng import RNGStream, fold_in, seeded_global_rng
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ssl_vit.config.pretrain import ViewsConfig
+from ssl_vit.config.methods import ViewsConfig
 from ssl_vit.data.transforms.random_resized_crop import (
     Boxes,
     CropParams,

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ssl_vit.config.pretrain import CropsConfig
+from ssl_vit.config.methods import CropsConfig
 from ssl_vit.runtime.rng import RNGStream, fold_in, uniform
 
 _ATTEMPTS = 10

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ssl_vit.config.pretrain import PretrainConfig, SiTConfig
+from ssl_vit.config.methods import SiTConfig
+from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.dataset import SkippedImageLog, UnreadableImageError, evenly_spaced
 from ssl_vit.data.dataset_factory import build_dataset
 from ssl_vit.data.transforms.eval_transform import EvalTransform

@@ -7,14 +7,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ssl_vit.config.methods import METHOD_CONFIGS
 from ssl_vit.data.dataset import escape_path
 from ssl_vit.evaluation.results import provenance
 from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.device import best_device
 from ssl_vit.visualization.report.run_results import RunFolder
 from ssl_vit.visualization.report.schema import HealthRow
-
-METHODS = {"dino": "DINO", "sit": "SiT"}
 
 
 def run_metadata(run: RunFolder, command: str) -> dict[str, str]:
@@ -47,7 +46,8 @@ def run_metadata(run: RunFolder, command: str) -> dict[str, str]:
 
 def run_caption(run: RunFolder) -> dict[str, str]:
     """The facts in a few words; those that are not known are left out."""
-    essentials = {"method": METHODS.get(method := str(run.value("method.name") or ""), method)}
+    method = str(run.value("method.name") or "")
+    essentials = {"method": METHOD_CONFIGS[method].title if method in METHOD_CONFIGS else method}
     if run.loaded is not None:
         backbone, config = run.loaded.backbone, run.loaded.backbone.config
         shape = f"{backbone.embed_dim} wide, {backbone.num_blocks} blocks"

@@ -15,7 +15,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from ssl_vit.commands.load_config import load_config
-from ssl_vit.config.pretrain import BlurConfig, JitterConfig, PretrainConfig, ViewsConfig
+from ssl_vit.config.methods import BlurConfig, JitterConfig, ViewsConfig
+from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.transforms import color as photometric
 from ssl_vit.data.transforms.color import (
     ColorAugmentation,

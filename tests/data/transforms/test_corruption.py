@@ -10,7 +10,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from ssl_vit.commands.load_config import load_config
-from ssl_vit.config.pretrain import CorruptionConfig, PretrainConfig
+from ssl_vit.config.methods import CorruptionConfig
+from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.transforms import corruption
 from ssl_vit.data.transforms.corruption import Corruption, CorruptionResult, rotate
 from ssl_vit.runtime.rng import sample_keys

@@ -12,7 +12,8 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
 from ssl_vit.commands.load_config import load_config
-from ssl_vit.config.pretrain import CropsConfig, PretrainConfig, ViewsConfig
+from ssl_vit.config.methods import CropsConfig, ViewsConfig
+from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.transforms.color import ColorAugmentation
 from ssl_vit.data.transforms.multicrop import MultiCrop
 from ssl_vit.data.transforms.random_resized_crop import Boxes, resolve_boxes, sample_crop_boxes, scale_boxes
