@@ -9,7 +9,8 @@ from typing import Any
 import lightning as L
 from torch.utils.data import Dataset
 
-from ssl_vit.config.pretrain import PretrainDataConfig, ViewsConfig
+from ssl_vit.config.methods import ViewsConfig
+from ssl_vit.config.pretrain import PretrainDataConfig
 from ssl_vit.data.dataset import SkippedImageLog
 from ssl_vit.data.dataset_factory import build_dataset
 from ssl_vit.data.loading.loader import InMemoryLoader, TrainingLoader, build_train_loader
