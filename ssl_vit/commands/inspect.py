@@ -1,8 +1,8 @@
-"""`ssl-vit inspect`: what is inside a vision transformer, as panels, arrays and numbers.
+"""`ssl-vit inspect`: figures, arrays and statistics of what a vision transformer has learned.
 
 ssl-vit inspect checkpoint=runs/photos
 ssl-vit inspect checkpoint=timm:vit_small_patch16_224.dino images=photos out=inspect
-ssl-vit inspect checkpoint=runs/photos images=photos versus=timm:vit_small_patch16_224.dino limit=1000
+ssl-vit inspect checkpoint=runs/photos images=photos compare_to=timm:vit_small_patch16_224.dino limit=1000
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,86 +29,87 @@ from ssl_vit.runtime.device import best_device
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.progress import progress_bar
 from ssl_vit.training.run_dir import CONFIG, read_config
-from ssl_vit.visualization.analysis.activation_collector import Observer
+from ssl_vit.visualization.analysis.activation_collector import ActivationCollector
 from ssl_vit.visualization.analysis.analysis_result import (
+    INSPECT_JSON,
     AnalysisResult,
     analyze_attention,
     analyze_features,
     analyze_layers,
     analyze_weights,
 )
-from ssl_vit.visualization.analysis.analysis_writer import INDEX, write_findings
 from ssl_vit.visualization.analysis.cka import LinearCKA
 from ssl_vit.visualization.image_grid import TitledFigure
 
-TWIN = 2**20  # far from any seed that a run starts from: with its first weights a twin would look like the model
-DRAWN = 4  # images
+RANDOM_SEED_OFFSET = 2**20  # else the random-init model could equal a checkpoint before training of the same seed
+NUM_EXAMPLES = 4  # images in the figures
 BATCH_PIXELS = 2**20  # of crops in one forward pass
-_DIVERGED = "Training has diverged: take an earlier checkpoint"
-NEED_IMAGES = ("rollout", "distance", "entropy", "prefix", "diversity", "norms", "spectrum", "layers")
+IMAGE_FIGURES = ("rollout", "distance", "entropy", "prefix", "diversity", "norms", "spectrum", "layers")
+_DIVERGED = "Training has diverged: use an earlier checkpoint"
 
 
-class AnalysisOutput(NamedTuple):
-    """What one run of the command did."""
+class InspectSummary(NamedTuple):
+    """What `inspect` wrote."""
 
     out: Path
-    panels: int
-    dataset: int
-    skipped: int
-    left_out: dict[str, str]
+    result: AnalysisResult
+    num_images: int
+    skipped: SkippedImageLog
     seconds: float
 
 
 def main(config: InspectConfig) -> None:
-    """Run the command."""
-    outcome = inspect(config)
-    print(f"{outcome.panels} panels of {outcome.dataset:,} images in {outcome.seconds:.0f} s: {outcome.out / INDEX}")
-    for why in dict.fromkeys(outcome.left_out.values()):
-        print(f"no panel {', '.join(name for name, reason in outcome.left_out.items() if reason == why)}: {why}")
-    if outcome.skipped:
-        print(f"{outcome.skipped} images could not be used: {outcome.out / 'skipped_images.txt'} says why")
+    """Run the command and print a summary."""
+    out, result, num_images, skipped, seconds = inspect(config)
+    print(f"{len(result.figures)} figures of {num_images:,} images in {seconds:.0f} s: {out / INSPECT_JSON}")
+    for reason in dict.fromkeys(result.skipped.values()):
+        names = ", ".join(name for name, given in result.skipped.items() if given == reason)
+        print(f"not drawn: {names}: {reason}")
+    if skipped.count():
+        print(f"{skipped.count()} images could not be read, see {skipped.path}")
 
 
-def inspect(config: InspectConfig) -> AnalysisOutput:
-    """Write panels, arrays and `inspect.json` into the folder.
+def inspect(config: InspectConfig) -> InspectSummary:
+    """Write figures, arrays and `inspect.json` into `out`, by default into the run directory.
 
     Raises:
-        UserError: A model cannot be loaded or has diverged, there is no image where some were named, or none that
-            can be read.
+        UserError: A model cannot be loaded or has diverged, `images` does not exist, or none of them can be read.
     """
     start = time.perf_counter()
     models = {MODEL: _load(config.checkpoint, config)}
     if config.baselines:
-        models[RANDOM] = random_init_like(models[MODEL], config.seed + TWIN)
-    dataset = _images(config, models[MODEL].run)
-    out = config.out or (models[MODEL].run or Path()) / "inspect"
-    _check_apart(out, config.images)
+        models[RANDOM] = random_init_like(models[MODEL], config.seed + RANDOM_SEED_OFFSET)
+    run = models[MODEL].run
+    dataset = _find_images(config, run)
+    out = config.out or (run or Path()) / "inspect"
+    if config.images is not None and out.absolute().is_relative_to(config.images.absolute()):
+        raise UserError(f"out={out} is inside images={config.images}: choose a directory outside of it")
     out.mkdir(parents=True, exist_ok=True)
     skipped = SkippedImageLog(out / "skipped_images.txt")
     skipped.path.unlink(missing_ok=True)
-    found, count = AnalysisResult.none(), 0
+    result, count = AnalysisResult(), 0
     if dataset is None:
-        needing = [*NEED_IMAGES, *(["versus"] if config.compare_to else [])]
-        found.left_out.update(dict.fromkeys(needing, "no images: name some with images=FOLDER"))
+        figures = [*IMAGE_FIGURES, *(["comparison"] if config.compare_to else [])]
+        result.skipped.update(dict.fromkeys(figures, "no images: set images=FOLDER"))
     else:
-        found, count = _of_images(config, dataset, models, skipped)
-    found.add(analyze_weights(models))
-    if run := models[MODEL].run:
-        found.add(_of_run(Path(config.checkpoint), run))
+        count = _analyze_images(config, dataset, models, skipped, result)
+    analyze_weights(result, models)
+    if run:
+        _draw_training(Path(config.checkpoint), run, result)
     data = None if dataset is None else {"text": dataset.describe(), "fingerprint": dataset.fingerprint(sizes=True)}
     device = best_device()
-    about = {
+    metadata = {
         "model": provenance.model_metadata(models[MODEL], config.checkpoint, config.weights),
-        "versus": config.compare_to,
-        "data": {"n": count, "skipped": skipped.count(), "images": data},
+        "compare_to": config.compare_to,
+        "images": {"count": count, "skipped": skipped.count(), "dataset": data},
         "seed": config.seed,
         "config": config.model_dump(mode="json"),
         "cost": provenance.runtime_cost(start, device),
         "environment": {**provenance.environment(device), "forward": "float32"},
         "tool": provenance.package_info(),
     }
-    write_findings(out, found, about)
-    return AnalysisOutput(out, len(found.panels), count, skipped.count(), found.left_out, time.perf_counter() - start)
+    result.write(out, metadata)
+    return InspectSummary(out, result, count, skipped, time.perf_counter() - start)
 
 
 def _load(checkpoint: str, config: InspectConfig) -> LoadedBackbone:
@@ -118,8 +119,8 @@ def _load(checkpoint: str, config: InspectConfig) -> LoadedBackbone:
     return loaded
 
 
-def _images(config: InspectConfig, run: Path | None) -> ImageDataset | None:
-    """Those that were named; else those of the run, if it says which and they are still there."""
+def _find_images(config: InspectConfig, run: Path | None) -> ImageDataset | None:
+    """Return the images of `images`, else those of the run if they still exist."""
     if config.images is not None:
         return load_images_at(config.images)
     if run is None or not (run / CONFIG).is_file():
@@ -129,89 +130,91 @@ def _images(config: InspectConfig, run: Path | None) -> ImageDataset | None:
     return build_dataset(data["source"], Path(root)) if root and Path(root).exists() else None
 
 
-def _check_apart(out: Path, images: Path | None) -> None:
-    if images is not None and out.absolute().is_relative_to(images.absolute()):
-        raise UserError(f"out={out} lies inside images={images}: choose a folder outside of it")
-
-
-def _of_images(
-    config: InspectConfig, dataset: ImageDataset, models: dict[str, LoadedBackbone], skipped: SkippedImageLog
-) -> tuple[AnalysisResult, int]:
-    """All that needs images, and how many there were."""
+def _analyze_images(
+    config: InspectConfig,
+    dataset: ImageDataset,
+    models: dict[str, LoadedBackbone],
+    skipped: SkippedImageLog,
+    result: AnalysisResult,
+) -> int:
+    """Add the analyses that need images, and return the number of images."""
     other = None
-    watched = dict(models)
+    all_models = dict(models)
     if config.compare_to is not None:
         loaded = _load(config.compare_to, config)
         other = model_name(loaded, config.compare_to, config.weights)
-        other = f"{other} (versus)" if other in models else other
-        watched[other] = loaded
-    for loaded in watched.values():
+        other = f"{other} (compared)" if other in models else other
+        all_models[other] = loaded
+    for loaded in all_models.values():
         loaded.backbone.to(best_device())
-    observers = {name: Observer(loaded, config.image_size) for name, loaded in watched.items()}
-    similarity = LinearCKA()
+    collectors = {name: ActivationCollector(loaded, config.image_size) for name, loaded in all_models.items()}
+    cka = LinearCKA()
     count = 0
-    for crops in _batches(config, dataset, observers, skipped):
-        drawn = max(0, DRAWN - count)
+    for crops in _iter_batches(config, dataset, collectors, skipped):
+        examples = max(0, NUM_EXAMPLES - count)
         count += len(next(iter(crops.values())))
-        layers = [layer for name, observer in observers.items() for layer in observer.see(crops[name], drawn=drawn)]
-        similarity.add(layers)
+        cka.update(
+            [
+                layer
+                for name, collector in collectors.items()
+                for layer in collector.update(crops[name], num_examples=examples)
+            ]
+        )
     if not count:
-        raise UserError(f"no image could be used; {skipped.path} says why")
-    seen = {name: observers[name].observation() for name in models}
-    if not seen[MODEL].features.isfinite().all():
+        raise UserError(f"no image could be read, see {skipped.path}")
+    activations = {name: collectors[name].compute() for name in models}
+    if not activations[MODEL].features.isfinite().all():
         raise UserError(f"{models[MODEL].source}: its features are not finite. {_DIVERGED}")
-    found = analyze_attention(observers, seen)
-    found.add(analyze_features(observers, seen))
-    depths = {name: observer.depth for name, observer in observers.items()}
-    found.add(analyze_layers(similarity.result(), depths, other, count))
-    return found, count
+    analyze_attention(result, collectors[MODEL], activations)
+    analyze_features(result, collectors[MODEL], activations)
+    num_blocks = {name: collector.num_blocks for name, collector in collectors.items()}
+    analyze_layers(result, cka.compute(), num_blocks, other, count)
+    return count
 
 
-def _of_run(checkpoint: Path, run: Path) -> AnalysisResult:
-    """The views that it trained on, and what a SiT model restores."""
-    found = AnalysisResult.none()
-    drawings: dict[str, Callable[[], TitledFigure | None]] = {
+def _draw_training(checkpoint: Path, run: Path, result: AnalysisResult) -> None:
+    """Draw the first views of the training run, and what its method reconstructs."""
+    figures: dict[str, Callable[[], TitledFigure | None]] = {
         "views": partial(training_views_figure, run),
         "reconstruction": partial(reconstruction_figure, run, checkpoint if checkpoint.is_file() else None),
     }
-    for name, make in drawings.items():
+    for name, draw in figures.items():
         try:
-            panel = make()
+            figure = draw()
         except UserError as reason:
-            found.left_out[name] = str(reason)
+            result.skipped[name] = str(reason)
             continue
-        if panel is not None:
-            found.panels[name] = panel
-    return found
+        if figure is not None:
+            result.figures[name] = figure
 
 
-def _batches(
-    config: InspectConfig, dataset: ImageDataset, observers: dict[str, Observer], skipped: SkippedImageLog
+def _iter_batches(
+    config: InspectConfig, dataset: ImageDataset, collectors: dict[str, ActivationCollector], skipped: SkippedImageLog
 ) -> Iterator[dict[str, Tensor]]:
-    """The same images as every model takes them, (B, C, S, S) uint8 by model."""
+    """Yield batches of the same images for each model, (B, C, S, S) uint8 by model."""
     generator = torch.Generator().manual_seed(config.seed)
-    places = torch.randperm(len(dataset), generator=generator)[: config.limit].tolist()
-    size = max(1, BATCH_PIXELS // max(observer.cut.image_size for observer in observers.values()) ** 2)
-    waiting: list[dict[str, Tensor]] = []
-    given = 0
-    for place in progress_bar(places, unit=" images", desc="inspect"):
+    indices = torch.randperm(len(dataset), generator=generator)[: config.limit].tolist()
+    size = max(1, BATCH_PIXELS // max(collector.transform.image_size for collector in collectors.values()) ** 2)
+    batch: list[dict[str, Tensor]] = []
+    yielded = 0
+    for index in progress_bar(indices, unit=" images", desc="inspect"):
         try:
-            waiting.append(_crops(dataset, place, observers))
+            batch.append(_read_crops(dataset, index, collectors))
         except UnreadableImageError as broken:
             skipped.record(broken)
-        if waiting and (len(waiting) == size or given < DRAWN):  # of a drawn image more is held in memory: alone
-            yield _stacked(waiting)
-            given += len(waiting)
-            waiting = []
-    if waiting:
-        yield _stacked(waiting)
+        if batch and (len(batch) == size or yielded < NUM_EXAMPLES):  # examples alone: they need more memory
+            yield _stack_crops(batch)
+            yielded += len(batch)
+            batch = []
+    if batch:
+        yield _stack_crops(batch)
 
 
-def _crops(dataset: ImageDataset, place: int, observers: dict[str, Observer]) -> dict[str, Tensor]:
-    channels = {observer.backbone.config.in_chans for observer in observers.values()}
-    read = {count: dataset.read(place, count) for count in channels}
-    return {name: observer.cut(read[observer.backbone.config.in_chans]) for name, observer in observers.items()}
+def _read_crops(dataset: ImageDataset, index: int, collectors: dict[str, ActivationCollector]) -> dict[str, Tensor]:
+    channels = {name: collector.backbone.config.in_chans for name, collector in collectors.items()}
+    images = {count: dataset.read(index, count) for count in set(channels.values())}
+    return {name: collector.transform(images[channels[name]]) for name, collector in collectors.items()}
 
 
-def _stacked(waiting: list[dict[str, Tensor]]) -> dict[str, Any]:
-    return {name: torch.stack([crops[name] for crops in waiting]) for name in waiting[0]}
+def _stack_crops(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([crops[name] for crops in batch]) for name in batch[0]}

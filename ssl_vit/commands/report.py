@@ -19,7 +19,7 @@ from ssl_vit.config.visualize import InspectConfig, ReportConfig
 from ssl_vit.data.dataset import escape_path
 from ssl_vit.runtime.atomic_io import atomic_write, write_json
 from ssl_vit.runtime.errors import UserError
-from ssl_vit.visualization.analysis.analysis_writer import INDEX
+from ssl_vit.visualization.analysis.analysis_result import INSPECT_JSON
 from ssl_vit.visualization.report.build import collect_report
 from ssl_vit.visualization.report.encode import MOST_BYTES, downscale_images
 from ssl_vit.visualization.report.html import render
@@ -59,7 +59,7 @@ def write(config: ReportConfig) -> ReportFile:
     print(
         f"Gathering {escape_path(config.run)}: records, curves, attention, neighbors, a map of the features", flush=True
     )
-    if config.inspect and config.run.is_dir() and not (config.run / "inspect" / INDEX).exists():
+    if config.inspect and config.run.is_dir() and not (config.run / "inspect" / INSPECT_JSON).exists():
         _inspect(config)
     content = collect_report(config, _command(config))
     page = _page(content)

@@ -110,7 +110,7 @@ def legend(colors: Mapping[str, RGB]) -> Image.Image:
     """Draw a frame in each color with its meaning beside it."""
     entries = []
     for text, color in colors.items():
-        entries += [ImageOps.expand(Image.new("RGB", (8, 8), PAPER), 2, color), text_image([text])]
+        entries += [ImageOps.expand(Image.new("RGB", (8, 8), PAPER), 2, color), text_image([f"{text}   "])]
     return stack(entries, horizontal=True)
 
 

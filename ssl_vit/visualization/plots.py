@@ -1,9 +1,10 @@
-"""Pieces that the panels are drawn with: colors, charts over the blocks, heat maps, and figures as images."""
+"""Matplotlib charts in one style: lines over blocks, matrices, figures as images."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import matplotlib.style
 import numpy as np
@@ -17,110 +18,97 @@ from torch import Tensor
 from ssl_vit.evaluation.segmentation.segmentation_evaluator import MODEL, RANDOM
 
 INK = "#202020"
-COLORS = {MODEL: "#0072b2", RANDOM: "#9a9a9a"}  # told apart by the color-blind, too
+COLORS = {MODEL: "#0072b2", RANDOM: "#9a9a9a"}  # distinguishable with color blindness
 OTHER = "#d55e00"
-BLOCK = "block (0 is the first)"
-_WRITTEN = 6  # rows and columns up to which a matrix's values are written into its cells
-_DPI = 200  # of figures 7 inches wide: 1,400 pixels, sharp where a page shows them half as wide
+_MAX_CELLS = 6  # rows and columns up to which the values of a matrix are written into its cells
+_DPI = 200  # of figures 7 inches wide: 1,400 pixels
 
 
 @contextmanager
 def plain_style() -> Iterator[None]:
-    """Whatever the user's own settings of matplotlib are, panels look the same."""
+    """Use the same style whatever the user's matplotlib settings are."""
     with matplotlib.style.context(["default", {"font.size": 9, "axes.edgecolor": INK, "text.color": INK}]):
         yield
 
 
 def new_figure(height: float) -> Figure:
-    """An empty figure of 7 inches by so many."""
+    """Create an empty figure, 7 inches wide and this many inches high."""
     return Figure(figsize=(7, height), layout="constrained")
 
 
-def figure_to_image(figure: Figure) -> Image.Image:
-    """The figure as an RGB image."""
-    figure.set_dpi(_DPI)
+def figure_to_image(figure: Figure, dpi: int = _DPI) -> Image.Image:
+    """Render a figure as an RGB image."""
+    figure.set_dpi(dpi)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # type: ignore[no-untyped-call]
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")  # type: ignore[no-untyped-call]
 
 
 def head_chart(values: dict[str, Tensor], label: str, *, line: tuple[str, float] | None = None) -> Image.Image:
-    """A point for each head of each block, the heads' means joined.
+    """Draw a dot for each head of each block, and a line through the means of the heads.
 
     Args:
-        values: (blocks, heads) by model; the first is drawn last, on top.
+        values: (blocks, heads) by model; the first model is drawn on top.
         label: Of the vertical axis, with its unit.
-        line: Name and height of a level to compare with.
+        line: Name and height of a reference level.
     """
     with plain_style():
         figure = new_figure(3.4)
         axes = figure.subplots()
         for name, points in reversed(values.items()):
             blocks, heads = points.shape
-            apart = min(0.08, 0.6 / heads)
-            small = name == RANDOM
-            for head in range(heads):
-                place = [block + (head - (heads - 1) / 2) * apart for block in range(blocks)]
-                axes.plot(place, points[:, head].numpy(), "o", ms=2.2 if small else 4, color=COLORS[name], mew=0)
+            offsets = (np.arange(heads) - (heads - 1) / 2) * min(0.08, 0.6 / heads)
+            dot, width = (2.2, 1.0) if name == RANDOM else (4.0, 1.5)
+            x = np.arange(blocks)[:, None] + offsets
+            axes.plot(x, points.numpy(), "o", ms=dot, color=COLORS[name], mew=0)
             mean = points.mean(1).numpy()
-            width = 1 if small else 1.5
             axes.plot(range(blocks), mean, lw=width, color=COLORS[name], alpha=0.7, label=f"{name} (dots: heads)")
         if line:
             axes.axhline(line[1], color=INK, lw=1, ls="--", label=line[0])
-        block_axis(axes, label)
+        style_block_axis(axes, label)
         axes.set_ylim(0, 1.03 * axes.get_ylim()[1])
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
         return figure_to_image(figure)
 
 
-def block_axis(axes: Axes, label: str) -> None:
-    """Name the axes of a chart over the blocks, and take away what it does not need."""
-    axes.set_xlabel(BLOCK)
+def style_block_axis(axes: Axes, label: str) -> None:
+    """Label the axes of a chart over the blocks."""
+    axes.set_xlabel("block (0 is the first)")
     axes.set_ylabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     style_axes(axes)
 
 
 def style_axes(axes: Axes) -> None:
-    """Only the axes that are read, and a faint grid."""
+    """Remove the upper and the right frame, and add a faint grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e4e4e4", lw=0.6)
     axes.set_axisbelow(True)
 
 
-def square_maps(
-    maps: Sequence[tuple[str, Tensor, str, str]], label: str, *, span: tuple[float, float], colors: str
-) -> Image.Image:
-    """Matrices side by side that share one color scale.
+class MatrixPlot(NamedTuple):
+    """A matrix with its title and the labels of its axes."""
 
-    Args:
-        maps: Title, matrix (rows, columns), and what rows and columns are.
-        label: Of the color scale.
-        span: Its ends; values beyond are shown as the ends.
-        colors: A color map of matplotlib.
-    """
+    title: str
+    values: Tensor  # (rows, columns)
+    row_label: str
+    column_label: str
+
+
+def plot_matrices(plots: Sequence[MatrixPlot], label: str) -> Image.Image:
+    """Draw matrices side by side with one color scale from 0 to 1, whose label this is."""
     with plain_style():
         figure = new_figure(3.4)
-        drawn = None
-        grid = figure.subplots(1, len(maps), squeeze=False)[0]
-        for axes, (title, matrix, rows, columns) in zip(grid, maps, strict=True):
-            if max(matrix.shape) <= _WRITTEN:
-                _write_values(axes, matrix, span)
-            drawn = axes.imshow(matrix.numpy(), cmap=colors, vmin=span[0], vmax=span[1], origin="lower", aspect="auto")
-            axes.set_title(title, fontsize=9)
-            axes.set_ylabel(rows)
-            axes.set_xlabel(columns)
+        grid = figure.subplots(1, len(plots), squeeze=False)[0]
+        for axes, (title, values, row_label, column_label) in zip(grid, plots, strict=True):
+            image = axes.imshow(values.numpy(), cmap="cividis", vmin=0, vmax=1, origin="lower", aspect="auto")
+            axes.set(title=title, ylabel=row_label, xlabel=column_label)
+            axes.title.set_fontsize(9)
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        assert drawn is not None
-        figure.colorbar(drawn, ax=grid, label=label, shrink=0.8)
+            if max(values.shape) <= _MAX_CELLS:
+                for (row, column), value in np.ndenumerate(values.numpy()):
+                    color = INK if value > 0.5 else "white"
+                    axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
+        figure.colorbar(image, ax=grid, label=label, shrink=0.8)
         return figure_to_image(figure)
-
-
-def _write_values(axes: Axes, matrix: Tensor, span: tuple[float, float]) -> None:
-    """Into each cell its value, dark on the bright end of the colors."""
-    middle = sum(span) / 2
-    for row, values in enumerate(matrix.tolist()):
-        for column, value in enumerate(values):
-            color = INK if value > middle else "white"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)

@@ -1,4 +1,4 @@
-"""One pass of images through a model, and everything of it that the panels need; no attention matrix is kept."""
+"""Collect attention statistics, token norms and features of images in forward passes of a model."""
 
 from __future__ import annotations
 
@@ -11,38 +11,42 @@ from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.models.attention_maps import capture_qk, cls_attention_from_qk
 from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.errors import UserError
-from ssl_vit.visualization.analysis.attention_rollout import Rollout
-from ssl_vit.visualization.analysis.head_statistics import HeadStatistics, head_statistics, patch_centers
-from ssl_vit.visualization.analysis.token_norms import TokenNorms, token_norms
+from ssl_vit.visualization.analysis.attention_statistics import (
+    AttentionRollout,
+    HeadStatistics,
+    head_statistics,
+    patch_centers,
+)
+from ssl_vit.visualization.analysis.feature_figures import TokenNorms, token_norms
 
 
 class ExampleMaps(NamedTuple):
-    """What a model sees in one of the images that are drawn."""
+    """Maps of one image for figures."""
 
     crop: Tensor  # (C, S, S) uint8
     last: Tensor | None  # (rows, columns) [CLS] row of the last block, mean over the heads; None without class token
     rollout: Tensor | None  # (rows, columns)
-    norms: Tensor  # (blocks, rows, columns) of the patch tokens behind each block
+    norms: Tensor  # (blocks, rows, columns) of the patch tokens after each block
 
 
-class Observation(NamedTuple):
-    """What was seen of n images."""
+class Activations(NamedTuple):
+    """What was collected of n images."""
 
     heads: HeadStatistics  # (n, blocks, heads) each, and (n, blocks, heads, prefix)
     norms: TokenNorms  # (n, blocks, ...)
-    features: Tensor  # (n, D) after the final norm: [CLS], or the patches' mean without one
-    drawn: list[ExampleMaps]
+    features: Tensor  # (n, D) after the final norm: [CLS], or the mean of the patches without a class token
+    examples: list[ExampleMaps]
 
 
-class Observer:
-    """Watches a model while images pass through it.
+class ActivationCollector:
+    """Accumulator of the activations of a model.
 
     Args:
         loaded: The model, on its device.
-        image_size: Side S of the images' crops, in pixels; None: the model's own.
+        image_size: Side S of the images' crops in pixels; None: the model's own.
 
     Raises:
-        UserError: The side is no multiple of the patch, or a single patch.
+        UserError: The side is not a multiple of the patch, or a single patch.
     """
 
     def __init__(self, loaded: LoadedBackbone, image_size: int | None) -> None:
@@ -50,57 +54,59 @@ class Observer:
         side, patch = image_size or self.backbone.config.img_size, self.backbone.patch_size
         if side % patch or side == patch:
             raise UserError(
-                f"image_size={side}: {self.backbone.config.name} has patches of {patch} pixels; take a multiple of "
+                f"image_size={side}: {self.backbone.config.name} has patches of {patch} pixels; use a multiple of "
                 f"that, {2 * patch} or more"
             )
-        self.cut = EvalTransform(side, 1.0, loaded.mean, loaded.std)
+        self.transform = EvalTransform(side, 1.0, loaded.mean, loaded.std)
         self.grid = side // patch, side // patch
-        self.device = self.backbone.device
-        self.centers = patch_centers(self.grid, patch).to(self.device)
-        self.depth = self.backbone.num_blocks
-        self._heads: list[list[HeadStatistics]] = [[] for _ in range(self.depth)]
+        self.centers = patch_centers(self.grid, patch).to(self.backbone.device)
+        self.num_blocks = self.backbone.num_blocks
+        self._heads: list[list[HeadStatistics]] = [[] for _ in range(self.num_blocks)]
         self._norms: list[TokenNorms] = []
         self._features: list[Tensor] = []
-        self._drawn: list[ExampleMaps] = []
+        self._examples: list[ExampleMaps] = []
 
     @torch.no_grad()
-    def see(self, crops: Tensor, *, drawn: int) -> list[Tensor]:
-        """Let images (B, C, S, S) uint8 through; of the first so many also keep what is drawn.
+    def update(self, crops: Tensor, *, num_examples: int) -> list[Tensor]:
+        """Pass images (B, C, S, S) uint8 through the model; of the first ones also keep maps for figures.
 
         Returns:
-            For each block the images' mean patch tokens behind it, (B, D) float32 on the CPU.
+            The mean patch tokens of the images after each block, (B, D) float32 on the CPU.
 
         Raises:
             UserError: A block does not compute the plain softmax(q k) attention.
         """
         prefix = self.backbone.num_prefix_tokens
-        rollout = Rollout()
+        rollout = AttentionRollout()
         last: list[Tensor] = []
 
         def visit(block: int, queries: Tensor, keys: Tensor) -> None:
             self._heads[block].append(head_statistics(queries, keys, prefix=prefix, centers=self.centers))
-            if self.backbone.has_cls and drawn:
-                rollout.visit(queries[:drawn], keys[:drawn])
-                if block == self.depth - 1:
-                    last.append(cls_attention_from_qk(self.backbone, queries[:drawn], keys[:drawn]).mean(1).cpu())
+            if self.backbone.has_cls and num_examples:
+                queries, keys = queries[:num_examples], keys[:num_examples]
+                rollout.add_block(queries, keys)
+                if block == self.num_blocks - 1:
+                    last.append(cls_attention_from_qk(self.backbone, queries, keys).mean(1).cpu())
 
-        with capture_qk(self.backbone, visit, blocks=range(self.depth)):
-            # (B, prefix + N, D) after the final norm; (B, N, D) behind each block, before it
-            tokens, between = self.backbone.get_patches_of_blocks(self.cut.normalize(crops.to(self.device)))
-        norms = torch.stack([patches.float().norm(dim=-1) for patches in between], dim=1)  # (B, blocks, N)
+        with capture_qk(self.backbone, visit, blocks=range(self.num_blocks)):
+            pixels = self.transform.normalize(crops.to(self.backbone.device))
+            # (B, prefix + N, D) after the final norm; (B, N, D) after each block, before the final norm
+            tokens, patches_of_blocks = self.backbone.get_patches_of_blocks(pixels)
+        norms = torch.stack([patches.float().norm(dim=-1) for patches in patches_of_blocks], dim=1)  # (B, blocks, N)
         self._norms.append(token_norms(norms))
         features = tokens[:, 0] if self.backbone.has_cls else tokens[:, prefix:].mean(1)
         self._features.append(features.float().cpu().clone())  # not a view that keeps all tokens
-        rolled = rollout.cls_map(prefix, self.grid) if last else None
-        for place, crop in enumerate(crops[:drawn]):
-            map_ = None if rolled is None else last[0][place].view(self.grid)
-            maps = norms[place].view(self.depth, *self.grid).cpu()
-            self._drawn.append(ExampleMaps(crop.clone(), map_, None if rolled is None else rolled[place], maps))
-        return [patches.mean(1).float().cpu() for patches in between]
+        rollouts = rollout.compute(prefix, self.grid) if last else None
+        for index, crop in enumerate(crops[:num_examples]):
+            last_map = last[0][index].view(self.grid) if last else None
+            norm_maps = norms[index].view(self.num_blocks, *self.grid).cpu()
+            rollout_map = None if rollouts is None else rollouts[index]
+            self._examples.append(ExampleMaps(crop.clone(), last_map, rollout_map, norm_maps))
+        return [patches.mean(1).float().cpu() for patches in patches_of_blocks]
 
-    def observation(self) -> Observation:
-        """Of all images so far."""
+    def compute(self) -> Activations:
+        """Return the activations of all images so far."""
         by_block = [[torch.cat(parts) for parts in zip(*batches, strict=True)] for batches in self._heads]
         heads = HeadStatistics(*(torch.stack(parts, dim=1) for parts in zip(*by_block, strict=True)))
         norms = TokenNorms(*(torch.cat(parts) for parts in zip(*self._norms, strict=True)))
-        return Observation(heads, norms, torch.cat(self._features), self._drawn)
+        return Activations(heads, norms, torch.cat(self._features), self._examples)

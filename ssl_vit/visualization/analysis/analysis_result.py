@@ -1,154 +1,213 @@
-"""What an inspection found out: panels, the arrays that they are drawn from, and the numbers that sum them up."""
+"""Result of an analysis: figures, arrays and statistics, and the directory that `ssl-vit inspect` writes."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ssl_vit.evaluation.results.eval_result import json_safe
 from ssl_vit.evaluation.segmentation.segmentation_evaluator import MODEL, RANDOM
 from ssl_vit.models.checkpoint import LoadedBackbone
-from ssl_vit.visualization.analysis.activation_collector import Observation, Observer
-from ssl_vit.visualization.analysis.attention_rollout import Rolled, rollout_panel
-from ssl_vit.visualization.analysis.cka import FEWEST, layers_panel, versus_panel
-from ssl_vit.visualization.analysis.feature_spectrum import spectrum, spectrum_panel
-from ssl_vit.visualization.analysis.head_figures import distance_panel, diversity_panel, entropy_panel, prefix_panel
-from ssl_vit.visualization.analysis.head_statistics import uniform_distance
-from ssl_vit.visualization.analysis.patch_filters import filter_components, filter_panel
-from ssl_vit.visualization.analysis.position_embeddings import position_panel, position_similarity
-from ssl_vit.visualization.analysis.token_norms import OUTLIER, NormMap, norms_panel, worst_block
+from ssl_vit.runtime.atomic_io import atomic_write, write_json
+from ssl_vit.visualization.analysis.activation_collector import ActivationCollector, Activations
+from ssl_vit.visualization.analysis.attention_figures import (
+    RolloutRow,
+    distance_figure,
+    diversity_figure,
+    entropy_figure,
+    prefix_figure,
+    rollout_figure,
+)
+from ssl_vit.visualization.analysis.attention_statistics import uniform_distance
+from ssl_vit.visualization.analysis.cka import MIN_IMAGES, comparison_figure, layers_figure
+from ssl_vit.visualization.analysis.feature_figures import (
+    OUTLIER,
+    NormMap,
+    block_of_largest_norm,
+    norms_figure,
+    spectrum,
+    spectrum_figure,
+)
+from ssl_vit.visualization.analysis.weight_figures import (
+    filter_components,
+    filter_figure,
+    position_figure,
+    position_similarity,
+)
 from ssl_vit.visualization.image_grid import TitledFigure
 
-
-class AnalysisResult(NamedTuple):
-    """A part of an inspection; parts are put together in their order."""
-
-    panels: dict[str, TitledFigure]  # by the name of their file, without suffix
-    arrays: dict[str, Tensor]  # by their name in arrays.npz
-    numbers: dict[str, Any]  # plain containers for inspect.json, by panel
-    left_out: dict[str, str]  # why there is no panel of this name
-
-    @classmethod
-    def none(cls) -> AnalysisResult:
-        """Nothing yet."""
-        return cls({}, {}, {}, {})
-
-    def add(self, other: AnalysisResult) -> None:
-        """Take in what else was found."""
-        self.panels.update(other.panels)
-        self.arrays.update(other.arrays)
-        self.numbers.update(other.numbers)
-        self.left_out.update(other.left_out)
+INSPECT_JSON = "inspect.json"
+PROTOCOL = {
+    "images": "random subset; short side resized to image_size (bicubic, antialias); center crop",
+    "attention": "softmax over all tokens in float32; rows of the patch queries; columns of the patches, sum 1",
+    "distance": "mean over the patches i of sum_j A_ij |p_i - p_j| in pixels; per head, then the mean over the images",
+    "entropy": "-sum_j A_ij ln A_ij over ln N, mean over the N patches",
+    "prefix": "attention of the patches on class token and registers, before these are removed",
+    "diversity": "1 - mean cosine of a head's patch-by-patch attention to that of the block's other heads, per image",
+    "rollout": "product over the blocks of (mean of the heads + identity) / 2; row of the class token, patches, sum 1",
+    "layers": "linear CKA of the mean patch tokens after each block; HSIC unbiased, mean over minibatches of 256",
+    "norms": "of the patch tokens after each block, before the final norm; levels are quantiles .05 .5 .95 1 per image",
+    "spectrum": "singular values of the features after the final norm, not centered; effective rank is RankMe",
+    "filters": "principal components of the patch embedding's filters, mean subtracted",
+    "positions": "cosines of the patches' position embeddings; (rows, columns, rows, columns)",
+}
 
 
-def analyze_weights(models: dict[str, LoadedBackbone]) -> AnalysisResult:
-    """What needs no image: position embeddings and patch filters."""
-    found = AnalysisResult.none()
+@dataclass
+class AnalysisResult:
+    """Figures, arrays and statistics, in the order of the analyses."""
+
+    figures: dict[str, TitledFigure] = field(default_factory=dict)  # by file name without suffix
+    arrays: dict[str, Tensor] = field(default_factory=dict)  # by name in arrays.npz
+    statistics: dict[str, Any] = field(default_factory=dict)  # plain containers for inspect.json, by figure
+    skipped: dict[str, str] = field(default_factory=dict)  # reason for each figure that is not drawn
+
+    def write(self, directory: Path, metadata: dict[str, Any]) -> None:
+        """Write figures as PNG, `arrays.npz`, and at last `inspect.json`, which lists the files.
+
+        Args:
+            directory: Created if missing; files of the same names are replaced.
+            metadata: Further contents of `inspect.json`: model, images, cost; plain containers.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / INSPECT_JSON).unlink(missing_ok=True)  # it would not describe the new files
+        for name, figure in self.figures.items():
+            with atomic_write(directory / f"{name}.png") as file:
+                figure.image.save(file, format="PNG")
+        arrays: dict[str, Any] = {name: values.numpy() for name, values in self.arrays.items()}
+        with atomic_write(directory / "arrays.npz") as file:
+            np.savez_compressed(file, **arrays)
+        content = {
+            "schema": 1,
+            "figures": [
+                {"file": f"{name}.png", "title": figure.title, "text": figure.text}
+                for name, figure in self.figures.items()
+            ],
+            "skipped": self.skipped,
+            "statistics": json_safe(self.statistics),
+            "protocol": PROTOCOL,
+            "arrays": {name: list(values.shape) for name, values in self.arrays.items()},
+        }
+        write_json(directory / INSPECT_JSON, content | metadata)
+
+
+def analyze_weights(result: AnalysisResult, models: dict[str, LoadedBackbone]) -> None:
+    """Analyze position embeddings and patch filters, for which no images are needed."""
     similarity = position_similarity(models[MODEL].backbone)
     if similarity is None:
-        found.left_out["positions"] = "the model has no learned position embeddings"
+        result.skipped["positions"] = "the model has no learned position embeddings"
     else:
-        found.panels["positions"] = position_panel(similarity)
-        found.arrays[f"{MODEL}/positions"] = similarity
+        result.figures["positions"] = position_figure(similarity)
+        result.arrays[f"{MODEL}/positions"] = similarity
     components = {name: filter_components(loaded.backbone.patch_filters()) for name, loaded in models.items()}
-    found.panels["filters"] = filter_panel(components)
+    result.figures["filters"] = filter_figure(components)
+    result.statistics["filters"] = {"explained_by_shown": {}}
     for name, (filters, explained) in components.items():
-        found.arrays.update({f"{name}/filters": filters, f"{name}/filters explained": explained})
-    found.numbers["filters"] = {"explained_by_shown": {
-        name: float(explained[: len(filters)].sum()) for name, (filters, explained) in components.items()
-    }}  # fmt: skip
-    return found
+        result.arrays.update({f"{name}/filters": filters, f"{name}/filters explained": explained})
+        result.statistics["filters"]["explained_by_shown"][name] = float(explained[: len(filters)].sum())
 
 
-def analyze_attention(observers: dict[str, Observer], seen: dict[str, Observation]) -> AnalysisResult:
-    """What the heads do, and the rollout."""
-    found = AnalysisResult.none()
-    uniform = uniform_distance(observers[MODEL].centers)
-    backbone = observers[MODEL].backbone
-    readings = {name: observation.heads for name, observation in seen.items()}
-    dataset = len(seen[MODEL].features)
-    if all(observation.drawn[0].rollout is not None for observation in seen.values()):
-        found.panels["rollout"] = rollout_panel(_rolled(seen))
-    else:
-        found.left_out["rollout"] = "the model has no class token that it pools"
-    distance = _means(readings, "distance")
-    found.panels["distance"] = distance_panel(distance, uniform, observers[MODEL].cut.image_size, dataset)
-    entropy = _means(readings, "entropy")
-    found.panels["entropy"] = entropy_panel(entropy, dataset)
-    measured = {"distance": distance, "entropy": entropy}
-    if backbone.num_prefix_tokens:
-        masses = {name: heads.prefix.mean(0) for name, heads in readings.items()}  # (blocks, heads, prefix)
-        kinds = {"class token": backbone.num_prefix_tokens - backbone.num_registers, "register": backbone.num_registers}
-        found.panels["prefix"] = prefix_panel(masses, kinds, len(observers[MODEL].centers), dataset)
-        measured["prefix"] = {name: mass.sum(-1) for name, mass in masses.items()}
-        found.arrays.update({f"{name}/prefix by token": mass for name, mass in masses.items()})
-    else:
-        found.left_out["prefix"] = "the model has neither class token nor registers"
-    if readings[MODEL].diversity.shape[-1] > 1:
-        measured["diversity"] = _means(readings, "diversity")
-        found.panels["diversity"] = diversity_panel(measured["diversity"], dataset)
-    else:
-        found.left_out["diversity"] = "the model has a single head"
-    for kind, by_model in measured.items():
-        found.arrays.update({f"{name}/{kind}": values for name, values in by_model.items()})
-        found.numbers[kind] = {name: values.mean(1).tolist() for name, values in by_model.items()}  # per block
-    found.numbers["distance"]["uniform"] = uniform
-    return found
-
-
-def analyze_features(observers: dict[str, Observer], seen: dict[str, Observation]) -> AnalysisResult:
-    """The norms of the tokens and the spectrum of the features."""
-    found = AnalysisResult.none()
-    norms = {name: observation.norms for name, observation in seen.items()}
-    block = worst_block(norms[MODEL])
-    maps = [NormMap(drawn.crop, drawn.norms[block]) for drawn in seen[MODEL].drawn]
-    found.panels["norms"] = norms_panel(norms, maps, block)
-    found.numbers["norms"] = {name: part.outliers.mean(0).tolist() for name, part in norms.items()}
-    found.numbers["norms"]["outlier"] = f"share of tokens over {OUTLIER:g} times the median of their image, per block"
-    for name, (levels, outliers) in norms.items():
-        found.arrays.update({f"{name}/norm levels": levels.mean(0), f"{name}/norm outliers": outliers.mean(0)})
-    spectra = {name: spectrum(part.features) for name, part in seen.items()}
-    kind = "[CLS] tokens" if observers[MODEL].backbone.has_cls else "mean patch tokens"
-    found.panels["spectrum"] = spectrum_panel(spectra, features=kind, dataset=len(seen[MODEL].features))
-    found.numbers["spectrum"] = {name: {"effective_rank": part.rank} for name, part in spectra.items()}
-    found.numbers["spectrum"]["features"] = kind
-    found.arrays.update({f"{name}/spectrum": part.shares for name, part in spectra.items()})
-    return found
-
-
-def analyze_layers(cka: Tensor | None, depths: dict[str, int], other: str | None, dataset: int) -> AnalysisResult:
-    """Which layers say the same.
+def analyze_attention(
+    result: AnalysisResult, collector: ActivationCollector, activations: dict[str, Activations]
+) -> None:
+    """Analyze the attention of the heads, and attention rollout.
 
     Args:
-        cka: (layers, layers) of all models' layers, one model after the other; None for too few images.
-        depths: The models in that order, with their numbers of blocks.
-        other: What the model of `versus` is called there, if there is one.
-        dataset: How many the features were of.
+        result: Is extended.
+        collector: That of the model.
+        activations: By model.
     """
-    found = AnalysisResult.none()
+    backbone, num_images = collector.backbone, len(activations[MODEL].features)
+    if all(found.examples[0].rollout is not None for found in activations.values()):
+        result.figures["rollout"] = rollout_figure(_rollout_rows(activations))
+    else:
+        result.skipped["rollout"] = "the model has no class token that it pools"
+    heads = {name: found.heads for name, found in activations.items()}
+    distance = {name: part.distance.mean(0) for name, part in heads.items()}  # (blocks, heads)
+    entropy = {name: part.entropy.mean(0) for name, part in heads.items()}
+    uniform = uniform_distance(collector.centers)
+    statistics = {"distance": distance, "entropy": entropy}
+    side = collector.transform.image_size
+    result.figures["distance"] = distance_figure(distance, uniform, side, num_images)
+    result.figures["entropy"] = entropy_figure(entropy, num_images)
+    if backbone.num_prefix_tokens:
+        prefix = {name: part.prefix.mean(0) for name, part in heads.items()}  # (blocks, heads, prefix)
+        registers = backbone.num_registers
+        token_counts = {"class token": backbone.num_prefix_tokens - registers, "register": registers}
+        result.figures["prefix"] = prefix_figure(prefix, token_counts, len(collector.centers), num_images)
+        statistics["prefix"] = {name: values.sum(-1) for name, values in prefix.items()}
+        result.arrays.update({f"{name}/prefix by token": values for name, values in prefix.items()})
+    else:
+        result.skipped["prefix"] = "the model has neither class token nor registers"
+    if backbone.num_heads > 1:
+        statistics["diversity"] = {name: part.diversity.mean(0) for name, part in heads.items()}
+        result.figures["diversity"] = diversity_figure(statistics["diversity"], num_images)
+    else:
+        result.skipped["diversity"] = "the model has a single head"
+    for kind, by_model in statistics.items():
+        result.arrays.update({f"{name}/{kind}": values for name, values in by_model.items()})
+        result.statistics[kind] = {name: values.mean(1).tolist() for name, values in by_model.items()}  # per block
+    result.statistics["distance"]["uniform"] = uniform
+
+
+def analyze_features(
+    result: AnalysisResult, collector: ActivationCollector, activations: dict[str, Activations]
+) -> None:
+    """Analyze the norms of the tokens and the spectrum of the features; arguments as of `analyze_attention`."""
+    norms = {name: found.norms for name, found in activations.items()}
+    block = block_of_largest_norm(norms[MODEL])
+    maps = [NormMap(example.crop, example.norms[block]) for example in activations[MODEL].examples]
+    result.figures["norms"] = norms_figure(norms, maps, block)
+    result.statistics["norms"] = {name: part.outliers.mean(0).tolist() for name, part in norms.items()}
+    result.statistics["norms"]["outlier"] = (
+        f"share of tokens over {OUTLIER:g} times the median of their image, per block"
+    )
+    for name, (levels, outliers) in norms.items():
+        result.arrays.update({f"{name}/norm levels": levels.mean(0), f"{name}/norm outliers": outliers.mean(0)})
+    spectra = {name: spectrum(part.features) for name, part in activations.items()}
+    features = "[CLS] tokens" if collector.backbone.has_cls else "mean patch tokens"
+    num_images = len(activations[MODEL].features)
+    result.figures["spectrum"] = spectrum_figure(spectra, features=features, num_images=num_images)
+    result.statistics["spectrum"] = {name: {"effective_rank": part.rank} for name, part in spectra.items()}
+    result.statistics["spectrum"]["features"] = features
+    result.arrays.update({f"{name}/spectrum": part.shares for name, part in spectra.items()})
+
+
+def analyze_layers(
+    result: AnalysisResult, cka: Tensor | None, num_blocks: dict[str, int], other: str | None, num_images: int
+) -> None:
+    """Analyze the similarity of layers.
+
+    Args:
+        result: Is extended.
+        cka: (layers, layers) of the layers of all models, one model after the other; None for too few images.
+        num_blocks: Number of blocks by model, in that order.
+        other: Name of the model of `compare_to`, if any.
+        num_images: Number of images of the features.
+    """
     if cka is None:
-        why = f"{dataset} images: CKA needs {FEWEST} or more"
-        found.left_out.update(dict.fromkeys(["layers", *(["versus"] if other else [])], why))
-        return found
-    between = dict(zip(depths, torch.split(cka[: depths[MODEL]], list(depths.values()), dim=1), strict=True))
-    found.panels["layers"] = layers_panel(between[MODEL], between.get(RANDOM), dataset)
+        reason = f"{num_images} images: CKA needs at least {MIN_IMAGES}"
+        result.skipped.update(dict.fromkeys(["layers", *(["comparison"] if other else [])], reason))
+        return
+    blocks = torch.split(cka[: num_blocks[MODEL]], list(num_blocks.values()), dim=1)
+    similarity = dict(zip(num_blocks, blocks, strict=True))
+    result.figures["layers"] = layers_figure(similarity[MODEL], similarity.get(RANDOM), num_images)
     if other:
-        found.panels["versus"] = versus_panel(between[other], other, dataset)
-    found.arrays.update({f"{MODEL}/cka with {name}": part for name, part in between.items()})
-    return found
+        result.figures["comparison"] = comparison_figure(similarity[other], other, num_images)
+    result.arrays.update({f"{MODEL}/cka with {name}": part for name, part in similarity.items()})
 
 
-def _means(readings: dict[str, Any], kind: str) -> dict[str, Tensor]:
-    """(blocks, heads) by model: the mean over the images."""
-    return {name: torch.as_tensor(heads._asdict()[kind].mean(0)) for name, heads in readings.items()}
-
-
-def _rolled(seen: dict[str, Observation]) -> list[Rolled]:
-    random = [drawn.rollout for drawn in seen[RANDOM].drawn] if RANDOM in seen else [None] * len(seen[MODEL].drawn)
+def _rollout_rows(activations: dict[str, Activations]) -> list[RolloutRow]:
+    examples = activations[MODEL].examples
+    random = [example.rollout for example in activations[RANDOM].examples] if RANDOM in activations else []
     rows = []
-    for drawn, beside in zip(seen[MODEL].drawn, random, strict=True):
-        assert drawn.last is not None  # there is a class token
-        assert drawn.rollout is not None
-        rows.append(Rolled(drawn.crop, drawn.last, drawn.rollout, beside))
+    for index, example in enumerate(examples):
+        assert example.last is not None  # there is a class token
+        assert example.rollout is not None
+        rows.append(RolloutRow(example.crop, example.last, example.rollout, random[index] if random else None))
     return rows

@@ -1,48 +1,47 @@
-"""Which layers say the same: linear centerd kernel alignment (CKA), of features that come a few images at a time."""
+"""Similarity of layers: streaming linear centered kernel alignment (CKA), and its figures."""
 
 from __future__ import annotations
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ssl_vit.visualization.image_grid import TitledFigure
-from ssl_vit.visualization.plots import square_maps
+from ssl_vit.visualization.plots import MatrixPlot, plot_matrices
 
-MINIBATCH = 256  # images; as Nguyen et al. 2021
-FEWEST = 4  # that the unbiased estimate is defined for
+MINIBATCH = 256  # images, as Nguyen et al. 2021
+MIN_IMAGES = 4  # for which the unbiased estimate is defined
 
 
 class LinearCKA:
-    """Linear CKA between all of several layers, in memory that does not grow with the number of images.
+    """Linear CKA between all pairs of layers, in memory independent of the number of images.
 
     CKA (Kornblith et al. 2019, arXiv 1905.00414, section 3) is HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with the linear
     kernels K = X Xᵀ, L = Y Yᵀ. Each HSIC is the mean of unbiased estimates over minibatches (Nguyen et al. 2021, arXiv
-    2010.15327): with the biased one, layers of more dimensions than images would all look alike.
-    What is left over at the end counts by its number of images, if these are four or more.
+    2010.15327): with the biased estimate, layers of more dimensions than images would all look alike. A last incomplete
+    minibatch is weighted by its number of images if it has at least four.
 
     Args:
-        minibatch: Images that an estimate is made of; all of them, if there are no more than that.
+        minibatch: Images per estimate.
     """
 
     def __init__(self, minibatch: int = MINIBATCH) -> None:
         self.minibatch = minibatch
-        self._waiting: list[Tensor] = []  # per layer (n, D), n below the minibatch
+        self._pending: list[Tensor] = []  # (n, D) per layer, n below the minibatch
         self._sum: Tensor | float = 0.0  # (layers, layers) of estimates times their images
 
-    def add(self, layers: list[Tensor]) -> None:
-        """Take the same images' features (B, D) of every layer; D may differ between layers."""
-        self._waiting = [torch.cat(pair) for pair in zip(self._waiting or [x[:0] for x in layers], layers, strict=True)]
-        while len(self._waiting[0]) >= self.minibatch:
-            self._sum = self._sum + self.minibatch * unbiased_hsic([x[: self.minibatch] for x in self._waiting])
-            self._waiting = [x[self.minibatch :] for x in self._waiting]
+    def update(self, layers: list[Tensor]) -> None:
+        """Add the features (B, D) of the same images in every layer; D may differ between layers."""
+        self._pending = [torch.cat(pair) for pair in zip(self._pending or [x[:0] for x in layers], layers, strict=True)]
+        while len(self._pending[0]) >= self.minibatch:
+            self._sum = self._sum + self.minibatch * unbiased_hsic([x[: self.minibatch] for x in self._pending])
+            self._pending = [x[self.minibatch :] for x in self._pending]
 
-    def result(self) -> Tensor | None:
-        """(layers, layers) float32; NaN for a layer that says the same of all images. None for too few images."""
+    def compute(self) -> Tensor | None:
+        """Return (layers, layers) float32, NaN for a layer with constant features; None for too few images."""
         total = self._sum
-        rest = len(self._waiting[0]) if self._waiting else 0
-        if rest >= FEWEST:
-            total = total + rest * unbiased_hsic(self._waiting)
+        rest = len(self._pending[0]) if self._pending else 0
+        if rest >= MIN_IMAGES:
+            total = total + rest * unbiased_hsic(self._pending)
         if not isinstance(total, Tensor):
             return None
         own = total.diagonal()
@@ -51,14 +50,14 @@ class LinearCKA:
 
 
 def unbiased_hsic(layers: list[Tensor]) -> Tensor:
-    """Estimates (layers, layers) of the HSIC of features (n, D) with linear kernels, n of 4 and more.
+    """Estimate the HSIC (layers, layers) of features (n, D) with linear kernels, for n of at least 4.
 
     With zeros on the diagonals of K and L: (tr(K L) + 1ᵀK1 1ᵀL1 / ((n-1)(n-2)) - 2 1ᵀKL1 / (n-2)) / (n (n-3)) (Song et
     al. 2012, Feature selection via dependence maximization; HSIC_1 of Nguyen et al. 2021).
     """
     n = len(layers[0])
-    centerd = [layer.double() - layer.double().mean(0) for layer in layers]  # changes nothing but the rounding
-    kernels = torch.stack([layer @ layer.T for layer in centerd])  # (layers, n, n)
+    centered = [layer.double() - layer.double().mean(0) for layer in layers]  # affects only the rounding
+    kernels = torch.stack([layer @ layer.T for layer in centered])  # (layers, n, n)
     kernels.diagonal(dim1=-2, dim2=-1).zero_()
     sums = kernels.sum(-1)  # (layers, n)
     totals = sums.sum(-1)
@@ -66,38 +65,33 @@ def unbiased_hsic(layers: list[Tensor]) -> Tensor:
     return (traces + totals.outer(totals) / ((n - 1) * (n - 2)) - 2 / (n - 2) * sums @ sums.T) / (n * (n - 3))
 
 
-def layers_panel(own: Tensor, random: Tensor | None, dataset: int) -> TitledFigure:
-    """CKA between the layers of a model, and with the layers of its random-init model.
+def layers_figure(own: Tensor, random: Tensor | None, num_images: int) -> TitledFigure:
+    """Draw the CKA between the layers of a model, and with the layers of its random-init model.
 
     Args:
         own: (blocks, blocks).
-        random: (blocks of the model, blocks of the twin).
-        dataset: How many the features are of.
+        random: (blocks of the model, blocks of the random-init model).
+        num_images: Number of images of the features.
     """
-    maps = [("model and itself", own, "block", "block")]
+    plots = [MatrixPlot("model and itself", own, "block", "block")]
     if random is not None:
-        maps.append(("model and random init", random, "block", "block of random init"))
+        plots.append(MatrixPlot("model and random init", random, "block", "block of random init"))
     text = (
-        f"How alike what the blocks say of {dataset:,} images is: 1 is the same but for rotation and scale, 0 is "
+        f"Similarity of the features of {num_images:,} images in the blocks: 1 is equal up to rotation and scale, 0 is "
         "unrelated. Bright squares along the diagonal are stages of blocks that change little. Features are mean patch "
-        "tokens behind each block; the estimate is unbiased, so that values a little below 0 are possible."
+        "tokens after each block; the estimate is unbiased, so that values a little below 0 are possible."
     )
     if random is not None:
-        text += " What already random weights have in common with the model comes from the images, not the training."
-    return TitledFigure("Similarity of the layers (linear CKA)", _drawn(maps), text)
+        text += " Similarity to random weights comes from the images, not from training."
+    return TitledFigure("Similarity of the layers (linear CKA)", plot_matrices(plots, "CKA"), text)
 
 
-def versus_panel(between: Tensor, other: str, dataset: int) -> TitledFigure:
-    """CKA between the layers of two models (blocks of the one, blocks of the other)."""
+def comparison_figure(cka: Tensor, other: str, num_images: int) -> TitledFigure:
+    """Draw the CKA between the layers of two models (blocks of the model, blocks of the other)."""
     text = (
-        f"How alike what the blocks of two models say of {dataset:,} images is: 1 is the same but for rotation "
-        f"and scale, 0 is unrelated. Rows are this model, columns {other}. A bright diagonal means that both go "
-        "the same way. Features are mean patch tokens behind each block; the estimate is unbiased."
+        f"Similarity of the features of {num_images:,} images in the blocks of two models: 1 is equal up to rotation "
+        f"and scale, 0 is unrelated. Rows are this model, columns {other}. A bright diagonal means that both models "
+        "process images in similar stages. Features are mean patch tokens after each block; the estimate is unbiased."
     )
-    return TitledFigure(
-        "Similarity to another model (linear CKA)", _drawn([("", between, "block", f"block of {other}")]), text
-    )
-
-
-def _drawn(maps: list[tuple[str, Tensor, str, str]]) -> Image.Image:
-    return square_maps(maps, "CKA", span=(0, 1), colors="cividis")
+    image = plot_matrices([MatrixPlot("", cka, "block", f"block of {other}")], "CKA")
+    return TitledFigure("Similarity to another model (linear CKA)", image, text)

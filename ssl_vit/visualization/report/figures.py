@@ -13,7 +13,7 @@ from ssl_vit.data.dataset import UnreadableImageError
 from ssl_vit.data.sources.decode import open_image
 from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.errors import UserError
-from ssl_vit.visualization.analysis.analysis_writer import INDEX
+from ssl_vit.visualization.analysis.analysis_result import INSPECT_JSON
 from ssl_vit.visualization.image_grid import TitledFigure
 
 SIDE = 1300  # pixels of the longer side
@@ -40,12 +40,12 @@ def read_inspection(folder: Path, loaded: LoadedBackbone | None) -> Panels:
         UserError: There is none, or it cannot be read.
     """
     try:
-        content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        entries = [(str(entry["file"]), str(entry["title"]), str(entry["text"])) for entry in content["panels"]]
+        content = json.loads((folder / INSPECT_JSON).read_text(encoding="utf-8"))
+        entries = [(str(entry["file"]), str(entry["title"]), str(entry["text"])) for entry in content["figures"]]
     except FileNotFoundError:
         raise UserError("The model has not been inspected.") from None
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        raise UserError(f"{folder / INDEX} is damaged: inspect again.") from None
+        raise UserError(f"{folder / INSPECT_JSON} is damaged: inspect again.") from None
     inside: list[TitledFigure] = []
     reconstructions: list[TitledFigure] = []
     problems = []
@@ -101,7 +101,7 @@ def _how(content: dict[str, Any]) -> str:
     """What it says of that, in one line."""
     count = _images(content)
     texts = [f"Of {count:,} images"] if count else []
-    for key, before in (("how", ""), ("left_out", "Not drawn: ")):
+    for key, before in (("protocol", ""), ("skipped", "Not drawn: ")):
         said = content.get(key)
         texts += [f"{before}`{name}`: {text}" for name, text in said.items()] if isinstance(said, dict) else []
     return f"{'. '.join(texts)}." if texts else ""
@@ -109,6 +109,6 @@ def _how(content: dict[str, Any]) -> str:
 
 def _images(content: dict[str, Any]) -> int | None:
     """How many it says there were."""
-    data = content.get("data")
-    count = data.get("n") if isinstance(data, dict) else None
+    data = content.get("images")
+    count = data.get("count") if isinstance(data, dict) else None
     return count if isinstance(count, int) else None

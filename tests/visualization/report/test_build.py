@@ -388,7 +388,7 @@ def test_panels_of_an_inspection(copied):
     panels = [
         {"file": name, "title": name, "text": "look"} for name in ("distance.png", "reconstruction.png", "no.png")
     ]
-    (copied / "inspect" / "inspect.json").write_text(json.dumps({"schema": 1, "panels": panels}))
+    (copied / "inspect" / "inspect.json").write_text(json.dumps({"schema": 1, "figures": panels}))
     content = gathered(copied)
     assert [(panel.title, panel.text, panel.image.size) for panel in content.panels] == [
         ("distance.png", "look", (1300, 10))
@@ -401,7 +401,7 @@ def test_panels_of_an_inspection(copied):
 def test_a_model_that_nobody_has_inspected_is_inspected_first(copied):
     assert main(["report", f"run={copied}", *QUICK, "inspect=true", "limit=1", "points=3"]) == 0
     plain = strict(copied / "report.json")
-    panels = strict(copied / "inspect" / "inspect.json")["panels"]
+    panels = strict(copied / "inspect" / "inspect.json")["figures"]
     assert [panel["title"] for panel in plain["panels"]] == [panel["title"] for panel in panels]
     assert panels
     assert "without images" in plain["missing"]["Inside"]  # the run's own are gone
@@ -409,14 +409,14 @@ def test_a_model_that_nobody_has_inspected_is_inspected_first(copied):
 
 def test_a_model_that_cannot_be_inspected_is_told_and_one_without_images_asked_for(copied, capsys, sample):
     (copied / "inspect").mkdir()
-    (copied / "inspect" / "inspect.json").write_text(json.dumps({"panels": [], "data": {"n": 0, "images": None}}))
+    (copied / "inspect" / "inspect.json").write_text(json.dumps({"figures": [], "images": {"count": 0, "dataset": None}}))
     told = gathered(copied).missing["Inside"]
     assert "without images: inspect again with images=FOLDER. `ssl-vit inspect checkpoint=" in told
     (copied / "inspect" / "inspect.json").unlink()
     config = load_config("report", [f"run={copied}", f"images={sample / 'test'}"], ReportConfig)
     report._inspect(config)
     about = strict(copied / "inspect" / "inspect.json")
-    assert str(sample / "test") in about["data"]["images"]["text"]
+    assert str(sample / "test") in about["images"]["dataset"]["text"]
     shutil.rmtree(copied / "inspect")
     (copied / "inspect").write_text("a file where the folder should be")
     report._inspect(config)
@@ -483,7 +483,7 @@ def test_a_fine_tuning_tells_what_it_began_with_and_shows_its_own_images(tiny_mo
 
 def test_panels_of_another_checkpoint_are_marked(copied):
     (copied / "inspect").mkdir()
-    about = {"schema": 1, "panels": [], "model": {"state_sha256": "0" * 64}, "data": {"n": 9}, "how": {"rollout": "so"}}
+    about = {"figures": [], "model": {"state_sha256": "0" * 64}, "images": {"count": 9}, "protocol": {"rollout": "so"}}
     (copied / "inspect" / "inspect.json").write_text(json.dumps(about))
     content = gathered(copied)
     assert "another checkpoint" in content.missing["Inside"]
