@@ -1,4 +1,4 @@
-"""The built wheel works apart from the checkout: the package, its configuration and its recipes are all inside."""
+"""The built wheel works without the checkout: it holds the package, conf/ and recipes/."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ SOURCES = ("pyproject.toml", "README.md", "LICENSE", "ssl_vit", "conf", "recipes
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy, so that the checkout stays clean and nothing of an earlier build gets in."""
+    """Built from a copy, so that the checkout stays clean and no earlier build is reused."""
     folder = tmp_path_factory.mktemp("wheel")
     for source in (CHECKOUT / name for name in SOURCES):
         if source.is_dir():
@@ -31,7 +31,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """The wheel in a folder of its own; its dependencies come from the test environment."""
+    """The folder in which the wheel is installed; its dependencies come from the test environment."""
     folder = tmp_path_factory.mktemp("installed")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(folder)]
     subprocess.run([*pip, str(wheel)], check=True)
@@ -40,28 +40,28 @@ def installed(wheel, tmp_path_factory):
 
 @pytest.fixture
 def run(installed, tmp_path):
-    """A function: Python with the installed wheel before everything else, in an unrelated folder."""
+    """A function that runs Python with the installed wheel first on the path, in an unrelated folder."""
 
-    def python(*words):
+    def python(*argv):
         environment = {**os.environ, "PYTHONPATH": str(installed)}
         return subprocess.run(
-            [sys.executable, *words], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60
+            [sys.executable, *argv], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60
         )
 
     return python
 
 
-def test_the_wheel_holds_the_package_and_its_yaml_and_nothing_else(wheel):
+def test_wheel_contains_the_package_and_its_yaml_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {f"ssl_vit/{path.relative_to(CHECKOUT / 'ssl_vit')}" for path in (CHECKOUT / "ssl_vit").rglob("*.py")}
     for folder in ("conf", "recipes"):
         expected |= {f"ssl_vit/{path.relative_to(CHECKOUT)}" for path in (CHECKOUT / folder).rglob("*.yaml")}
-    page = {path for suffix in ("html", "css", "js") for path in (CHECKOUT / "ssl_vit" / "report").glob(f"*.{suffix}")}
-    expected |= {f"ssl_vit/report/{path.name}" for path in page}
+    assets = {path for suffix in ("html", "css", "js") for path in (CHECKOUT / "ssl_vit").rglob(f"*.{suffix}")}
+    expected |= {path.relative_to(CHECKOUT).as_posix() for path in assets}
     assert names == expected | {"ssl_vit/py.typed"}
 
 
-def test_the_wheel_names_its_license_and_command(wheel):
+def test_wheel_declares_license_and_command(wheel):
     with zipfile.ZipFile(wheel) as archive:
         texts = {Path(name).name: archive.read(name).decode() for name in archive.namelist() if ".dist-info/" in name}
     assert "License-Expression: Apache-2.0" in texts["METADATA"]
@@ -69,26 +69,24 @@ def test_the_wheel_names_its_license_and_command(wheel):
     assert "ssl-vit = ssl_vit.cli:main" in texts["entry_points.txt"]
 
 
-def test_it_is_the_wheel_that_runs(run, installed):
-    code = (
-        "import ssl_vit; from ssl_vit.commands.config_dirs import *; print(ssl_vit.__file__, conf_dir(), recipes_dir())"
-    )
+def test_wheel_is_imported_and_not_the_checkout(run, installed):
+    code = "import ssl_vit; from ssl_vit.commands.help import *; print(ssl_vit.__file__, conf_dir(), recipes_dir())"
     result = run("-c", code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == [str(installed / "ssl_vit" / name) for name in ("__init__.py", "conf", "recipes")]
 
 
-def test_configuration_and_recipes_are_found_from_any_folder(run):
+def test_wheel_finds_conf_and_recipes_from_any_folder(run):
     recipes = sorted(file.stem for file in (CHECKOUT / "recipes").glob("*.yaml"))
     result = run("-m", "ssl_vit", "pretrain", "data.root=x", f"recipe={recipes[0]}", "--cfg")
     assert result.returncode == 0, result.stderr
     assert yaml.safe_load(result.stdout)["data"]["root"] == "x"
     result = run("-m", "ssl_vit", "pretrain", "--help")
     assert result.returncode == 0, result.stderr
-    assert f"recipe=NAME takes the settings of a recipe: {', '.join(recipes)}" in result.stdout
+    assert f"recipe=NAME uses the settings of a recipe: {', '.join(recipes)}" in result.stdout
 
 
-def test_a_run_starts_from_the_wheel(run, sample):
+def test_wheel_runs_a_command(run, sample):
     result = run("-m", "ssl_vit", "scan", f"data.root={sample / 'train'}")
     assert result.returncode == 0, result.stderr
     assert "192" in result.stdout

@@ -1,4 +1,4 @@
-"""`ssl-vit demo`: the whole product on images that it makes itself, in a few minutes.
+"""`ssl-vit demo`: pretrain, evaluate and report on generated images, in a few minutes.
 
 ssl-vit demo
 ssl-vit demo method=sit run.name=demo-sit
@@ -27,30 +27,31 @@ def main(config: DemoConfig) -> None:
     """Run the command."""
     start = time.perf_counter()
     folder = config.run.path
-    dataset = folder / "images"
+    images = folder / "images"
+    pretrain_config = load_config("pretrain", pretrain_overrides(config, images), PretrainConfig)
 
     if not config.run.resume:
         with lock_run_dir(config.run):
             if config.run.overwrite:
                 shutil.rmtree(folder, ignore_errors=True)
             prepare_run_dir(config.run)
-            print(f"Making {config.num_images:,} sample images of 12 classes in {dataset}", flush=True)
-            make_synthetic_dataset(dataset, dataset=config.num_images, seed=config.seed)
-    pretrain(load_config("pretrain", pretrain_overrides(config, dataset), PretrainConfig))
-    found = find_latest_checkpoint(folder / "checkpoints")
-    if not found or found.step < config.max_steps:  # Ctrl-C
+            print(f"Generating {config.num_images:,} images of 12 classes in {images}", flush=True)
+            make_synthetic_dataset(images, dataset=config.num_images, seed=config.seed)
+    pretrain(pretrain_config)
+    latest = find_latest_checkpoint(folder / "checkpoints")
+    if not latest or latest.step < config.max_steps:  # stopped by Ctrl-C
         return
 
-    labeled = [f"checkpoint={folder}", f"data.train={dataset / 'train'}", f"data.test={dataset / 'test'}"]
-    neighbors, _ = knn.measure(load_config("knn", [*labeled, "k=[20]"], KNNConfig))
-    probe, _ = linear.measure(load_config("linear", labeled, LinearConfig))
-    seen = attention.run_attention(
+    labeled = [f"checkpoint={folder}", f"data.train={images / 'train'}", f"data.test={images / 'test'}"]
+    knn_result, _ = knn.measure(load_config("knn", [*labeled, "k=[20]"], KNNConfig))
+    linear_result, _ = linear.measure(load_config("linear", labeled, LinearConfig))
+    segmentation = attention.run_attention(
         load_config(
             "attention",
             [
                 f"checkpoint={folder}",
-                f"images={dataset / 'test'}",
-                f"masks={dataset / 'test_masks'}",
+                f"images={images / 'test'}",
+                f"masks={images / 'test_masks'}",
                 f"out={folder / 'attention'}",
                 "methods=[attention,tokencut]",
             ],
@@ -58,15 +59,15 @@ def main(config: DemoConfig) -> None:
         )
     )
     page = report.write(load_config("report", [f"run={folder}"], ReportConfig))
-    print(f"\n{table(neighbors, probe, seen.results)}\n")
-    print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all. Open {page.path} in a browser")
+    print(f"\n{table(knn_result, linear_result, segmentation.results)}\n")
+    print(f"Finished in {(time.perf_counter() - start) / 60:.1f} minutes. Open {page.path} in a browser.")
 
 
-def pretrain_overrides(config: DemoConfig, dataset: Path) -> list[str]:
-    """The `pretrain` command that the demo runs; the labels serve the kNN along the way, never the training."""
+def pretrain_overrides(config: DemoConfig, images: Path) -> list[str]:
+    """Return the overrides of the demo's `pretrain` run, which uses the labels for the online kNN only."""
     return [
         f"recipe=demo_{config.method}",
-        f"data.root={dataset / 'train'}",
+        f"data.root={images / 'train'}",
         f"seed={config.seed}",
         f"run.name={config.run.name}",
         f"run.folder={config.run.folder}",
@@ -75,18 +76,18 @@ def pretrain_overrides(config: DemoConfig, dataset: Path) -> list[str]:
     ]
 
 
-def table(neighbors: EvalResult, probe: EvalResult, attention: list[MethodResult]) -> str:
-    """What the model learned, beside the same model before training and beside no model at all."""
+def table(knn_result: EvalResult, linear_result: EvalResult, segmentation: list[MethodResult]) -> str:
+    """Return the scores of the trained model beside random weights and a baseline without a model."""
     rows = [("", "trained", "random", "no model")]
-    for name, record in (("kNN accuracy, k = 20", neighbors), ("linear probe accuracy", probe)):
-        own, untrained, pixels = (score.metrics[0].value for score in (record.score, *record.baselines))
-        rows.append((name, f"{own:.3f}", f"{untrained:.3f}", f"{pixels:.3f} raw pixels"))
-    iou = {result.name: {rule: float(values.mean()) for rule, values in result.ious.items()} for result in attention}
+    for name, result in (("kNN accuracy, k = 20", knn_result), ("linear probe accuracy", linear_result)):
+        model, random_init, pixels = (score.metrics[0].value for score in (result.score, *result.baselines))
+        rows.append((name, f"{model:.3f}", f"{random_init:.3f}", f"{pixels:.3f} raw pixels"))
+    iou = {result.name: {rule: float(values.mean()) for rule, values in result.ious.items()} for result in segmentation}
     trained, random = iou[MODEL], iou[RANDOM]
     prior = f"{iou['center prior']['IoU']:.3f} center prior"
     for name, rule in (
-        ("attention IoU, area of the object", "area/mean"),
-        ("attention IoU, 60 % of the mass", "mass/mean"),
+        ("attention IoU, area of the foreground", "area/mean"),
+        ("attention IoU, 60 % attention mass", "mass/mean"),
         ("TokenCut masks, IoU", "tokencut"),
     ):
         rows.append((name, f"{trained[rule]:.3f}", f"{random[rule]:.3f}", prior))

@@ -1,19 +1,40 @@
-"""The text of `ssl-vit <command> --help`: the commented configuration files themselves."""
+"""The text of `ssl-vit <command> --help`, made of the commented files in `conf/`; without Hydra, pydantic or torch."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from ssl_vit.commands.config_dirs import conf_dir, recipes_dir
-
+_ROOT = Path(__file__).parents[1]
 _PACKAGE = re.compile(r"\A# @package (\w+)\n")
 _GROUP = re.compile(r"  - (?:override /)?(\w+)(?:: (\w+))?$")
 
 
-def help_text(command: str, summary: str, example: str, words: list[str]) -> str:
-    """Summary, example, and every key with its default and its comment; `words` may choose group options."""
-    chosen = dict(word.split("=", 1) for word in words if "=" in word)
+def conf_dir() -> Path:
+    """Return the folder of the configuration files: inside an installed wheel, or beside the package in a checkout."""
+    return _packaged_or_beside("conf")
+
+
+def recipes_dir() -> Path:
+    """Return the folder of the recipes."""
+    return _packaged_or_beside("recipes")
+
+
+def _packaged_or_beside(name: str) -> Path:
+    packaged = _ROOT / name
+    return packaged if packaged.is_dir() else _ROOT.parent / name
+
+
+def help_text(command: str, summary: str, example: str, overrides: list[str]) -> str:
+    """Return the summary, an example, and every key with its default and comment.
+
+    Args:
+        command: Its name.
+        summary: One line.
+        example: A command line.
+        overrides: May select group options, whose keys are shown instead of the default ones.
+    """
+    chosen = dict(override.split("=", 1) for override in overrides if "=" in override)
     own, groups = _read(conf_dir() / f"{command}.yaml")
     lines = [f"ssl-vit {command}: {summary}", "", f"  $ {example}", "", "Keys, with their defaults:", "", own.strip()]
     for group, default in groups.items():
@@ -25,19 +46,19 @@ def help_text(command: str, summary: str, example: str, words: list[str]) -> str
         lines += [f"  {line}".rstrip() for line in _keys_of(file).strip().splitlines()]
     if "recipes" in groups:
         names = ", ".join(sorted(file.stem for file in recipes_dir().glob("*.yaml")))
-        lines += ["", f"recipe=NAME takes the settings of a recipe: {names}"]
+        lines += ["", f"recipe=NAME uses the settings of a recipe: {names}"]
     lines += [
         "",
-        "Lists are written 'key=[1,2]', in quotes. --cfg prints the composed configuration and stops.",
-        "--config-dir=FOLDER adds your own files, laid out as FOLDER/<group>/<option>.yaml.",
+        "Quote lists: 'key=[1,2]'. --cfg prints the composed configuration and exits.",
+        "--config-dir=FOLDER adds your own files, FOLDER/<group>/<option>.yaml.",
     ]
     if command == "pretrain":
-        lines.append("--multirun makes a run of every combination: seed=0,1,2 'run.name=photos-${seed}'.")
+        lines.append("--multirun starts a run for every combination of values: seed=0,1,2 'run.name=photos-${seed}'.")
     return "\n".join(lines)
 
 
 def _read(file: Path) -> tuple[str, dict[str, str]]:
-    """The file's text without its defaults list, and that list as group -> option."""
+    """Return the file's text without its defaults list, and that list as group -> option."""
     text = _PACKAGE.sub("", file.read_text(encoding="utf-8"))
     head, _, body = text.partition("defaults:\n")
     if not body:
@@ -49,7 +70,7 @@ def _read(file: Path) -> tuple[str, dict[str, str]]:
 
 
 def _keys_of(file: Path) -> str:
-    """A group option's keys; those of the option that it builds on come first, without those it changes."""
+    """Return the keys of a group option, after those that it inherits and does not override."""
     own, bases = _read(file)
     keys = set(re.findall(r"^(\w+):", own, flags=re.M))
     inherited = [
@@ -62,11 +83,12 @@ def _keys_of(file: Path) -> str:
 
 
 def _others(file: Path) -> str:
+    """Return a remark with the other options of the group."""
     others = sorted(other.stem for other in file.parent.glob("*.yaml") if other != file)
     return f"; also {', '.join(others)}" if others else ""
 
 
 def _section(file: Path) -> str:
-    """The section that the file's keys belong to: its folder's name unless its first line names another."""
+    """Return the section of the file's keys: its folder's name unless its first line names another."""
     package = _PACKAGE.match(file.read_text(encoding="utf-8"))
     return package[1] if package else file.parent.name

@@ -1,16 +1,18 @@
-"""From the words of a command line to a validated configuration: Hydra composes, pydantic checks.
+"""Compose and validate the configuration of a command: Hydra composes, pydantic validates.
 
-The only file that knows Hydra. It uses Hydra's compose API, so that nothing of a Hydra application (its log files,
-output folders, traces) comes along and `sys.argv` stays as the user typed it, for the processes that Lightning starts.
+Uses Hydra's compose API, so that nothing of a Hydra application (log files, output folders, traces) comes along and
+`sys.argv` stays as the user typed it, for the processes that Lightning starts.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from functools import partial
+from collections.abc import Iterator, Set
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, TypeVar, get_args
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -19,183 +21,175 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
-from ssl_vit.commands.config_dirs import conf_dir, recipes_dir
-from ssl_vit.config.evaluate import (
-    CompareConfig,
-    FeaturesConfig,
-    FewshotConfig,
-    FinetuneConfig,
-    KNNConfig,
-    LinearConfig,
-    NeighborsConfig,
-    TransferConfig,
-)
-from ssl_vit.config.pretrain import BenchConfig, DemoConfig, ExportConfig, PretrainConfig, ScanConfig, ShardConfig
-from ssl_vit.config.types import StrictConfig
-from ssl_vit.config.visualize import AttentionConfig, InspectConfig, PropagateConfig, ReportConfig, VideoConfig
+from ssl_vit.commands.help import conf_dir, recipes_dir
+from ssl_vit.config.methods import METHOD_CONFIGS, MethodConfig
+from ssl_vit.config.types import POSITIONAL, StrictConfig
 from ssl_vit.runtime.errors import AllRanksError, UserError
 
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
 
-# What the configuration of each command is made of.
-CONFIG_CLASSES: dict[str, type[StrictConfig]] = {
-    "attention": AttentionConfig,
-    "bench": BenchConfig,
-    "compare": CompareConfig,
-    "demo": DemoConfig,
-    "export": ExportConfig,
-    "features": FeaturesConfig,
-    "fewshot": FewshotConfig,
-    "finetune": FinetuneConfig,
-    "inspect": InspectConfig,
-    "knn": KNNConfig,
-    "linear": LinearConfig,
-    "neighbors": NeighborsConfig,
-    "pretrain": PretrainConfig,
-    "propagate": PropagateConfig,
-    "report": ReportConfig,
-    "scan": ScanConfig,
-    "shard": ShardConfig,
-    "transfer": TransferConfig,
-    "video": VideoConfig,
-}
 
-# Names and paths, and lists of such: `run.name=2024` is a text, and so is a folder called [old].
-STRING_KEYS = {
-    "run.name", "run.folder", "data.root", "data.train", "data.test", "data.roots", "online.root", "image_logging.root", "run",
-    "backbone.name", "logger.project", "checkpoint", "checkpoints", "features", "images", "masks", "out", "linear",
-    "compare_to", "video", "davis", "voc", "split", "frames",
-}  # fmt: skip
-
-# The key of a command that takes the words without an equals sign, and those that are files or folders.
-POSITIONAL_KEYS = {"compare": "results"}
-
-
-def load_config(command: str, words: list[str], model: type[ConfigT]) -> ConfigT:
-    """Compose `conf/<command>.yaml` with the overrides `words` and validate it.
+def load_config(command: str, argv: list[str], config_class: type[ConfigT]) -> ConfigT:
+    """Compose `conf/<command>.yaml` with the overrides `argv` and validate it.
 
     Raises:
-        AllRanksError: Listing every unknown key, wrong type and value out of range at once.
+        AllRanksError: Lists every unknown key, wrong type and value out of range at once.
     """
     try:
-        values = compose_config(command, words)
-        return model.model_validate(values)
+        values = compose_config(command, argv, config_class)
+        return config_class.model_validate(values)
     except ValidationError as error:
         raise AllRanksError(_describe(error, values)) from None
-    except UserError as error:  # all processes read the same words
+    except UserError as error:  # all processes read the same command line
         raise AllRanksError(str(error)) from None
 
 
-def compose_config(command: str, words: list[str]) -> dict[str, Any]:
-    """The composed configuration as plain containers, not validated.
+def compose_config(command: str, argv: list[str], config_class: type[StrictConfig]) -> dict[str, Any]:
+    """Return the composed configuration as plain containers, not validated.
 
     Raises:
         UserError: An override cannot be read, or names a group option that does not exist.
     """
-    named = [word for word in words if command in POSITIONAL_KEYS and ("=" not in word or Path(word).exists())]
-    words, own_folders = _split_config_dirs([word for word in words if word not in named])
-    search = ",".join(f"file://{folder.absolute()}" for folder in [recipes_dir().parent, *own_folders])
-    groups = _groups(command)
-    # Hydra takes the name of any group for a choice; where the command has no such group, it is a plain key.
+    positional = positional_key(config_class)
+    arguments = [arg for arg in argv if positional and ("=" not in arg or Path(arg).exists())]
+    argv, config_dirs = _split_config_dirs([arg for arg in argv if arg not in arguments])
+    search = ",".join(f"file://{folder.absolute()}" for folder in [recipes_dir().parent, *config_dirs])
+    groups, strings = _groups(command), string_keys(config_class)
+    # Hydra takes the name of any group for a choice; in a command without this group it is a plain key.
     plain = {folder.name for folder in conf_dir().iterdir() if folder.is_dir()} - groups
-    own = dict(word.lstrip("+").split("=", 1) for word in words if _key(word) in plain and "=" in word)
-    overrides = [to_hydra_override(word, groups) for word in words if _key(word) not in own]
+    own = dict(arg.lstrip("+").split("=", 1) for arg in argv if _key(arg) in plain and "=" in arg)
+    overrides = [to_hydra_override(arg, groups, strings) for arg in argv if _key(arg) not in own]
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             config = compose(command, [f"hydra.searchpath=[{search}]", *overrides])
             values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-            return values | own | ({POSITIONAL_KEYS[command]: named} if named else {})
+            return values | own | ({positional: arguments} if arguments and positional else {})
     except MissingConfigException as error:
-        raise UserError(_no_such_option(error)) from None
+        raise UserError(_missing_option(error)) from None
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(_plain(error)) from None
-    except (OSError, ValueError, RecursionError) as error:  # of files that are no YAML, of names that are too long
-        given = ", ".join(word[:80] for word in words)
-        raise UserError(f"no configuration can be made of {given}: {_plain(error)}") from None
+        raise UserError(_without_hints(error)) from None
+    except (OSError, ValueError, RecursionError) as error:  # files that are not YAML, names that are too long
+        given = ", ".join(arg[:80] for arg in argv)
+        raise UserError(f"cannot compose a configuration from {given}: {_without_hints(error)}") from None
 
 
 def to_yaml(values: dict[str, Any]) -> str:
-    """A configuration as the YAML that `config.yaml` of a run holds."""
+    """Return a configuration as YAML text, as in `config.yaml` of a run."""
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return text
 
 
-def _split_config_dirs(words: list[str]) -> tuple[list[str], list[Path]]:
-    """Take `--config-dir=FOLDER` (own recipes and group options) out of the words."""
-    folders = [Path(word.partition("=")[2]) for word in words if word.startswith("--config-dir=")]
-    for folder in folders:
-        if not folder.is_dir():
-            raise UserError(f"--config-dir={folder}: there is no such folder")
-    return [word for word in words if not word.startswith("--config-dir=")], folders
+# --- the keys of a config class ----------------------------------------------------------------------------------
 
 
-def _groups(command: str) -> set[str]:
-    """The groups that the command's defaults list names: there `key=value` chooses a file."""
-    text = (conf_dir() / f"{command}.yaml").read_text(encoding="utf-8")
-    return {group for entry in yaml.safe_load(text).get("defaults", []) if isinstance(entry, dict) for group in entry}
+@cache
+def string_keys(config_class: type[StrictConfig]) -> frozenset[str]:
+    """Return the keys that hold names, paths or lists of them: `run.name=2024` is text, and so is a folder `[old]`."""
+    return frozenset(key for key, field in _fields(config_class) if _is_string(field.annotation))
 
 
-def _key(word: str) -> str:
-    return word.partition("=")[0].lstrip("+")
+def positional_key(config_class: type[StrictConfig]) -> str | None:
+    """Return the key that takes the arguments without an equals sign, if there is one."""
+    return next((key for key, field in _fields(config_class) if POSITIONAL in field.metadata), None)
 
 
-def to_hydra_override(word: str, groups: set[str]) -> str:
-    """A user's `key=value` as a Hydra override.
+def _fields(config_class: type[StrictConfig], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield every dotted key with its field; in the section `method`, the keys of every method."""
+    for name, field in config_class.model_fields.items():
+        yield f"{prefix}{name}", field
+        sections = METHOD_CONFIGS.values() if field.annotation is MethodConfig else [field.annotation]
+        for section in sections:
+            if isinstance(section, type) and issubclass(section, StrictConfig):
+                yield from _fields(section, f"{prefix}{name}.")
 
-    Texts, and values that Hydra's grammar does not take, are taken literally. Plain keys are forced in, so that an
-    unknown one reaches the validation, which names all of them and the nearest valid keys.
+
+def _is_string(annotation: object) -> bool:
+    types = set(get_args(annotation) or [annotation]) - {NoneType}
+    return bool(types) and types <= {str, Path}
+
+
+# --- overrides ---------------------------------------------------------------------------------------------------
+
+
+def to_hydra_override(override: str, groups: set[str], strings: Set[str]) -> str:
+    """Return a user's `key=value` as a Hydra override.
+
+    Values of the keys in `strings`, and values that Hydra's grammar does not accept, are taken literally. Plain keys
+    are forced in, so that an unknown one reaches the validation, which lists all of them with the nearest valid keys.
     """
-    key, equals, value = word.partition("=")
+    key, equals, value = override.partition("=")
     if key.startswith(("hydra/", "hydra.")):
-        raise UserError(f"{word!r} is for a sweep: add --multirun")
+        raise UserError(f"{override!r} is an option of a sweep: add --multirun")
     if not equals or not re.fullmatch(r"[+~]*[\w.@/]+", key):
-        raise UserError(f"{word!r}: expected key=value (a list is written 'key=[1,2]', in quotes)")
+        raise UserError(f"{override!r}: expected key=value (quote lists: 'key=[1,2]')")
     group = "recipes" if key == "recipe" else key.lstrip("+~")
     if group in groups:
         if not re.fullmatch(r"[\w./-]+", value):
-            raise UserError(f"{word!r}: expected one option, such as {key}=NAME")
-        return f"{group}='{value}'"  # quoted, or an option called 1 were a number
-    if key in STRING_KEYS and not value:  # `data.root=$UNSET` is not the current folder
-        raise UserError(f"{word!r}: a value is missing after the equals sign")
+            raise UserError(f"{override!r}: expected one option, such as {key}=NAME")
+        return f"{group}='{value}'"  # quoted, or an option called 1 would be a number
+    if key in strings and not value:  # `data.root=$UNSET` is not the current folder
+        raise UserError(f"{override!r}: the value after the equals sign is missing")
     if not key.startswith(("+", "~")):
         key = f"++{key}"
-    literal = key.lstrip("+") in STRING_KEYS and value != "null"
+    literal = key.lstrip("+") in strings and value != "null"
     try:
         readable = not literal and not OverridesParser.create().parse_override(f"{key}={value}").is_sweep_override()
     except HydraException:
         readable = False
-    # Backslashes stand for themselves but before a quote, the closing one included.
+    # A backslash is literal except before a quote, the closing one included.
     quoted = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + match[2].replace("'", "\\'"), value)
     return f"{key}={value}" if readable else f"{key}='{quoted}'"
 
 
-def _no_such_option(error: MissingConfigException) -> str:
+def _split_config_dirs(argv: list[str]) -> tuple[list[str], list[Path]]:
+    """Split off the folders of `--config-dir=FOLDER`, which hold the user's own recipes and group options."""
+    folders = [Path(arg.partition("=")[2]) for arg in argv if arg.startswith("--config-dir=")]
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"--config-dir={folder}: there is no such folder")
+    return [arg for arg in argv if not arg.startswith("--config-dir=")], folders
+
+
+def _groups(command: str) -> set[str]:
+    """Return the groups in the command's defaults list: for these, `key=value` selects a file."""
+    text = (conf_dir() / f"{command}.yaml").read_text(encoding="utf-8")
+    return {group for entry in yaml.safe_load(text).get("defaults", []) if isinstance(entry, dict) for group in entry}
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+")
+
+
+# --- messages ----------------------------------------------------------------------------------------------------
+
+
+def _missing_option(error: MissingConfigException) -> str:
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
     key = {"recipes": "recipe"}.get(group, group)
     return f"{key}={option}: there is no such option; choose one of {', '.join(error.options or [])}"
 
 
-def _plain(error: Exception) -> str:
-    """Hydra's message without its hints about tracebacks."""
+def _without_hints(error: Exception) -> str:
+    """Return Hydra's message without its hints about tracebacks."""
     lines = [line for line in str(error).splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line]
     return "\n".join(lines) or "a value cannot be read"
 
 
 def _describe(error: ValidationError, values: dict[str, Any]) -> str:
-    """One line per mistake: the dotted key, what is wrong with it, and for an unknown key the nearest valid one."""
-    mistakes = error.errors(include_url=False)
-    unknown = {".".join(map(str, m["loc"])) for m in mistakes if m["type"] == "extra_forbidden"}
-    known = [key for key in _keys(values) if not any(f"{key}.".startswith(f"{other}.") for other in unknown)]
+    """Return one line per mistake: the dotted key, what is wrong, and for an unknown key the nearest valid one."""
+    mistakes = [(".".join(map(str, mistake["loc"])), mistake) for mistake in error.errors(include_url=False)]
+    unknown = {key for key, mistake in mistakes if mistake["type"] == "extra_forbidden"}
+    valid = [key for key in _keys(values) if not any(f"{key}.".startswith(f"{other}.") for other in unknown)]
     lines = []
-    for mistake in mistakes:
-        key = ".".join(map(str, mistake["loc"]))
+    for key, mistake in mistakes:
         message = mistake["msg"].removeprefix("Value error, ")
         message = message[:1].lower() + message[1:]
         if key in unknown:
-            message = f"unknown key; the nearest valid one is {max(known, key=partial(key_similarity, key))}"
+            message = f"unknown key; the nearest valid one is {max(valid, key=partial(key_similarity, key))}"
         elif mistake["input"] is None:
-            message = f"is needed: write {key}=..."
+            message = f"is required: write {key}=..."
         elif not isinstance(mistake["input"], dict):
             message += f" (got {mistake['input']!r})"
         lines.append(f"{key}: {message}" if key else message)
@@ -204,13 +198,13 @@ def _describe(error: ValidationError, values: dict[str, Any]) -> str:
 
 
 def key_similarity(key: str, other: str) -> float:
-    """How near two dotted keys are, in their last names and as a whole."""
+    """Return how similar two dotted keys are, 0 to 2: the ratios of their last names and of the whole keys, summed."""
     names = key.rpartition(".")[2], other.rpartition(".")[2]
     return sum(difflib.SequenceMatcher(None, a, b).ratio() for a, b in (names, (key, other)))
 
 
 def _keys(values: dict[str, Any], prefix: str = "") -> list[str]:
-    """Every dotted key, sections included."""
+    """Return every dotted key, sections included."""
     keys = []
     for key, value in values.items():
         keys.append(f"{prefix}{key}")

@@ -105,7 +105,7 @@ def _page(content: ReportData) -> bytes:
 
 def _command(config: ReportConfig) -> str:
     """The words that make this report again: those that differ from the defaults."""
-    default, given = _flat(compose_config("report", [])), _flat(config.model_dump(mode="json"))
+    default, given = _flat(compose_config("report", [], ReportConfig)), _flat(config.model_dump(mode="json"))
     words = [f"{key}={value}" for key, value in given.items() if value != default[key]]
     return shlex.join(["ssl-vit", "report", *map(escape_path, words)])
 

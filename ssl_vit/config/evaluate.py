@@ -10,10 +10,12 @@ from pydantic import Field, model_validator
 from ssl_vit.config.methods import OptimizerConfig
 from ssl_vit.config.pretrain import CheckpointWeights, LoggerConfig, RunConfig, Source, TrainerConfig, Workers
 from ssl_vit.config.types import (
+    POSITIONAL,
     Count,
     ListOrScalar,
     NonNegative,
     OverrideList,
+    PathList,
     Positive,
     Probability,
     Range,
@@ -99,7 +101,7 @@ class LinearConfig(EvaluationConfig):
 
 
 class CompareConfig(StrictConfig):
-    results: list[Path]
+    results: Annotated[PathList, POSITIONAL]
     format: Literal["text", "markdown", "latex"]
     mix: bool
     out: Path | None

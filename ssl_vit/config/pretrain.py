@@ -1,4 +1,4 @@
-"""Every configuration key: its type, its range and its unit. Defaults stand once, in `conf/`."""
+"""Configuration keys of pretraining and of the commands without a model; defaults and units are in `conf/`."""
 
 from __future__ import annotations
 

@@ -1,24 +1,25 @@
-"""How the values of a configuration are written: numbers in their ranges, times, durations, intervals, words."""
+"""Base class and value types of the configuration: numbers with ranges, times, durations, intervals, lists."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 
 class StrictConfig(BaseModel):
-    """A part of the configuration: unknown keys are errors, numbers are finite, values never change."""
+    """A section of the configuration: unknown keys are errors, numbers are finite, values never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
 class Duration:
-    """A length of training in one of three units, turned into optimizer steps in one place.
+    """A length of training in steps, epochs or percent of the run.
 
     >>> Duration.parse("2 epochs").steps(steps_per_epoch=50, total_steps=1000)
     100
@@ -31,7 +32,7 @@ class Duration:
 
     @classmethod
     def parse(cls, text: str) -> Duration:
-        """Read `100 steps`, `1.5 epochs` or `10%` (of the whole run).
+        """Parse `100 steps`, `1.5 epochs` or `10%` (of the whole run).
 
         Raises:
             ValueError: The text is none of these.
@@ -45,7 +46,7 @@ class Duration:
         return f"{self.value:.15g}%" if self.unit == "%" else f"{self.value:.15g} {self.unit}s"
 
     def steps(self, steps_per_epoch: int, total_steps: int) -> int:
-        """The duration in whole optimizer steps."""
+        """Return the duration in whole optimizer steps."""
         per_unit = {"step": 1.0, "epoch": float(steps_per_epoch), "%": total_steps / 100}[self.unit]
         return round(self.value * per_unit)
 
@@ -58,8 +59,8 @@ Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-def _seconds(value: object) -> object:
-    """`90s`, `20m`, `1.5h` and `2d` as a timedelta."""
+def _parse_time(value: object) -> object:
+    """Convert `90s`, `20m`, `1.5h` or `2d` to a timedelta."""
     units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
     if isinstance(value, str) and (match := re.fullmatch(r"([\d.]+) ?([smhd])", value.strip())):
         return timedelta(**{units[match[2]]: float(match[1])})
@@ -68,47 +69,48 @@ def _seconds(value: object) -> object:
     raise ValueError("write a time as 90s, 20m, 1.5h or 2d")
 
 
-def _duration(value: object) -> object:
+def _parse_duration(value: object) -> object:
     return value if isinstance(value, Duration) else Duration.parse(str(value))
 
 
-def _resume(value: object) -> object:
+def _check_resume(value: object) -> object:
     if value not in (True, False, "auto"):
         raise ValueError("write true, false or auto")
     return value
 
 
-def _ascending(value: tuple[float, float]) -> tuple[float, float]:
+def _check_ascending(value: tuple[float, float]) -> tuple[float, float]:
     if value[0] > value[1]:
         raise ValueError(f"write the smaller end first, as [{value[1]}, {value[0]}]")
     return value
 
 
-def _several(value: object) -> object:
-    """One value in the place of a list of several."""
+def _as_list(value: object) -> object:
     return value if isinstance(value, list) else [value]
 
 
-def _words(value: object) -> object:
-    """`[a=1,b=[2,3]]`, which Hydra leaves a text, as the words of a command line."""
+def _split_list(value: object) -> object:
+    """Split `[a=1,b=[2,3]]`, which is text on the command line, at its outer commas."""
     if not isinstance(value, str):
         return value
     text = value.strip()
     inside = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    depth, words = 0, [""]
+    depth, items = 0, [""]
     for letter in inside:
         depth += (letter == "[") - (letter == "]")
         if letter == "," and depth == 0:
-            words.append("")
+            items.append("")
         else:
-            words[-1] += letter
-    return [word.strip() for word in words if word.strip()]
+            items[-1] += letter
+    return [item.strip() for item in items if item.strip()]
 
 
-ListOrScalar = BeforeValidator(_several)  # before a list: k=5 is k=[5]
-OverrideList = Annotated[list[str], BeforeValidator(_words)]
-WallTime = Annotated[timedelta, BeforeValidator(_seconds), PlainSerializer(lambda t: f"{t.total_seconds():.15g}s")]
-DurationField = Annotated[Duration, BeforeValidator(_duration), PlainSerializer(str)]
-Range = Annotated[tuple[NonNegative, NonNegative], AfterValidator(_ascending)]
-Ratio = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
-ResumeChoice = Annotated[bool | Literal["auto"], BeforeValidator(_resume)]
+POSITIONAL = "positional"  # metadata of the key that takes the arguments without an equals sign
+ListOrScalar = BeforeValidator(_as_list)  # of a list field: k=5 is k=[5]
+OverrideList = Annotated[list[str], BeforeValidator(_split_list)]
+PathList = Annotated[list[Path], BeforeValidator(_split_list)]
+WallTime = Annotated[timedelta, BeforeValidator(_parse_time), PlainSerializer(lambda t: f"{t.total_seconds():.15g}s")]
+DurationField = Annotated[Duration, BeforeValidator(_parse_duration), PlainSerializer(str)]
+Range = Annotated[tuple[NonNegative, NonNegative], AfterValidator(_check_ascending)]
+Ratio = Annotated[tuple[Positive, Positive], AfterValidator(_check_ascending)]
+ResumeChoice = Annotated[bool | Literal["auto"], BeforeValidator(_check_resume)]

@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ssl_vit.commands.load_config import compose_config, load_config
+from ssl_vit.cli import COMMANDS
+from ssl_vit.commands.load_config import compose_config
 from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.dataset import UnreadableImageError
 from ssl_vit.data.sources.decode import MAX_PIXELS, decode
@@ -28,8 +29,8 @@ from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.training.trainer import build_method
-from tests.config.test_config import NEEDED
 from tests.conftest import SHRUNK, SHRUNK_DINO
+from tests.helpers.cli import REQUIRED, load
 from tests.models.test_backbone import tiny
 from tests.reference.bad_images import READABLE, encoded, pixels, png, saved, zeros
 
@@ -174,27 +175,29 @@ def dotted(values, prefix=""):
 
 
 def command_lines():
-    keys = {command: [*dotted(compose_config(command, words)), *ODD_KEYS] for command, (_, words) in NEEDED.items()}
+    keys = {
+        name: [*dotted(compose_config(name, REQUIRED[name], command.config_class())), *ODD_KEYS]
+        for name, command in COMMANDS.items()
+    }
 
     def words(command):
         key = st.tuples(st.sampled_from(["", "", "", "+", "++", "~", "@"]), st.sampled_from(keys[command])).map("".join)
         word = st.tuples(key, st.sampled_from(["=", "=", "=", "", "=="]), st.sampled_from(VALUES)).map("".join)
         return st.tuples(st.just(command), st.lists(word, min_size=1, max_size=3))
 
-    return st.sampled_from([*NEEDED, *["pretrain"] * 5]).flatmap(words)
+    return st.sampled_from([*COMMANDS, *["pretrain"] * 5]).flatmap(words)
 
 
 @fuzz(st.deferred(command_lines), examples=40)
 def test_any_command_line_gives_a_valid_configuration_or_says_what_is_wrong(line, folder):
     command, words = line
-    model, needed = NEEDED[command]
     try:
-        config = load_config(command, [*needed, *words], model)
+        config = load(command, *words)
     except UserError as error:
         assert str(error).strip()
         assert "Traceback" not in str(error)
     else:
-        assert isinstance(config, model)
+        assert isinstance(config, COMMANDS[command].config_class())
 
 
 NUMBERS = st.one_of(
@@ -231,7 +234,7 @@ def pretrain_values(draw):
 
 @functools.cache
 def composed(words):
-    return compose_config("pretrain", list(words))
+    return compose_config("pretrain", list(words), PretrainConfig)
 
 
 def small(config):

@@ -8,7 +8,38 @@ import time
 
 import torch
 
+from ssl_vit.cli import COMMANDS
+from ssl_vit.commands.load_config import load_config
+
+# Per command, overrides for the keys that have no default.
+REQUIRED = {
+    "demo": [],
+    "pretrain": ["data.root=images"],
+    "knn": ["checkpoint=runs/x", "data.root=labeled"],
+    "linear": ["checkpoint=runs/x", "data.root=labeled"],
+    "compare": ["runs/x"],
+    "neighbors": ["checkpoint=runs/x", "data.root=images"],
+    "features": ["checkpoint=runs/x", "data.root=labeled"],
+    "fewshot": ["checkpoint=runs/x", "data.root=labeled"],
+    "transfer": ["checkpoints=[runs/x]", "data.roots=[labeled]"],
+    "finetune": ["checkpoint=runs/x", "data.root=labeled"],
+    "attention": ["checkpoint=runs/x", "images=images"],
+    "video": ["checkpoint=runs/x", "video=clip.mp4"],
+    "propagate": ["checkpoint=runs/x", "davis=DAVIS"],
+    "inspect": ["checkpoint=runs/x"],
+    "report": ["run=runs/x"],
+    "export": ["checkpoint=runs/x"],
+    "scan": ["data.root=images"],
+    "bench": [],
+    "shard": ["data.root=images"],
+}
+
 TIMES = ("speed/", "online/seconds")  # columns of metrics.csv that differ from run to run
+
+
+def load(command, *overrides):
+    """The validated configuration of a command with its required keys and the given overrides."""
+    return load_config(command, [*REQUIRED[command], *overrides], COMMANDS[command].config_class())
 
 
 def environment(**more):
