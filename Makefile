@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint
+.PHONY: demo test lint docs
 
 # The whole product in a few minutes, into runs/demo.
 demo: $(INSTALLED)
@@ -19,6 +19,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# The user guide, into site/.
+docs: $(INSTALLED)
+	PYTHONPATH=docs $(BIN)/python -m zensical build --strict --clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
