@@ -183,6 +183,7 @@ NOUNS_IN_ING = {
     "gradient_clipping",
     "checkpointing",
     "activation_checkpointing",
+    "distributed",
     "uncertainty_weighting",
     "object_tracking",
 }

@@ -15,6 +15,7 @@ import torch
 
 from ssl_vit.commands.log_results import report_result
 from ssl_vit.config.evaluate import KNNConfig
+from ssl_vit.data.dataset_factory import TrainTestSplit
 from ssl_vit.evaluation.classification.knn import KNNResult, LabeledFeatures, NeighborResult, classify, search
 from ssl_vit.evaluation.classification.nearest_neighbors import choose_engine
 from ssl_vit.evaluation.classification.train_test_overlap import find_overlap
@@ -42,13 +43,13 @@ def main(config: KNNConfig) -> None:
     report_result(*measure(config), config)
 
 
-def measure(config: KNNConfig) -> tuple[EvalResult, Path]:
+def measure(config: KNNConfig, dataset: TrainTestSplit | None = None) -> tuple[EvalResult, Path]:
     """The record of the evaluation, and the file that it was written to.
 
     Raises:
         UserError: Model and labeled images are not there, do not fit, or allow no evaluation.
     """
-    study = Evaluation.begin("knn", config)
+    study = Evaluation.begin("knn", config, dataset)
     device = best_device()
     asked, temperatures = sorted(set(config.k)), sorted(set(config.temperature))
     scores = []

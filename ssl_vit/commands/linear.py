@@ -16,6 +16,7 @@ import torch
 
 from ssl_vit.commands.log_results import report_result
 from ssl_vit.config.evaluate import LinearConfig
+from ssl_vit.data.dataset_factory import TrainTestSplit
 from ssl_vit.evaluation.classification.classifier_file import save_probe
 from ssl_vit.evaluation.classification.linear_classifier import TEST_SHARE, FeatureVariant, split_rule, stratified
 from ssl_vit.evaluation.classification.linear_probe import SGD, LinearResult, Logistic, Ridge, Solver, linear_probe
@@ -33,7 +34,7 @@ def main(config: LinearConfig) -> None:
     report_result(*measure(config), config)
 
 
-def measure(config: LinearConfig) -> tuple[EvalResult, Path]:
+def measure(config: LinearConfig, dataset: TrainTestSplit | None = None) -> tuple[EvalResult, Path]:
     """The record of the evaluation, and the file that it was written to.
 
     Raises:
@@ -42,7 +43,7 @@ def measure(config: LinearConfig) -> tuple[EvalResult, Path]:
     if config.protocol != "held-out":
         return published_probe(config)
     task = "linear" if config.solver == "logistic" else f"linear-{config.solver}"
-    study = Evaluation.begin(task, config)
+    study = Evaluation.begin(task, config, dataset)
     depth = study.loaded.backbone.num_blocks
     blocks = sorted({min(count, depth) for count in config.blocks})
     variants = [FeatureVariant(count, patch_mean) for count in blocks for patch_mean in (False, True)]

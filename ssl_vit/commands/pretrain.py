@@ -8,7 +8,7 @@ from pathlib import Path
 from lightning.pytorch.loggers import Logger
 
 from ssl_vit.config.pretrain import PretrainConfig
-from ssl_vit.data.dataset import SkippedImageLog
+from ssl_vit.data.dataset import ImageDataset, SkippedImageLog
 from ssl_vit.data.dataset_factory import build_dataset
 from ssl_vit.data.loading.loader import build_train_loader
 from ssl_vit.data.transforms.multicrop import MultiCrop
@@ -39,7 +39,7 @@ def main(config: PretrainConfig) -> None:
     pretrain(config)
 
 
-def pretrain(config: PretrainConfig) -> Path:
+def pretrain(config: PretrainConfig, dataset: ImageDataset | None = None) -> Path:
     """Train, export, and return the run folder.
 
     Raises:
@@ -47,7 +47,7 @@ def pretrain(config: PretrainConfig) -> Path:
     """
     silence_lightning()
     config = apply_extension(config)
-    dataset = build_dataset(config.data.source, config.data.root)
+    dataset = dataset or build_dataset(config.data.source, config.data.root)
     plan = make_plan(config, len(dataset))
     method = build_method(config, plan)
     with lock_run_dir(config.run):

@@ -61,7 +61,7 @@ class Evaluation:
     started: float  # seconds of the process's clock
 
     @classmethod
-    def begin(cls, task: str, config: LabeledEvalConfig) -> Evaluation:
+    def begin(cls, task: str, config: LabeledEvalConfig, dataset: TrainTestSplit | None = None) -> Evaluation:
         """Load the model and find the images.
 
         Raises:
@@ -73,7 +73,7 @@ class Evaluation:
         for path in (out, sibling_path(out, ".npz"), sibling_path(out, ".png")):
             if path.exists() and not path.is_file():
                 raise UserError(f"out={out}: {path} is no file that could be replaced; name another record")
-        return cls(task, config, loaded, build_labeled_splits(config.data), transform, out, started)
+        return cls(task, config, loaded, dataset or build_labeled_splits(config.data), transform, out, started)
 
     def sources(self, *, blocks: int) -> Iterator[FeatureSource]:
         """The model's features with [CLS] of some last blocks; with baselines then its random-init model's, and raw pixels.

@@ -65,7 +65,7 @@ class LoadedBackbone(NamedTuple):
     step: int | None = None
 
 
-def load_backbone(checkpoint: str, weights: Weights = "teacher", *, require_cls: bool = True) -> LoadedBackbone:
+def load_backbone(checkpoint: str | Path, weights: Weights = "teacher", *, require_cls: bool = True) -> LoadedBackbone:
     """Load a run folder, a `.ckpt`, an exported `.safetensors`, `timm:<model>`, `random:<model>`, or an official file.
 
     `weights` chooses between teacher and student where the file holds both. `random:` takes a timm name or anything
@@ -75,7 +75,7 @@ def load_backbone(checkpoint: str, weights: Weights = "teacher", *, require_cls:
         UserError: There is no such file or model, the file is none of these, its keys do not fit exactly, or there is
             no class token where one is needed.
     """
-    loaded = _load(checkpoint, weights)
+    loaded = _load(str(checkpoint), weights)
     if require_cls:
         loaded.backbone.require_cls()
     return loaded

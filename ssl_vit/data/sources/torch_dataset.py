@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,10 +30,11 @@ class TorchDataset:
         UserError: The dataset is empty or not map-style, or an item is neither an image nor an (image, label) pair.
     """
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
+    def __init__(self, dataset: Dataset[Any] | Tensor) -> None:
         if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
             raise UserError(f"{type(dataset).__name__}: a map-style dataset with __len__ and __getitem__ is needed")
         self.dataset: Any = dataset
+        self.root = Path(f"python:{type(dataset).__name__}")  # stands for `data.root` in configurations and results
         self._count = len(self.dataset)
         if not self._count:
             raise UserError(f"{type(dataset).__name__} is empty")
