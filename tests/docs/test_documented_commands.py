@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import pytest
 
-from ssl_vit.commands.load_config import CONFIG_CLASSES, load_config
+from ssl_vit import cli
+from ssl_vit.commands.load_config import load_config
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -75,7 +76,7 @@ def test_documented_command_composes(command, tmp_path, monkeypatch):
     name, *words = command.argv or [""]
     if name in {"", PLACEHOLDER, *FLAGS}:  # `ssl-vit` alone, or with a flag, lists the commands
         return
-    assert name in CONFIG_CLASSES, f"there is no command {name}"
+    assert name in cli.COMMANDS, f"there is no command {name}"
     wanted = [word for word in words if word not in FLAGS]
     if {"--help", "-h"} & set(words) or (not wanted and not command.in_block):
         return  # the command alone, in prose
@@ -84,7 +85,7 @@ def test_documented_command_composes(command, tmp_path, monkeypatch):
             make_recipes(Path(word.partition("=")[2]), wanted)
     runs = expand(wanted) if "--multirun" in wanted else [wanted]
     for run in runs:
-        load_config(name, run, CONFIG_CLASSES[name])  # raises UserError with all that is wrong
+        load_config(name, run, cli.COMMANDS[name].config_class())  # raises UserError with all that is wrong
 
 
 def make_recipes(folder, words):
@@ -98,7 +99,7 @@ def make_recipes(folder, words):
 
 def test_every_command_is_documented_with_arguments_or_alone():
     documented = {command.argv[0] for command in COMMANDS if command.argv}
-    assert documented >= CONFIG_CLASSES.keys()
+    assert documented >= cli.COMMANDS.keys()
 
 
 def test_documented_commands_finds_blocks_inline_code_and_launchers():
