@@ -12,7 +12,7 @@ from ssl_vit.config.evaluate import FeaturesConfig
 from ssl_vit.data.dataset import escape_path
 from ssl_vit.data.dataset_factory import TrainTestSplit, build_feature_splits
 from ssl_vit.evaluation.evaluator import load_model, stored
-from ssl_vit.evaluation.features.cache_writer import Filled
+from ssl_vit.evaluation.features.cache_writer import FillResult
 from ssl_vit.evaluation.features.extractor import BackboneExtractor, on_best_device, subsample, validate_features
 from ssl_vit.evaluation.features.feature_export import FeatureSplit, check_pyarrow, write_npz, write_parquet
 from ssl_vit.models.feature_statistics import effective_rank, feature_std
@@ -33,9 +33,9 @@ def main(config: FeaturesConfig) -> None:
         raise RankFinished
     parts = []
     for name, found in zip(TrainTestSplit._fields, sets, strict=False):
-        features = found.store.features(blocks=blocks)
+        features = found.cache.features(blocks=blocks)
         validate_features(features, loaded.source)
-        parts.append(FeatureSplit(name, found.store.dataset, features))
+        parts.append(FeatureSplit(name, found.cache.dataset, features))
         print(_report(parts[-1], found))
     if config.out is not None and config.to == "npz":
         write_npz(config.out, parts)
@@ -45,16 +45,16 @@ def main(config: FeaturesConfig) -> None:
         print(f"\n{escape_path(config.out)}: {config.out.stat().st_size / 1e6:,.1f} MB")
 
 
-def _report(part: FeatureSplit, found: Filled) -> str:
+def _report(part: FeatureSplit, found: FillResult) -> str:
     """What there is of one dataset."""
-    folder, last = found.store.folder, subsample(part.features.cls[:, -1], 25_600)
+    folder, last = found.cache.folder, subsample(part.features.cls[:, -1], 25_600)
     lines = [
         f"{part.name}: {part.dataset.describe()}",
-        f"described now at {found.new / found.seconds:,.0f} images/s" if found.new else "all described before",
+        f"extracted at {found.new / found.seconds:,.0f} images/s" if found.new else "all from the cache",
         f"[CLS] of the last {part.features.cls.shape[1]} blocks and mean patch, {last.shape[1]} numbers each, float16",
         f"spread {float(feature_std(last)):.3f}, effective rank {float(effective_rank(last)):.1f} (last [CLS])",
         f"{sum(file.stat().st_size for file in folder.iterdir()) / 1e6:,.1f} MB in {escape_path(folder)}",
     ]
     if missing := len(part.dataset) - len(part.features.index):
-        lines.append(f"{missing:,} images could not be read: {escape_path(found.store.skipped.path)}")
+        lines.append(f"{missing:,} images could not be read: {escape_path(found.cache.skipped.path)}")
     return "\n  ".join(lines)

@@ -97,7 +97,7 @@ def _known(config: NeighborsConfig, loaded: LoadedBackbone, transform: EvalTrans
     dataset = build_feature_splits(config.data).train
     describe = BackboneExtractor(loaded, transform, blocks=min(BLOCKS, loaded.backbone.num_blocks))
     (found,) = stored(describe, TrainTestSplit(dataset, None), config=config, run=loaded.run)
-    return FeatureSet(dataset, found.store.features(blocks=1), found.store.skipped, found.store.folder)
+    return FeatureSet(dataset, found.cache.features(blocks=1), found.cache.skipped, found.cache.folder)
 
 
 def _queries(

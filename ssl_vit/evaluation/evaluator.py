@@ -16,7 +16,7 @@ from ssl_vit.data.dataset import ImageDataset, SkippedImageLog
 from ssl_vit.data.dataset_factory import TrainTestSplit, build_labeled_splits
 from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.features.cache import FeatureCache, candidate_caches, features_folder
-from ssl_vit.evaluation.features.cache_writer import Filled, fill_cache
+from ssl_vit.evaluation.features.cache_writer import FillResult, fill_cache
 from ssl_vit.evaluation.features.extractor import (
     BackboneExtractor,
     FeatureExtractor,
@@ -25,7 +25,7 @@ from ssl_vit.evaluation.features.extractor import (
     on_best_device,
     validate_features,
 )
-from ssl_vit.evaluation.features.raw_pixels import RawPixelExtractor, centerd, mean_of
+from ssl_vit.evaluation.features.raw_pixels import RawPixelExtractor, center_cls, mean_cls
 from ssl_vit.evaluation.results import provenance
 from ssl_vit.evaluation.results.confusion_matrix import ConfusionSummary
 from ssl_vit.evaluation.results.eval_result import EvalResult, ModelScores, archive_previous_result, sibling_path
@@ -92,15 +92,15 @@ class Evaluation:
             raise RankFinished
         for name, describe in self._describers(blocks):
             sets = stored(describe, self.dataset, config=self.config, run=self.loaded.run)
-            stores = [found.store for found in sets]
+            stores = [found.cache for found in sets]
             train, *rest = (store.features(blocks=min(blocks, describe.blocks)) for store in stores)
             test = rest[0] if rest else None
             if name == MODEL:
                 self._list_skipped(stores)
                 self._check(train, test)
             if name == PIXELS:
-                mean = mean_of(train)
-                train, test = centerd(train, mean), None if test is None else centerd(test, mean)
+                mean = mean_cls(train)
+                train, test = center_cls(train, mean), None if test is None else center_cls(test, mean)
             yield FeatureSource(name, train, test)
 
     def finish(
@@ -241,7 +241,7 @@ def stored(
     *,
     config: EvaluationConfig | FeatureCommandConfig,
     run: Path | None,
-) -> list[Filled]:
+) -> list[FillResult]:
     """What is said of the images to learn from, and of those to test on if there are such: stored now or before."""
     folder, name = features_folder(config.features, run), data_name(config.data)
     return [

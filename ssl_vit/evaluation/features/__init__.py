@@ -1,1 +1,1 @@
-"""Feature extraction, cached on disk."""
+"""Feature extraction and the feature cache."""

@@ -1,4 +1,4 @@
-"""Features on disk: plain .npy files in a folder of their own, mapped into memory where they are used."""
+"""Feature cache: plain .npy files in a folder of their own, memory-mapped when read."""
 
 from __future__ import annotations
 
@@ -22,58 +22,58 @@ from ssl_vit.data.sources.image_index import cache_dir
 from ssl_vit.evaluation.features.extractor import FeatureExtractor, Features, none_readable
 from ssl_vit.runtime.atomic_io import write_json
 
-SCHEMA = 1  # of such a folder
-TO_DO, DONE, BROKEN = 0, 1, 2  # what state.npy says of an image
+SCHEMA = 1  # of the folder
+PENDING, DONE, BROKEN = 0, 1, 2  # states of an image in state.npy
 MANIFEST = "manifest.json"
-_SPOTS = 16  # images that are described again before what is stored of all is used
-_LONGEST_NAME = 100  # characters of the data's name in the folder's
+_SPOT_CHECKS = 16  # images that are extracted again before the cache is used
+_MAX_NAME = 100  # characters of the data's name in the folder's
 
 
 class Array(NamedTuple):
-    """One of the .npy files."""
+    """Layout of one of the .npy files."""
 
     shape: tuple[int, ...]
     dtype: str
 
     @property
     def header(self) -> bytes:
-        """What stands in the file before the values."""
+        """The bytes before the values."""
         buffer = io.BytesIO()
-        about = {"descr": self.dtype, "fortran_order": False, "shape": self.shape}
-        np.lib.format.write_array_header_1_0(buffer, about)
+        description = {"descr": self.dtype, "fortran_order": False, "shape": self.shape}
+        np.lib.format.write_array_header_1_0(buffer, description)
         return buffer.getvalue()
 
     @property
     def row_bytes(self) -> int:
-        """Of one image's values."""
+        """Size of one image's values."""
         return prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
 
     @property
     def bytes(self) -> int:
-        """Of the file."""
+        """Size of the file."""
         return len(self.header) + self.shape[0] * self.row_bytes
 
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """What a describer says of the N images of a set.
+    """The features of the N images of a dataset, in a folder.
 
     The folder holds `cls.npy` (N, blocks, D) and `patch_mean.npy` (N, D) float16, `labels.npy` (N,) int64, `state.npy`
-    (N,) uint8 (0 to do, 1 done, 2 cannot be read), `paths.txt` with a name a line, `skipped_images.txt`, and `manifest.json`,
-    which is written last. Values beyond 65,504 become infinite, which `validate_features` refuses in words: no healthy
-    model has such features behind its final norm.
+    (N,) uint8 (0 pending, 1 done, 2 unreadable), `paths.txt` with a name per line, `skipped_images.txt`, and
+    `manifest.json`, which is written last. Values beyond 65,504 become infinite, which `validate_features` rejects: no
+    healthy model has such features after its final norm.
     """
 
     folder: Path
-    identity: dict[str, Any]  # all that decides over what it holds, as plain containers
-    describe: FeatureExtractor
+    identity: dict[str, Any]  # everything that determines the content, as plain containers
+    extractor: FeatureExtractor
     dataset: ImageDataset
-    blocks: int  # that it holds, at least those of `describe`
+    blocks: int  # in the cache, at least those of the extractor
 
     @property
     def arrays(self) -> dict[str, Array]:
-        """The files but the texts."""
-        count, (width, patch_width) = len(self.dataset), self.describe.shape
+        """The .npy files by name."""
+        count, (width, patch_width) = len(self.dataset), self.extractor.shape
         return {
             "cls.npy": Array((count, self.blocks, width), "<f2"),
             "patch_mean.npy": Array((count, patch_width), "<f2"),
@@ -83,51 +83,51 @@ class FeatureCache:
 
     @property
     def skipped(self) -> SkippedImageLog:
-        """The list of the images that cannot be read."""
+        """The list of the unreadable images."""
         return SkippedImageLog(self.folder / "skipped_images.txt")
 
     def create(self) -> None:
-        """Make the folder anew, with nothing done; its files have their sizes from the beginning."""
+        """Create the folder, replacing an existing one, with all images pending and all files at full size."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         for name, array in self.arrays.items():
             with (self.folder / name).open("wb") as file:
                 file.write(array.header)
-                file.truncate(array.bytes)  # zeros, which take no room yet
+                file.truncate(array.bytes)  # zeros, sparse until they are written
         np.save(self.folder / "labels.npy", self.dataset.labels.numpy())
         with (self.folder / "paths.txt").open("w", encoding="utf-8") as paths:
             paths.writelines(f"{self.dataset.name(index)}\n" for index in range(len(self.dataset)))
         sizes = {file.name: file.stat().st_size for file in sorted(self.folder.iterdir())}
-        write_json(self.folder / MANIFEST, {"identity": self.identity, "title": self.describe.title, "bytes": sizes})
+        write_json(self.folder / MANIFEST, {"identity": self.identity, "title": self.extractor.title, "bytes": sizes})
 
-    def problem(self) -> str | None:
-        """Why what is stored cannot be used, or gone on with; None if it can.
+    def validate(self) -> str | None:
+        """Return why the cache can be neither used nor continued; None if it can.
 
-        Some images, spread over those that were described, are described again for it.
+        Some images, evenly spaced over those that are done, are extracted again and compared.
         """
-        if not self._whole():
-            return "a file is missing, cut off or damaged"
-        if not self._agrees():
+        if not self._intact():
+            return "a file is missing, truncated or damaged"
+        if not self._spot_checks_match():
             return (
-                "images that were described again are not what is stored of them (an image was replaced, or "
-                "another version of the program computes otherwise)"
+                "cached features differ from those extracted again (an image was replaced, or another version of the "
+                "program computes them differently)"
             )
         return None
 
     def complete(self) -> bool:
-        """Whether nothing is left to do, as far as the files tell."""
-        return self._whole() and bool(self.state().all())
+        """Return whether the files are intact and no image is pending."""
+        return self._intact() and bool(self.state().all())
 
     def state(self) -> npt.NDArray[np.uint8]:
-        """What became of each image (N,): TO_DO, DONE or BROKEN; read anew each time."""
+        """Read the state of each image (N,): PENDING, DONE or BROKEN."""
         array = self.arrays["state.npy"]
         content = (self.folder / "state.npy").read_bytes()
         return np.frombuffer(content, dtype=array.dtype, offset=len(array.header))
 
     def features(self, *, blocks: int) -> Features:
-        """All features, of the last blocks, float16 mapped from the files.
+        """Return all features of the last blocks, float16, mapped from the files.
 
-        Where images are missing, those of the others are copied into memory.
+        If images are unreadable, the features of the others are copied into memory.
 
         Raises:
             UserError: No image can be read.
@@ -136,22 +136,22 @@ class FeatureCache:
         index = torch.from_numpy(np.flatnonzero(state == DONE))
         if not len(index):
             raise none_readable(self.skipped)
-        cls, patch_mean = self._mapped("cls.npy")[:, -blocks:], self._mapped("patch_mean.npy")
+        cls, patch_mean = self._map("cls.npy")[:, -blocks:], self._map("patch_mean.npy")
         if len(index) < len(state):
             cls, patch_mean = cls[index], patch_mean[index]
         return Features(cls, patch_mean, self.dataset.labels[index], index)
 
     def broken(self) -> list[UnreadableImageError]:
-        """The images that cannot be read."""
-        places = np.flatnonzero(self.state() == BROKEN)
-        if not len(places):
+        """Return the errors of the unreadable images."""
+        indices = np.flatnonzero(self.state() == BROKEN)
+        if not len(indices):
             return []
         lines = self.skipped.path.read_text(encoding="utf-8").splitlines()
         reasons = {name: reason for name, _, reason in (line.partition("\t") for line in lines)}
-        return [UnreadableImageError(name, reasons[name]) for name in map(self.dataset.name, places.tolist())]
+        return [UnreadableImageError(name, reasons[name]) for name in map(self.dataset.name, indices.tolist())]
 
-    def _whole(self) -> bool:
-        """Whether all files are there, and what the manifest says they are."""
+    def _intact(self) -> bool:
+        """Return whether all files exist and agree with the manifest."""
         try:
             manifest = json.loads((self.folder / MANIFEST).read_bytes())
             sizes = {name: (self.folder / name).stat().st_size for name in manifest["bytes"]}
@@ -163,69 +163,69 @@ class FeatureCache:
                         return False
             self.broken()
             return bool(self.state().max() <= BROKEN)
-        except (OSError, ValueError, LookupError, TypeError):  # absent, cut off, or of something else
+        except (OSError, ValueError, LookupError, TypeError):  # missing, truncated, or of another format
             return False
 
-    def _agrees(self) -> bool:
-        """Whether images of which something is stored are the same still, to the model as it is now."""
+    def _spot_checks_match(self) -> bool:
+        """Return whether some images that are not pending have the same features when they are extracted again."""
         state = self.state()
-        settled, broken = np.flatnonzero(state), np.flatnonzero(state == BROKEN)[:_SPOTS]
+        settled, broken = np.flatnonzero(state), np.flatnonzero(state == BROKEN)[:_SPOT_CHECKS]
         if not len(settled):
             return True
-        spread = settled[np.linspace(0, len(settled) - 1, _SPOTS).round().astype(np.int64)]
-        spots = np.union1d(spread, broken)
-        whole = EvalDataset(self.dataset, self.describe.transform, channels=self.describe.channels)
-        images, places, _ = whole.__getitems__(spots.tolist())
-        if places.tolist() != spots[state[spots] == DONE].tolist():
+        spaced = settled[np.linspace(0, len(settled) - 1, _SPOT_CHECKS).round().astype(np.int64)]
+        checked = np.union1d(spaced, broken)
+        dataset = EvalDataset(self.dataset, self.extractor.transform, channels=self.extractor.channels)
+        images, indices, _ = dataset.__getitems__(checked.tolist())
+        if indices.tolist() != checked[state[checked] == DONE].tolist():
             return False
-        if not len(places):
+        if not len(indices):
             return True
-        cls, patch_mean = (torch.cat(parts) for parts in zip(*self.describe(images), strict=True))
-        tolerance = self.describe.tolerance()
-        return _near(self._mapped("cls.npy")[places, -self.describe.blocks :], cls, tolerance) and _near(
-            self._mapped("patch_mean.npy")[places], patch_mean, tolerance
+        cls, patch_mean = (torch.cat(parts) for parts in zip(*self.extractor(images), strict=True))
+        tolerance = self.extractor.tolerance()
+        return _close(self._map("cls.npy")[indices, -self.extractor.blocks :], cls, tolerance) and _close(
+            self._map("patch_mean.npy")[indices], patch_mean, tolerance
         )
 
-    def _mapped(self, name: str) -> Tensor:
-        # "c": what would be written stays in memory; torch has no tensors that cannot be written to
+    def _map(self, name: str) -> Tensor:
+        # mode "c" (copy on write): torch has no read-only tensors
         return torch.from_numpy(np.load(self.folder / name, mmap_mode="c"))
 
 
 def candidate_caches(
-    describe: FeatureExtractor, dataset: ImageDataset, *, folder: Path, name: str
+    extractor: FeatureExtractor, dataset: ImageDataset, *, folder: Path, name: str
 ) -> list[FeatureCache]:
-    """The store that these features belong into, then those of more blocks, which would serve as well.
+    """Return the cache of these features, then the caches of more blocks, which contain them.
 
     Args:
-        describe: What says something of the images.
-        dataset: Of which it is said.
-        folder: Holds a folder for each store.
-        name: Begins its name, which ends in a hash of all that decides over the features.
+        extractor: Feature extractor.
+        dataset: Images.
+        folder: Parent folder of all caches.
+        name: Start of the cache's name, which ends in a hash of everything that determines the features.
     """
-    stores = []
     common = {
         "schema": SCHEMA,
-        "describer": describe.identity(),
+        "extractor": extractor.identity(),
         "images": dataset.fingerprint(sizes=True, times=True),
         "count": len(dataset),
         "dtype": "float16",
     }
-    for blocks in range(describe.blocks, describe.most_blocks + 1):
+    caches = []
+    for blocks in range(extractor.blocks, extractor.max_blocks + 1):
         identity = {**common, "blocks": blocks}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        path = folder / f"{name[:_LONGEST_NAME]}-{digest[:12]}"
-        stores.append(FeatureCache(path, identity, describe, dataset, blocks))
-    return stores
+        path = folder / f"{name[:_MAX_NAME]}-{digest[:12]}"
+        caches.append(FeatureCache(path, identity, extractor, dataset, blocks))
+    return caches
 
 
-def features_folder(chosen: Path | None, run: Path | None) -> Path:
-    """Where features are stored: the chosen folder, else within the run, else in the user's cache folder."""
-    if chosen:
-        return chosen
+def features_folder(folder: Path | None, run: Path | None) -> Path:
+    """Return the parent folder of feature caches: the given one, else that of the run, else the user's cache."""
+    if folder:
+        return folder
     return (run / "eval" if run else cache_dir() or Path()) / "features"
 
 
-def _near(stored: Tensor, found: Tensor, tolerance: float) -> bool:
-    """Whether vectors (..., D) of both differ by at most this share of their lengths; what is infinite is left out."""
-    stored, found = (values.half().float().nan_to_num(0, 0, 0) for values in (stored, found))
-    return bool(((stored - found).norm(dim=-1) <= tolerance * found.norm(dim=-1)).all())
+def _close(cached: Tensor, extracted: Tensor, tolerance: float) -> bool:
+    """Return whether vectors (..., D) differ by at most this fraction of their length; infinite values are ignored."""
+    cached, extracted = (values.half().float().nan_to_num(0, 0, 0) for values in (cached, extracted))
+    return bool(((cached - extracted).norm(dim=-1) <= tolerance * extracted.norm(dim=-1)).all())

@@ -1,4 +1,4 @@
-"""Describing images into a store: what is done is never done again, by however many processes, whatever ends them."""
+"""Fill the feature cache; resumable, and shared between processes."""
 
 from __future__ import annotations
 
@@ -16,127 +16,128 @@ from filelock import FileLock, Timeout
 
 from ssl_vit.config.pretrain import Workers
 from ssl_vit.data.dataset import Subset
-from ssl_vit.evaluation.features.cache import BROKEN, DONE, TO_DO, FeatureCache
+from ssl_vit.evaluation.features.cache import BROKEN, DONE, PENDING, FeatureCache
 from ssl_vit.evaluation.features.extractor import iter_features
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.launch import freed_memory_kept, torchrun_rank
+from ssl_vit.runtime.text import pluralize
 
-_FLUSH_S = 5.0  # what a killed process has to do again
-_POLL_S, _PATIENCE_S = 0.2, 600.0
+_FLUSH_S = 5.0  # work lost at most when the process is killed
+_POLL_S, _TIMEOUT_S = 0.2, 600.0
 
 log = logging.getLogger(__name__)
 
 
-class Filled(NamedTuple):
-    """A store in which nothing is left to do, for this process at least."""
+class FillResult(NamedTuple):
+    """A cache without pending images, at least in the share of this process."""
 
-    store: FeatureCache
-    new: int  # images described by this process just now
-    seconds: float  # that it took for that
+    cache: FeatureCache
+    new: int  # images extracted by this call
+    seconds: float
 
 
-def fill_cache(stores: list[FeatureCache], *, batch_size: int, num_workers: Workers) -> Filled:
-    """The first of the stores with all images described, or another one that has them already.
+def fill_cache(caches: list[FeatureCache], *, batch_size: int, num_workers: Workers) -> FillResult:
+    """Fill the first of the caches, unless one of them is complete already.
 
-    Processes that torchrun started describe a contiguous share of the images each. The first makes the folder, keeps
-    other commands out of it, and returns when all is done; the others return when their share is.
+    Each process of a torchrun launch extracts a contiguous share of the images. Rank 0 creates the folder, locks it
+    against other commands, and returns when all images are done; the other ranks return when their share is done.
 
     Args:
-        stores: As `candidate_caches` gives them.
+        caches: Result of `candidate_caches`.
         batch_size: Images loaded together.
         num_workers: Loading processes.
 
     Raises:
-        UserError: Another process of this launch has stopped describing its share.
-        OSError: The disk is full, or the folder cannot be written to.
+        UserError: Another process of this launch has stopped extracting its share.
+        OSError: The disk is full, or the folder is not writable.
     """
-    for store in stores:
-        if store.complete() and not store.problem():
-            return Filled(store, 0, 0.0)
-    store = stores[0]
+    for cache in caches:
+        if cache.complete() and not cache.validate():
+            return FillResult(cache, 0, 0.0)
+    cache = caches[0]
     rank, world = torchrun_rank()
-    count = len(store.dataset)
+    count = len(cache.dataset)
     share = range(count * rank // world, count * (rank + 1) // world)
     if rank:
-        while not store.folder.exists() or store.problem():  # the first process makes it, perhaps anew
+        while not cache.folder.exists() or cache.validate():  # until rank 0 has created or replaced it
             time.sleep(_POLL_S)
-        return _describe(store, share, batch_size, num_workers)
-    with _locked(store):
-        if not store.folder.exists():
-            store.create()
-        elif problem := store.problem():
-            log.warning(f"{store.folder}: {problem}: the features are made anew")
-            store.create()
-        result = _describe(store, share, batch_size, num_workers)
-        _wait_for_others(store)
+        return _extract_pending(cache, share, batch_size, num_workers)
+    with _locked(cache):
+        if not cache.folder.exists():
+            cache.create()
+        elif problem := cache.validate():
+            log.warning(f"{cache.folder}: {problem}; extracting the features again")
+            cache.create()
+        result = _extract_pending(cache, share, batch_size, num_workers)
+        _wait_for_other_ranks(cache)
     return result
 
 
 @contextmanager
-def _locked(store: FeatureCache) -> Iterator[None]:
-    """Keep other commands out of the store; the lock dies with its process, however that ends."""
-    store.folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(store.folder.with_name(f".{store.folder.name}.lock"))
+def _locked(cache: FeatureCache) -> Iterator[None]:
+    """Lock the cache against other commands; the lock is released when its process ends, however it ends."""
+    cache.folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(cache.folder.with_name(f".{cache.folder.name}.lock"))
     try:
         held = lock.acquire(timeout=0)
     except Timeout:
-        log.warning(f"{store.folder}: another command describes these images; waiting until it has ended")
+        log.warning(f"{cache.folder}: another command is extracting these features; waiting for it to finish")
         held = lock.acquire()
     with held:
         yield
 
 
-def _describe(store: FeatureCache, share: range, batch_size: int, num_workers: Workers) -> Filled:
-    """Describe the images of a share that are to do."""
+def _extract_pending(cache: FeatureCache, share: range, batch_size: int, num_workers: Workers) -> FillResult:
+    """Extract the features of the pending images of a share."""
     started = time.perf_counter()
-    rows = share.start + np.flatnonzero(store.state()[share.start : share.stop] == TO_DO)
+    rows = share.start + np.flatnonzero(cache.state()[share.start : share.stop] == PENDING)
     if not len(rows):
-        return Filled(store, 0, 0.0)
-    left = Subset(store.dataset, torch.from_numpy(rows))
+        return FillResult(cache, 0, 0.0)
+    pending = Subset(cache.dataset, torch.from_numpy(rows))
     try:
-        with freed_memory_kept(), _Writer(store, rows) as writer:
-            for places, said in iter_features(
-                store.describe, left, batch_size=batch_size, num_workers=num_workers, skipped=store.skipped
+        with freed_memory_kept(), _CacheWriter(cache, rows) as writer:
+            for indices, batch in iter_features(
+                cache.extractor, pending, batch_size=batch_size, num_workers=num_workers, skipped=cache.skipped
             ):
                 writer.put(
-                    places.numpy(),
-                    {"cls.npy": said.cls.half().numpy(), "patch_mean.npy": said.patch_mean.half().numpy()},
+                    indices.numpy(),
+                    {"cls.npy": batch.cls.half().numpy(), "patch_mean.npy": batch.patch_mean.half().numpy()},
                 )
-            writer.rest_is_broken()
+            writer.finish()
     except KeyboardInterrupt:
-        done = int((store.state() != TO_DO).sum())
+        done = int((cache.state() != PENDING).sum())
         log.warning(
-            f"\n{done:,} of {len(store.dataset):,} images are described and kept in {store.folder}: the same "
-            "command goes on behind them"
+            f"\n{cache.folder} holds the features of {done:,} of {pluralize(len(cache.dataset), 'image')}; "
+            "run the same command again to continue"
         )
         raise
     except OSError as error:
-        error.filename = error.filename or str(store.folder)  # a failed write does not say where
+        error.filename = error.filename or str(cache.folder)  # not set by a failed write
         raise
-    return Filled(store, len(rows), time.perf_counter() - started)
+    return FillResult(cache, len(rows), time.perf_counter() - started)
 
 
-class _Writer:
-    """Puts rows into their places in a store's files, by plain positioned writes: several machines may do so at once.
+class _CacheWriter:
+    """Write rows of a cache by positioned writes, so that several processes and machines can share it.
 
     Args:
-        store: With its files.
-        rows: Of the images that are to be described (M,), ascending.
+        cache: Cache with its files.
+        rows: Indices (M,) of the images to be extracted, ascending.
     """
 
-    def __init__(self, store: FeatureCache, rows: npt.NDArray[np.int64]) -> None:
-        self.store = store
+    def __init__(self, cache: FeatureCache, rows: npt.NDArray[np.int64]) -> None:
+        self.cache = cache
         self.rows = rows
-        self.arrays = store.arrays
+        self.arrays = cache.arrays
         self.state = np.full(len(rows), BROKEN, dtype=np.uint8)  # until they are put
-        self.seen = 0  # of the rows, described or found broken
-        self.flushed = 0  # of them, on the disk and marked
+        self.seen = 0  # number of rows extracted or found broken
+        self.flushed = 0  # number of those on the disk, with their state
         self.last_flush = time.monotonic()
 
-    def __enter__(self) -> _Writer:
+    def __enter__(self) -> _CacheWriter:
         with ExitStack() as opened:
             self.files = {
-                name: opened.enter_context((self.store.folder / name).open("r+b"))
+                name: opened.enter_context((self.cache.folder / name).open("r+b"))
                 for name in ("cls.npy", "patch_mean.npy", "state.npy")
             }
             self.opened = opened.pop_all()
@@ -146,30 +147,30 @@ class _Writer:
         with self.opened:
             self.flush()
 
-    def put(self, places: npt.NDArray[np.int64], values: dict[str, npt.NDArray[Any]]) -> None:
-        """Values of the rows at these places (B,), ascending; what lies between them is broken."""
+    def put(self, indices: npt.NDArray[np.int64], values: dict[str, npt.NDArray[Any]]) -> None:
+        """Write the values of some of the rows, by ascending indices (B,) of `rows`; rows between them are broken."""
         for name, value in values.items():
-            self._write(name, self.rows[places], value)
-        self.state[places] = DONE
-        self.seen = int(places[-1]) + 1
+            self._write(name, self.rows[indices], value)
+        self.state[indices] = DONE
+        self.seen = int(indices[-1]) + 1
         if time.monotonic() - self.last_flush > _FLUSH_S:
             self.flush()
 
-    def rest_is_broken(self) -> None:
-        """What has not been put by now cannot be read."""
+    def finish(self) -> None:
+        """Mark all rows that have not been put as broken."""
         self.seen = len(self.rows)
 
     def flush(self) -> None:
-        """Bring what was put onto the disk, and only then mark it as done."""
+        """Sync the values to the disk, and only then write their state."""
         if self.seen == self.flushed:
             return
         for name in ("cls.npy", "patch_mean.npy"):
             self._sync(name)
-        if self.store.skipped.path.exists():
-            with self.store.skipped.path.open("rb") as file:
+        if self.cache.skipped.path.exists():
+            with self.cache.skipped.path.open("rb") as file:
                 os.fsync(file.fileno())
-        news = slice(self.flushed, self.seen)
-        self._write("state.npy", self.rows[news], self.state[news])
+        new = slice(self.flushed, self.seen)
+        self._write("state.npy", self.rows[new], self.state[new])
         self._sync("state.npy")
         self.flushed, self.last_flush = self.seen, time.monotonic()
 
@@ -185,19 +186,19 @@ class _Writer:
         os.fsync(self.files[name].fileno())
 
 
-def _wait_for_others(store: FeatureCache) -> None:
-    """Until the other processes have described their shares.
+def _wait_for_other_ranks(cache: FeatureCache) -> None:
+    """Wait until the other processes have extracted their shares.
 
     Raises:
-        UserError: Nothing new has come for minutes.
+        UserError: No progress for minutes.
     """
-    left, since = len(store.dataset), time.monotonic()
-    while missing := int((store.state() == TO_DO).sum()):
-        if missing < left:
-            left, since = missing, time.monotonic()
-        if time.monotonic() - since > _PATIENCE_S:
+    pending, since = len(cache.dataset), time.monotonic()
+    while count := int((cache.state() == PENDING).sum()):
+        if count < pending:
+            pending, since = count, time.monotonic()
+        if time.monotonic() - since > _TIMEOUT_S:
             raise UserError(
-                f"{store.folder}: {missing:,} images are left to another process of this launch, which has described "
-                f"none for {_PATIENCE_S / 60:.0f} minutes; the same command goes on behind those that are done"
+                f"{cache.folder}: {pluralize(count, 'image')} of another process of this launch are still pending, "
+                f"without progress for {_TIMEOUT_S / 60:.0f} minutes. Run the same command again to continue"
             )
         time.sleep(_POLL_S)

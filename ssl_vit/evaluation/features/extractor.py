@@ -1,14 +1,13 @@
-"""Frozen features: one pass over the images yields all that the evaluations need."""
+"""Extract frozen features: one pass over the images yields everything that the evaluations need."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ssl_vit.config.pretrain import Workers
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog
@@ -22,65 +21,65 @@ from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.progress import progress_bar
 
 _TOKENS = 2500  # of a forward pass on a CPU: its activations stay in the cache
-_CHECKED = 1 << 14  # images at a time: what is mapped from a file need not fit into memory
-COLLAPSED = 1e-3  # spread below which features only tell rounding errors apart
+_CHECKED_ROWS = 1 << 14  # at a time: features that are mapped from a file need not fit into memory
+COLLAPSED = 1e-3  # feature std below which only rounding errors distinguish images
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a model says of N images; images that could not be read are missing.
+    """Features of N readable images; unreadable ones are missing.
 
-    Float32 in memory; of a store, float16 that is read from the disk when it is used. Take what you need of them, a
-    block say, and then its `.float()`; never write into them.
+    Float32 in memory; from a feature cache, float16 that is read from the disk on access. Select what you need, for
+    example a block, before `.float()`, and never write into them.
     """
 
     cls: Tensor  # (N, blocks, D): [CLS] of the last blocks, each after the final norm, the last block last
-    patch_mean: Tensor  # (N, D), of the same type: mean patch token of the last block, after the final norm
+    patch_mean: Tensor  # (N, D), of the same dtype: mean patch token of the last block, after the final norm
     labels: Tensor  # (N,) int64
-    index: Tensor  # (N,) int64, places in the dataset
+    index: Tensor  # (N,) int64, of the images in the dataset
 
     def take(self, rows: Tensor) -> Features:
-        """The features of some of the images."""
+        """Return the features of some of the images, by mask or index."""
         return Features(self.cls[rows], self.patch_mean[rows], self.labels[rows], self.index[rows])
 
 
-class Described(NamedTuple):
-    """What is kept of B images."""
+class FeatureBatch(NamedTuple):
+    """Features of B images."""
 
     cls: Tensor  # (B, blocks, D) float32
     patch_mean: Tensor  # (B, D) float32; (B, 0) where there are no patch tokens
 
 
 class FeatureExtractor(Protocol):
-    """Says of whole images what is kept of them: a model, or the pixels themselves."""
+    """Interface of feature extractors: a backbone, or raw pixels."""
 
     title: str  # for progress bars
     transform: EvalTransform
-    channels: int  # that it wants images to have
-    blocks: int  # that it describes an image by
-    most_blocks: int  # that it could
+    channels: int  # of the images
+    blocks: int  # number of last blocks that are kept
+    max_blocks: int
     shape: tuple[int, int]  # width D of a block, and of the mean patch token
 
     def identity(self) -> dict[str, Any]:
-        """All that decides over what it says but the images and `blocks`, as plain containers."""
+        """Return everything that determines the features except the images and `blocks`, as plain containers."""
         ...
 
     def tolerance(self) -> float:
-        """How far rounding may move what it says of an image, relative to its length."""
+        """Return the largest relative change of a feature vector by rounding."""
         ...
 
-    def __call__(self, images: Tensor) -> Iterator[Described]:
-        """What it says of images (B, C, S, S) uint8, in their order, some at a time."""
+    def __call__(self, images: Tensor) -> Iterator[FeatureBatch]:
+        """Yield the features of images (B, C, S, S) uint8 in order, some at a time."""
         ...
 
 
 class BackboneExtractor:
-    """The tokens of a frozen model on its device, in bfloat16 where that is good at it; a `Describer`.
+    """Extract the tokens of a frozen backbone on its device, in bfloat16 where the device is fast at it.
 
     Args:
-        loaded: The model, in evaluation mode.
-        transform: Has made the images one size, and normalizes them.
-        blocks: How many last blocks to keep the [CLS] token of.
+        loaded: Model in evaluation mode.
+        transform: Transform that has resized the images, and normalizes them here.
+        blocks: Number of last blocks whose [CLS] token is kept.
     """
 
     def __init__(self, loaded: LoadedBackbone, transform: EvalTransform, *, blocks: int) -> None:
@@ -90,13 +89,13 @@ class BackboneExtractor:
         self.blocks = blocks
         self.title = f"features of {loaded.source}"
         self.channels = model.config.in_chans
-        self.most_blocks = model.num_blocks
+        self.max_blocks = model.num_blocks
         self.shape = (model.embed_dim, model.embed_dim)
         self.device = next(model.parameters()).device
         self.dtype = autocast_dtype(self.device)
 
     def identity(self) -> dict[str, Any]:
-        """The weights as they are in memory, the architecture, what it computes in, and the transform."""
+        """Return the hash of the weights, the architecture, the dtype of the forward pass, and the transform."""
         config = self.model.config
         return {
             "kind": "model",
@@ -107,22 +106,22 @@ class BackboneExtractor:
         }
 
     def tolerance(self) -> float:
-        """Bfloat16 moves features of small and large ViTs by 1 to 3 % of their length, between devices by as much."""
+        """Return 0.05 for bfloat16, which moves features of ViTs by 1 to 3 %, and differs as much between devices."""
         return 0.05 if self.dtype else 0.005
 
-    def __call__(self, images: Tensor) -> Iterator[Described]:
-        """Tokens of images (B, C, S, S) uint8: on a GPU of all at once, on a CPU of a few at a time."""
+    def __call__(self, images: Tensor) -> Iterator[FeatureBatch]:
+        """Yield features of images (B, C, S, S) uint8: on a GPU of all at once, on a CPU of a few at a time."""
         patches = (images.shape[-1] // self.model.patch_size) ** 2
-        at_once = max(1, _TOKENS // patches) if self.device.type == "cpu" else max(1, len(images))
-        for part in torch.split(images.to(self.device, non_blocking=True), at_once):
-            yield self._pass(part)
+        chunk = max(1, _TOKENS // patches) if self.device.type == "cpu" else max(1, len(images))
+        for part in torch.split(images.to(self.device, non_blocking=True), chunk):
+            yield self._forward(part)
 
     @torch.inference_mode()
-    def _pass(self, images: Tensor) -> Described:
+    def _forward(self, images: Tensor) -> FeatureBatch:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             tokens = self.model.get_intermediate_tokens(self.transform.normalize(images), self.blocks)
         cls = torch.stack([block.cls for block in tokens], dim=1).float().cpu()  # (B, blocks, D)
-        return Described(cls, tokens[-1].patches.float().mean(dim=1).cpu())
+        return FeatureBatch(cls, tokens[-1].patches.float().mean(dim=1).cpu())
 
 
 def extract(
@@ -136,29 +135,29 @@ def extract(
     skipped: SkippedImageLog,
     show: bool = True,
 ) -> Features:
-    """A model's features of all readable images, in memory.
+    """Extract a model's features of all readable images into memory.
 
     Args:
-        loaded: The model, in evaluation mode.
-        dataset: What to describe.
-        transform: Makes the images one size and normalizes them.
-        blocks: How many last blocks to keep the [CLS] token of.
-        batch_size: Images loaded together, and on a GPU described together; a CPU takes fewer at a time.
+        loaded: Model in evaluation mode.
+        dataset: Images.
+        transform: Transform that resizes and normalizes the images.
+        blocks: Number of last blocks whose [CLS] token is kept.
+        batch_size: Images loaded together, and on a GPU processed together; a CPU processes fewer at a time.
         num_workers: Loading processes.
-        skipped: Takes the images that cannot be read.
-        show: Draw a progress bar on a terminal.
+        skipped: Log of the unreadable images.
+        show: Show a progress bar.
 
     Raises:
         UserError: No image can be read.
     """
-    describe = BackboneExtractor(loaded, transform, blocks=blocks)
+    extractor = BackboneExtractor(loaded, transform, blocks=blocks)
     return extract_features(
-        describe, dataset, batch_size=batch_size, num_workers=num_workers, skipped=skipped, show=show
+        extractor, dataset, batch_size=batch_size, num_workers=num_workers, skipped=skipped, show=show
     )
 
 
 def extract_features(
-    describe: FeatureExtractor,
+    extractor: FeatureExtractor,
     dataset: ImageDataset,
     *,
     batch_size: int,
@@ -166,120 +165,114 @@ def extract_features(
     skipped: SkippedImageLog,
     show: bool = True,
 ) -> Features:
-    """What is said of all readable images, as float32.
+    """Extract the features of all readable images into memory, as float32.
 
     Raises:
         UserError: No image can be read.
     """
-    width, patch_width = describe.shape
-    # Made outside of inference mode, so that a probe may be trained on them.
-    cls = torch.empty(len(dataset), describe.blocks, width)
+    width, patch_width = extractor.shape
+    # Allocated outside of inference mode, so that a classifier can be trained on them.
+    cls = torch.empty(len(dataset), extractor.blocks, width)
     patch_mean = torch.empty(len(dataset), patch_width)
     index = torch.empty(len(dataset), dtype=torch.int64)
     done = 0
-    for places, said in iter_features(
-        describe, dataset, batch_size=batch_size, num_workers=num_workers, skipped=skipped, show=show
+    for indices, batch in iter_features(
+        extractor, dataset, batch_size=batch_size, num_workers=num_workers, skipped=skipped, show=show
     ):
-        rows = slice(done, done + len(places))
-        cls[rows], patch_mean[rows], index[rows] = said.cls, said.patch_mean, places
-        done += len(places)
+        rows = slice(done, done + len(indices))
+        cls[rows], patch_mean[rows], index[rows] = batch.cls, batch.patch_mean, indices
+        done += len(indices)
     if not done:
         raise none_readable(skipped)
     return Features(cls[:done], patch_mean[:done], dataset.labels[index[:done]], index[:done])
 
 
 def iter_features(
-    describe: FeatureExtractor,
+    extractor: FeatureExtractor,
     dataset: ImageDataset,
     *,
     batch_size: int,
     num_workers: Workers,
     skipped: SkippedImageLog,
     show: bool = True,
-) -> Iterator[tuple[Tensor, Described]]:
-    """The places (B,) int64 of readable images, ascending, and what is said of them, some at a time."""
+) -> Iterator[tuple[Tensor, FeatureBatch]]:
+    """Yield the indices (B,) int64 of readable images, ascending, with their features, some at a time."""
     loader = build_eval_loader(
         dataset,
-        describe.transform,
+        extractor.transform,
         batch_size=batch_size,
         num_workers=num_workers,
-        channels=describe.channels,
+        channels=extractor.channels,
         skipped=skipped,
     )
-    with _bar(describe.title, len(dataset), show=show) as bar:
-        for images, places, broken in loader.batches:
-            for image in broken:
-                skipped.record(image)
+    with progress_bar(total=len(dataset), desc=extractor.title, unit=" images", show=show) as bar:
+        for images, indices, unreadable in loader.batches:
+            for error in unreadable:
+                skipped.record(error)
             done = 0
-            for said in describe(images) if len(images) else ():
-                yield places[done : done + len(said.cls)], said
-                done += len(said.cls)
-                bar.update(len(said.cls))
-            bar.update(len(broken))
+            for batch in extractor(images) if len(images) else ():
+                yield indices[done : done + len(batch.cls)], batch
+                done += len(batch.cls)
+                bar.update(len(batch.cls))
+            bar.update(len(unreadable))
 
 
 def none_readable(skipped: SkippedImageLog) -> UserError:
-    """The error of images that are all broken."""
-    return UserError(f"none of the images can be read; {skipped.path} says why")
+    """Return the error for a dataset without readable images."""
+    return UserError(f"none of the images can be read; {skipped.path} lists the reasons")
 
 
 def on_best_device(loaded: LoadedBackbone) -> LoadedBackbone:
-    """The model moved there, with the form of attention that is fast on it."""
+    """Move a model to the best device and select the attention kernel that is fast there."""
     device = best_device()
     loaded.backbone.to(device).set_fused_attention(prefer_fused_attention(device))
     return loaded
 
 
 def validate_features(features: Features, source: str) -> None:
-    """Refuse features that no evaluation can say anything of.
+    """Check that features are usable.
 
     Raises:
         UserError: They are not finite, zero, or the same for every image.
     """
-    count, broken, zero = len(features.cls), 0, 0
+    count, infinite, zero = len(features.cls), 0, 0
     for cls, patch_mean in zip(
-        torch.split(features.cls, _CHECKED), torch.split(features.patch_mean, _CHECKED), strict=True
+        torch.split(features.cls, _CHECKED_ROWS), torch.split(features.patch_mean, _CHECKED_ROWS), strict=True
     ):
-        broken += int((~(cls.flatten(1).isfinite().all(dim=1) & patch_mean.isfinite().all(dim=1))).sum())
+        infinite += int((~(cls.flatten(1).isfinite().all(dim=1) & patch_mean.isfinite().all(dim=1))).sum())
         zero += int((cls[:, -1].float().norm(dim=1) < 1e-6).sum())
-    if broken:
+    if infinite:
         raise UserError(
-            f"{source}: the features of {broken:,} of {count:,} images are not finite numbers (or are beyond 65,504, "
-            "the largest that float16 holds); training has diverged: take an earlier checkpoint, or train again with "
-            "a smaller learning rate"
+            f"{source}: the features of {infinite:,} of {count:,} images are not finite (or exceed 65,504, the largest "
+            "float16). Training has diverged: use an earlier checkpoint, or train again with a smaller learning rate"
         )
     if zero:
         raise UserError(
-            f"{source}: the features of {zero:,} of {count:,} images are zero; "
-            "the model is damaged: take another checkpoint"
+            f"{source}: the features of {zero:,} of {count:,} images are zero. The model is damaged: use another "
+            "checkpoint"
         )
-    if count > 1 and (found := float(feature_std(subsample(features.cls[:, -1])))) < COLLAPSED:
+    if count > 1 and (std := float(feature_std(subsample(features.cls[:, -1])))) < COLLAPSED:
         raise UserError(
-            f"{source}: the features have collapsed: every image gets nearly the same ones (spread {found:.1e}; "
-            f"healthy models lie between 0.1 and 1, below {COLLAPSED:g} only rounding errors tell images apart); "
-            "take an earlier checkpoint, or train again and watch the health lines of the run"
+            f"{source}: the features have collapsed: all images have nearly identical features (std {std:.1e}; healthy "
+            f"models: 0.1 to 1, below {COLLAPSED:g} only rounding errors distinguish images). Use an earlier "
+            "checkpoint, or train again and watch the health warnings of the run"
         )
 
 
 def subsample(features: Tensor, most: int = 1 << 15) -> Tensor:
-    """At most so many of features (N, D), spread over the set, as float32: enough for a measure of all."""
+    """Return at most `most` evenly spaced rows of features (N, D) as float32, for statistics."""
     return features[:: -(-len(features) // most)].float()
 
 
 def check_size(image_size: int, patch_size: int) -> None:
-    """Refuse images that do not divide into whole patches.
+    """Check that images divide into whole patches.
 
     Raises:
-        UserError: They do not; with the nearest size that would do.
+        UserError: They do not; names the nearest size that does.
     """
     if image_size % patch_size:
-        near = max(1, round(image_size / patch_size)) * patch_size
+        nearest = max(1, round(image_size / patch_size)) * patch_size
         raise UserError(
             f"data.image_size={image_size} is not a multiple of the model's patch size {patch_size}; "
-            f"the nearest is data.image_size={near}"
+            f"the nearest multiple is data.image_size={nearest}"
         )
-
-
-def _bar(text: str, total: int, *, show: bool) -> tqdm[NoReturn]:
-    """Return a progress bar over images."""
-    return progress_bar(total=total, desc=text, unit=" images", show=show)

@@ -1,4 +1,4 @@
-"""Stored features as one file for other tools: .npz for NumPy, .parquet for viewers of embeddings."""
+"""Export cached features to one file: .npz for NumPy, .parquet for embedding viewers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ssl_vit.evaluation.features.extractor import Features
 from ssl_vit.runtime.atomic_io import atomic_write
 from ssl_vit.runtime.errors import UserError
 
-_ROWS = 8192  # written at a time, so that the memory in use does not grow with the features
+_ROWS = 8192  # written at a time, so that memory does not grow with the number of images
 
 
 class FeatureSplit(NamedTuple):
@@ -28,40 +28,38 @@ class FeatureSplit(NamedTuple):
     features: Features
 
 
-def write_npz(path: Path, parts: Sequence[FeatureSplit]) -> None:
-    """Write all features as arrays of M rows, one per readable image, the parts behind one another.
+def write_npz(path: Path, splits: Sequence[FeatureSplit]) -> None:
+    """Write all features as arrays of M rows, one per readable image, split after split.
 
-    `cls` (M, blocks, D) and `patch_mean` (M, D) float16, `labels` (M,) int64 with -1 for none, `parts` and `paths`
-    (M,) texts, and `class_names` (C,), where labels are places.
+    `cls` (M, blocks, D) and `patch_mean` (M, D) float16, `labels` (M,) int64 with -1 for none, `splits` and `paths`
+    (M,) strings, and `class_names` (C,), which labels index.
     """
-    longest = max(len(part.dataset.name(place)) for part in parts for place in part.features.index.tolist())
-    first, names = parts[0].features, np.array(parts[0].dataset.classes, dtype=np.str_)
-    columns: dict[
-        str, tuple[str, tuple[int, ...], Callable[[FeatureSplit], npt.ArrayLike]]
-    ] = {  # type, shape of a row, rows
-        "cls": ("<f2", tuple(first.cls.shape[1:]), lambda part: part.features.cls),
-        "patch_mean": ("<f2", tuple(first.patch_mean.shape[1:]), lambda part: part.features.patch_mean),
-        "labels": ("<i8", (), lambda part: part.features.labels),
-        "parts": ("<U5", (), lambda part: [part.name] * len(part.features.index)),
+    longest = max(len(split.dataset.name(index)) for split in splits for index in split.features.index.tolist())
+    first, classes = splits[0].features, np.array(splits[0].dataset.classes, dtype=np.str_)
+    columns: dict[str, tuple[str, tuple[int, ...], Callable[[FeatureSplit], npt.ArrayLike]]] = {  # dtype, shape, rows
+        "cls": ("<f2", tuple(first.cls.shape[1:]), lambda split: split.features.cls),
+        "patch_mean": ("<f2", tuple(first.patch_mean.shape[1:]), lambda split: split.features.patch_mean),
+        "labels": ("<i8", (), lambda split: split.features.labels),
+        "splits": ("<U5", (), lambda split: [split.name] * len(split.features.index)),
         "paths": (f"<U{longest}", (), _names),
     }
-    count = sum(len(part.features.index) for part in parts)
+    count = sum(len(split.features.index) for split in splits)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
         for name, (dtype, shape, rows_of) in columns.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                about = {"descr": dtype, "fortran_order": False, "shape": (count, *shape)}
-                np.lib.format.write_array_header_1_0(member, about)
-                for piece in _pieces(parts):
-                    member.write(np.asarray(rows_of(piece), dtype=dtype).tobytes())
+                description = {"descr": dtype, "fortran_order": False, "shape": (count, *shape)}
+                np.lib.format.write_array_header_1_0(member, description)
+                for chunk in _chunks(splits):
+                    member.write(np.asarray(rows_of(chunk), dtype=dtype).tobytes())
         with archive.open("class_names.npy", "w") as member:
-            np.lib.format.write_array(member, names, allow_pickle=False)
+            np.lib.format.write_array(member, classes, allow_pickle=False)
 
 
-def write_parquet(path: Path, parts: Sequence[FeatureSplit], *, pca: bool) -> None:
-    """Write a table with a row per readable image, in groups of some thousand.
+def write_parquet(path: Path, splits: Sequence[FeatureSplit], *, pca: bool) -> None:
+    """Write a table with a row per readable image.
 
-    Columns: `path`, `part`, `label` and `class` (null where there is none), `embedding`, the last [CLS] as a list of D
+    Columns: `path`, `split`, `label` and `class` (null where there is none), `embedding`, the last [CLS] as a list of D
     float32, and with `pca` `x` and `y`, its first two principal components.
 
     Raises:
@@ -73,26 +71,25 @@ def write_parquet(path: Path, parts: Sequence[FeatureSplit], *, pca: bool) -> No
 
     fields = {
         "path": pa.string(),
-        "part": pa.string(),
+        "split": pa.string(),
         "label": pa.int64(),
         "class": pa.string(),
         "embedding": pa.list_(pa.float32()),
         **({"x": pa.float32(), "y": pa.float32()} if pca else {}),
     }
-    mean, axes = principal_plane(parts) if pca else (None, None)
+    mean, axes = principal_plane(splits) if pca else (None, None)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file, pq.ParquetWriter(file, pa.schema(fields.items())) as writer:
-        for part in _pieces(parts):
-            labels, classes = part.features.labels.tolist(), part.dataset.classes
-            embedding = part.features.cls[:, -1].float()  # (B, D)
+        for chunk in _chunks(splits):
+            labels, classes = chunk.features.labels.tolist(), chunk.dataset.classes
+            embedding = chunk.features.cls[:, -1].float()  # (B, D)
+            offsets = np.arange(len(labels) + 1, dtype=np.int32) * embedding.shape[1]
             columns: dict[str, Any] = {
-                "path": _names(part),
-                "part": [part.name] * len(labels),
+                "path": _names(chunk),
+                "split": [chunk.name] * len(labels),
                 "label": [None if label < 0 else label for label in labels],
                 "class": [None if label < 0 else classes[label] for label in labels],
-                "embedding": pa.ListArray.from_arrays(
-                    np.arange(len(labels) + 1, dtype=np.int32) * embedding.shape[1], embedding.flatten().numpy()
-                ),
+                "embedding": pa.ListArray.from_arrays(offsets, embedding.flatten().numpy()),
             }
             if mean is not None and axes is not None:
                 columns["x"], columns["y"] = ((embedding - mean) @ axes).T.numpy()
@@ -100,7 +97,7 @@ def write_parquet(path: Path, parts: Sequence[FeatureSplit], *, pca: bool) -> No
 
 
 def check_pyarrow() -> None:
-    """See that parquet can be written, before hours are spent on what shall be.
+    """Check that parquet can be written, before time is spent on extraction.
 
     Raises:
         UserError: pyarrow is not installed.
@@ -108,17 +105,17 @@ def check_pyarrow() -> None:
     try:
         import pyarrow  # noqa: F401
     except ImportError:
-        raise UserError("to=parquet needs pyarrow: install it by `pip install 'ssl-vit[parquet]'`") from None
+        raise UserError("to=parquet needs pyarrow; install it with `pip install 'ssl-vit[parquet]'`") from None
 
 
-def principal_plane(parts: Sequence[FeatureSplit]) -> tuple[Tensor, Tensor]:
-    """The mean (D,) and the first two principal axes (D, 2) of the last [CLS] of all parts, read some at a time.
+def principal_plane(splits: Sequence[FeatureSplit]) -> tuple[Tensor, Tensor]:
+    """Compute the mean (D,) and the first two principal axes (D, 2) of the last [CLS] of all splits, in chunks.
 
-    Of the two directions of an axis it is the one whose largest entry is positive.
+    The sign of an axis is chosen so that its entry of largest magnitude is positive.
     """
     count, total, products = 0, torch.zeros(1), torch.zeros(1)
-    for part in _pieces(parts):
-        x = part.features.cls[:, -1].double()
+    for chunk in _chunks(splits):
+        x = chunk.features.cls[:, -1].double()
         count, total, products = count + len(x), total + x.sum(dim=0), products + x.T @ x
     mean = total / count
     axes = torch.linalg.eigh(products / count - torch.outer(mean, mean))[1][:, [-1, -2]]
@@ -126,16 +123,17 @@ def principal_plane(parts: Sequence[FeatureSplit]) -> tuple[Tensor, Tensor]:
     return mean.float(), (axes * largest.sign()).float()
 
 
-def _pieces(parts: Sequence[FeatureSplit]) -> Iterator[FeatureSplit]:
-    """The parts, some rows at a time."""
-    for part in parts:
-        for start in range(0, len(part.features.index), _ROWS):
-            some = part.features
-            rows = slice(start, start + _ROWS)
-            yield part._replace(
-                features=Features(some.cls[rows], some.patch_mean[rows], some.labels[rows], some.index[rows])
+def _chunks(splits: Sequence[FeatureSplit]) -> Iterator[FeatureSplit]:
+    """Yield the splits in chunks of at most `_ROWS` images."""
+    for split in splits:
+        for start in range(0, len(split.features.index), _ROWS):
+            all_rows, rows = split.features, slice(start, start + _ROWS)
+            yield split._replace(
+                features=Features(
+                    all_rows.cls[rows], all_rows.patch_mean[rows], all_rows.labels[rows], all_rows.index[rows]
+                )
             )
 
 
-def _names(part: FeatureSplit) -> list[str]:
-    return [part.dataset.name(index) for index in part.features.index.tolist()]
+def _names(split: FeatureSplit) -> list[str]:
+    return [split.dataset.name(index) for index in split.features.index.tolist()]

@@ -145,7 +145,7 @@ def _stored(describe: BackboneExtractor, split: TrainTestSplit, folder: Path, na
         if dataset is None:
             continue
         candidates = candidate_caches(describe, dataset, folder=folder, name=f"{name}-{part}")
-        whole = next((store for store in candidates if store.complete() and not store.problem()), None)
+        whole = next((store for store in candidates if store.complete() and not store.validate()), None)
         if whole is None:
             return None
         found.append(whole)

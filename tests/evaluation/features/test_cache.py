@@ -1,4 +1,4 @@
-"""Features are computed once, whatever happens meanwhile, and never used for what they are not of."""
+"""The feature cache: content, reuse, damage, interruption, several processes, and the `features` command."""
 
 import errno
 import json
@@ -21,7 +21,7 @@ from ssl_vit.config.pretrain import BackboneConfig
 from ssl_vit.data.dataset import SkippedImageLog
 from ssl_vit.data.sources.image_folder import ImageFolder, scan_image_folder
 from ssl_vit.data.transforms.eval_transform import EvalTransform
-from ssl_vit.evaluation.features import cache_writer as filling
+from ssl_vit.evaluation.features import cache_writer
 from ssl_vit.evaluation.features.cache import candidate_caches, features_folder
 from ssl_vit.evaluation.features.cache_writer import fill_cache
 from ssl_vit.evaluation.features.extractor import BackboneExtractor, extract_features, validate_features
@@ -47,14 +47,14 @@ def tokens(loaded=None, *, blocks=2, crop_ratio=0.875):
     return BackboneExtractor(loaded or model(), EvalTransform(48, crop_ratio, HALF, HALF), blocks=blocks)
 
 
-def store(dataset, folder, describe=None):
-    """Filled, in batches of eight."""
-    stores = candidate_caches(describe or tokens(), dataset, folder=folder, name="some-train")
-    return fill_cache(stores, batch_size=8, num_workers=0).store
+def fill(dataset, folder, extractor=None):
+    """Return the complete cache, filled in batches of eight."""
+    caches = candidate_caches(extractor or tokens(), dataset, folder=folder, name="some-train")
+    return fill_cache(caches, batch_size=8, num_workers=0).cache
 
 
 def arrays(one):
-    """What its files hold."""
+    """Return the content of the files."""
     return {name: (one.folder / name).read_bytes() for name in [*one.arrays, "paths.txt"]}
 
 
@@ -77,7 +77,7 @@ def features(tmp_path):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """The places of all images read, in order; a function in `reads.before` is called before each."""
+    """Return the indices of all images read, in order; the function `reads.before` is called before each."""
 
     class Reads(list):
         before = staticmethod(lambda count: None)
@@ -95,17 +95,17 @@ def reads(monkeypatch):
 
 @pytest.fixture
 def flush_at_once(monkeypatch):
-    monkeypatch.setattr(filling, "_FLUSH_S", 0.0)
+    monkeypatch.setattr(cache_writer, "_FLUSH_S", 0.0)
 
 
-# --- what is stored ---
+# --- content ---
 
 
-def test_stored_features_are_those_in_memory_in_float16(dataset, features, tmp_path):
-    describe = tokens()
-    found = store(dataset, features).features(blocks=2)
+def test_cache_holds_the_features_of_extract_in_float16(dataset, features, tmp_path):
+    extractor = tokens()
+    found = fill(dataset, features).features(blocks=2)
     wanted = extract_features(
-        describe, dataset, batch_size=8, num_workers=0, skipped=SkippedImageLog(tmp_path / "x.txt")
+        extractor, dataset, batch_size=8, num_workers=0, skipped=SkippedImageLog(tmp_path / "x.txt")
     )
     assert found.cls.dtype == found.patch_mean.dtype == torch.float16
     assert torch.equal(found.cls, wanted.cls.half())
@@ -114,8 +114,8 @@ def test_stored_features_are_those_in_memory_in_float16(dataset, features, tmp_p
     assert torch.equal(found.index, wanted.index)
 
 
-def test_users_open_the_files_with_numpy(dataset, features):
-    made = store(dataset, features)
+def test_cache_files_open_with_numpy(dataset, features):
+    made = fill(dataset, features)
     assert made.folder.parent == features
     assert made.folder.name.startswith("some-train-")
     cls = np.load(made.folder / "cls.npy", mmap_mode="r")
@@ -126,65 +126,65 @@ def test_users_open_the_files_with_numpy(dataset, features):
     assert (made.folder / "paths.txt").read_text().splitlines() == [dataset.name(index) for index in range(48)]
     identity = json.loads((made.folder / "manifest.json").read_text())["identity"]
     assert identity["images"] == dataset.fingerprint(sizes=True, times=True)
-    assert identity["describer"]["transform"]["crop_ratio"] == 0.875
+    assert identity["extractor"]["transform"]["crop_ratio"] == 0.875
 
 
-def test_raw_pixels_are_stored_to_a_sixteenth_of_a_gray_step(dataset, features):
-    describe = RawPixelExtractor(EvalTransform(32, 0.875, HALF, HALF), channels=3)
-    found = store(dataset, features, describe).features(blocks=1)
-    exact = torch.stack([describe.transform(dataset.read(index, 3)).flatten() for index in range(48)]) / 255
+def test_cache_holds_raw_pixels_to_a_sixteenth_of_a_gray_level(dataset, features):
+    extractor = RawPixelExtractor(EvalTransform(32, 0.875, HALF, HALF), channels=3)
+    found = fill(dataset, features, extractor).features(blocks=1)
+    exact = torch.stack([extractor.transform(dataset.read(index, 3)).flatten() for index in range(48)]) / 255
     assert (found.cls[:, 0].float() - exact).abs().max() <= 1 / 255 / 16
     assert found.patch_mean.shape == (48, 0)
 
 
-def test_features_lie_where_they_are_wanted_else_in_the_run_else_in_the_cache(tmp_path, monkeypatch):
+def test_features_folder_prefers_the_given_folder_then_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert features_folder(tmp_path / "own", tmp_path / "run") == tmp_path / "own"
     assert features_folder(None, tmp_path / "run") == tmp_path / "run" / "eval" / "features"
     assert features_folder(None, None) == tmp_path / "ssl-vit" / "features"
 
 
-# --- used again, or not ---
+# --- reuse ---
 
 
-def test_images_are_described_once(dataset, features, reads):
-    first = store(dataset, features)
+def test_fill_cache_extracts_images_once(dataset, features, reads):
+    first = fill(dataset, features)
     before = arrays(first)
     assert reads == list(range(48))
     reads.clear()
-    second = store(dataset, features)
+    second = fill(dataset, features)
     assert second.folder == first.folder
     assert len(reads) == 16  # spread over the set, to see that they still are what is stored
     assert {reads[0], reads[-1]} == {0, 47}
     assert arrays(second) == before
 
 
-def test_more_blocks_than_are_needed_serve_too(dataset, features, reads):
-    more = store(dataset, features, tokens(blocks=3))
+def test_fill_cache_reuses_a_cache_of_more_blocks(dataset, features, reads):
+    more = fill(dataset, features, tokens(blocks=3))
     reads.clear()
-    found = store(dataset, features, tokens(blocks=1))
+    found = fill(dataset, features, tokens(blocks=1))
     assert found.folder == more.folder
     assert len(reads) == 16
     assert torch.equal(found.features(blocks=1).cls, more.features(blocks=3).cls[:, 2:])
     shutil.rmtree(features)
-    assert store(dataset, features, tokens(blocks=1)).folder != store(dataset, features, tokens(blocks=3)).folder
+    assert fill(dataset, features, tokens(blocks=1)).folder != fill(dataset, features, tokens(blocks=3)).folder
 
 
-def test_anything_changed_gives_other_features(folder, dataset, features):
-    made = [store(dataset, features)]
-    made.append(store(dataset, features, tokens(model(seed=1))))
-    made.append(store(dataset, features, tokens(crop_ratio=0.5)))
+def test_candidate_caches_depend_on_model_transform_and_images(folder, dataset, features):
+    made = [fill(dataset, features)]
+    made.append(fill(dataset, features, tokens(model(seed=1))))
+    made.append(fill(dataset, features, tokens(crop_ratio=0.5)))
     shutil.copy(next(folder.rglob("*.png")), folder / "red-dots" / "more.png")
-    made.append(store(scan_image_folder(folder), features))
+    made.append(fill(scan_image_folder(folder), features))
     (folder / "red-dots" / "more.png").write_bytes(b"of another size")
-    made.append(store(scan_image_folder(folder), features))
+    made.append(fill(scan_image_folder(folder), features))
     (folder / "red-dots" / "more.png").write_bytes(b"as another size")
-    made.append(store(scan_image_folder(folder), features))
+    made.append(fill(scan_image_folder(folder), features))
     assert len({one.folder for one in made}) == 6
-    assert store(dataset, features, tokens(model(seed=1))).folder == made[1].folder
+    assert fill(dataset, features, tokens(model(seed=1))).folder == made[1].folder
 
 
-def test_an_image_replaced_by_one_of_the_same_size_and_time_is_noticed(tmp_path, features, caplog):
+def test_fill_cache_detects_an_image_replaced_with_equal_size_and_time(tmp_path, features, caplog):
     generator = torch.Generator().manual_seed(0)
 
     def image(number):
@@ -195,24 +195,24 @@ def test_an_image_replaced_by_one_of_the_same_size_and_time_is_noticed(tmp_path,
     for number in range(9):
         image(number)
     dataset = scan_image_folder(tmp_path / "bitmaps")
-    before = store(dataset, features).features(blocks=2).cls.clone()
+    before = fill(dataset, features).features(blocks=2).cls.clone()
     assert not caplog.messages
     about = (tmp_path / "bitmaps" / "4.bmp").stat()
     image(4)
     os.utime(tmp_path / "bitmaps" / "4.bmp", ns=(about.st_atime_ns, about.st_mtime_ns))
-    after = store(dataset, features).features(blocks=2).cls
+    after = fill(dataset, features).features(blocks=2).cls
     assert "an image was replaced" in caplog.text
-    assert "made anew" in caplog.text
+    assert "extracting the features again" in caplog.text
     changed = (after != before).flatten(1).any(dim=1)
     assert changed.nonzero().squeeze(1).tolist() == [4]
 
 
-def test_another_program_that_computes_otherwise_is_noticed(dataset, features, caplog, monkeypatch):
-    store(dataset, features)
+def test_fill_cache_detects_that_the_program_computes_differently(dataset, features, caplog, monkeypatch):
+    fill(dataset, features)
     monkeypatch.setattr(EvalTransform, "normalize", lambda self, batch: batch.float() / 100)
-    found = store(dataset, features)
-    assert "made anew" in caplog.text
-    assert not found.problem()
+    found = fill(dataset, features)
+    assert "extracting the features again" in caplog.text
+    assert not found.validate()
 
 
 @pytest.mark.parametrize(
@@ -228,33 +228,33 @@ def test_another_program_that_computes_otherwise_is_noticed(dataset, features, c
     ],
     ids=["cut off", "missing", "text", "manifest", "no manifest", "state", "header"],
 )
-def test_damaged_files_are_noticed(damage, dataset, features, caplog):
-    made = store(dataset, features)
+def test_fill_cache_replaces_damaged_files(damage, dataset, features, caplog):
+    made = fill(dataset, features)
     before = arrays(made)
     damage(made.folder)
-    assert arrays(store(dataset, features)) == before
-    assert [message for message in caplog.messages if str(made.folder) in message and "made anew" in message]
+    assert arrays(fill(dataset, features)) == before
+    assert [message for message in caplog.messages if str(made.folder) in message and "again" in message]
 
 
-def test_features_too_large_for_float16_are_refused_in_words_now_and_later(dataset, features, caplog):
+def test_validate_features_rejects_infinite_features_from_the_cache(dataset, features, caplog):
     for _ in range(2):
-        found = store(dataset, features, tokens(model(scale=1e6))).features(blocks=1)
+        found = fill(dataset, features, tokens(model(scale=1e6))).features(blocks=1)
         with pytest.raises(UserError, match="65,504"):
             validate_features(found, "a model")
     assert not caplog.messages  # the second time they were taken from the store
 
 
-# --- broken images ---
+# --- unreadable images ---
 
 
-def test_broken_images_are_the_same_now_and_later(folder, features, reads):
+def test_cache_lists_unreadable_images_again_from_its_files(folder, features, reads):
     for name in ("red-dots/0000.png", "blue-dots/0001.png"):
         (folder / name).write_bytes(b"no image")
     dataset = scan_image_folder(folder)
     broken = [index for index in range(48) if dataset.name(index) in ("red-dots/0000.png", "blue-dots/0001.png")]
     seen = []
     for _ in range(2):
-        made = store(dataset, features)
+        made = fill(dataset, features)
         found = made.features(blocks=1)
         seen.append((list(map(str, made.broken())), found.index.tolist(), found.cls.shape))
     assert seen[0] == seen[1]
@@ -263,38 +263,38 @@ def test_broken_images_are_the_same_now_and_later(folder, features, reads):
     assert np.load(made.folder / "state.npy")[broken].tolist() == [2, 2]
 
 
-def test_an_image_that_can_be_read_again_is_noticed(folder, features, caplog):
+def test_fill_cache_detects_that_an_image_has_become_readable(folder, features, caplog):
     """Because a disk is back, say, so that its time has not changed."""
     image = folder / "red-dots" / "0000.png"
     good, about = image.read_bytes(), image.stat()
     image.write_bytes(bytes(len(good)))
     os.utime(image, ns=(about.st_atime_ns, about.st_mtime_ns))
     dataset = scan_image_folder(folder)
-    assert len(store(dataset, features).features(blocks=1).index) == 47
+    assert len(fill(dataset, features).features(blocks=1).index) == 47
     image.write_bytes(good)
     os.utime(image, ns=(about.st_atime_ns, about.st_mtime_ns))
-    assert len(store(dataset, features).features(blocks=1).index) == 48
-    assert "made anew" in caplog.text
+    assert len(fill(dataset, features).features(blocks=1).index) == 48
+    assert "extracting the features again" in caplog.text
 
 
-def test_images_that_are_all_broken_are_an_error(tmp_path, features):
+def test_cache_without_readable_images_is_an_error(tmp_path, features):
     (tmp_path / "bad").mkdir()
     for number in range(3):
         (tmp_path / "bad" / f"{number}.png").write_bytes(b"no image")
-    made = store(scan_image_folder(tmp_path / "bad"), features)
+    made = fill(scan_image_folder(tmp_path / "bad"), features)
     with pytest.raises(UserError, match="none of the images can be read"):
         made.features(blocks=1)
     assert len(made.skipped.path.read_text().splitlines()) == 3
 
 
-# --- whatever ends it ---
+# --- interruption ---
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
-def test_stopped_and_gone_on_with_equals_uninterrupted(kind, folder, features, tmp_path, reads, caplog, flush_at_once):
+def test_fill_cache_continues_after_an_exception(kind, folder, features, tmp_path, reads, caplog, flush_at_once):
     (folder / "blue-dots" / "0001.png").write_bytes(b"no image")
     dataset = scan_image_folder(folder)
-    whole = arrays(store(dataset, tmp_path / "whole"))
+    whole = arrays(fill(dataset, tmp_path / "whole"))
 
     def stop(count):
         if count == 27:
@@ -303,19 +303,19 @@ def test_stopped_and_gone_on_with_equals_uninterrupted(kind, folder, features, t
     reads.clear()
     reads.before = stop
     with pytest.raises(kind):
-        store(dataset, features)
-    assert ("24 of 48 images are described and kept" in caplog.text) == (kind is KeyboardInterrupt)
+        fill(dataset, features)
+    assert ("24 of 48 images" in caplog.text) == (kind is KeyboardInterrupt)
     reads.clear()
     reads.before = lambda count: None
-    assert arrays(store(dataset, features)) == whole
+    assert arrays(fill(dataset, features)) == whole
     assert reads[-24:] == list(range(24, 48))
-    assert len(reads) <= 24 + 17  # and those that are described again, with the broken one
-    assert "made anew" not in caplog.text
+    assert len(reads) <= 24 + 17  # and those that are extracted again, with the broken one
+    assert "extracting the features again" not in caplog.text
 
 
-def test_killed_and_gone_on_with_equals_uninterrupted(folder, features, tmp_path):
+def test_fill_cache_continues_after_sigkill(folder, features, tmp_path):
     """SIGKILL, while the 27th image is being read."""
-    words = [
+    overrides = [
         f"checkpoint={exported(tmp_path / 'run')}",
         f"data.train={folder}",
         "data.num_workers=0",
@@ -325,10 +325,10 @@ def test_killed_and_gone_on_with_equals_uninterrupted(folder, features, tmp_path
         "import threading\n"
         "from ssl_vit import cli\n"
         "from ssl_vit.data.sources.image_folder import ImageFolder\n"
-        "from ssl_vit.evaluation import filling\n"
-        "filling._FLUSH_S, read = 0.0, ImageFolder.read\n"
+        "from ssl_vit.evaluation.features import cache_writer\n"
+        "cache_writer._FLUSH_S, read = 0.0, ImageFolder.read\n"
         "ImageFolder.read = lambda self, i, *rest: threading.Event().wait() if i == 26 else read(self, i, *rest)\n"
-        f"cli.main(['features', 'features={features}', *{words!r}])\n"
+        f"cli.main(['features', 'features={features}', *{overrides!r}])\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program], env=environment())
 
@@ -338,51 +338,51 @@ def test_killed_and_gone_on_with_equals_uninterrupted(folder, features, tmp_path
     wait_until(lambda: any(state.sum() == 24 for state in states()), process)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    for place in (features, tmp_path / "whole"):
-        assert main(["features", f"features={place}", *words]) == 0
-    files = [{file.name: file.read_bytes() for file in place.glob("*/*")} for place in (features, tmp_path / "whole")]
+    for folder in (features, tmp_path / "whole"):
+        assert main(["features", f"features={folder}", *overrides]) == 0
+    files = [{file.name: file.read_bytes() for file in folder.glob("*/*")} for folder in (features, tmp_path / "whole")]
     assert files[0] == files[1]
     assert len(files[0]) == 6
 
 
-def test_only_what_is_on_the_disk_counts_as_done(dataset, features, monkeypatch, caplog):
-    original, full = filling._Writer._sync, True
+def test_cache_writer_marks_rows_done_only_after_sync(dataset, features, monkeypatch, caplog):
+    original, full = cache_writer._CacheWriter._sync, True
 
     def sync(self, name):
         if full:
             raise OSError(errno.ENOSPC, "No space left on device")
         original(self, name)
 
-    monkeypatch.setattr(filling._Writer, "_sync", sync)
+    monkeypatch.setattr(cache_writer._CacheWriter, "_sync", sync)
     with pytest.raises(OSError, match="No space left") as caught:
-        store(dataset, features)
+        fill(dataset, features)
     assert str(features) in caught.value.filename
     (state,) = features.glob("*/state.npy")
     assert not np.load(state).any()
     full = False
-    assert np.load(store(dataset, features).folder / "state.npy").all()
+    assert np.load(fill(dataset, features).folder / "state.npy").all()
     assert not caplog.messages
 
 
 # --- several processes ---
 
 
-def as_process(monkeypatch, world):
-    """Let threads called 0, 1, ... be the processes of a launch."""
-    monkeypatch.setattr(filling, "torchrun_rank", lambda: (int(threading.current_thread().name), world))
+def threads_as_ranks(monkeypatch, world):
+    """Let threads named 0, 1, ... be the ranks of a launch."""
+    monkeypatch.setattr(cache_writer, "torchrun_rank", lambda: (int(threading.current_thread().name), world))
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_several_processes_give_the_features_of_one(damaged, dataset, features, tmp_path, monkeypatch):
-    one = store(dataset, tmp_path / "one")
+def test_fill_cache_in_several_processes_equals_one(damaged, dataset, features, tmp_path, monkeypatch):
+    one = fill(dataset, tmp_path / "one")
     if damaged:  # the first process makes the folder anew, while the others wait
-        (store(dataset, features).folder / "cls.npy").write_bytes(b"x")
-    as_process(monkeypatch, 3)
-    found, describe = {}, tokens()  # made here: threads share the random state
+        (fill(dataset, features).folder / "cls.npy").write_bytes(b"x")
+    threads_as_ranks(monkeypatch, 3)
+    found, extractor = {}, tokens()  # made here: threads share the random state
 
     def run():
-        stores = candidate_caches(describe, dataset, folder=features, name="some-train")
-        found[threading.current_thread().name] = fill_cache(stores, batch_size=8, num_workers=0)
+        caches = candidate_caches(extractor, dataset, folder=features, name="some-train")
+        found[threading.current_thread().name] = fill_cache(caches, batch_size=8, num_workers=0)
 
     threads = [threading.Thread(target=run, name=str(rank)) for rank in (2, 1, 0)]
     for thread in threads:
@@ -391,46 +391,46 @@ def test_several_processes_give_the_features_of_one(damaged, dataset, features, 
         thread.join(60)
     assert {rank: one.new for rank, one in found.items()} == {"0": 16, "1": 16, "2": 16}
     for name in ("cls.npy", "patch_mean.npy"):
-        several, single = (np.load(each.folder / name).astype(np.float32) for each in (found["0"].store, one))
+        several, single = (np.load(each.folder / name).astype(np.float32) for each in (found["0"].cache, one))
         np.testing.assert_allclose(several, single, rtol=0.02, atol=0.02)
-    assert np.load(found["0"].store.folder / "state.npy").tolist() == [1] * 48
+    assert np.load(found["0"].cache.folder / "state.npy").tolist() == [1] * 48
 
 
-def test_a_process_that_never_comes_is_told_of(dataset, features, monkeypatch):
-    monkeypatch.setattr(filling, "torchrun_rank", lambda: (0, 2))
-    monkeypatch.setattr(filling, "_PATIENCE_S", 0.0)
-    with pytest.raises(UserError, match="24 images are left to another process"):
-        store(dataset, features)
+def test_fill_cache_reports_a_rank_without_progress(dataset, features, monkeypatch):
+    monkeypatch.setattr(cache_writer, "torchrun_rank", lambda: (0, 2))
+    monkeypatch.setattr(cache_writer, "_TIMEOUT_S", 0.0)
+    with pytest.raises(UserError, match="24 images of another process"):
+        fill(dataset, features)
 
 
-def test_the_second_command_waits_with_a_word(dataset, features, caplog):
+def test_fill_cache_waits_for_another_command(dataset, features, caplog):
     (wanted, *_) = candidate_caches(tokens(), dataset, folder=features, name="some-train")
     features.mkdir()
     found = []
     with caplog.at_level(logging.WARNING), FileLock(features / f".{wanted.folder.name}.lock"):
-        thread = threading.Thread(target=lambda: found.append(store(dataset, features)))
+        thread = threading.Thread(target=lambda: found.append(fill(dataset, features)))
         thread.start()
-        wait_until(lambda: "waiting until it has ended" in caplog.text)
+        wait_until(lambda: "waiting for it to finish" in caplog.text)
         assert not wanted.folder.exists()
     thread.join(60)
     assert np.load(found[0].folder / "state.npy").all()
 
 
-def test_other_processes_of_a_launch_end_without_a_word(sample, tmp_path, monkeypatch, capsys):
+def test_commands_print_nothing_in_other_ranks(sample, tmp_path, monkeypatch, capsys):
     run = exported(tmp_path / "run")
-    words = [f"checkpoint={run}", f"data.root={sample}", "data.num_workers=0", f"features={tmp_path / 'features'}"]
-    assert main(["knn", *words]) == 0
+    overrides = [f"checkpoint={run}", f"data.root={sample}", "data.num_workers=0", f"features={tmp_path / 'features'}"]
+    assert main(["knn", *overrides]) == 0
     shutil.rmtree(run / "eval")
     capsys.readouterr()
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["knn", *words]) == 0
-    assert main(["features", *words]) == 0
+    assert main(["knn", *overrides]) == 0
+    assert main(["features", *overrides]) == 0
     assert capsys.readouterr().out == ""
     assert not (run / "eval").exists()
 
 
-# --- the commands ---
+# --- commands ---
 
 
 def exported(folder):
@@ -439,24 +439,24 @@ def exported(folder):
     return folder
 
 
-def test_evaluations_share_one_pass(sample, tmp_path, reads):
+def test_knn_and_linear_share_one_pass(sample, tmp_path, reads):
     shutil.copytree(sample, tmp_path / "mixed")
     for part in ("train", "test"):
         (tmp_path / "mixed" / part / "red-dots" / "0000.png").write_bytes(b"no image")
     run = exported(tmp_path / "run")
-    words = [f"checkpoint={run}", f"data.root={tmp_path / 'mixed'}", "data.num_workers=0"]
-    assert main(["features", *words]) == 0
+    overrides = [f"checkpoint={run}", f"data.root={tmp_path / 'mixed'}", "data.num_workers=0"]
+    assert main(["features", *overrides]) == 0
     assert len(reads) == 240
     reads.clear()
     records = []
     for _ in range(2):
-        assert main(["knn", *words, "baselines=false", "figure=false"]) == 0
+        assert main(["knn", *overrides, "baselines=false", "figure=false"]) == 0
         assert len(reads) <= 2 * 17  # 16 of each set, and its broken one
         record = json.loads((run / "eval" / "knn-mixed.json").read_text())
         lists = [(run / "eval" / f"knn-mixed-skipped-{part}.txt").read_text() for part in ("train", "test")]
         records.append([record["score"], record["data"], record["warnings"], lists])
         reads.clear()
-    assert main(["linear", *words, "baselines=false", "figure=false", "l2=[1e-1,1e-2]"]) == 0
+    assert main(["linear", *overrides, "baselines=false", "figure=false", "l2=[1e-1,1e-2]"]) == 0
     assert len(reads) <= 2 * 17
     assert records[0] == records[1]
     assert records[0][1]["skipped"] == 2
@@ -464,31 +464,31 @@ def test_evaluations_share_one_pass(sample, tmp_path, reads):
 
 
 @pytest.fixture
-def described(sample, tmp_path, capsys):
-    """A function: the file that `features` writes with these words, and what it prints."""
+def export_features(sample, tmp_path, capsys):
+    """Return a function that runs `features` with overrides and returns what it prints."""
 
-    def command(*words, data=None):
+    def command(*overrides, data=None):
         shared = [f"checkpoint={exported(tmp_path / 'run')}", "data.num_workers=0", "blocks=2"]
-        assert main(["features", *shared, data or f"data.root={sample}", *words]) == 0
+        assert main(["features", *shared, data or f"data.root={sample}", *overrides]) == 0
         return capsys.readouterr().out
 
     return command
 
 
-def test_what_is_stored_is_told(described, sample):
-    printed = described()
+def test_features_prints_what_is_cached(export_features, sample):
+    printed = export_features()
     assert f"train: 192 images in {sample / 'train'}" in printed
     assert "[CLS] of the last 2 blocks" in printed
     assert "effective rank" in printed
-    assert "all described before" in described()
+    assert "all from the cache" in export_features()
 
 
-def test_npz_holds_what_is_stored(described, sample, tmp_path):
-    described("to=npz", f"out={tmp_path / 'new' / 'x.npz'}")
+def test_features_npz_equals_the_cache(export_features, sample, tmp_path):
+    export_features("to=npz", f"out={tmp_path / 'new' / 'x.npz'}")
     with np.load(tmp_path / "new" / "x.npz") as file:
         exported = dict(file)
     parts = {name: scan_image_folder(sample / name) for name in ("train", "test")}
-    assert exported["parts"].tolist() == ["train"] * 192 + ["test"] * 48
+    assert exported["splits"].tolist() == ["train"] * 192 + ["test"] * 48
     assert exported["paths"].tolist() == [part.name(index) for part in parts.values() for index in range(len(part))]
     assert exported["labels"].tolist() == [*parts["train"].labels.tolist(), *parts["test"].labels.tolist()]
     assert exported["class_names"].tolist() == parts["train"].classes
@@ -497,44 +497,44 @@ def test_npz_holds_what_is_stored(described, sample, tmp_path):
         np.testing.assert_array_equal(exported[name], np.concatenate(stored))
 
 
-def test_parquet_holds_what_is_stored(described, sample, tmp_path, monkeypatch):
+def test_features_parquet_equals_the_cache(export_features, sample, tmp_path, monkeypatch):
     parquet = pytest.importorskip("pyarrow.parquet")
     monkeypatch.setattr("ssl_vit.evaluation.features.feature_export._ROWS", 100)
-    described("to=parquet", f"out={tmp_path / 'x.parquet'}", "pca=true")
+    export_features("to=parquet", f"out={tmp_path / 'x.parquet'}", "pca=true")
     table = parquet.read_table(tmp_path / "x.parquet").to_pydict()
     train, test = (scan_image_folder(sample / name) for name in ("train", "test"))
     names = [part.name(index) for part in (train, test) for index in range(len(part))]
     assert table["path"] == names
     assert table["class"] == [name.partition("/")[0] for name in names]
     assert [train.classes[label] for label in table["label"]] == table["class"]
-    assert table["part"] == ["train"] * 192 + ["test"] * 48
+    assert table["split"] == ["train"] * 192 + ["test"] * 48
     files = [next((tmp_path / "run").glob(f"eval/features/*-{part}-*/cls.npy")) for part in ("train", "test")]
     embedding = np.concatenate([np.load(file)[:, -1] for file in files]).astype(np.float32)
     np.testing.assert_array_equal(np.array(table["embedding"], dtype=np.float32), embedding)
-    centerd = embedding - embedding.mean(axis=0)
+    centered = embedding - embedding.mean(axis=0)
     plane = np.stack([table["x"], table["y"]], axis=1)
-    left, singular, _ = np.linalg.svd(centerd, full_matrices=False)
+    left, singular, _ = np.linalg.svd(centered, full_matrices=False)
     np.testing.assert_allclose(np.abs(plane), np.abs(left[:, :2] * singular[:2]), rtol=1e-3, atol=1e-3)
     assert parquet.ParquetFile(tmp_path / "x.parquet").num_row_groups == 3
 
 
-def test_images_without_labels_are_described_too(described, folder, tmp_path):
+def test_features_accepts_unlabeled_images(export_features, folder, tmp_path):
     flat = tmp_path / "flat"
     flat.mkdir()
     for number, file in enumerate(sorted(folder.rglob("*.png"))[:5]):
         shutil.copy(file, flat / f"{number}.png")
-    described("to=npz", f"out={tmp_path / 'x.npz'}", data=f"data.train={flat}")
+    export_features("to=npz", f"out={tmp_path / 'x.npz'}", data=f"data.train={flat}")
     with np.load(tmp_path / "x.npz") as file:
         assert file["labels"].tolist() == [-1] * 5
         assert file["paths"].tolist() == [f"{number}.png" for number in range(5)]
         assert file["class_names"].tolist() == []
     parquet = pytest.importorskip("pyarrow.parquet")
-    described("to=parquet", f"out={tmp_path / 'x.parquet'}", data=f"data.train={flat}")
+    export_features("to=parquet", f"out={tmp_path / 'x.parquet'}", data=f"data.train={flat}")
     table = parquet.read_table(tmp_path / "x.parquet").to_pydict()
     assert table["label"] == table["class"] == [None] * 5
 
 
-def test_parquet_without_pyarrow_is_refused_before_anything_is_done(sample, tmp_path, monkeypatch, capsys):
+def test_features_parquet_without_pyarrow_fails_early(sample, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     run = exported(tmp_path / "run")
     assert main(["features", f"checkpoint={run}", f"data.root={sample}", "to=parquet", f"out={tmp_path / 'x'}"]) == 2
@@ -542,15 +542,15 @@ def test_parquet_without_pyarrow_is_refused_before_anything_is_done(sample, tmp_
     assert not (run / "eval").exists()
 
 
-def test_ctrl_c_says_how_to_go_on(sample, tmp_path, reads, capsys, caplog):
+def test_features_interrupted_reports_how_to_continue(sample, tmp_path, reads, capsys, caplog):
     def stop(count):
         if count == 100:
             raise KeyboardInterrupt
 
     reads.before = stop
     run = exported(tmp_path / "run")
-    words = ["features", f"checkpoint={run}", f"data.root={sample}", "data.num_workers=0", "data.batch_size=30"]
-    assert main(words) == 130
-    assert "90 of 192 images are described and kept" in caplog.text
-    assert "the same command goes on" in caplog.text
+    overrides = ["features", f"checkpoint={run}", f"data.root={sample}", "data.num_workers=0", "data.batch_size=30"]
+    assert main(overrides) == 130
+    assert "90 of 192 images" in caplog.text
+    assert "run the same command again" in caplog.text
     assert "Traceback" not in capsys.readouterr().err

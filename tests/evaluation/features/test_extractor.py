@@ -1,4 +1,4 @@
-"""Features are what the model says of each image, once, in order; bad ones are refused in words."""
+"""Extracted features: values, dtypes, unreadable images, and checks of broken features."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.classification.knn import LabeledFeatures, knn
 from ssl_vit.evaluation.features import extractor as module
 from ssl_vit.evaluation.features.extractor import Features, check_size, extract, extract_features, validate_features
-from ssl_vit.evaluation.features.raw_pixels import RawPixelExtractor, centerd
+from ssl_vit.evaluation.features.raw_pixels import RawPixelExtractor, center_cls
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.errors import UserError
@@ -66,7 +66,7 @@ def healthy(count=20, dim=8):
     )
 
 
-def test_features_are_the_tokens_of_the_model(loaded, dataset, skipped, in_float32):
+def test_extract_returns_the_tokens_of_the_model(loaded, dataset, skipped, in_float32):
     """Blocks in order, the last one last; patch tokens without [CLS] and registers."""
     found = extract(loaded, dataset, transform(), blocks=2, batch_size=7, num_workers=0, skipped=skipped)
     images = torch.stack([dataset.read(index, 3) for index in range(len(dataset))])
@@ -83,7 +83,7 @@ def test_features_are_the_tokens_of_the_model(loaded, dataset, skipped, in_float
     assert not found.cls.is_inference()  # a probe can be trained on it
 
 
-def test_passes_of_few_images_give_the_same_features(loaded, dataset, skipped, in_float32, monkeypatch):
+def test_extract_does_not_depend_on_the_chunk_size(loaded, dataset, skipped, in_float32, monkeypatch):
     found = []
     for tokens in (1, 40, 10**6):  # one image at a time, uneven passes, whole batches
         monkeypatch.setattr(module, "_TOKENS", tokens)
@@ -94,7 +94,7 @@ def test_passes_of_few_images_give_the_same_features(loaded, dataset, skipped, i
         assert torch.equal(other.index, found[0].index)
 
 
-def test_bfloat16_stays_near_float32(loaded, dataset, skipped, monkeypatch):
+def test_extract_in_bfloat16_is_close_to_float32(loaded, dataset, skipped, monkeypatch):
     both = []
     for dtype in (None, torch.bfloat16):
         monkeypatch.setattr(module, "autocast_dtype", lambda device, dtype=dtype: dtype)
@@ -102,7 +102,7 @@ def test_bfloat16_stays_near_float32(loaded, dataset, skipped, monkeypatch):
     assert torch.nn.functional.cosine_similarity(both[0][:, 0], both[1][:, 0]).min() > 0.999
 
 
-def test_broken_images_are_missing_and_listed(loaded, sample, skipped, tmp_path):
+def test_extract_skips_and_lists_unreadable_images(loaded, sample, skipped, tmp_path):
     for label in ("a", "b"):
         (tmp_path / "some" / label).mkdir(parents=True)
         for number, file in enumerate(sorted((sample / "test").rglob("*.png"))[:3]):
@@ -116,7 +116,7 @@ def test_broken_images_are_missing_and_listed(loaded, sample, skipped, tmp_path)
     assert skipped.path.read_text().startswith("a/1.png\t")
 
 
-def test_images_of_any_size_and_mode(loaded, tmp_path, skipped):
+def test_extract_accepts_images_of_any_size_and_mode(loaded, tmp_path, skipped):
     (tmp_path / "odd").mkdir()
     for number, (mode, size) in enumerate([("L", (200, 50)), ("RGBA", (31, 90)), ("P", (48, 48)), ("1", (7, 300))]):
         Image.new(mode, size, 1).save(tmp_path / "odd" / f"{number}.png")
@@ -125,35 +125,35 @@ def test_images_of_any_size_and_mode(loaded, tmp_path, skipped):
     assert found.cls.shape == (4, 1, 32)
 
 
-def pixels(dataset, transform, **how):
-    return extract_features(RawPixelExtractor(transform, channels=3), dataset, show=False, **how)
+def pixels(dataset, transform, **settings):
+    return extract_features(RawPixelExtractor(transform, channels=3), dataset, show=False, **settings)
 
 
-def test_raw_pixels_are_the_image_reduced_to_32(dataset, skipped):
-    how = {"batch_size": 9, "num_workers": 0, "skipped": skipped}
-    small = pixels(dataset, transform(32), **how)
-    large = pixels(dataset, transform(48), **how)
+def test_raw_pixel_extractor_downsamples_to_32(dataset, skipped):
+    settings = {"batch_size": 9, "num_workers": 0, "skipped": skipped}
+    small = pixels(dataset, transform(32), **settings)
+    large = pixels(dataset, transform(48), **settings)
     first = dataset.read(0, 3)
     assert small.cls.shape == large.cls.shape == (48, 1, 3 * 32 * 32)
     torch.testing.assert_close(small.cls[0, 0], transform(32)(first).flatten() / 255)
     reduced = torch.nn.functional.interpolate(first[None] / 255, (32, 32), mode="bilinear", antialias=True)
     torch.testing.assert_close(large.cls[0, 0], reduced.flatten())
-    assert pixels(dataset, transform(16), **how).cls.shape == (48, 1, 3 * 16 * 16)
+    assert pixels(dataset, transform(16), **settings).cls.shape == (48, 1, 3 * 16 * 16)
     mean = large.cls.mean(0)
-    torch.testing.assert_close(centerd(large, mean).cls.mean(0), torch.zeros(1, 3072), rtol=0, atol=1e-6)
+    torch.testing.assert_close(center_cls(large, mean).cls.mean(0), torch.zeros(1, 3072), rtol=0, atol=1e-6)
 
 
-def test_knn_of_real_pixels_equals_the_textbook(cifar, skipped):
-    how = {"batch_size": 256, "num_workers": 0, "skipped": skipped}
-    train, test = (pixels(scan_image_folder(cifar / part), transform(16), **how) for part in ("train", "test"))
+def test_knn_of_raw_pixels_equals_the_textbook_form(cifar, skipped):
+    settings = {"batch_size": 256, "num_workers": 0, "skipped": skipped}
+    train, test = (pixels(scan_image_folder(cifar / part), transform(16), **settings) for part in ("train", "test"))
     mean = train.cls.mean(0)
-    bank, queries = (LabeledFeatures(centerd(part, mean).cls[:, 0], part.labels) for part in (train, test))
+    bank, queries = (LabeledFeatures(center_cls(part, mean).cls[:, 0], part.labels) for part in (train, test))
     queries = LabeledFeatures(queries.features[::8], queries.labels[::8])
     ranks = knn(bank, queries, ks=[20], temperature=0.07).ranks[20]
     assert ranks.tolist() == textbook_ranks(bank, queries, 20)
 
 
-def test_healthy_features_pass():
+def test_validate_features_accepts_healthy_features():
     validate_features(healthy(), "a model")
 
 
@@ -167,7 +167,7 @@ def test_healthy_features_pass():
         (lambda cls: cls.copy_(torch.arange(1.0, 9.0)), "collapsed"),
     ],
 )
-def test_damaged_features_are_refused_in_words(damage, message):
+def test_validate_features_rejects_damaged_features(damage, message):
     features = healthy()
     damaged = dataclasses.replace(features, cls=damage(features.cls.clone()))
     with pytest.raises(UserError, match=message) as caught:
@@ -175,14 +175,14 @@ def test_damaged_features_are_refused_in_words(damage, message):
     assert str(caught.value).startswith("runs/x (teacher): ")
 
 
-def test_damaged_patch_tokens_are_refused_too():
+def test_validate_features_rejects_damaged_patch_tokens():
     features = healthy()
     features.patch_mean[2, 1] = torch.nan
     with pytest.raises(UserError, match="not finite"):
         validate_features(features, "a model")
 
 
-def test_sizes_that_cut_patches_are_refused_with_the_nearest_that_fits():
+def test_check_size_names_the_nearest_multiple_of_the_patch_size():
     check_size(96, 16)
     with pytest.raises(UserError, match=r"data\.image_size=96"):
         check_size(100, 16)
