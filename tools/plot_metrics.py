@@ -1,4 +1,4 @@
-"""Draws metrics.csv of one or several runs: a panel per metric, a line per run.
+"""Plot metrics.csv of one or several runs: a chart per metric, a line per run.
 
 python tools/plot_metrics.py metrics.png runs/photos runs/photos-resumed
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-PANELS = [
+METRICS = [
     "train/loss",
     "online/knn@20",
     "online/linear",
@@ -25,19 +25,19 @@ PANELS = [
 
 
 def main(out: Path, runs: list[Path]) -> None:
-    """Write the image."""
-    figure, axes = plt.subplots(3, 3, figsize=(15, 10), layout="constrained")
+    """Write the figure."""
+    figure, grid = plt.subplots(3, 3, figsize=(15, 10), layout="constrained")
     for run in runs:
         with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        for name, axis in zip(PANELS, axes.flat, strict=True):
+        for name, axes in zip(METRICS, grid.flat, strict=True):
             points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
             if points:
-                axis.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "", label=run.name)
-    for name, axis in zip(PANELS, axes.flat, strict=True):
-        axis.set(title=name, xlabel="step")
-        axis.grid(alpha=0.3)
-    axes.flat[0].legend()
+                axes.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "", label=run.name)
+    for name, axes in zip(METRICS, grid.flat, strict=True):
+        axes.set(title=name, xlabel="step")
+        axes.grid(alpha=0.3)
+    grid.flat[0].legend()
     figure.savefig(out, dpi=100)
     print(out)
 

@@ -1,4 +1,4 @@
-"""`ssl-vit video`: what the [CLS] token looks at in every frame of a video, drawn over it.
+"""`ssl-vit video`: draw the attention of the [CLS] token over every frame of a video.
 
 ssl-vit video checkpoint=runs/photos video=clip.mp4 out=overlay.mp4
 ssl-vit video checkpoint=runs/photos video=frames out=overlays head=3
@@ -28,28 +28,28 @@ from ssl_vit.visualization.attention_video import (
     video_writer,
 )
 
-MOST_NAMED = 5  # skipped frames
+MAX_LISTED = 5  # skipped frames
 
 
 def main(config: VideoConfig) -> None:
-    """Draw all frames; after Ctrl-C those that were done are kept beside `out`, in a video that plays.
+    """Draw all frames; after Ctrl-C the finished frames are kept next to `out`, in a video that plays.
 
     Raises:
-        UserError: There is no frame that can be used, or the model has no class token or other channels.
-        KeyboardInterrupt: Ctrl-C was pressed; what was there before at `out` is as it was.
+        UserError: No frame can be used, or the model has no class token or other channels.
+        KeyboardInterrupt: Ctrl-C was pressed; an earlier file at `out` is unchanged.
     """
-    _check_places(config)
+    _check_paths(config)
     frames = open_frames(config.video, fps=config.fps)
     model = load_backbone(config.checkpoint, config.weights)
-    if model.backbone.config.in_chans != 3:
-        raise UserError(f"checkpoint={config.checkpoint}: frames have 3 channels, the model takes another number")
+    if (channels := model.backbone.config.in_chans) != 3:
+        raise UserError(f"checkpoint={config.checkpoint}: the model takes {channels} channels, frames have 3")
     model.backbone.to(best_device())
     skipped: list[UnreadableImageError] = []
     total = min(frames.count or config.limit or 0, config.limit or frames.count or 0) or None
     as_video = bool(config.out.suffix)
-    place = config.out.with_stem(f"{config.out.stem}-stopped") if as_video else config.out  # until all frames are done
-    writer = video_writer(place, rate=frames.rate, clock=frames.clock) if as_video else image_writer(place)
-    painter, written, start = AttentionRenderer(config.attention_mass), 0, time.perf_counter()
+    path = config.out.with_stem(f"{config.out.stem}-stopped") if as_video else config.out  # until all frames are done
+    writer = video_writer(path, rate=frames.rate, clock=frames.clock) if as_video else image_writer(path)
+    renderer, written, start = AttentionRenderer(config.attention_mass), 0, time.perf_counter()
     batches = iter_attention(
         islice(frames.read(skipped.append), config.limit),
         model,
@@ -57,41 +57,41 @@ def main(config: VideoConfig) -> None:
         max_side=config.max_side,
         skip=skipped.append,
     )
-    with _ctrl_c() as stopped, writer as write, progress_bar(total=total, unit=" frames", desc="video") as bar:
+    with _catch_ctrl_c() as stopped, writer as write, progress_bar(total=total, unit=" frames", desc="video") as bar:
         for batch in batches:
-            for (frame, _), image in zip(batch, painter.draw(batch), strict=True):
+            for (frame, _), image in zip(batch, renderer.draw(batch), strict=True):
                 write(frame.name, image, frame.time)
                 written += 1
                 bar.update()
             if stopped:
                 break
         if not written:
-            raise UserError(f"video={config.video}: no frame could be used; {_told(skipped)}")
-    told = f" ({video_codec() if as_video else 'JPEG'})"
+            raise UserError(f"video={config.video}: no frame could be used; {_list_skipped(skipped)}")
+    codec = video_codec() if as_video else "JPEG"
     if stopped:
-        of = f" of {total}" if total else ""
-        print(f"stopped: the first {written}{of} frames are in {place}{told}")
+        of_total = f" of {total}" if total else ""
+        print(f"stopped: the first {written}{of_total} frames are in {path} ({codec})")
         raise KeyboardInterrupt
     if as_video:
-        place.replace(config.out)
+        path.replace(config.out)
     seconds = time.perf_counter() - start
-    print(f"{written} frames in {seconds:.0f} s ({written / seconds:.1f} a second) in {config.out}{told}")
+    print(f"{written} frames in {seconds:.0f} s ({written / seconds:.1f} per second) in {config.out} ({codec})")
     if skipped:
-        print(f"{len(skipped)} frames could not be used: {_told(skipped)}")
+        print(f"{len(skipped)} frames could not be used: {_list_skipped(skipped)}")
 
 
-def _check_places(config: VideoConfig) -> None:
+def _check_paths(config: VideoConfig) -> None:
     if not config.video.exists():
-        raise UserError(f"video={config.video}: there is no such file or folder")
+        raise UserError(f"video={config.video}: there is no such file or directory")
     if config.out.absolute().resolve() == config.video.absolute().resolve():
-        raise UserError(f"out={config.out} is the video itself: name another file")
+        raise UserError(f"out={config.out} is the video itself; choose another file")
     if config.video.is_dir() and config.out.absolute().is_relative_to(config.video.absolute()):
-        raise UserError(f"out={config.out} lies inside video={config.video}: choose a place outside of it")
+        raise UserError(f"out={config.out} is inside video={config.video}; choose a directory outside of it")
 
 
 @contextmanager
-def _ctrl_c() -> Iterator[list[int]]:
-    """A list that is empty until Ctrl-C was pressed; the second time it stops at once."""
+def _catch_ctrl_c() -> Iterator[list[int]]:
+    """Provide a list that is empty until Ctrl-C is pressed; a second Ctrl-C stops at once."""
     received: list[int] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
@@ -105,7 +105,7 @@ def _ctrl_c() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _told(skipped: list[UnreadableImageError]) -> str:
-    rest = len(skipped) - MOST_NAMED
-    named = "; ".join(map(str, skipped[:MOST_NAMED])) or "it holds none"
-    return named + (f"; and {rest} more" if rest > 0 else "")
+def _list_skipped(skipped: list[UnreadableImageError]) -> str:
+    names = "; ".join(map(str, skipped[:MAX_LISTED])) or "there are no frames"
+    rest = len(skipped) - MAX_LISTED
+    return names + (f"; and {rest} more" if rest > 0 else "")
