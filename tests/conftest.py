@@ -91,7 +91,7 @@ def cifar(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`train/` (192), `test/` (48) and `test_masks/` of sample images in twelve class folders, 48 pixels each."""
     folder = tmp_path_factory.mktemp("sample")
-    make_synthetic_dataset(folder, dataset=240, seed=0)
+    make_synthetic_dataset(folder, num_images=240, seed=0)
     return folder
 
 

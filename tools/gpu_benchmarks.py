@@ -269,7 +269,7 @@ def photographs(place: Place) -> ImageDataset:
     folder, count = place.folder / "photos", PHOTOS if place.on_gpu else 8
     if not folder.is_dir():
         folder.mkdir()
-        make_synthetic_photos(folder, dataset=count, seed=0)
+        make_synthetic_photos(folder, num_images=count, seed=0)
     return Subset(build_dataset("folder", folder), torch.arange(count).repeat(EPOCH // count))
 
 

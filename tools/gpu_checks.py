@@ -224,7 +224,7 @@ def calls(place: Place, *, batch: int) -> dict[str, Callable[[], object]]:
         "photometrics, global": lambda: method.photometric(made.global_views, made.key),
         "photometrics, local": lambda: method.photometric(made.local_views, made.key, first_view=2),
         "corruption": torch.no_grad()(corrupt),
-        "crops of CIFAR": lambda: cifar.batch(dataset, made.key),
+        "crops of CIFAR": lambda: cifar.crop_batch(dataset, made.key),
         "drop path": lambda: sample_drop_paths(
             method.student.backbone.drop_paths, keys[:, 2:].T.flatten(), place.device
         ),

@@ -99,7 +99,7 @@ def _segment(config: AttentionConfig, summary: Summary) -> AttentionSummary:
         raise UserError(f"{source}: no image has a usable mask; {unscored.path} says why")
     results = summary.results() if truths else []
     sheet = _write_sheet(config, dataset, gallery, truths, select_examples(written, summary, results))
-    remarks = truths.remarks() if truths else []
+    remarks = truths.notes() if truths else []
     outcome = AttentionSummary(len(written), skipped.count(), unscored.count(), results, remarks, sheet, seconds)
     _write_results(config, models[0], outcome, dataset, [dataset.name(place) for place in summary.places], start)
     return outcome
@@ -162,7 +162,7 @@ def _given(truths: AnnotationSource | None, name: str, image: Tensor, unscored: 
 def _example(
     config: AttentionConfig, image: Tensor, objects: PredictedMasks, given: Annotation | None
 ) -> OverlayInputs:
-    truth, counted = (given.object, given.counted) if given is not None else (None, None)
+    truth, counted = (given.foreground, given.valid) if given is not None else (None, None)
     return make_overlay_inputs(
         image, objects.maps, config.attention_mass, truth, valid=counted, methods=objects.methods
     )

@@ -104,7 +104,7 @@ def with_images(config: BenchConfig, folder: Path) -> tuple[BenchConfig, ImageDa
     if config.data.source != "folder":
         raise UserError(f"data.source={config.data.source}: name the place of the images with data.root")
     folder.mkdir()
-    make_synthetic_photos(folder, dataset=PHOTOS, seed=config.seed)
+    make_synthetic_photos(folder, num_images=PHOTOS, seed=config.seed)
     made = build_dataset("folder", folder)
     from_disk = config.model_copy(update={"data": config.data.model_copy(update={"cache_gb": 0.0})})
     said = f"{PHOTOS} JPEG files of {WIDTH} x {HEIGHT}, made for this and read from disk; name your own with data.root"

@@ -36,7 +36,7 @@ def main(config: DemoConfig) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
             prepare_run_dir(config.run)
             print(f"Generating {config.num_images:,} images of 12 classes in {images}", flush=True)
-            make_synthetic_dataset(images, dataset=config.num_images, seed=config.seed)
+            make_synthetic_dataset(images, num_images=config.num_images, seed=config.seed)
     pretrain(pretrain_config)
     latest = find_latest_checkpoint(folder / "checkpoints")
     if not latest or latest.step < config.max_steps:  # stopped by Ctrl-C

@@ -224,7 +224,7 @@ def test(config: FinetuneConfig, study: Evaluation, parts: Splits, method: FineT
     method.to(best_device(config.trainer.accelerator))
     logits, labels, index = predict(method.student, parts.test, study.transform, skipped=skipped[1], show=True)
     ranks = rank_of_true_class(labels, logits)
-    place = parts.test.places[index] if isinstance(parts.test, Subset) else index
+    place = parts.test.indices[index] if isinstance(parts.test, Subset) else index
     answers = Predictions(place, labels, logits.argmax(dim=1), ranks)
     metrics = topk_metrics(ranks, len(study.dataset.train.classes))
     plan = method.plan

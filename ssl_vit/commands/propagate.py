@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from ssl_vit.config.visualize import PropagateConfig
-from ssl_vit.data.annotations.davis import Clip, davis_clips, own_clip
+from ssl_vit.data.annotations.davis import Clip, custom_clip, davis_clips
 from ssl_vit.data.dataset import SkippedImageLog, UnreadableImageError
 from ssl_vit.evaluation.video.label_propagation import PropagationConfig
 from ssl_vit.evaluation.video.object_tracking import TrackingResult, track_objects
@@ -31,7 +31,7 @@ def main(config: PropagateConfig) -> None:
         UserError: There is no video, or one without a usable first frame and mask.
     """
     clips = _clips(config)
-    baselines = config.baselines and any(clip.masks.several for clip in clips)
+    baselines = config.baselines and any(clip.masks.has_multiple for clip in clips)
     models = _models(config, baselines=baselines)
     rule = PropagationConfig(config.side, config.context, config.radius, config.top_k, config.temperature)
     skipped = _fresh_list(config.out / "skipped_images.txt")
@@ -74,7 +74,7 @@ def _clips(config: PropagateConfig) -> list[Clip]:
             raise UserError(f"{key}={place}: there is no such file or folder")
         if config.out.absolute().is_relative_to(place.absolute()):
             raise UserError(f"out={config.out} lies inside {key}={place}: choose a folder outside of it")
-    return [own_clip(config.frames, config.masks)]
+    return [custom_clip(config.frames, config.masks)]
 
 
 def _models(config: PropagateConfig, *, baselines: bool) -> dict[str, LoadedBackbone]:

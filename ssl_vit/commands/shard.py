@@ -13,7 +13,7 @@ def main(config: ShardConfig) -> None:
     dataset = find(config.data.root)
     print(dataset.describe())
     shards = write_shards(dataset, config.out, shard_bytes=int(config.shard_mb * 1e6))
-    print(f"{shards.dataset:,} images in {shards.tars:,} shards in {config.out}, {shards.bytes / 1e6:,.1f} MB")
+    print(f"{shards.num_images:,} images in {shards.tars:,} shards in {config.out}, {shards.bytes / 1e6:,.1f} MB")
     if count := shards.skipped.count():
         print(f"{count:,} could not be read and were left out: {shards.skipped.path} names them")
     print(f"To train on them: ssl-vit pretrain data.source=shards data.root={config.out}")

@@ -1,4 +1,4 @@
-"""What a dataset is to the rest of the code, and the list of those that could not be read."""
+"""The interface of image datasets, subsets of them, and the log of unreadable images."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-# Told an image's upright height and width in pixels: by which of 1, 2, 4, 8 it may be decoded smaller. It is asked
-# only where that is done; the decoded image's height is then ceil(height / answer), its width likewise.
+# Maps an image's upright height and width in pixels to the factor 1, 2, 4 or 8 by which it may be decoded smaller.
+# Called for JPEGs only; the decoded height is then ceil(height / factor), the width likewise.
 JPEGScaleFn = Callable[[int, int], int]
 
 
@@ -33,16 +33,16 @@ class ImageDataset(Protocol):
     """N images in a fixed order."""
 
     labels: Tensor  # (N,) int64, -1 where unknown
-    classes: list[str]  # the labels' names; empty where there are none
+    classes: list[str]  # names of the labels; empty without labels
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """How reports call the image: its relative path, as one line of printable text."""
+        """Return the image's relative path as one line of printable text."""
         ...
 
-    def read(self, index: int, channels: int, shrink: JPEGScaleFn | None = None) -> Tensor:
-        """The image as (C, H, W) uint8, gray for 1 channel and RGB for 3; decoded smaller where that saves time.
+    def read(self, index: int, channels: int, jpeg_scale: JPEGScaleFn | None = None) -> Tensor:
+        """Decode the image to (C, H, W) uint8, gray for 1 channel and RGB for 3; smaller as `jpeg_scale` allows.
 
         Raises:
             UnreadableImageError: It cannot be read.
@@ -50,7 +50,7 @@ class ImageDataset(Protocol):
         ...
 
     def content(self, index: int) -> bytes:
-        """The image as it is stored, not decoded.
+        """Return the encoded image.
 
         Raises:
             UnreadableImageError: It cannot be read.
@@ -58,50 +58,50 @@ class ImageDataset(Protocol):
         ...
 
     def fingerprint(self, *, sizes: bool, times: bool = False) -> str:
-        """A hash that changes when images are added, removed or renamed.
+        """Return a hash that changes when images are added, removed or renamed.
 
         Args:
-            sizes: Whether it changes, too, when a file is replaced by one of another size; this asks for each.
-            times: Whether it changes, too, when a file is written to; then it is of this copy of the files alone.
+            sizes: Include file sizes, which takes one system call per file.
+            times: Include modification times; the hash then identifies this copy of the files.
         """
         ...
 
     def describe(self) -> str:
-        """One line: how many images of which kind, and what was ignored beside them."""
+        """Return one line: the number and kinds of images, and what was ignored."""
         ...
 
 
 class SkippedImageLog:
-    """The images that could not be read, one line each, whichever process came upon them."""
+    """A text file with one line per unreadable image, shared by all processes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._listed: set[str] = set()  # names known to stand in the file
-        self._known_bytes = 0  # of the file, that `_listed` covers
+        self._logged: set[str] = set()  # names in the first `_bytes_read` bytes of the file
+        self._bytes_read = 0
 
-    def record(self, broken: UnreadableImageError) -> None:
-        """Add the image, unless this or another process has listed it already."""
-        if broken.name in self._listed:
+    def record(self, error: UnreadableImageError) -> None:
+        """Append the image, unless this or another process has logged it already."""
+        if error.name in self._logged:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path.with_name(f".{self.path.name}.lock")), self.path.open("a+b") as file:
-            file.seek(self._known_bytes)
-            self._listed |= {line.partition("\t")[0] for line in file.read().decode().splitlines()}
-            if broken.name not in self._listed:
-                file.write(f"{broken.name}\t{broken.reason}\n".encode())
-                self._listed.add(broken.name)
-            self._known_bytes = file.tell()
+            file.seek(self._bytes_read)
+            self._logged |= {line.partition("\t")[0] for line in file.read().decode().splitlines()}
+            if error.name not in self._logged:
+                file.write(f"{error.name}\t{error.reason}\n".encode())
+                self._logged.add(error.name)
+            self._bytes_read = file.tell()
 
     def count(self) -> int:
-        """How many images are listed."""
+        """Return the number of logged images."""
         return len(self.path.read_text(encoding="utf-8").splitlines()) if self.path.exists() else 0
 
 
 def escape_path(name: str | bytes | Path) -> str:
-    r"""Any file name as one line of valid text; what cannot be shown stands as an escape.
+    r"""Format any file name as one line of valid text, with escapes for unprintable characters.
 
     Example:
-        >>> printable(b"caf\xe9\n1.jpg")
+        >>> escape_path(b"caf\xe9\n1.jpg")
         'caf\\xe9\\n1.jpg'
     """
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
@@ -109,47 +109,47 @@ def escape_path(name: str | bytes | Path) -> str:
 
 
 def evenly_spaced(count: int, most: int) -> Tensor:
-    """At most so many of `count` places (M,) int64, evenly spread and ascending.
+    """Return at most `most` of the indices 0, ..., count - 1, evenly spaced and ascending, (M,) int64.
 
     Example:
-        >>> evenly(9, 3).tolist()
+        >>> evenly_spaced(9, 3).tolist()
         [1, 4, 7]
     """
-    some = min(count, most)
-    places: Tensor = (2 * torch.arange(some) + 1) * count // (2 * some)
-    return places
+    length = min(count, most)
+    indices: Tensor = (2 * torch.arange(length) + 1) * count // (2 * length)
+    return indices
 
 
 class Subset:
-    """Some images of a larger set, by their places (M,) in it."""
+    """The images of a dataset at `indices` (M,)."""
 
-    def __init__(self, dataset: ImageDataset, places: Tensor) -> None:
+    def __init__(self, dataset: ImageDataset, indices: Tensor) -> None:
         self.dataset = dataset
-        self.places = places
-        self.labels = dataset.labels[places]
+        self.indices = indices
+        self.labels = dataset.labels[indices]
         self.classes = dataset.classes
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.indices)
 
     def name(self, index: int) -> str:
-        """As in the larger set."""
-        return self.dataset.name(int(self.places[index]))
+        """Return the image's name in the dataset."""
+        return self.dataset.name(int(self.indices[index]))
 
-    def read(self, index: int, channels: int, shrink: JPEGScaleFn | None = None) -> Tensor:
-        """As in the larger set."""
-        return self.dataset.read(int(self.places[index]), channels, shrink)
+    def read(self, index: int, channels: int, jpeg_scale: JPEGScaleFn | None = None) -> Tensor:
+        """Decode the image; see `ImageDataset.read`."""
+        return self.dataset.read(int(self.indices[index]), channels, jpeg_scale)
 
     def content(self, index: int) -> bytes:
-        """As in the larger set."""
-        return self.dataset.content(int(self.places[index]))
+        """Return the encoded image."""
+        return self.dataset.content(int(self.indices[index]))
 
     def fingerprint(self, *, sizes: bool, times: bool = False) -> str:
-        """Of the larger set and the places."""
+        """Hash the dataset's fingerprint and the indices."""
         digest = hashlib.sha256(self.dataset.fingerprint(sizes=sizes, times=times).encode())
-        digest.update(self.places.numpy().tobytes())
+        digest.update(self.indices.numpy().tobytes())
         return digest.hexdigest()
 
     def describe(self) -> str:
-        """How many of the larger set."""
+        """Return the size of the subset and the dataset's description."""
         return f"{len(self):,} of {self.dataset.describe()}"

@@ -69,7 +69,7 @@ def build_labeled_splits(data: EvalDataConfig) -> TrainTestSplit:
     return _found(find, data.train, data.test)
 
 
-def labeled_folder(root: Path) -> TrainTestSplit:
+def build_labeled_folder_splits(root: Path) -> TrainTestSplit:
     """The labeled images of a folder with class folders, or with `train/` and `val/` or `test/` that hold these.
 
     Raises:

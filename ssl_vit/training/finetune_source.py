@@ -29,7 +29,7 @@ def finetune_source(
         held_out: Others of them.
         test: Others still, or a set of their own, whose names and file sizes then count.
     """
-    tested = _hash(test.places) if isinstance(test, Subset) else test.fingerprint(sizes=True)
+    tested = _hash(test.indices) if isinstance(test, Subset) else test.fingerprint(sizes=True)
     return {
         "model": {
             "sha256": state_sha256(loaded.backbone.state_dict()),
@@ -37,8 +37,8 @@ def finetune_source(
             "step": loaded.step,
         },
         "division": {
-            "learned": {"count": len(learned), "hash": _hash(learned.places)},
-            "held_out": {"count": len(held_out), "hash": _hash(held_out.places)},
+            "learned": {"count": len(learned), "hash": _hash(learned.indices)},
+            "held_out": {"count": len(held_out), "hash": _hash(held_out.indices)},
             "tested": {"count": len(test), "hash": tested},
         },
     }

@@ -120,16 +120,16 @@ def differences(dataset: ImageFolder, views: ViewsConfig) -> tuple[Tensor, Tenso
     First to the views of the exact boxes, then to those whose edges lie where the smaller image's pixels end.
     """
     multicrop = MultiCrop(views)
-    draws = multicrop.draw(sample_keys(0, 0, torch.arange(len(dataset))))
+    draws = multicrop.sample_params(sample_keys(0, 0, torch.arange(len(dataset))))
     exact, moved = [], []
     for i in range(len(dataset)):
         smaller, whole = ([torch.empty(3, size, size, dtype=torch.uint8) for size in multicrop.sizes] for _ in range(2))
-        cut = multicrop.cut(draws, i)
-        cut.into(dataset.read(i, 3, cut.shrink), smaller)
+        cut = multicrop.plan(draws, i)
+        cut.crop_into(dataset.read(i, 3, cut.jpeg_scale), smaller)
         image = dataset.read(i, 3)
         height, width = image.shape[1:]
-        multicrop.cut(draws, i).into(image, whole)
-        by = cut.shrink(height, width)
+        multicrop.plan(draws, i).crop_into(image, whole)
+        by = cut.jpeg_scale(height, width)
         boxes = torch.stack(scale_boxes(resolve_boxes(cut.draws, height, width), by)).T.tolist()
         for view, of_whole, (*box, flip) in zip(smaller, whole, boxes, strict=True):
             top, left, tall, wide = (side * by for side in box)
@@ -148,8 +148,10 @@ def small(side: int, views: ViewsConfig) -> None:
     multicrop = MultiCrop(views)
     times = in_turns(
         {
-            "as a GPU would": lambda: multicrop.together(dataset, resolve_boxes(multicrop.draw(keys), side, side)),
-            "as a CPU does": lambda: multicrop.batch(dataset, keys),
+            "as a GPU would": lambda: multicrop.crop_batch_matmul(
+                dataset, resolve_boxes(multicrop.sample_params(keys), side, side)
+            ),
+            "as a CPU does": lambda: multicrop.crop_batch(dataset, keys),
         },
         SMALL,
     )
@@ -163,7 +165,7 @@ def title(views: ViewsConfig) -> str:
 
 def cropped(dataset: ImageFolder, places: Tensor, views: ViewsConfig, *, smaller: bool = True) -> list[Batch]:
     """What a loading process makes of these images."""
-    read = partial(dataset.read, channels=3) if smaller else lambda index, shrink: dataset.read(index, 3)
+    read = partial(dataset.read, channels=3) if smaller else lambda index, jpeg_scale: dataset.read(index, 3)
     skipped = SkippedImageLog(Path("/dev/null"))
     crops = MultiCropDataset(read, dataset.labels, channels=3, multicrop=MultiCrop(views), skipped=skipped)
     keys = sample_keys(0, 0, places)

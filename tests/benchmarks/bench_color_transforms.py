@@ -94,7 +94,7 @@ class Views(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, places: list[int]) -> tuple[Tensor, Tensor]:
         keys = sample_keys(0, 0, torch.tensor(places))
-        views = [self.crop.one(decode(self.files[place]), key) for place, key in zip(places, keys, strict=True)]
+        views = [self.crop.crop_image(decode(self.files[place]), key) for place, key in zip(places, keys, strict=True)]
         both = tuple(torch.stack(kind) for kind in zip(*views, strict=True))
         return changed(self.photometric, both, keys) if self.inside else both
 

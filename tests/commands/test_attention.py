@@ -255,7 +255,7 @@ def test_void_is_told(folder, tiny_model, capsys):
     mask[5:20, 5:30], mask[6:19, 6:29] = 255, 1
     Image.fromarray(mask).save(folder / "masks" / "odd.png")
     assert run(folder, f"checkpoint={tiny_model}", f"masks={folder / 'masks'}") == 0
-    said = "255 was taken for void, and left out, in 1 of the masks"
+    said = "255 is void and excluded in 1 label mask"
     assert said in capsys.readouterr().out
     assert said in " ".join(json.loads((folder / "out" / "summary.json").read_text())["warnings"])
     with np.load(folder / "out" / "ious.npz") as scores:

@@ -4,7 +4,7 @@ import torch
 
 from ssl_vit.cli import main as ssl_vit
 from ssl_vit.commands.demo import table
-from ssl_vit.data.annotations.object_masks import annotate
+from ssl_vit.data.annotations.object_masks import annotation_from_mask
 from ssl_vit.evaluation.results.eval_result import EvalResult, Metric, ModelScores
 from ssl_vit.evaluation.segmentation.mask_scores import PredictedMasks
 from ssl_vit.evaluation.segmentation.patch_mask import Segmentation
@@ -24,7 +24,7 @@ def test_table_compares_trained_model_random_weights_and_center_prior(tmp_path):
         score_map = torch.rand(6, 6, generator=generator)
         masks = {"tokencut": Segmentation(score_map, score_map > 0.5)}
         predicted = [PredictedMasks(torch.rand(2, 6, 6, generator=generator).softmax(-1), masks) for _ in range(2)]
-        summary.add(index, predicted, annotate(torch.rand(48, 48, generator=generator) > 0.5))
+        summary.add(index, predicted, annotation_from_mask(torch.rand(48, 48, generator=generator) > 0.5))
     text = table(eval_result(), eval_result(), summary.results())
     assert "raw pixels" in text
     assert "center prior" in text

@@ -128,7 +128,7 @@ def test_accumulation_without_warm_up_is_watched_step_by_step(pretrain_config):
 def test_too_few_labeled_images_for_knn_are_pretrained_on(pretrain_config, tmp_path):
     """Four images in class folders: none to spare for queries."""
     folder = tmp_path / "few"
-    make_synthetic_dataset(folder, dataset=5, seed=0)
+    make_synthetic_dataset(folder, num_images=5, seed=0)
     run = pretrain(pretrain_config(f"data.root={folder / 'train'}", "data.batch_size=4", "online.every_epochs=1"))
     assert state(run)[1] == 4
     assert "online/knn@20" not in rows(run)[0]

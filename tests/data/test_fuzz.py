@@ -267,7 +267,7 @@ def test_what_validates_can_be_trained(values, folder):
         assert np.isfinite(points).all(), name
     image = torch.from_numpy(pixels()).permute(2, 0, 1)[: config.backbone.in_chans].contiguous()
     key = torch.zeros(1, dtype=torch.int64)
-    global_views, _ = MultiCrop(config.method.views).one(image, key[0])
+    global_views, _ = MultiCrop(config.method.views).crop_image(image, key[0])
     views = ColorAugmentation(config.method.views)(global_views[None], key)
     assert views.isfinite().all()
 

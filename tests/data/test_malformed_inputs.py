@@ -200,11 +200,11 @@ def test_a_folder_that_changes_during_the_run(folder, tmp_path, pretrain_words, 
         image(seed=i).save(folder / str(i % 4) / f"{i}.png")
     read, reads, moment = ImageFolder.read, [], 100 if way and everything else 30  # in the second epoch, or before
 
-    def reading(dataset, index, channels, shrink=None):
+    def reading(dataset, index, channels, jpeg_scale=None):
         reads.append(index)
         if len(reads) == moment:  # of this process
             shutil.rmtree(folder, ignore_errors=True) if everything else change(folder)
-        return read(dataset, index, channels, shrink)
+        return read(dataset, index, channels, jpeg_scale)
 
     monkeypatch.setattr(ImageFolder, "read", reading)
     length = ("trainer.max_steps=24" if everything else "trainer.max_steps=8", "trainer.checkpoint_every=0.01s")

@@ -282,7 +282,7 @@ from ssl_vit.data import files
 import os
 if os.environ.get("LOCAL_RANK") == "1":
     original = files.find_below
-    files.find_below = lambda root: (original(root)[0].part(0, 100), original(root)[1])
+    files.find_below = lambda root: (original(root)[0].slice(0, 100), original(root)[1])
 """
     done, _ = run_two(tmp_path, pretrain_words("trainer.max_steps=5"), fault)
     assert done.returncode == 2

@@ -165,7 +165,7 @@ def test_the_record_says_what_it_was_chosen_on_and_gives_the_last_epoch_beside_i
 
 def test_it_learns_and_the_frozen_model_stays_as_it_was(config, tmp_path, monkeypatch):
     folder = tmp_path / "images"
-    make_synthetic_dataset(folder, dataset=600, seed=3)
+    make_synthetic_dataset(folder, num_images=600, seed=3)
     seen = []
     original = published.on_best_device
 
@@ -280,7 +280,7 @@ def test_other_processes_of_a_launch_leave_it_to_the_first(words, tmp_path, monk
 
 def test_a_broken_image_is_skipped_and_counted(config, tmp_path):
     folder = tmp_path / "images"
-    make_synthetic_dataset(folder, dataset=60, seed=0)
+    make_synthetic_dataset(folder, num_images=60, seed=0)
     for part in ("train", "test"):
         sorted((folder / part).rglob("*.png"))[0].with_name(f"broken {part}.png").write_bytes(b"this is no image")
     record, _ = published_probe(config("dino", f"data.root={folder}", "epochs=1"))

@@ -314,7 +314,7 @@ def test_extending_needs_a_run_to_go_on_with(pretrain_words, capsys):
 
 def test_changed_images_are_refused_with_the_difference_or_left_as_they_were(pretrain_words, tmp_path, capsys, stop_at):
     folder = tmp_path / "own"
-    make_synthetic_dataset(folder, dataset=60, seed=0)
+    make_synthetic_dataset(folder, num_images=60, seed=0)
     words = pretrain_words(f"data.root={folder / 'train'}", "trainer.max_steps=9", "data.cache_gb=0")
     assert main(["pretrain", *words, "run.name=whole"]) == 0
     with stop_at(2):
@@ -353,7 +353,7 @@ def test_a_file_of_the_run_that_is_lost_does_not_lose_the_run(pretrain_config, s
 
 def test_a_moved_folder_is_the_same_folder(pretrain_words, tmp_path):
     folder = tmp_path / "own"
-    make_synthetic_dataset(folder, dataset=60, seed=0)
+    make_synthetic_dataset(folder, num_images=60, seed=0)
     words = pretrain_words(f"data.root={folder / 'train'}", "trainer.max_steps=2")
     assert main(["pretrain", *words]) == 0
     (folder / "train").rename(folder / "elsewhere")

@@ -90,7 +90,7 @@ def test_frames_lie_where_the_views_are_cut(pretrain_config):
     views = pretrain_config("method.views.flip=0").method.views
     picture = torch.randint(0, 256, (3, 57, 91), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for key in sample_keys(0, 0, torch.arange(5)):
-        cut = [view for kind in MultiCrop(views).one(picture, key) for view in kind]
+        cut = [view for kind in MultiCrop(views).crop_image(picture, key) for view in kind]
         boxes = boxes_of(key, (57, 91), views)
         for (top, left, height, width), view in zip(boxes, cut, strict=True):
             again = tv.resize(picture[:, top : top + height, left : left + width], list(view.shape[1:]), 3)

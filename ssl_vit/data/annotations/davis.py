@@ -1,4 +1,4 @@
-"""Videos with masks of objects: the layout of DAVIS-2017, or a user's own frames; masks read and written by number."""
+"""Videos with object masks: DAVIS-2017 or custom frames, and masks of object IDs read from and written to files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ssl_vit.data.annotations.object_masks import JPEG_NOISE, VOID
 from ssl_vit.data.dataset import UnreadableImageError
 from ssl_vit.data.sources.decode import open_image
 from ssl_vit.data.sources.image_folder import scan_image_folder
@@ -17,13 +18,12 @@ from ssl_vit.data.sources.video_frames import FolderFrames, Frames, open_frames
 from ssl_vit.runtime.atomic_io import atomic_write
 from ssl_vit.runtime.errors import UserError
 
-VOID = 255  # pixels that count neither as object nor as background
-JPEG_NOISE = 127  # lossy files have no exact zeros
 RESOLUTION = "480p"
+FPS = 24  # of DAVIS
 
 
 class Clip(NamedTuple):
-    """One video and where its masks are."""
+    """One video and its masks."""
 
     name: str
     frames: Frames
@@ -31,107 +31,105 @@ class Clip(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """Numbers of objects as a file holds them."""
+    """Object IDs of one frame."""
 
-    numbers: Tensor  # (H, W) int64; 0 is background, 255 void
-    palette: list[int] | None  # 256 x RGB, of a file that has one
-    binary: bool  # the file held 0 and 255 alone, and 255 became 1
+    ids: Tensor  # (H, W) int64; 0 is background, 255 void
+    palette: list[int] | None  # 256 x RGB, if the file has one
+    binary: bool  # whether 255 in the file was read as object 1
 
 
 class MaskSequence:
-    """The masks of one video: a folder with the frames' names and any suffix, or the first frame's alone.
+    """The masks of one video: a folder with the frames' names and any suffix, or a file for the first frame only.
 
     Raises:
-        UserError: There is no such file or folder, or no image in it.
+        UserError: The file or folder does not exist, or the folder has no image.
     """
 
-    def __init__(self, place: Path) -> None:
-        self.place = place
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self._files: dict[str, Path] = {}
-        if not place.is_file():
-            dataset = scan_image_folder(place)
-            self._files = {_key(dataset.name(index)): dataset.path(index) for index in range(len(dataset))}
+        if not path.is_file():
+            dataset = scan_image_folder(path)
+            self._files = {_frame_key(dataset.name(index)): dataset.path(index) for index in range(len(dataset))}
 
     @property
-    def several(self) -> bool:
-        """Whether there may be masks to score by, besides the first."""
+    def has_multiple(self) -> bool:
+        """Whether there are masks to evaluate on besides the first."""
         return len(self._files) > 1
 
-    def path(self, name: str, *, first: bool) -> Path | None:
-        """The file of the frame with this name, if there is one."""
-        return (self.place if first else None) if not self._files else self._files.get(_key(name))
+    def find(self, name: str, *, first: bool) -> Path | None:
+        """Return the mask file of the frame with this name, if there is one."""
+        return self._files.get(_frame_key(name)) if self._files else (self.path if first else None)
 
 
 def davis_clips(root: Path, split: str) -> list[Clip]:
-    """The videos of a list of DAVIS-2017.
+    """Open the videos of a split of DAVIS-2017.
 
     Raises:
-        UserError: The folder has another layout, or a video of the list is missing.
+        UserError: The layout is different, or a video of the split is missing.
     """
     listed = root / "ImageSets" / "2017" / f"{split}.txt"
     if not listed.is_file():
         raise UserError(
-            f"davis={root}: there is no {listed.relative_to(root)}; DAVIS-2017 holds ImageSets/2017/{split}.txt, "
+            f"davis={root}: there is no {listed.relative_to(root)}; DAVIS-2017 has ImageSets/2017/{split}.txt, "
             f"JPEGImages/{RESOLUTION} and Annotations/{RESOLUTION}"
         )
     names = listed.read_text(encoding="utf-8").split()
     if not names:
         raise UserError(f"{listed}: there is no video in this list")
-    folders = [(root / "JPEGImages" / RESOLUTION / name, root / "Annotations" / RESOLUTION / name) for name in names]
-    for folder in (folder for pair in folders for folder in pair):
-        if not folder.is_dir():
-            raise UserError(f"davis={root}: {split}.txt lists a video of which {folder.relative_to(root)} is missing")
-    return [
-        Clip(name, FolderFrames(frames, 24), MaskSequence(masks))
-        for name, (frames, masks) in zip(names, folders, strict=True)
-    ]
+    clips = []
+    for name in names:
+        frames, masks = (root / part / RESOLUTION / name for part in ("JPEGImages", "Annotations"))
+        for folder in (frames, masks):
+            if not folder.is_dir():
+                raise UserError(f"davis={root}: {folder.relative_to(root)} is missing, but {split}.txt lists it")
+        clips.append(Clip(name, FolderFrames(frames, FPS), MaskSequence(masks)))
+    return clips
 
 
-def own_clip(frames: Path, masks: Path) -> Clip:
-    """A user's own video.
+def custom_clip(frames: Path, masks: Path) -> Clip:
+    """Open a video or folder of frames with its masks.
 
     Raises:
-        UserError: There is no frame, or no mask.
+        UserError: There is no frame or no mask.
     """
-    return Clip(frames.resolve().stem, open_frames(frames, fps=24), MaskSequence(masks))
+    return Clip(frames.resolve().stem, open_frames(frames, fps=FPS), MaskSequence(masks))
 
 
 def read_mask(path: Path, *, binary: bool | None = None) -> Mask:
-    """The numbers of the objects in a palette or gray image.
+    """Read the object IDs of a palette or gray image: the stored values, not the colors.
 
     Args:
-        path: Of any of the formats that are read; the stored values count, not the colors.
-        binary: Whether 255 means object 1, not void; None: it does where there is no other number but 0.
+        path: An image of any supported format.
+        binary: Whether 255 is object 1 instead of void; None: if the file has no value but 0 and 255.
 
     Raises:
-        UnreadableImageError: It cannot be read, or holds colors instead of numbers.
+        UnreadableImageError: The file cannot be read, or has colors instead of IDs.
     """
     with open_image(path) as image:
         if image.mode not in ("1", "P", "L", "I", "I;16"):
-            raise UnreadableImageError(
-                path.name, f"a mask of mode {image.mode}: objects are numbers, in palette or gray files"
-            )
-        palette = image.getpalette() if image.mode == "P" else None  # may end behind the last color in use
+            raise UnreadableImageError(path.name, f"a mask of mode {image.mode}; expected object IDs, palette or gray")
+        palette = image.getpalette() if image.mode == "P" else None  # may end after the last color in use
         values = torch.from_numpy(np.array(image).astype(np.int64))
         if image.format == "JPEG":
             values = (values > JPEG_NOISE) * VOID
     if values.max() > VOID:
-        raise UnreadableImageError(path.name, f"a mask with the number {values.max()}: objects are 1 to 254")
+        raise UnreadableImageError(path.name, f"a mask with the number {values.max()}; object IDs are 1 to 254")
     if binary is None:
-        binary = set(numbers_in(values)) <= {0, VOID}
+        binary = set(object_ids(values)) <= {0, VOID}
     if palette:
         palette += default_palette()[len(palette) :]
     return Mask(values.where(values != VOID, 1) if binary else values, palette, binary)
 
 
-def numbers_in(numbers: Tensor) -> list[int]:
-    """Which numbers there are, ascending."""
-    return torch.bincount(numbers.flatten()).nonzero().flatten().tolist()
+def object_ids(ids: Tensor) -> list[int]:
+    """Return the distinct values of a mask, ascending, background and void included."""
+    return torch.bincount(ids.flatten()).nonzero().flatten().tolist()
 
 
-def write_mask(path: Path, numbers: Tensor, palette: list[int] | None) -> None:
-    """Numbers of objects (H, W), 0 to 254, as a palette PNG."""
-    image = Image.fromarray(numbers.to(torch.uint8).numpy()).convert("P")
+def write_mask(path: Path, ids: Tensor, palette: list[int] | None) -> None:
+    """Write object IDs (H, W) from 0 to 254 as a palette PNG."""
+    image = Image.fromarray(ids.to(torch.uint8).numpy()).convert("P")
     image.putpalette(palette or default_palette())
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
@@ -139,7 +137,7 @@ def write_mask(path: Path, numbers: Tensor, palette: list[int] | None) -> None:
 
 
 def default_palette() -> list[int]:
-    """256 x RGB: the colors of PASCAL VOC and DAVIS, in which each number's bits are dealt out to the channels.
+    """Return the 256 RGB colors of PASCAL VOC and DAVIS: the bits of each ID distributed over the channels.
 
     >>> default_palette()[:12]
     [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0]
@@ -151,7 +149,7 @@ def default_palette() -> list[int]:
     ]
 
 
-def _key(name: str) -> str:
-    """What a frame and its mask have in common: the name without suffix, a number without leading zeros."""
+def _frame_key(name: str) -> str:
+    """Return what a frame and its mask have in common: the name without suffix, numbers without leading zeros."""
     stem = str(PurePosixPath(name).with_suffix(""))
     return str(int(stem)) if stem.isdecimal() else stem

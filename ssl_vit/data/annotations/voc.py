@@ -1,10 +1,10 @@
-"""PASCAL VOC as it is unpacked: images of a list, masks of each object, and boxes.
+"""PASCAL VOC in its original layout: the images of a split with instance masks and boxes.
 
 VOCdevkit/VOC2012/
     JPEGImages/2007_000033.jpg
-    SegmentationObject/2007_000033.png   palette; 0 background, 1, 2, ... one object each, 255 void
+    SegmentationObject/2007_000033.png   palette; 0 background, 1, 2, ... objects, 255 void
     Annotations/2007_000033.xml          boxes
-    ImageSets/Segmentation/val.txt       images with masks, one name a line
+    ImageSets/Segmentation/val.txt       images with masks, one name per line
     ImageSets/Main/trainval.txt          images with boxes, most of them without masks
 """
 
@@ -30,71 +30,71 @@ SEGMENTATION, MAIN = "Segmentation", "Main"
 
 
 class VOCDataset:
-    """The images of one list and what is given of them.
+    """The images of one split and their annotations.
 
     Args:
         root: `VOCdevkit/VOC2012`.
-        split: A list in `ImageSets/Segmentation`, such as val: images with a mask per object. Or one of
-            `ImageSets/Main`, such as Main/trainval: boxes alone, for CorLoc.
+        split: A file of `ImageSets/Segmentation`, such as val: images with instance masks. Or one of
+            `ImageSets/Main`, such as Main/trainval: boxes only, for CorLoc.
 
     Raises:
-        UserError: There is no such folder or list, or the list is empty.
+        UserError: The folder or the split does not exist, or the split is empty.
     """
 
     def __init__(self, root: Path, split: str) -> None:
         if not (root / "JPEGImages").is_dir():
-            raise UserError(
-                f"voc={root}: there is no JPEGImages/ in it; name the folder of one year, VOCdevkit/VOC2012"
-            )
+            raise UserError(f"voc={root} has no JPEGImages/; name the folder of one year, such as VOCdevkit/VOC2012")
         path = PurePosixPath(split if "/" in split else f"{SEGMENTATION}/{split}")
         file = root / "ImageSets" / f"{path}.txt"
         if not file.is_file():
             lists = sorted(found.stem for found in (root / "ImageSets" / SEGMENTATION).glob("*.txt"))
             raise UserError(
-                f"split={split}: there is no {file}; ImageSets/Segmentation has {', '.join(lists) or 'none'}"
+                f"split={split}: {file} does not exist; ImageSets/Segmentation has {', '.join(lists) or 'no split'}"
             )
         names = [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         if not names:
-            raise UserError(f"split={split}: there is no name in {file}")
+            raise UserError(f"split={split}: no name in {file}")
         self.root = root
-        self.masked = path.parts[0] == SEGMENTATION
+        self.has_masks = path.parts[0] == SEGMENTATION
         self.dataset = ImageFolder(
             root / "JPEGImages",
-            PackedPaths.pack(os.fsencode(f"{name}.jpg") for name in names),
+            PackedPaths.from_iterable(os.fsencode(f"{name}.jpg") for name in names),
             ignored=Counter(),
             labeled=False,
         )
 
     def annotation(self, name: str, size: tuple[int, int]) -> Annotation:
-        """The objects of the image `<name>.jpg` with this height and width; boxes from masks where no XML is.
+        """Read the annotation of the image `<name>.jpg`; without an XML file, boxes are computed from the masks.
 
         Raises:
-            MissingMaskError: There are no masks or boxes, they are broken or empty, or the mask has another size.
+            MissingMaskError: Masks or boxes are missing, unreadable or empty, or the mask differs in size.
         """
         stem = PurePosixPath(name).stem
         xml = self.root / "Annotations" / f"{stem}.xml"
-        boxes = read_boxes(xml) if xml.is_file() or not self.masked else None
-        if not self.masked:
+        boxes = read_boxes(xml) if xml.is_file() or not self.has_masks else None
+        if not self.has_masks:
             assert boxes is not None
-            return Annotation(_filled(boxes, size), torch.ones(size, dtype=torch.bool), boxes, None, masked=False)
+            return Annotation(
+                _fill_boxes(boxes, size), torch.ones(size, dtype=torch.bool), boxes, None, has_masks=False
+            )
         instances, void = _read_instances(self.root / "SegmentationObject" / f"{stem}.png", size)
         if boxes is None:
             boxes = torch.cat([component_boxes(instance)[:1] for instance in instances])
-        return Annotation(instances.any(0), ~void, boxes, instances, masked=True)
+        return Annotation(instances.any(0), ~void, boxes, instances, has_masks=True)
 
-    def remarks(self) -> list[str]:
-        """Nothing: the layout says what all of it means."""
+    def notes(self) -> list[str]:
+        """Return no notes: the layout is unambiguous."""
         return []
 
 
 def read_boxes(path: Path) -> Tensor:
-    """Boxes (n, 4) int64 of a VOC annotation file: left, top, right, bottom, the last two outside.
+    """Read the boxes (n, 4) int64 of a VOC annotation file: left, top, right, bottom; right and bottom exclusive.
 
-    Its pixels are counted from 1 and both ends belong to the box, so that (1, width) is the whole side. Difficult and
-    truncated objects count, as in LOST's and TokenCut's CorLoc.
+    VOC counts pixels from 1 and both ends belong to the box. Difficult and truncated objects are included, as in the
+    CorLoc of LOST and TokenCut.
 
     Raises:
-        MissingMaskError: The file cannot be read, or has no box.
+        MissingMaskError: The file cannot be read or has no box.
     """
     try:
         tree = ElementTree.parse(path)
@@ -109,8 +109,8 @@ def read_boxes(path: Path) -> Tensor:
     return torch.tensor(corners) - torch.tensor([1, 1, 0, 0])
 
 
-def _filled(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """The pixels (H, W) bool within any box."""
+def _fill_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the mask (H, W) bool of the pixels inside any box."""
     inside = torch.zeros(size, dtype=torch.bool)
     for left, top, right, bottom in boxes.tolist():
         inside[top:bottom, left:right] = True
@@ -118,7 +118,7 @@ def _filled(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _read_instances(path: Path, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """A mask per object (objects, H, W), and the void pixels (H, W), both bool."""
+    """Read the instance masks (objects, H, W) and the void pixels (H, W), both bool."""
     if not path.is_file():
         raise MissingMaskError(f"there is no SegmentationObject/{path.name}")
     try:
@@ -127,7 +127,9 @@ def _read_instances(path: Path, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     except UnreadableImageError as error:
         raise MissingMaskError(f"the mask cannot be read: {error.reason}") from None
     if mode not in ("P", "L"):
-        raise MissingMaskError(f"SegmentationObject/{path.name} is {mode}: a palette of one index per object is needed")
+        raise MissingMaskError(
+            f"SegmentationObject/{path.name} has mode {mode}; expected a palette mask, one index per object"
+        )
     check_size(values.shape, size)
     labels = [label for label in np.unique(values) if label not in (0, VOID)]
     if not labels:

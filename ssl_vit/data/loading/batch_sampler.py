@@ -1,4 +1,4 @@
-"""Which images each step sees, as a pure function of (seed, epoch): nothing to store, nothing to replay."""
+"""Batch sampler whose order is a pure function of (seed, epoch), so that a run resumes without stored state."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from torch import Tensor
 
 from ssl_vit.runtime.rng import sample_keys, step_seed
 
-SampleKey = tuple[int, int]  # an image's index, and the key of its randomness
+SampleKey = tuple[int, int]  # an image's index and its RNG key
 
 
 class ResumableBatchSampler:
-    """The micro-batches of one process, epoch by epoch, as lists of picks.
+    """The micro-batches of one process, epoch by epoch, as lists of indices with RNG keys.
 
-    An epoch is a permutation of all images, cut into optimizer steps of batch_size x world x accumulate images; the
-    remainder is left out. A step is the same dataset with the same keys for any number of processes: each takes
-    its slice of every micro-batch. Fewer images than one step holds are repeated to fill one, each time with another
-    key.
+    An epoch is a permutation of all images, split into optimizer steps of batch_size x world x accumulate images; the
+    remainder is dropped. A step has the same images with the same keys for any number of processes: each takes its
+    slice of every micro-batch. If there are fewer images than one step needs, they are repeated, each time with
+    another key.
 
     Args:
-        count: Images in the data set.
+        count: Images in the dataset.
         batch_size: Images per micro-batch and process.
-        seed: Of the run.
-        rank: This process.
-        world: Processes.
+        seed: The seed of the run.
+        rank: Rank of this process.
+        world: Number of processes.
         accumulate: Micro-batches per optimizer step.
-        first_step: Optimizer steps already done; the epoch they end in begins behind them.
+        first_step: Optimizer steps already done; the first epoch starts after them.
     """
 
     def __init__(
@@ -47,27 +47,27 @@ class ResumableBatchSampler:
 
     @property
     def sampler(self) -> ResumableBatchSampler:
-        """Itself: Lightning calls `set_epoch` on `loader.batch_sampler.sampler`."""
+        """Return self: Lightning calls `set_epoch` on `loader.batch_sampler.sampler`."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose what the next iteration gives."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Micro-batches per epoch."""
+        """Return the number of micro-batches per epoch."""
         return self._length
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        places = self._order().view(self._length, self.world, self.batch_size)[:, self.rank]
-        keys = sample_keys(self.seed, self.epoch, places)  # (batches, B)
+        indices = self._order().view(self._length, self.world, self.batch_size)[:, self.rank]
+        keys = sample_keys(self.seed, self.epoch, indices)  # (batches, B)
         start = self._first_batch if self.epoch == self._first_epoch else 0
         for batch in range(start, self._length):
-            yield list(zip((places[batch] % self.count).tolist(), keys[batch].tolist(), strict=True))
+            yield list(zip((indices[batch] % self.count).tolist(), keys[batch].tolist(), strict=True))
 
     def _order(self) -> Tensor:
-        """The epoch's images in their order (M,); the n-th repetition of image i is i + n x count."""
+        """Return the epoch's images in order (M,); the n-th repetition of image i is i + n x count."""
         generator = torch.Generator().manual_seed(step_seed(self.seed, self.epoch))
         permutation = torch.randperm(self.count, generator=generator)
-        turns = torch.arange(self.repeats)[:, None] * self.count
-        return (turns + permutation).flatten()[: self._length * self.world * self.batch_size]
+        offsets = torch.arange(self.repeats)[:, None] * self.count
+        return (offsets + permutation).flatten()[: self._length * self.world * self.batch_size]

@@ -1,4 +1,4 @@
-"""From images to batches: views for training, whole images for evaluation."""
+"""Data loaders for training (views) and evaluation (whole images)."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ log = logging.getLogger(__name__)
 
 
 class InMemoryLoader:
-    """Batches from images of one size in memory, cropped where they lie, without the CPU waiting for a GPU.
+    """Batches of crops from in-memory images of one size, on the device of the images, without the CPU waiting for it.
 
     Labels, indices and keys stay on the CPU.
 
     Args:
         images: The readable images (M, C, H, W) uint8, on the CPU or a GPU.
-        good: Their indices (M,), ascending; an image that is missing here is replaced by the next one.
+        readable: Their indices (M,), ascending; an unreadable image is replaced by the next readable one.
         labels: Of all images (N,).
         multicrop: Makes the views.
         batch_sampler: Chooses the images.
@@ -49,14 +49,14 @@ class InMemoryLoader:
     def __init__(
         self,
         images: Tensor,
-        good: Tensor,
+        readable: Tensor,
         labels: Tensor,
         *,
         multicrop: MultiCrop,
         batch_sampler: ResumableBatchSampler,
     ) -> None:
         self.images = images
-        self.good = good
+        self.readable = readable
         self.labels = labels
         self.multicrop = multicrop
         self.batch_sampler = batch_sampler
@@ -65,17 +65,17 @@ class InMemoryLoader:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        for picks in self.batch_sampler:
-            wanted, key = torch.tensor(picks).T.contiguous().unbind(0)  # (B,) each
-            row = torch.searchsorted(self.good, wanted) % len(self.good)
-            dataset = self.images.index_select(0, to_device_async(row, self.images.device))
-            global_views, local_views = self.multicrop.batch(dataset, key)
-            index = self.good[row]
+        for samples in self.batch_sampler:
+            requested, key = torch.tensor(samples).T.contiguous().unbind(0)  # (B,) each
+            row = torch.searchsorted(self.readable, requested) % len(self.readable)
+            images = self.images.index_select(0, to_device_async(row, self.images.device))
+            global_views, local_views = self.multicrop.crop_batch(images, key)
+            index = self.readable[row]
             yield Batch(global_views, local_views, self.labels[index], index, key)
 
 
 class TrainingLoader(DataLoader[Batch | UserError]):
-    """Batches from MultiCropDataset; what a loading process has to say to the user arrives without its traceback."""
+    """Batches from MultiCropDataset; raises a worker's UserError without the worker's traceback."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # torch promises its own iterator
         for batch in super().__iter__():
@@ -100,61 +100,66 @@ def build_train_loader(
     device: torch.device = _CPU,
     augment: Callable[[Batch], Batch] | None = None,
 ) -> InMemoryLoader | TrainingLoader:
-    """The batches of training process `rank` of `world`; each iteration is one epoch.
+    """Build the loader of training process `rank` of `world`; each iteration is one epoch.
 
-    Images of one size that fit into memory lie on the device and are cropped there. Of different sizes, they are kept
-    decoded, and loading processes crop them. All others are read from disk by loading processes. Either way the same
-    boxes are cut from the same images (to a pixel from JPEGs that are decoded smaller than they are), and a broken
-    image is replaced by the next good one.
+    Images of one size that fit into memory are placed on the device and cropped there. Images of different sizes that
+    fit are kept decoded and cropped by workers. All others are read from disk by workers. In each case the same boxes
+    are cropped from the same images (to a pixel for JPEGs decoded at reduced size), and an unreadable image is
+    replaced by the next readable one.
 
     Args:
-        dataset: To be learned from.
+        dataset: The training images.
         multicrop: Makes the views.
-        config: Batch size over all processes, num_workers, memory.
-        seed: Of the run.
+        config: Batch size over all processes, workers, cache size.
+        seed: The seed of the run.
         channels: 1 or 3.
-        rank: This process.
-        world: Training processes.
+        rank: Rank of this process.
+        world: Number of training processes.
         accumulate: Micro-batches per optimizer step.
-        first_step: Optimizer steps already done; the batches go on behind them, within an epoch if need be.
-        skipped: Takes the broken images.
-        local_world: Of them on this machine, which share its cores; None: all.
-        device: That trains; images of one size lie and are cropped there, if half of its memory holds them.
-        augment: What is done to each batch besides, on the CPU; then loading processes crop images of one size, too.
+        first_step: Optimizer steps already done; the batches continue after them, within an epoch if need be.
+        skipped: Logs unreadable images.
+        local_world: Training processes on this machine, which share its cores; None: all.
+        device: The training device; images of one size are placed there if they take at most half of its memory.
+        augment: Further augmentation of each batch on the CPU; workers then crop images of one size, too.
 
     Raises:
         UserError: No image can be read.
     """
-    course = {"seed": seed, "rank": rank, "world": world, "accumulate": accumulate, "first_step": first_step}
-    batches = ResumableBatchSampler(len(dataset), config.batch_size // (world * accumulate), **course)
+    batches = ResumableBatchSampler(
+        len(dataset),
+        config.batch_size // (world * accumulate),
+        seed=seed,
+        rank=rank,
+        world=world,
+        accumulate=accumulate,
+        first_step=first_step,
+    )
     if batches.repeats > 1 and rank == 0:
-        log.warning(_repeating(len(dataset), config.batch_size, batches.repeats))
-    resident = partial(InMemoryLoader, labels=dataset.labels, multicrop=multicrop, batch_sampler=batches)
+        log.warning(
+            f"{len(dataset)} images are fewer than one step needs (data.batch_size={config.batch_size}): each is used "
+            f"up to {batches.repeats} times per epoch"
+        )
+    in_memory = partial(InMemoryLoader, labels=dataset.labels, multicrop=multicrop, batch_sampler=batches)
     if isinstance(dataset, ArrayDataset) and not augment:
-        return resident(place_on_device(dataset.all(channels), device), torch.arange(len(dataset)))
+        return in_memory(place_on_device(dataset.all(channels), device), torch.arange(len(dataset)))
     read: Callable[..., Tensor] = partial(dataset.read, channels=channels)
     if budget := int(config.cache_gb * 1e9):
-        kept = cache_in_memory(dataset, channels, budget=budget, skipped=skipped, show=rank == 0)
-        if kept and not augment and (images := kept.as_one()) is not None:
-            return resident(place_on_device(images, device), kept.good)
-        read = kept.read if kept else read
+        cached = cache_in_memory(dataset, channels, budget=budget, skipped=skipped, show=rank == 0)
+        if cached and not augment and (images := cached.stacked()) is not None:
+            return in_memory(place_on_device(images, device), cached.readable)
+        read = cached.read if cached else read
     crops = MultiCropDataset(
         read, dataset.labels, channels=channels, multicrop=multicrop, skipped=skipped, augment=augment
     )
-    crops.first_readable(0, read)  # so that unreadable data sets fail here, not in a loading process
+    crops.first_readable(0, read)  # unreadable datasets fail here, not in a worker
     num_workers = resolve_num_workers(config.num_workers, processes=local_world or world)
-    return TrainingLoader(crops, **_how(num_workers), batch_sampler=batches, persistent_workers=num_workers > 0)
-
-
-def _repeating(dataset: int, batch_size: int, times: int) -> str:
-    return (
-        f"{dataset} images are fewer than one step holds (data.batch_size={batch_size}): each is seen up to {times} "
-        "times per epoch"
+    return TrainingLoader(
+        crops, **_loader_kwargs(num_workers), batch_sampler=batches, persistent_workers=num_workers > 0
     )
 
 
 class EvalLoader:
-    """All readable images in their order, as pairs of a batch (B, C, S, S) uint8 and its indices (B,) int64."""
+    """All readable images in order, as pairs of a batch (B, C, S, S) uint8 and its indices (B,) int64."""
 
     def __init__(self, batches: DataLoader[EvalBatch], skipped: SkippedImageLog) -> None:
         self.batches = batches
@@ -165,14 +170,14 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         any_readable = False
-        for dataset, indices, broken in self.batches:
-            for image in broken:
-                self.skipped.record(image)
+        for images, indices, unreadable in self.batches:
+            for error in unreadable:
+                self.skipped.record(error)
             if len(indices):
                 any_readable = True
-                yield dataset, indices
+                yield images, indices
         if not any_readable:
-            raise UserError(f"none of the images can be read; {self.skipped.path} says why")
+            raise UserError(f"none of the images can be read; {self.skipped.path} lists the reasons")
 
 
 def build_eval_loader(
@@ -184,36 +189,36 @@ def build_eval_loader(
     channels: int,
     skipped: SkippedImageLog,
 ) -> EvalLoader:
-    """Whole images for evaluation.
+    """Build the loader of whole images for evaluation.
 
     Args:
-        dataset: To be evaluated on.
-        transform: Makes them one size; normalizing is left to the device.
-        batch_size: Images per batch; broken ones are missing from theirs.
-        num_workers: Loading processes.
+        dataset: The images.
+        transform: Brings them to one size; they are normalized later, on the device.
+        batch_size: Images per batch, unreadable ones included.
+        num_workers: Worker processes.
         channels: 1 or 3.
-        skipped: Takes the broken images.
+        skipped: Logs unreadable images.
     """
     whole = EvalDataset(dataset, transform, channels=channels)
-    how = _how(resolve_num_workers(num_workers, processes=1))
-    return EvalLoader(DataLoader(whole, **how, batch_size=batch_size), skipped)
+    kwargs = _loader_kwargs(resolve_num_workers(num_workers, processes=1))
+    return EvalLoader(DataLoader(whole, **kwargs, batch_size=batch_size), skipped)
 
 
-def _how(num_workers: int) -> dict[str, Any]:
-    """A DataLoader's settings for batches that come from the dataset as they are."""
+def _loader_kwargs(num_workers: int) -> dict[str, Any]:
+    """Return the DataLoader arguments for datasets that return whole batches."""
     return {
         "num_workers": num_workers,
-        "collate_fn": _as_it_is,
-        "worker_init_fn": _leave_signals_alone,
+        "collate_fn": _identity,
+        "worker_init_fn": _ignore_stop_signals,
         "pin_memory": torch.cuda.is_available(),
     }
 
 
-def _leave_signals_alone(worker: int) -> None:
-    """Loading processes end with the training process: a signal to the whole group is for that one to answer."""
+def _ignore_stop_signals(worker: int) -> None:
+    """Leave stop signals to the training process, with which the workers end."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _as_it_is(batch: T) -> T:
+def _identity(batch: T) -> T:
     return batch

@@ -1,4 +1,4 @@
-"""What a loading process does: batches of views for training, batches of whole images for evaluation."""
+"""Datasets that make whole batches in worker processes: crops for training, transformed images for evaluation."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from ssl_vit.runtime.errors import UserError
 
 
 class MultiCropDataset(Dataset[Batch | UserError]):
-    """Views, cropped image by image; an error of the user's comes as a batch, which `TrainingLoader` raises.
+    """Batches of views, cropped image by image; a UserError is returned as a batch, for `TrainingLoader` to raise.
 
     Args:
-        read: Given an index and `shrink=` (see `Shrink`), the image as (C, H, W) uint8, or raises UnreadableImageError.
+        read: Decodes the image of an index to (C, H, W) uint8 as `ImageDataset.read`, with `jpeg_scale=`.
         labels: Of all images (N,).
         channels: C.
         multicrop: Makes the views.
-        skipped: Takes the broken images.
-        augment: What is done to a batch besides, in place.
+        skipped: Logs unreadable images.
+        augment: Further augmentation of a batch, in place.
     """
 
     def __init__(
@@ -47,62 +47,62 @@ class MultiCropDataset(Dataset[Batch | UserError]):
         self.channels = channels
         self.multicrop = multicrop
         self.skipped = skipped
-        self._broken: set[int] = set()
+        self._unreadable: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitems__(self, picks: list[SampleKey]) -> Batch | UserError:
-        """The batch of these images; in place of a broken one, the next good one."""
-        wanted, key = torch.tensor(picks).unbind(1)  # (B,) each
-        draws = self.multicrop.draw(key)
-        shapes = self.multicrop.shapes(len(picks), self.channels)
+    def __getitems__(self, samples: list[SampleKey]) -> Batch | UserError:
+        """Return the batch of these samples; an unreadable image is replaced by the next readable one."""
+        requested, key = torch.tensor(samples).unbind(1)  # (B,) each
+        params = self.multicrop.sample_params(key)
+        shapes = self.multicrop.view_shapes(len(samples), self.channels)
         global_views, local_views = (torch.empty(shape, dtype=torch.uint8) for shape in shapes)
-        found = []
+        indices = []
         try:
-            for place, index in enumerate(wanted.tolist()):
-                views = [*global_views[place], *local_views[place]]
-                found.append(self.first_readable(index, partial(self._cut, draws, place, views)))
+            for row, index in enumerate(requested.tolist()):
+                views = [*global_views[row], *local_views[row]]
+                indices.append(self.first_readable(index, partial(self._crop, params, row, views)))
         except UserError as error:
             return error
-        index = torch.tensor(found)
+        index = torch.tensor(indices)
         batch = Batch(global_views, local_views, self.labels[index], index, key)
         return self.augment(batch) if self.augment else batch
 
-    def _cut(self, draws: CropParams, place: int, views: Sequence[Tensor], index: int) -> None:
-        """Fill the views at a place of the batch from the image of this index."""
-        cut = self.multicrop.cut(draws, place)
-        cut.into(self.read(index, shrink=cut.shrink), views)
+    def _crop(self, params: CropParams, row: int, views: Sequence[Tensor], index: int) -> None:
+        """Fill the views of a row of the batch from the image of this index."""
+        plan = self.multicrop.plan(params, row)
+        plan.crop_into(self.read(index, jpeg_scale=plan.jpeg_scale), views)
 
-    def first_readable(self, wanted: int, use: Callable[[int], object]) -> int:
-        """The index of the first image from `wanted` on that can be used; behind the last comes the first.
+    def first_readable(self, start: int, use: Callable[[int], object]) -> int:
+        """Call `use` with `start` and the following indices, cyclically, until an image can be read; return its index.
 
         Raises:
-            UserError: There is none.
+            UserError: No image can be read.
         """
         for step in range(len(self)):
-            index = (wanted + step) % len(self)
-            if index in self._broken:
+            index = (start + step) % len(self)
+            if index in self._unreadable:
                 continue
             try:
                 use(index)
                 return index
-            except UnreadableImageError as broken:
-                self._broken.add(index)
-                self.skipped.record(broken)
-        raise UserError(f"none of the {len(self):,} images can be read; {self.skipped.path} says why")
+            except UnreadableImageError as error:
+                self._unreadable.add(index)
+                self.skipped.record(error)
+        raise UserError(f"none of the {len(self):,} images can be read; {self.skipped.path} lists the reasons")
 
 
 class EvalBatch(NamedTuple):
     """Whole images, transformed for evaluation."""
 
-    dataset: Tensor  # (B, C, S, S) uint8, without the broken ones
+    images: Tensor  # (B, C, S, S) uint8, without the unreadable ones
     indices: Tensor  # (B,) int64
-    broken: list[UnreadableImageError]
+    unreadable: list[UnreadableImageError]
 
 
 class EvalDataset(Dataset[EvalBatch]):
-    """Images in their order, transformed but not normalized."""
+    """Batches of transformed, not normalized images."""
 
     def __init__(self, dataset: ImageDataset, transform: EvalTransform, *, channels: int) -> None:
         self.dataset = dataset
@@ -113,15 +113,15 @@ class EvalDataset(Dataset[EvalBatch]):
         return len(self.dataset)
 
     def __getitems__(self, indices: list[int]) -> EvalBatch:
-        """The batch of these images."""
+        """Return the batch of these images."""
         size = self.transform.image_size
-        dataset = torch.empty(len(indices), self.channels, size, size, dtype=torch.uint8)
-        good: list[int] = []
-        broken: list[UnreadableImageError] = []
+        images = torch.empty(len(indices), self.channels, size, size, dtype=torch.uint8)
+        readable: list[int] = []
+        unreadable: list[UnreadableImageError] = []
         for index in indices:
             try:
-                dataset[len(good)] = self.transform(self.dataset.read(index, self.channels))
-                good.append(index)
+                images[len(readable)] = self.transform(self.dataset.read(index, self.channels))
+                readable.append(index)
             except UnreadableImageError as error:
-                broken.append(error)
-        return EvalBatch(dataset[: len(good)], torch.tensor(good, dtype=torch.int64), broken)
+                unreadable.append(error)
+        return EvalBatch(images[: len(readable)], torch.tensor(readable, dtype=torch.int64), unreadable)

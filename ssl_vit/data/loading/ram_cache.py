@@ -1,4 +1,4 @@
-"""Small data sets, decoded once and kept in memory."""
+"""Datasets decoded once into memory, if they fit."""
 
 from __future__ import annotations
 
@@ -11,49 +11,51 @@ from ssl_vit.data.dataset import ImageDataset, JPEGScaleFn, SkippedImageLog, Unr
 from ssl_vit.runtime.launch import give_memory_back
 from ssl_vit.runtime.workers import map_threads
 
-_SAMPLE = 64  # images whose size stands for that of all
-_SHARE = 0.5  # of a GPU's memory
-_RESERVE = 2  # address space per estimated byte; memory is only taken as it is filled
+_SAMPLE = 64  # images from which the size of all is estimated
+_GPU_FRACTION = 0.5  # of a GPU's memory
+_RESERVE = 2  # address space per estimated byte; memory is allocated only as it is filled
 
 
 class InMemoryImages:
-    """Decoded images, side by side in one buffer that forked processes share without copying.
+    """Decoded images in one buffer that forked processes share without copying.
 
     Args:
-        buffer: All pixels uint8, each image as (H, W, C); a broken one takes no place.
-        sizes: Height and width of each image (N, 2), 0 for a broken one.
+        buffer: The pixels of all readable images, uint8, each as (H, W, C).
+        sizes: Height and width of each image (N, 2), 0 for an unreadable one.
         channels: C.
-        broken: Those that cannot be read, by index.
+        unreadable: Errors of the unreadable images by index.
     """
 
-    def __init__(self, buffer: Tensor, sizes: Tensor, channels: int, broken: dict[int, UnreadableImageError]) -> None:
+    def __init__(
+        self, buffer: Tensor, sizes: Tensor, channels: int, unreadable: dict[int, UnreadableImageError]
+    ) -> None:
         self.buffer = buffer
         self.sizes = sizes
         self.channels = channels
-        self.broken = broken
+        self.unreadable = unreadable
         self.ends = (sizes.prod(dim=1) * channels).cumsum(0)  # (N,) in the buffer
 
     @property
-    def good(self) -> Tensor:
+    def readable(self) -> Tensor:
         """Indices (M,) of the readable images, ascending."""
         return self.sizes[:, 0].nonzero().squeeze(1)
 
-    def read(self, index: int, shrink: JPEGScaleFn | None = None) -> Tensor:
-        """The image as (C, H, W) uint8, always whole.
+    def read(self, index: int, jpeg_scale: JPEGScaleFn | None = None) -> Tensor:
+        """Return the image as (C, H, W) uint8, always of full size.
 
         Raises:
             UnreadableImageError: It could not be read.
         """
-        if index in self.broken:
-            raise self.broken[index]
+        if index in self.unreadable:
+            raise self.unreadable[index]
         height, width = self.sizes[index].tolist()
         end = int(self.ends[index])
         pixels = self.buffer[end - height * width * self.channels : end]
         return pixels.view(height, width, self.channels).permute(2, 0, 1)
 
-    def as_one(self) -> Tensor | None:
-        """All readable images as (M, C, H, W), if they are of one size."""
-        sizes = self.sizes[self.good]
+    def stacked(self) -> Tensor | None:
+        """Return all readable images as (M, C, H, W), or None if their sizes differ."""
+        sizes = self.sizes[self.readable]
         if not len(sizes) or (sizes != sizes[0]).any():
             return None
         height, width = sizes[0].tolist()
@@ -63,28 +65,28 @@ class InMemoryImages:
 def cache_in_memory(
     dataset: ImageDataset, channels: int, *, budget: int, skipped: SkippedImageLog, show: bool
 ) -> InMemoryImages | None:
-    """Decode all images into memory, if they fit.
+    """Decode all images into memory; return None if they do not fit.
 
-    Whether they do is estimated from a sample, so that a huge folder costs no time, and found out while filling.
+    The size is first estimated from a sample, so that a huge folder costs no time, then checked while decoding.
 
     Args:
-        dataset: To be decoded.
+        dataset: The images.
         channels: 1 or 3.
-        budget: Most bytes to take.
-        skipped: Takes the broken ones.
-        show: Whether to show progress when it takes long.
+        budget: Maximum number of bytes.
+        skipped: Logs unreadable images.
+        show: Whether to show a progress bar.
     """
-    expected = _estimated_bytes(dataset, channels)
+    expected = _estimate_bytes(dataset, channels)
     if expected > budget:
         return None
     buffer = torch.empty(min(budget, _RESERVE * expected), dtype=torch.uint8)
     sizes = torch.zeros(len(dataset), 2, dtype=torch.int64)
-    broken: dict[int, UnreadableImageError] = {}
+    unreadable: dict[int, UnreadableImageError] = {}
     used = 0
-    read = partial(_read, dataset, channels)
+    read = partial(_try_read, dataset, channels)
     for index, image in enumerate(map_threads(read, len(dataset), label="into memory", show=show)):
         if isinstance(image, UnreadableImageError):
-            broken[index] = image
+            unreadable[index] = image
             skipped.record(image)
             continue
         if used + image.numel() > len(buffer):
@@ -94,30 +96,29 @@ def cache_in_memory(
         buffer[used : used + image.numel()] = image.permute(1, 2, 0).flatten()
         used += image.numel()
         sizes[index] = torch.tensor(image.shape[1:])
-    return InMemoryImages(buffer[:used], sizes, channels, broken)
+    return InMemoryImages(buffer[:used], sizes, channels, unreadable)
 
 
 def place_on_device(images: Tensor, device: torch.device) -> Tensor:
-    """The images where they are cropped: on the device, if they take no more than half of its memory.
+    """Move the images to the device, unless they take more than half of a GPU's memory.
 
-    Not of what is free at the moment: the same run would be cropped here one time and there another.
+    Not half of its free memory: the same run would then crop on one device today and on another tomorrow.
     """
-    if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[1] * _SHARE:
+    if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[1] * _GPU_FRACTION:
         return images
     return images.to(device)
 
 
-def _estimated_bytes(dataset: ImageDataset, channels: int) -> int:
-    """What all images take decoded, from the mean of an even sample; 0 if none of these can be read."""
-    count = min(_SAMPLE, len(dataset))
-    places = torch.linspace(0, len(dataset) - 1, count).long().tolist()
-    sample = map_threads(lambda i: _read(dataset, channels, places[i]), count, label="sizes", show=False)
+def _estimate_bytes(dataset: ImageDataset, channels: int) -> int:
+    """Estimate the decoded size of all images from a sample; 0 if none of it can be read."""
+    indices = torch.linspace(0, len(dataset) - 1, min(_SAMPLE, len(dataset))).long().tolist()
+    sample = map_threads(lambda i: _try_read(dataset, channels, indices[i]), len(indices), label="sizes", show=False)
     sizes = [image.numel() for image in sample if not isinstance(image, UnreadableImageError)]
     return len(dataset) * sum(sizes) // len(sizes) if sizes else 0
 
 
-def _read(dataset: ImageDataset, channels: int, index: int) -> Tensor | UnreadableImageError:
+def _try_read(dataset: ImageDataset, channels: int, index: int) -> Tensor | UnreadableImageError:
     try:
         return dataset.read(index, channels)
-    except UnreadableImageError as broken:
-        return broken
+    except UnreadableImageError as error:
+        return error

@@ -48,7 +48,7 @@ _FIRST_ON_ITS_SIDE = 5  # of the orientations: from here on, height and width ch
 _BLOCK = 8  # pixels of a JPEG's block, along a side
 
 
-def decode(path: Path | BytesIO, channels: int = 3, shrink: JPEGScaleFn | None = None) -> Tensor:
+def decode(path: Path | BytesIO, channels: int = 3, jpeg_scale: JPEGScaleFn | None = None) -> Tensor:
     """Read a JPEG, PNG, WebP, BMP, TIFF, GIF (first frame) or PPM file; the content tells which, not the name.
 
     EXIF orientation is applied. Transparent parts are laid on white, as most viewers show them. Gray of 16 bits, 32
@@ -58,7 +58,7 @@ def decode(path: Path | BytesIO, channels: int = 3, shrink: JPEGScaleFn | None =
     Args:
         path: The file, or its bytes.
         channels: 3 for RGB, 1 for gray (ITU-R 601 luma).
-        shrink: By how much the image may be decoded smaller. Only JPEGs are: from fewer coefficients of each block
+        jpeg_scale: By how much the image may be decoded smaller. Only JPEGs are: from fewer coefficients of each block
             of 8 x 8 pixels, in a fraction of the time, about as if the pixels of the whole image had been averaged.
 
     Returns:
@@ -69,8 +69,8 @@ def decode(path: Path | BytesIO, channels: int = 3, shrink: JPEGScaleFn | None =
             pixels or MAX_SCANS scans.
     """
     with open_image(path) as image:
-        if shrink is not None and isinstance(image, JpegImageFile):
-            _decode_smaller(image, shrink)
+        if jpeg_scale is not None and isinstance(image, JpegImageFile):
+            _decode_smaller(image, jpeg_scale)
         return to_tensor(image, channels)
 
 
@@ -106,13 +106,13 @@ def _scans(image: ImageFile.ImageFile) -> int:
     return image.fp.read().count(b"\xff\xda")
 
 
-def _decode_smaller(image: JpegImageFile, shrink: JPEGScaleFn) -> None:
-    """Let the image be loaded by `shrink` smaller; each of its pixels then stands for a square of so many."""
+def _decode_smaller(image: JpegImageFile, jpeg_scale: JPEGScaleFn) -> None:
+    """Let the image be loaded by `jpeg_scale` smaller; each of its pixels then stands for a square of so many."""
     width, height = image.size
     turn = orientation(image)
     if turn != 1 and (width % _BLOCK or height % _BLOCK):  # turned, an incomplete square would come first
         return
-    by = shrink(width, height) if turn >= _FIRST_ON_ITS_SIDE else shrink(height, width)
+    by = jpeg_scale(width, height) if turn >= _FIRST_ON_ITS_SIDE else jpeg_scale(height, width)
     image.draft(None, (width // by, height // by))
 
 

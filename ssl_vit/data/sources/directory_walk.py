@@ -123,13 +123,15 @@ def walk_images(root: Path) -> WalkResult:
                     state.update(_stamp(link, None))
                 bar.update(len(folder.dataset))
     runs.sort()
-    names = PackedPaths.pack(name for run in runs for name in run.split(b"\0"))
-    return WalkResult(names, _kinds(ignored, hidden, unreadable), PackedPaths.pack(seen), state.hexdigest(), youngest)
+    names = PackedPaths.from_iterable(name for run in runs for name in run.split(b"\0"))
+    return WalkResult(
+        names, _kinds(ignored, hidden, unreadable), PackedPaths.from_iterable(seen), state.hexdigest(), youngest
+    )
 
 
 def directory_fingerprint(root: Path, folders: PackedPaths) -> str:
     """A hash of the folders' paths, identities, and times of change as they are now."""
-    chunks = (folders.part(i, min(i + _STAMPS_AT_ONCE, len(folders))) for i in range(0, len(folders), _STAMPS_AT_ONCE))
+    chunks = (folders.slice(i, min(i + _STAMPS_AT_ONCE, len(folders))) for i in range(0, len(folders), _STAMPS_AT_ONCE))
     state = hashlib.sha256()
     with ThreadPoolExecutor(THREADS) as threads:
         for stamps in map_ordered(threads, partial(_stamps, os.fsencode(root)), chunks, ahead=_AHEAD):

@@ -47,14 +47,14 @@ class ImageFolder:
         """The file's path relative to the root, printable."""
         return escape_path(self.names[index])
 
-    def read(self, index: int, channels: int, shrink: JPEGScaleFn | None = None) -> Tensor:
-        """The image as (C, H, W) uint8, a JPEG smaller where `shrink` allows.
+    def read(self, index: int, channels: int, jpeg_scale: JPEGScaleFn | None = None) -> Tensor:
+        """The image as (C, H, W) uint8, a JPEG smaller where `jpeg_scale` allows.
 
         Raises:
             UnreadableImageError: It cannot be read.
         """
         try:
-            return decode(self.path(index), channels, shrink)
+            return decode(self.path(index), channels, jpeg_scale)
         except UnreadableImageError as broken:
             raise UnreadableImageError(self.name(index), broken.reason) from broken
 
@@ -127,7 +127,9 @@ def load_images_at(place: Path) -> ImageFolder:
         UserError: There is neither, or no image in the folder.
     """
     if place.is_file():
-        return ImageFolder(place.parent, PackedPaths.pack([os.fsencode(place.name)]), ignored=Counter(), labeled=False)
+        return ImageFolder(
+            place.parent, PackedPaths.from_iterable([os.fsencode(place.name)]), ignored=Counter(), labeled=False
+        )
     return scan_image_folder(place)
 
 
@@ -143,7 +145,7 @@ def read_image_list(file: Path) -> ImageFolder:
             f"{escape_path(file.absolute())} {problem}; data.source=list wants a text file, one path a line"
         )
     with file.open("rb") as content:
-        names = PackedPaths.pack(path for line in content for path in line.splitlines() if path.strip())
+        names = PackedPaths.from_iterable(path for line in content for path in line.splitlines() if path.strip())
     if not len(names):
         raise UserError(f"{escape_path(file.absolute())}: there is no path in this list")
     return ImageFolder(file.parent, names, ignored=Counter(), labeled=False)

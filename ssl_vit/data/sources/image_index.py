@@ -59,7 +59,7 @@ def _remember(file: Path, tree: WalkResult) -> None:
     facts = {"kind": _KIND, "images": len(tree.names), "ignored": tree.ignored, "state": tree.state}
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with FileLock(file.with_suffix(".lock"), timeout=0):
-        PackedPaths.pack(chain(tree.names, tree.folders, [json.dumps(facts).encode()])).save(file)
+        PackedPaths.from_iterable(chain(tree.names, tree.folders, [json.dumps(facts).encode()])).save(file)
 
 
 def _remembered(file: Path, root: Path) -> tuple[PackedPaths, Counter[str]] | None:
@@ -71,7 +71,7 @@ def _remembered(file: Path, root: Path) -> tuple[PackedPaths, Counter[str]] | No
     except (OSError, ValueError, LookupError, TypeError):  # absent, damaged, or of something else
         return None
     dataset = facts["images"]
-    folders = every.part(dataset, len(every) - 1)
+    folders = every.slice(dataset, len(every) - 1)
     if directory_fingerprint(root, folders) != facts["state"]:
         return None
-    return every.part(0, dataset), Counter(facts["ignored"])
+    return every.slice(0, dataset), Counter(facts["ignored"])

@@ -32,7 +32,7 @@ class PackedPaths:
         self.ends = ends
 
     @classmethod
-    def pack(cls, names: Iterable[bytes]) -> PackedPaths:
+    def from_iterable(cls, names: Iterable[bytes]) -> PackedPaths:
         """From single names, taken one after the other."""
         text, ends = bytearray(), array("q", [0])
         for name in names:
@@ -69,7 +69,7 @@ class PackedPaths:
         with atomic_write(path) as file:
             file.write(save({"text": self.text, "ends": self.ends, "sha256": checksum}))
 
-    def part(self, start: int, stop: int) -> PackedPaths:
+    def slice(self, start: int, stop: int) -> PackedPaths:
         """The names from `start` up to `stop`; they share the text of these."""
         first, last = self.ends[start], self.ends[stop]
         return PackedPaths(self.text[first:last], self.ends[start : stop + 1] - first)

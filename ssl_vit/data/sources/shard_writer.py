@@ -38,10 +38,10 @@ _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # by Pillow's format
 
 
 class Shards(NamedTuple):
-    """What `write_shards` left in its folder."""
+    """What `write_shards` wrote."""
 
     tars: int
-    dataset: int
+    num_images: int
     bytes: int
     skipped: SkippedImageLog
 
@@ -103,7 +103,7 @@ def _write_all(dataset: ImageFolder, out: Path, ends: list[int], skipped: Skippe
             tar = index_tar(path)
         names.append(path.name.encode())
         listed.append(tar)
-    listing = concat_indices(PackedPaths.pack(names), listed)
+    listing = concat_indices(PackedPaths.from_iterable(names), listed)
     if not len(listing.names):
         raise UserError(f"none of the {len(dataset):,} images can be read; {escape_path(skipped.path)} says why")
     write_listing(out, listing)

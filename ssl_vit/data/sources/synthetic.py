@@ -22,15 +22,15 @@ _WAVES = 5  # plane waves that add up to blotches
 Array = npt.NDArray[np.floating]
 
 
-def make_synthetic_dataset(folder: Path, *, dataset: int, seed: int) -> None:
+def make_synthetic_dataset(folder: Path, *, num_images: int, seed: int) -> None:
     """Write `train/<class>/NNNN.png`, `test/<class>/NNNN.png` and `test_masks/<class>/NNNN.png` into `folder`.
 
     A fifth of the images is for testing. Masks are 255 on the object and 0 elsewhere, under their images' names.
     The same seed and number give the same pixels.
     """
     rng = np.random.default_rng(seed)
-    _write(dataset - dataset // 5, rng, folder / "train", masks=None)
-    _write(dataset // 5, rng, folder / "test", masks=folder / "test_masks")
+    _write(num_images - num_images // 5, rng, folder / "train", masks=None)
+    _write(num_images // 5, rng, folder / "test", masks=folder / "test_masks")
 
 
 def _write(count: int, rng: np.random.Generator, folder: Path, masks: Path | None) -> None:
@@ -145,11 +145,11 @@ _TEXTURE = 1024  # pixels; images are cut out of it
 _QUALITY = 88  # of the JPEG files: about 110 kB each, as those of ImageNet
 
 
-def make_synthetic_photos(folder: Path, *, dataset: int, seed: int) -> None:
+def make_synthetic_photos(folder: Path, *, num_images: int, seed: int) -> None:
     """Write `NNNN.jpg` into `folder`: colors with the power spectrum of natural images, amplitude 1/frequency."""
     rng = np.random.default_rng(seed)
     texture = _texture(rng)
-    for number in range(dataset):
+    for number in range(num_images):
         top, left = rng.integers(_TEXTURE - HEIGHT), rng.integers(_TEXTURE - WIDTH)
         picture = texture[top : top + HEIGHT, left : left + WIDTH, rng.permutation(3)]
         Image.fromarray(picture).save(folder / f"{number:04d}.jpg", quality=_QUALITY)

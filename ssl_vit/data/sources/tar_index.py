@@ -79,7 +79,7 @@ def index_tar(path: Path) -> TarIndex:
     if damage:
         del dataset[complete:], numbers[complete:]
     return TarIndex(
-        PackedPaths.pack(image.name.encode("utf-8", "surrogateescape") for image in dataset),
+        PackedPaths.from_iterable(image.name.encode("utf-8", "surrogateescape") for image in dataset),
         np.array([image.offset for image in dataset], dtype=np.int64),
         np.array([image.size for image in dataset], dtype=np.int64),
         np.array(numbers, dtype=np.int64),

@@ -75,15 +75,15 @@ class TarShardDataset:
         tar = self.listing.tars[self.listing.tar[index]]
         return escape_path(tar + b"/" + self.listing.names[index])
 
-    def read(self, index: int, channels: int, shrink: JPEGScaleFn | None = None) -> Tensor:
-        """The image as (C, H, W) uint8, a JPEG smaller where `shrink` allows.
+    def read(self, index: int, channels: int, jpeg_scale: JPEGScaleFn | None = None) -> Tensor:
+        """The image as (C, H, W) uint8, a JPEG smaller where `jpeg_scale` allows.
 
         Raises:
             UnreadableImageError: It cannot be read, or its tar file cannot.
         """
         content = self.content(index)
         try:
-            return decode(BytesIO(content), channels, shrink)
+            return decode(BytesIO(content), channels, jpeg_scale)
         except UnreadableImageError as broken:
             raise UnreadableImageError(self.name(index), broken.reason) from broken
 
@@ -134,7 +134,7 @@ def load_shards(root: Path) -> TarShardDataset:
         problem = "is a file; name the folder that it lies in" if root.exists() else "does not exist"
         raise UserError(f"{escape_path(root.absolute())} {problem}; data.source=shards wants a folder of .tar files")
     paths = _tar_files(root)
-    tars = PackedPaths.pack(os.fsencode(path.relative_to(root)) for path in paths)
+    tars = PackedPaths.from_iterable(os.fsencode(path.relative_to(root)) for path in paths)
     sizes = np.array([path.stat().st_size for path in paths], dtype=np.int64)
     manifest = read_manifest(root)
     classes = manifest.classes if manifest else []

@@ -42,7 +42,7 @@ class ArrayDataset:
         """The image's number."""
         return f"{self.title} {index}"
 
-    def read(self, index: int, channels: int, shrink: JPEGScaleFn | None = None) -> Tensor:
+    def read(self, index: int, channels: int, jpeg_scale: JPEGScaleFn | None = None) -> Tensor:
         """The image as (C, H, W) uint8, always whole."""
         return self.images[index] if channels == 3 else rgb_to_gray(self.images[index])
 

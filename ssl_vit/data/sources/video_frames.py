@@ -72,7 +72,7 @@ class FolderFrames:
 
     def __init__(self, folder: Path, fps: float) -> None:
         found = scan_image_folder(folder)
-        names = PackedPaths.pack(sorted(found.names, key=lambda name: natural_sort_key(os.fsdecode(name))))
+        names = PackedPaths.from_iterable(sorted(found.names, key=lambda name: natural_sort_key(os.fsdecode(name))))
         self.dataset = ImageFolder(folder, names, ignored=found.ignored, labeled=False)
         self.rate = self.clock = Fraction(fps).limit_denominator(1001)
         self.count: int | None = len(self.dataset)

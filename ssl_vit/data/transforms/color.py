@@ -1,4 +1,4 @@
-"""Color jitter, grayscale, blur, solarization and normalization of views, batched, each view with its own draws."""
+"""Color augmentation: jitter, grayscale, blur, solarization and normalization, batched, with parameters per view."""
 
 from __future__ import annotations
 
@@ -12,60 +12,60 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_vit.config.methods import JitterConfig, ViewsConfig
-from ssl_vit.data.transforms.separable_filter import BlurWeights, blur, blur_weights
+from ssl_vit.data.transforms.gaussian_blur import BlurWeights, blur, blur_weights
 from ssl_vit.runtime.device import to_device_async
 from ssl_vit.runtime.rng import RNGStream, fold_in, uniform, view_keys
 from ssl_vit.runtime.workers import single_threaded
 
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 _LUMA = (0.2989, 0.587, 0.114)
-_SOLARIZE_ABOVE = 128 / 255 - 2.0**-24  # the float32 before 128/255
-_LEAST_CHROMA = 1e-9  # for gray pixels, that no one divides by 0
-_BLOCK = 1 << 19  # values that a CPU changes at once: of 2^14 to 2^20 the fastest with 1 MiB of cache per core
+_SOLARIZE_THRESHOLD = 128 / 255 - 2.0**-24  # the float32 before 128/255
+_MIN_CHROMA = 1e-9  # avoids a division by 0 for gray pixels
+_BLOCK = 1 << 19  # values per block on a CPU: of 2^14 to 2^20 the fastest with 1 MiB of cache per core
 
 
-class JitterDraws(NamedTuple):
-    """How n views are jittered, by those operations that are on."""
+class JitterParams(NamedTuple):
+    """Color jitter of n views; `operations` are those with a strength above 0."""
 
-    chosen: Tensor  # (n,) bool: whether at all
-    order: Tensor  # (n, operations) int64: which comes 1st, 2nd, ... of brightness 0, contrast 1, saturation 2, hue 3
+    applied: Tensor  # (n,) bool
+    order: Tensor  # (n, operations) int64: brightness 0, contrast 1, saturation 2, hue 3, in order of application
     factor: Tensor  # (n, 3) of brightness, contrast and saturation
-    hue: Tensor  # (n,) share of the color circle
+    hue: Tensor  # (n,) fraction of the color circle
 
 
 class ColorParams(NamedTuple):
-    """What n views undergo; on the CPU."""
+    """The random parameters of n views, on the CPU."""
 
-    jitter: JitterDraws
+    jitter: JitterParams
     gray: Tensor  # (n,) bool
     blurred: Tensor  # (n,) bool
     sigma: Tensor  # (n,) pixels
     solarized: Tensor  # (n,) bool
 
-    def of(self, views: Tensor | slice) -> ColorParams:
-        """The draws of some of the views."""
-        return ColorParams(JitterDraws(*(part[views] for part in self.jitter)), *(part[views] for part in self[1:]))
+    def select(self, views: Tensor | slice) -> ColorParams:
+        """Return the parameters of some of the views."""
+        return ColorParams(JitterParams(*(part[views] for part in self.jitter)), *(part[views] for part in self[1:]))
 
 
 class ColorAugmentation:
-    """The photometric half of the views, as in DINO: jitter, grayscale, blur, solarization, then normalization.
+    """Color augmentation of DINO: jitter, grayscale, blur, solarization, then normalization.
 
-    What happens to a view follows from its sample's key and its number alone, not from the batch that it is in.
-    Parameters are drawn on the CPU, the same for every device; give keys that are there, and the CPU never waits for
-    a GPU. A GPU changes all views at once, a CPU those with the same order of jitter, as many as its cache holds.
+    The parameters of a view depend on its sample's key and its view number only, not on the batch. They are sampled on
+    the CPU, identically for every device. A GPU processes all views at once; a CPU processes blocks that fit into its
+    cache, of views with the same order of jitter.
     """
 
     def __init__(self, views: ViewsConfig) -> None:
         self.views = views
 
     def __call__(self, views: Tensor, key: Tensor, first_view: int = 0) -> Tensor:
-        """Change and normalize views.
+        """Augment and normalize views.
 
         Args:
             views: (B, V, C, H, W) uint8, of one or three channels.
-            key: The samples' keys (B,) int64.
-            first_view: Number of the first of the V views: 0 for global ones; for local ones the count of global ones.
-                The numbers seed the draws, and choose between the probabilities for view 0, view 1 and all later ones.
+            key: The samples' keys (B,) int64, best on the CPU, so that it does not wait for a GPU.
+            first_view: Number of the first of the V views: 0 for global views, the number of global views for local
+                ones. It enters the RNG key and selects the probabilities of view 0, view 1 or all later views.
 
         Returns:
             Views (B, V, C, H, W) float32, normalized.
@@ -73,32 +73,31 @@ class ColorAugmentation:
         batch, count, channels = views.shape[:3]
         keys = view_keys(key.cpu(), first_view, count).flatten()  # (N,), N = B*V
         kind = torch.arange(first_view, first_view + count).clamp(max=2).repeat(batch)  # (N,)
-        draws = self._draw(keys, kind, color=channels == 3)
+        params = self._sample_params(keys, kind, color=channels == 3)
         flat = views.flatten(0, 1)  # (N, C, H, W)
         if views.device.type != "cpu":
-            return self._change(flat, draws, self._blur_weights(flat, draws)).view(views.shape)
-
+            return self._augment(flat, params, self._blur_weights(flat, params)).view(views.shape)
         with single_threaded():
-            return self._by_blocks(flat, draws).view(views.shape)
+            return self._augment_by_blocks(flat, params).view(views.shape)
 
-    def _by_blocks(self, views: Tensor, draws: ColorParams) -> Tensor:
-        """Change and normalize views (N, C, H, W), as many at once as the cache holds."""
+    def _augment_by_blocks(self, views: Tensor, params: ColorParams) -> Tensor:
+        """Augment and normalize views (N, C, H, W) in blocks that fit into the cache."""
         out = torch.empty(views.shape)
-        places, blocks = _blocks(draws, most=max(1, _BLOCK // math.prod(views.shape[1:])))
-        draws = draws.of(places)
-        rows, cols = self._blur_weights(views, draws)
-        done = 0  # of the blurred ones
+        order, blocks = _split_into_blocks(params, block_size=max(1, _BLOCK // math.prod(views.shape[1:])))
+        params = params.select(order)
+        rows, columns = self._blur_weights(views, params)
+        blurred = slice(0)  # the block's among all blurred views
         for block in blocks:
-            some = draws.of(block)
-            now = slice(done, done + int(some.blurred.sum()))
-            changed = self._change(views.index_select(0, places[block]), some, (rows.of(now), cols.of(now)))
-            for place, view in zip(places[block].tolist(), changed, strict=True):
-                out[place] = view  # three times as fast as all of a block by their places
-            done = now.stop
+            own = params.select(block)
+            blurred = slice(blurred.stop, blurred.stop + int(own.blurred.sum()))
+            weights = rows.select(blurred), columns.select(blurred)
+            augmented = self._augment(views.index_select(0, order[block]), own, weights)
+            for index, view in zip(order[block].tolist(), augmented, strict=True):
+                out[index] = view  # three times as fast as index_copy_ of the block
         return out
 
-    def _draw(self, keys: Tensor, kind: Tensor, *, color: bool) -> ColorParams:
-        """Decide for views with keys (N,), of kind (N,) 0, 1 or 2, what happens to them."""
+    def _sample_params(self, keys: Tensor, kind: Tensor, *, color: bool) -> ColorParams:
+        """Sample the parameters of views with keys (N,) and kinds (N,) 0, 1 or 2 (view 0, view 1, later views)."""
         jitter, (low, high) = self.views.jitter, self.views.blur.sigma
         if not color:
             jitter = jitter.model_copy(update={"saturation": 0, "hue": 0})
@@ -107,74 +106,74 @@ class ColorAugmentation:
             uniform(fold_in(keys, stream), 1)[:, 0] for stream in (RNGStream.GRAYSCALE, RNGStream.SOLARIZE)
         )
         return ColorParams(
-            jitter=draw_jitter(keys, jitter),
+            jitter=sample_jitter_params(keys, jitter),
             gray=gray < (self.views.grayscale if color else 0),
             blurred=blur_draws[:, 0] < torch.tensor(self.views.blur.p)[kind],
             sigma=low + (high - low) * blur_draws[:, 1],
             solarized=solarized < torch.tensor(self.views.solarize)[kind],
         )
 
-    def _blur_weights(self, views: Tensor, draws: ColorParams) -> tuple[BlurWeights, BlurWeights]:
-        """Weights for rows and columns of the blurred ones of views (N, C, H, W); cut off at 4 of the largest sigma."""
-        sigma = to_device_async(draws.sigma[draws.blurred], views.device)
+    def _blur_weights(self, views: Tensor, params: ColorParams) -> tuple[BlurWeights, BlurWeights]:
+        """Compute the weights for rows and columns of the blurred views, cut off at 4 times the largest sigma."""
+        sigma = to_device_async(params.sigma[params.blurred], views.device)
         reach = math.ceil(4 * self.views.blur.sigma[1])
         height, width = views.shape[2:]
         rows = blur_weights(sigma, size=height, reach=reach)
         return rows, rows if width == height else blur_weights(sigma, size=width, reach=reach)
 
-    def _change(self, views: Tensor, draws: ColorParams, weights: tuple[BlurWeights, BlurWeights]) -> Tensor:
-        """Views (n, C, H, W) uint8 as float32, changed and normalized."""
+    def _augment(self, views: Tensor, params: ColorParams, weights: tuple[BlurWeights, BlurWeights]) -> Tensor:
+        """Augment and normalize views (n, C, H, W) uint8 to float32."""
         x = views.contiguous().float().div_(255)
-        jitter(x, draws.jitter)
-        _change_some(x, draws.gray, lambda some: some.copy_(rgb_to_luma(some).expand_as(some)))
-        _change_some(x, draws.blurred, lambda some: blur(some, *weights))
-        _change_some(x, draws.solarized, solarize)
+        apply_jitter(x, params.jitter)
+        _apply_to(x, params.gray, lambda images: images.copy_(rgb_to_luma(images).expand_as(images)))
+        _apply_to(x, params.blurred, lambda images: blur(images, *weights))
+        _apply_to(x, params.solarized, solarize)
         statistics = to_device_async(torch.tensor([self.views.mean, self.views.std]), x.device)
         mean, std = statistics.view(2, -1, 1, 1)
         return x.mul_(1 / std).sub_(mean / std)
 
 
-def draw_jitter(keys: Tensor, config: JitterConfig) -> JitterDraws:
-    """Decide for views with keys (N,) whether, in which order and how far they are jittered.
+def sample_jitter_params(keys: Tensor, config: JitterConfig) -> JitterParams:
+    """Sample color jitter for views with keys (N,).
 
     Factors are uniform in [max(0, 1 - x), 1 + x], hue shifts in [-h, h], all orders equally likely.
     """
     draws = uniform(fold_in(keys, RNGStream.JITTER), 9)  # (N, 9)
-    most = torch.tensor([config.brightness, config.contrast, config.saturation, config.hue])
-    low, high = (1 - most[:3]).clamp(min=0), 1 + most[:3]
-    on = most.nonzero().squeeze(1)
-    return JitterDraws(
-        chosen=draws[:, 0] < config.p,
-        order=on[draws[:, 5 + on].argsort(dim=1)],
+    strength = torch.tensor([config.brightness, config.contrast, config.saturation, config.hue])
+    low, high = (1 - strength[:3]).clamp(min=0), 1 + strength[:3]
+    active = strength.nonzero().squeeze(1)
+    return JitterParams(
+        applied=draws[:, 0] < config.p,
+        order=active[draws[:, 5 + active].argsort(dim=1)],
         factor=low + (high - low) * draws[:, 1:4],
         hue=config.hue * (2 * draws[:, 4] - 1),
     )
 
 
-def jitter(x: Tensor, drawn: JitterDraws) -> None:
-    """Jitter the chosen ones of n images (n, C, H, W) in [0, 1], each in its own order; in place.
+def apply_jitter(x: Tensor, params: JitterParams) -> None:
+    """Jitter n images (n, C, H, W) in [0, 1], each in its own order, in place.
 
-    Values are clamped after each operation. One channel has no color: saturation and hue leave it as it is.
+    Values are clamped after each operation. Saturation and hue leave images of one channel unchanged.
     """
     color = x.shape[1] == 3
-    for operations in drawn.order.where(drawn.chosen[:, None], -1).unbind(dim=1):  # (n,)
+    for operations in params.order.where(params.applied[:, None], -1).unbind(dim=1):  # (n,)
         present = set(operations.tolist())
         for operation in sorted(present - {-1}):
             if operation >= _SATURATION and not color:
                 continue
-            amount = drawn.hue if operation == _HUE else drawn.factor[:, operation]  # (n,)
+            amount = params.hue if operation == _HUE else params.factor[:, operation]  # (n,)
             if len(present) == 1:
                 _OPERATIONS[operation](x, to_device_async(amount, x.device))
                 continue
-            places = (operations == operation).nonzero().squeeze(1)
-            amount, places = (to_device_async(part, x.device) for part in (amount[places], places))
-            some = x.index_select(0, places)
-            _OPERATIONS[operation](some, amount)
-            x.index_copy_(0, places, some)
+            indices = (operations == operation).nonzero().squeeze(1)
+            amount, indices = (to_device_async(part, x.device) for part in (amount[indices], indices))
+            images = x.index_select(0, indices)
+            _OPERATIONS[operation](images, amount)
+            x.index_copy_(0, indices, images)
 
 
 def rgb_to_luma(x: Tensor) -> Tensor:
-    """Brightness (N, 1, H, W) of images (N, C, H, W) of three channels (ITU-R 601) or one."""
+    """Return the luma (N, 1, H, W) of images (N, C, H, W) of three channels (ITU-R 601) or one."""
     if x.shape[1] == 1:
         return x
     red, green, blue = torch.split(x, 1, dim=1)
@@ -201,62 +200,63 @@ def adjust_saturation(x: Tensor, factor: Tensor) -> None:
 
 
 def shift_hue(x: Tensor, shift: Tensor) -> None:
-    """Turn the colors of RGB images (N, 3, H, W) in [0, 1] by `shift` (N,), a share of the color circle; in place.
+    """Shift the hues of RGB images (N, 3, H, W) in [0, 1] by `shift` (N,), a fraction of the color circle; in place.
 
-    Least value and chroma stay (Smith, SIGGRAPH 1978). Hues and their distances are in sixths of the circle, red at 0,
-    green at 2, blue at 4. A channel is the least value + chroma * clamp(2 - d, 0, 1), where d is the distance of the
-    hue from the channel's own; around the circle, for e in [-6, 6], 2 - d is abs(abs(e) - 3) - 1. There is no case for
-    which channel is brightest: with u = (red - least) / chroma and q = (green - blue) / chroma, one of u = 0, u = 1
-    and abs(q) = 1 holds, and in all three the hue lies u of the way from (3 - abs(q)) * sign(q) to q.
+    Minimum and chroma stay (Smith, SIGGRAPH 1978). Hues and their distances are in sixths of the circle, red at 0,
+    green at 2, blue at 4. A channel is minimum + chroma * clamp(2 - d, 0, 1), where d is the distance of the hue to
+    the channel's own; around the circle, for e in [-6, 6], 2 - d is abs(abs(e) - 3) - 1. No case distinction by the
+    brightest channel is needed: with u = (red - minimum) / chroma and q = (green - blue) / chroma, one of u = 0, u = 1
+    and abs(q) = 1 holds, and in all three the hue is u of the way from (3 - abs(q)) * sign(q) to q.
     """
     red, green, blue = x.unbind(dim=1)  # (N, H, W) each
-    least = torch.minimum(red, green)
-    torch.minimum(least, blue, out=least)
+    minimum = torch.minimum(red, green)
+    torch.minimum(minimum, blue, out=minimum)
     chroma = torch.maximum(red, green)
-    torch.maximum(chroma, blue, out=chroma).sub_(least).clamp_(min=_LEAST_CHROMA)
-    u = (red - least).div_(chroma)
+    torch.maximum(chroma, blue, out=chroma).sub_(minimum).clamp_(min=_MIN_CHROMA)
+    u = (red - minimum).div_(chroma)
     q = (green - blue).div_(chroma)
     opposite = torch.copysign(torch.tensor(3.0), q, out=red).sub_(q)
     hue = torch.lerp(opposite, q, u, out=q)  # (N, H, W), -3 to 3
-    own = torch.arange(0, 6, 2, device=x.device) - 6 * shift[:, None]  # (N, 3): of the channels, turned the other way
-    own.add_(3).remainder_(6).sub_(3)  # -3 to 3
-    torch.sub(hue.unsqueeze(1), own[..., None, None], out=x)
-    x.abs_().sub_(3).abs_().clamp_(1, 2)  # 1 more than the share of the chroma
-    torch.addcmul(least.sub_(chroma).unsqueeze(1), x, chroma.unsqueeze(1), out=x)
+    channel_hue = torch.arange(0, 6, 2, device=x.device) - 6 * shift[:, None]  # (N, 3), shifted the other way
+    channel_hue.add_(3).remainder_(6).sub_(3)  # -3 to 3
+    torch.sub(hue.unsqueeze(1), channel_hue[..., None, None], out=x)
+    x.abs_().sub_(3).abs_().clamp_(1, 2)  # 1 more than the fraction of the chroma
+    torch.addcmul(minimum.sub_(chroma).unsqueeze(1), x, chroma.unsqueeze(1), out=x)
 
 
 _OPERATIONS = (adjust_brightness, adjust_contrast, adjust_saturation, shift_hue)
 
 
 def solarize(x: Tensor) -> None:
-    """Invert the values of 128/255 and above, of images in [0, 1]; in place."""
-    bright = F.threshold(x, _SOLARIZE_ABOVE, 0.5)  # where it is not: 1/2, its own inverse
+    """Invert values of 128/255 and above in images in [0, 1], in place."""
+    bright = F.threshold(x, _SOLARIZE_THRESHOLD, 0.5)  # elsewhere 1/2, which is its own inverse
     x.add_(bright.mul_(-2).add_(1))
 
 
-def _change_some(x: Tensor, chosen: Tensor, change: Callable[[Tensor], object]) -> None:
-    """Change some of the images (N, C, H, W), chosen (N,) bool on the CPU, in place by a function that does so."""
-    places = chosen.nonzero().squeeze(1)
-    if len(places) == 0:
+def _apply_to(x: Tensor, mask: Tensor, transform: Callable[[Tensor], object]) -> None:
+    """Apply an in-place transform to the images of (N, C, H, W) selected by a mask (N,) bool on the CPU."""
+    indices = mask.nonzero().squeeze(1)
+    if len(indices) == 0:
         return
-    run = slice(int(places[0]), int(places[-1]) + 1)
-    if len(places) == run.stop - run.start:
-        change(x[run])
+    interval = slice(int(indices[0]), int(indices[-1]) + 1)
+    if len(indices) == interval.stop - interval.start:
+        transform(x[interval])
         return
-    places = to_device_async(places, x.device)
-    some = x.index_select(0, places)
-    change(some)
-    x.index_copy_(0, places, some)
+    indices = to_device_async(indices, x.device)
+    images = x.index_select(0, indices)
+    transform(images)
+    x.index_copy_(0, indices, images)
 
 
-def _blocks(draws: ColorParams, *, most: int) -> tuple[Tensor, list[slice]]:
-    """An order of views (N,) int64, and its runs of at most `most` views with the same order of jitter.
+def _split_into_blocks(params: ColorParams, *, block_size: int) -> tuple[Tensor, list[slice]]:
+    """Sort views by their order of jitter, the blurred ones last within each, and split these groups into blocks.
 
-    In it, of those with the same order of jitter the blurred ones come last.
+    Returns:
+        The views' indices (N,) int64 in that order, and blocks of at most `block_size` views in it.
     """
-    digits = 5 ** torch.arange(draws.jitter.order.shape[1])
-    code = (draws.jitter.order + 1).where(draws.jitter.chosen[:, None], 0) @ digits  # (N,)
-    places = (2 * code + draws.blurred).argsort(stable=True)
+    digits = 5 ** torch.arange(params.jitter.order.shape[1])
+    code = (params.jitter.order + 1).where(params.jitter.applied[:, None], 0) @ digits  # (N,)
+    order = (2 * code + params.blurred).argsort(stable=True)
     ends = [0, *code.bincount().cumsum(0).tolist()]
-    starts = [range(start, end, most) for start, end in pairwise(ends)]
-    return places, [slice(at, min(at + most, some.stop)) for some in starts for at in some]
+    groups = [range(start, end, block_size) for start, end in pairwise(ends)]
+    return order, [slice(start, min(start + block_size, group.stop)) for group in groups for start in group]

@@ -1,4 +1,4 @@
-"""What an image goes through before its features are taken: resize, center crop, normalize. Nothing random."""
+"""The evaluation transform: resize, center crop, normalize."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torchvision.transforms.v2 import functional as tv
 
 
 class EvalTransform:
-    """Images of any size as center crops of one size.
+    """Resize and center crop to one size; normalization is separate, for the device.
 
     Args:
         image_size: Side S of the crop, in pixels.
-        crop_ratio: S over the short side that an image is resized to: 0.875 cuts 224 out of 256.
+        crop_ratio: S / the short side after resizing: 0.875 crops 224 from 256.
         mean: Per channel, of images in [0, 1].
         std: Per channel.
     """
@@ -27,7 +27,7 @@ class EvalTransform:
         self.std = list(std)
 
     def __call__(self, image: Tensor) -> Tensor:
-        """The crop (C, S, S) uint8 of an image (C, H, W) uint8; one that is S x S already is used as it is."""
+        """Transform an image (C, H, W) uint8 to (C, S, S) uint8; an image of S x S is returned unchanged."""
         if image.shape[1:] == (self.image_size, self.image_size):
             return image
         short = round(self.image_size / self.crop_ratio)
@@ -36,13 +36,13 @@ class EvalTransform:
         return crop
 
     def normalize(self, batch: Tensor) -> Tensor:
-        """Float images (B, C, S, S), as the model wants them, from uint8 ones."""
+        """Convert images (B, C, S, S) uint8 to normalized float."""
         x = batch.float().div_(255)
         mean, std = x.new_tensor([self.mean, self.std]).view(2, -1, 1, 1)
         return x.sub_(mean).div_(std)
 
     def describe(self) -> dict[str, Any]:
-        """The protocol, for the record of a result."""
+        """Return the settings as they are stored in results."""
         return {
             "image_size": self.image_size,
             "crop_ratio": self.crop_ratio,

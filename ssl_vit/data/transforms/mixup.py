@@ -1,7 +1,7 @@
-"""What learning from labels adds to crops and flips: RandAugment, random erasing, mixup and cutmix, all of them timm's.
+"""Augmentation for supervised training: timm's RandAugment, random erasing, mixup and cutmix.
 
-timm draws from the generators of the process; here they are seeded by an image's key, or for a mixed batch by that of
-its first image. So the same image of the same epoch comes out the same, in whichever process.
+timm uses the global generators of the process. They are seeded with an image's key, or for a mixed batch with the key
+of its first image, so that an image of an epoch is augmented identically in every process.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ssl_vit.runtime.rng import RNGStream, fold_in, seeded_global_rng
 
 
 class RandAugment:
-    """RandAugment (Cubuk et al. 2019, arXiv 1909.13719) with magnitudes that increase, as `rand-m9-mstd0.5-inc1`.
+    """RandAugment (Cubuk et al. 2019, arXiv 1909.13719) with increasing magnitudes, such as `rand-m9-mstd0.5-inc1`.
 
     Args:
         config: Operations per image and their magnitude.
-        size: Side of the images in pixels; they are moved by 0.45 of it at most.
-        mean: Color in [0, 1] of what comes in at the border.
+        size: Side of the images in pixels; translations are at most 0.45 of it.
+        mean: Fill color in [0, 1].
     """
 
     def __init__(self, config: RandAugmentConfig, *, size: int, mean: Sequence[float]) -> None:
@@ -37,28 +37,26 @@ class RandAugment:
             f"rand-m{config.magnitude:g}-n{config.layers}-mstd{config.std:g}-inc1",
             {
                 "translate_const": int(0.45 * size),
-                "img_mean": tuple(
-                    round(255 * level) for level in (*mean, *mean, *mean)[:3]
-                ),  # one of gray, three times
+                "img_mean": tuple(round(255 * level) for level in (*mean, *mean, *mean)[:3]),  # gray: three times
                 "interpolation": Image.Resampling.BICUBIC,
-                "magnitude_max": 9.99,  # at 10 timm posterizes to 0 bits, which Pillow refuses
+                "magnitude_max": 9.99,  # at 10 timm posterizes to 0 bits, an error in Pillow
             },
         )
 
     def __call__(self, batch: Batch) -> Batch:
-        """The batch, its first view changed in place; what happens to an image follows from its key alone."""
+        """Augment the first view of the batch in place, each image as a function of its key."""
         seeds = fold_in(batch.key, RNGStream.RAND_AUGMENT).tolist()
         with seeded_global_rng() as seed:
-            for picture, key in zip(batch.global_views[:, 0], seeds, strict=True):
+            for image, key in zip(batch.global_views[:, 0], seeds, strict=True):
                 seed(key)
-                color = picture.expand(3, -1, -1).permute(1, 2, 0)  # (H, W, 3), gray as three equal channels
-                changed = self.operations(Image.fromarray(color.contiguous().numpy()))
-                picture.copy_(torch.from_numpy(np.array(changed)).permute(2, 0, 1)[: len(picture)])
+                color = image.expand(3, -1, -1).permute(1, 2, 0)  # (H, W, 3), gray as three equal channels
+                augmented = self.operations(Image.fromarray(color.contiguous().numpy()))
+                image.copy_(torch.from_numpy(np.array(augmented)).permute(2, 0, 1)[: len(image)])
         return batch
 
 
 class MixupCutmix:
-    """Random erasing, then mixup or cutmix, of images that are normalized already.
+    """Random erasing, then mixup or cutmix, of normalized images.
 
     Args:
         config: Probabilities and strengths.
@@ -74,7 +72,7 @@ class MixupCutmix:
         self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=classes)
 
     def __call__(self, images: Tensor, labels: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """The images, changed in place, and what is to be answered of each.
+        """Augment the images in place and return them with their soft targets.
 
         Args:
             images: (B, C, H, W) float; B is even where images are mixed.
@@ -82,12 +80,12 @@ class MixupCutmix:
             key: The images' keys (B,) int64, on the CPU.
 
         Returns:
-            Images (B, C, H, W), and targets (B, classes) that add up to 1 each.
+            Images (B, C, H, W), and targets (B, classes) that sum to 1.
         """
         with seeded_global_rng() as seed:
             if self.erase:
-                for image, own in zip(images, fold_in(key, RNGStream.ERASING).tolist(), strict=True):
-                    seed(own)
+                for image, own_key in zip(images, fold_in(key, RNGStream.ERASING).tolist(), strict=True):
+                    seed(own_key)
                     self.erasing(image)
             if not self.mix:
                 return images, mixup_target(labels, self.classes, 1.0, self.smoothing)
@@ -99,13 +97,13 @@ class MixupCutmix:
 def single_view_config(
     config: AugmentationConfig, size: int, mean: Sequence[float], std: Sequence[float]
 ) -> ViewsConfig:
-    """One view of each image, cut, flipped and normalized: the part of the augmentation that pretraining has too."""
-    still = JitterConfig(p=0, brightness=0, contrast=0, saturation=0, hue=0)
+    """Build the config of one cropped, flipped and normalized view per image, without color augmentation."""
+    no_jitter = JitterConfig(p=0, brightness=0, contrast=0, saturation=0, hue=0)
     return ViewsConfig(
         global_crops=CropsConfig(count=1, size=size, **config.crops.model_dump()),
         local_crops=CropsConfig(count=0, size=size, **config.crops.model_dump()),
         flip=config.flip,
-        jitter=still,
+        jitter=no_jitter,
         grayscale=0,
         blur=BlurConfig(p=(0, 0, 0), sigma=(0, 1)),
         solarize=(0, 0, 0),

@@ -1,4 +1,4 @@
-"""Random resized crops and flips of uint8 images: the geometric half of the views."""
+"""Multi-crop: random resized crops and flips of uint8 images, global and local views."""
 
 from __future__ import annotations
 
@@ -17,84 +17,83 @@ from ssl_vit.data.transforms.random_resized_crop import (
     sample_crop_params,
     scale_boxes,
 )
-from ssl_vit.data.transforms.resize import batched_resized_crop, cached_bicubic_weights
-from ssl_vit.data.transforms.separable_filter import bicubic_weights
+from ssl_vit.data.transforms.resize import batched_resized_crop, bicubic_weights, cached_bicubic_weights
 from ssl_vit.runtime.device import to_device_async
 from ssl_vit.runtime.rng import view_keys
 
-_SHRINKS = 8, 4, 2  # by which an image may be decoded smaller, see `data.decode`
-_SMALL = 48  # pixels of images and views: up to here a CPU cuts many at once faster than one by one
-_AT_ONCE, _AT_ONCE_GPU = 16, 128  # images: what fits a core's cache; what leaves a GPU's memory to the model
+_JPEG_SCALES = 8, 4, 2  # factors by which libjpeg decodes smaller, see `data.sources.decode`
+_SMALL = 48  # pixels of images and views: up to here a CPU crops faster in batches than one by one
+_CHUNK, _CHUNK_GPU = 16, 128  # images: what fits into a core's cache; what leaves most of a GPU's memory to the model
 
 
 class CropPlan:
-    """The views of one image, which may be decoded smaller if the boxes allow; for one image only.
+    """The crops of one image, which may be decoded smaller if they allow it; for one image only.
 
     Args:
-        draws: Of its views (V,).
-        sizes: Of the views, in pixels.
+        params: Of its V views, each field (V, ...).
+        sizes: Side of each view in pixels.
     """
 
-    def __init__(self, draws: CropParams, sizes: Sequence[int]) -> None:
-        self.draws = draws
+    def __init__(self, params: CropParams, sizes: Sequence[int]) -> None:
+        self.params = params
         self.sizes = sizes
-        self._whole: tuple[int, int] | None = None  # its height and width, if `shrink` was asked
-        self._shrink = 1
+        self._full_size: tuple[int, int] | None = None  # height and width, set by `jpeg_scale`
+        self._scale = 1
 
-    def shrink(self, height: int, width: int) -> int:
-        """The largest of 1, 2, 4, 8 by which this image may be shrunk and no box be smaller than its view.
+    def jpeg_scale(self, height: int, width: int) -> int:
+        """Return the largest factor 1, 2, 4 or 8 at which no box gets smaller than its view.
 
         Args:
-            height: Of the whole image, in pixels.
-            width: Of the whole image, in pixels.
+            height: Of the full image, in pixels.
+            width: Of the full image, in pixels.
         """
-        self._whole = height, width
-        if min(height, width) >= _SHRINKS[-1] * max(self.sizes):
-            boxes = resolve_boxes(self.draws, height, width)
-            room = int((torch.minimum(boxes.height, boxes.width) // torch.tensor(self.sizes)).min())
-            self._shrink = next((by for by in _SHRINKS if by <= room), 1)
-        return self._shrink
+        self._full_size = height, width
+        if min(height, width) >= _JPEG_SCALES[-1] * max(self.sizes):
+            boxes = resolve_boxes(self.params, height, width)
+            limit = int((torch.minimum(boxes.height, boxes.width) // torch.tensor(self.sizes)).min())
+            self._scale = next((scale for scale in _JPEG_SCALES if scale <= limit), 1)
+        return self._scale
 
-    def into(self, image: Tensor, views: Sequence[Tensor]) -> None:
-        """Fill the views (C, S, S) from the image (C, H, W), smaller by what `shrink` said if that was asked.
+    def crop_into(self, image: Tensor, views: Sequence[Tensor]) -> None:
+        """Fill the views (C, S, S) from an image (C, H, W) of full size or decoded as `jpeg_scale` returned.
 
-        In a smaller image the boxes' edges lie on its own pixels, at most half of one beside their true places. A
-        view's pixels are never smaller than those, so that this is at most half a pixel of the view.
+        In a smaller image box edges are rounded to its pixels. A view's pixels are never smaller than these, so the
+        error is at most half a pixel of the view.
         """
-        boxes = resolve_boxes(self.draws, *(self._whole or image.shape[1:]))
-        if self._shrink > 1:
-            boxes = scale_boxes(boxes, self._shrink)
-        _cut_each(image, boxes, views)
+        boxes = resolve_boxes(self.params, *(self._full_size or image.shape[1:]))
+        if self._scale > 1:
+            boxes = scale_boxes(boxes, self._scale)
+        _crop_views(image, boxes, views)
 
 
 class MultiCrop:
-    """Global and local views of an image; the same key gives the same boxes and flips, however they are cut."""
+    """Global and local views of images; the same key gives the same boxes and flips in every method."""
 
     def __init__(self, views: ViewsConfig) -> None:
         self.views = views
         kinds = views.global_crops, views.local_crops
         self.sizes = [crops.size for crops in kinds for _ in range(crops.count)]
 
-    def draw(self, keys: Tensor) -> CropParams:
-        """What is random in the views (B, G + L) of samples (B,), the global ones first."""
+    def sample_params(self, keys: Tensor) -> CropParams:
+        """Sample the crop parameters of the views (B, G + L) of samples with keys (B,), global views first."""
         kinds = (self.views.global_crops, 0), (self.views.local_crops, self.views.global_crops.count)
-        drawn = [
+        sampled = [
             sample_crop_params(view_keys(keys, first, crops.count), crops=crops, flip=self.views.flip)
             for crops, first in kinds
         ]
-        return CropParams(*(np.concatenate(parts, axis=1) for parts in zip(*drawn, strict=True)))
+        return CropParams(*(np.concatenate(parts, axis=1) for parts in zip(*sampled, strict=True)))
 
-    def cut(self, draws: CropParams, place: int) -> CropPlan:
-        """The views of the image at a place (of B) of draws."""
-        return CropPlan(CropParams(*(part[place] for part in draws)), self.sizes)
+    def plan(self, params: CropParams, row: int) -> CropPlan:
+        """Plan the crops of one image, the given row of batched parameters."""
+        return CropPlan(CropParams(*(part[row] for part in params)), self.sizes)
 
-    def shapes(self, count: int, channels: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of the global views (B, G, C, S, S) and the local views (B, L, C, s, s) of so many images."""
+    def view_shapes(self, count: int, channels: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes (B, G, C, S, S) of the global and (B, L, C, s, s) of the local views of `count` images."""
         big, small = self.views.global_crops, self.views.local_crops
         return (count, big.count, channels, big.size, big.size), (count, small.count, channels, small.size, small.size)
 
-    def one(self, image: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of one image of any size.
+    def crop_image(self, image: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Crop the views of one image of any size.
 
         Args:
             image: (C, H, W) uint8.
@@ -103,63 +102,63 @@ class MultiCrop:
         Returns:
             Global views (G, C, S, S) and local views (L, C, s, s), uint8.
         """
-        views = [torch.empty(shape[1:], dtype=torch.uint8) for shape in self.shapes(1, len(image))]
-        self.cut(self.draw(key[None]), 0).into(image, [*views[0], *views[1]])
+        views = [torch.empty(shape[1:], dtype=torch.uint8) for shape in self.view_shapes(1, len(image))]
+        self.plan(self.sample_params(key[None]), 0).crop_into(image, [*views[0], *views[1]])
         return views[0], views[1]
 
-    def batch(self, dataset: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of images of one size, cut where these lie.
+    def crop_batch(self, images: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Crop the views of images of one size, on the device of the images.
 
-        Small images on the CPU and all on a GPU are resampled in float, larger ones on the CPU in fixed point, as in
-        `one`: values may differ by one level.
+        Small images on the CPU, and all images on a GPU, are resampled in float; larger ones on the CPU in fixed
+        point, as in `crop_image`: values may differ by one level.
 
         Args:
-            dataset: (B, C, H, W) uint8, on any device.
-            keys: The samples' keys (B,) int64, on the CPU, which does not wait for the device.
+            images: (B, C, H, W) uint8, on any device.
+            keys: The samples' keys (B,) int64, on the CPU, so that it does not wait for the device.
 
         Returns:
             Global views (B, G, C, S, S) and local views (B, L, C, s, s), uint8, on the images' device.
         """
-        count, channels, height, width = dataset.shape
-        boxes = resolve_boxes(self.draw(keys), height, width)  # (B, V)
-        on_cpu = dataset.device.type == "cpu"
+        count, channels, height, width = images.shape
+        boxes = resolve_boxes(self.sample_params(keys), height, width)  # (B, V)
+        on_cpu = images.device.type == "cpu"
         if on_cpu and max(height, width, *self.sizes) > _SMALL:
-            views = [torch.empty(shape, dtype=torch.uint8) for shape in self.shapes(count, channels)]
-            for image, *kinds, own in zip(dataset, *views, zip(*boxes, strict=True), strict=True):
-                _cut_each(image, Boxes(*own), [view for kind in kinds for view in kind])
+            views = [torch.empty(shape, dtype=torch.uint8) for shape in self.view_shapes(count, channels)]
+            for image, *kinds, row in zip(images, *views, zip(*boxes, strict=True), strict=True):
+                _crop_views(image, Boxes(*row), [view for kind in kinds for view in kind])
             return views[0], views[1]
-        table = to_device_async(torch.stack(boxes, dim=1), dataset.device)  # (B, 5, V)
-        at_once = _AT_ONCE if on_cpu else _AT_ONCE_GPU
-        made = [
-            self.together(some, Boxes(*own.unbind(1)), look_up=on_cpu)
-            for some, own in zip(torch.split(dataset, at_once), torch.split(table, at_once), strict=True)
+        table = to_device_async(torch.stack(boxes, dim=1), images.device)  # (B, 5, V)
+        chunk = _CHUNK if on_cpu else _CHUNK_GPU
+        chunks = [
+            self.crop_batch_matmul(part, Boxes(*rows.unbind(1)), cache_weights=on_cpu)
+            for part, rows in zip(torch.split(images, chunk), torch.split(table, chunk), strict=True)
         ]
-        global_views, local_views = map(torch.cat, zip(*made, strict=True))
+        global_views, local_views = map(torch.cat, zip(*chunks, strict=True))
         return global_views, local_views
 
-    def together(self, dataset: Tensor, boxes: Boxes, *, look_up: bool = False) -> tuple[Tensor, Tensor]:
-        """Views of images (B, C, H, W) from boxes (B, V) on the same device, all at once.
+    def crop_batch_matmul(self, images: Tensor, boxes: Boxes, *, cache_weights: bool = False) -> tuple[Tensor, Tensor]:
+        """Crop the views of images (B, C, H, W) uint8 as matrix products.
 
         Args:
-            dataset: uint8.
-            boxes: The flips may be 0 and 1.
-            look_up: Keep the weights of all boxes that an image of this size may have: for small ones only.
+            images: uint8.
+            boxes: (B, V), on the images' device; the flips may be 0 and 1.
+            cache_weights: Keep the weights of all boxes possible in an image of this size: for small ones only.
         """
         kinds = self.views.global_crops, self.views.local_crops
         counts = [crops.count for crops in kinds]
         split = zip(*(torch.split(part, counts, dim=1) for part in boxes), strict=True)
-        weights = cached_bicubic_weights if look_up else bicubic_weights
+        weights = cached_bicubic_weights if cache_weights else bicubic_weights
         global_views, local_views = (
-            batched_resized_crop(dataset, Boxes(*own), size=crops.size, weights=weights)
-            for crops, own in zip(kinds, split, strict=True)
+            batched_resized_crop(images, Boxes(*parts), size=crops.size, weights=weights)
+            for crops, parts in zip(kinds, split, strict=True)
         )
         return global_views, local_views
 
 
-def _cut_each(image: Tensor, boxes: Boxes, views: Iterable[Tensor]) -> None:
-    """Fill each view (C, S, S) with its box (V,) of an image (C, H, W), as torchvision resizes a crop."""
+def _crop_views(image: Tensor, boxes: Boxes, views: Iterable[Tensor]) -> None:
+    """Fill each view (C, S, S) with its box (V,) of an image (C, H, W), resized like torchvision's resized_crop."""
     for *box, flip, view in zip(*(part.tolist() for part in boxes), views, strict=True):
-        top, left, tall, wide = box
-        part = image[None, :, top : top + tall, left : left + wide].contiguous(memory_format=torch.channels_last)
-        resized = interpolate(part, size=view.shape[1:], mode="bicubic", antialias=True)[0]
+        top, left, height, width = box
+        crop = image[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
+        resized = interpolate(crop, size=view.shape[1:], mode="bicubic", antialias=True)[0]
         view.copy_(resized.flip(-1) if flip else resized)

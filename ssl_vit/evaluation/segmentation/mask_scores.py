@@ -52,22 +52,24 @@ class AttentionScores(NamedTuple):
 
 def score_masks(soft: Tensor, masks: Tensor, annotation: Annotation) -> MaskScores:
     """What masks (M, rows, columns) bool and their soft maps (M, rows, columns) are worth in one image."""
-    size = (annotation.object.shape[0], annotation.object.shape[1])
-    truth = pool_mask_to_patches(annotation.object, (soft.shape[-2], soft.shape[-1]), annotation.counted)
+    size = (annotation.foreground.shape[0], annotation.foreground.shape[1])
+    truth = pool_mask_to_patches(annotation.foreground, (soft.shape[-2], soft.shape[-1]), annotation.valid)
     hits = torch.tensor([corloc_hit(mask, annotation.boxes, size) for mask in masks])
-    return MaskScores(saliency_scores(soft, masks, truth, object_=annotation.object, counted=annotation.counted), hits)
+    return MaskScores(
+        saliency_scores(soft, masks, truth, object_=annotation.foreground, counted=annotation.valid), hits
+    )
 
 
 def mark_attention(maps: Tensor, mass: float, annotation: Annotation) -> AttentionScores:
     """What one image's attention maps (heads, rows, columns) are worth, cut at a share of the attention."""
     grid = (maps.shape[-2], maps.shape[-1])
-    truth = pool_mask_to_patches(annotation.object, grid, annotation.counted)
+    truth = pool_mask_to_patches(annotation.foreground, grid, annotation.valid)
     scores = score_heads(maps, truth, mass)
     maps = torch.cat([maps, maps.mean(0, keepdim=True)])
     masks = attention_mass_mask(maps, mass)
     objects = None
     if annotation.instances is not None:
-        truths = [pool_mask_to_patches(instance, grid, annotation.counted) for instance in annotation.instances]
+        truths = [pool_mask_to_patches(instance, grid, annotation.valid) for instance in annotation.instances]
         objects = torch.stack([iou(masks, of_object) for of_object in truths])
     return AttentionScores(score_masks(maps, masks, annotation), scores, mass_curve(maps, truth), objects)
 
@@ -83,10 +85,10 @@ class PriorSample(NamedTuple):
 
 def resize_annotation(annotation: Annotation) -> PriorSample:
     """What is given of an image, without its size."""
-    height, width = annotation.object.shape
+    height, width = annotation.foreground.shape
     cells = annotation.boxes * (OUTLINE / torch.tensor([width, height, width, height]))
     instances = None if annotation.instances is None else downsample_mask(annotation.instances)
-    return PriorSample(downsample_mask(annotation.object), downsample_mask(annotation.counted), cells, instances)
+    return PriorSample(downsample_mask(annotation.foreground), downsample_mask(annotation.valid), cells, instances)
 
 
 def mark_prior(dataset: list[PriorSample], threshold: float) -> list[MaskScores]:

@@ -101,7 +101,7 @@ class Summary:
     def add(self, place: int, seen: list[PredictedMasks], given: Annotation) -> None:
         """Score what each model finds in one image."""
         rows, columns = _grid(seen[0])
-        truth = pool_mask_to_patches(given.object, (rows, columns), given.counted)
+        truth = pool_mask_to_patches(given.foreground, (rows, columns), given.valid)
         masks = {
             "all foreground": torch.ones(1, rows, columns, dtype=torch.bool),
             "patch ceiling": majority_patches(truth)[None],
@@ -121,12 +121,12 @@ class Summary:
         )
         if given.instances is not None:
             scored.by_object["all foreground"] = mean_over_objects(
-                masks["all foreground"][0], given.instances, given.counted
+                masks["all foreground"][0], given.instances, given.valid
             )
-            scored.by_object["patch ceiling"] = ceiling_by_object(given.instances, given.counted, (rows, columns))
+            scored.by_object["patch ceiling"] = ceiling_by_object(given.instances, given.valid, (rows, columns))
         torch.save(scored, self._folder / f"{len(self.places)}.pt")
         self.places.append(place)
-        self._boxes_alone = not given.masked
+        self._boxes_alone = not given.has_masks
 
     def results(self) -> list[MethodResult]:
         """The model, its random-init model if it took part, and the baselines that need no model.

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ssl_vit.data.annotations.davis import VOID, Clip, Mask, default_palette, numbers_in, read_mask, write_mask
+from ssl_vit.data.annotations.davis import Clip, Mask, default_palette, object_ids, read_mask, write_mask
+from ssl_vit.data.annotations.object_masks import VOID
 from ssl_vit.data.dataset import UnreadableImageError
 from ssl_vit.data.sources.video_frames import Skip
 from ssl_vit.evaluation.video.davis_metrics import SequenceStats, boundary_accuracy, region_similarity, sequence_stats
@@ -70,7 +71,7 @@ def track_objects(
     mask = _first_mask(clip, first.name, first.image)
     numbers = _numbers(mask, f"{clip.name}: the mask of the first frame, {first.name},")  # by class
     objects = numbers[1:].tolist()
-    start = _classes(mask.numbers, numbers)
+    start = _classes(mask.ids, numbers)
     carriers: dict[str, Callable[[Tensor], Tensor]] = {
         name: LabelPropagator(model, rule, first.image, start).step for name, model in models.items()
     }
@@ -99,23 +100,21 @@ def track_objects(
 
 
 def _first_mask(clip: Clip, name: str, picture: Tensor) -> Mask:
-    path = clip.masks.path(name, first=True)
+    path = clip.masks.find(name, first=True)
     if path is None:
-        raise UserError(
-            f"{clip.name}: there is no mask with the name of the first frame, {name}, in {clip.masks.place}"
-        )
+        raise UserError(f"{clip.name}: there is no mask with the name of the first frame, {name}, in {clip.masks.path}")
     try:
         mask = read_mask(path)
     except UnreadableImageError as broken:
         raise UserError(f"{path}: {broken.reason}") from None
-    if mask.numbers.shape != picture.shape[-2:]:
-        raise UserError(f"{path} has {_size(mask.numbers)} pixels, its frame {_size(picture)}")
+    if mask.ids.shape != picture.shape[-2:]:
+        raise UserError(f"{path} has {_size(mask.ids)} pixels, its frame {_size(picture)}")
     return mask
 
 
 def _numbers(mask: Mask, called: str) -> Tensor:
     """The number of each class: 0, which is background, then those of the objects."""
-    objects = [number for number in numbers_in(mask.numbers) if number not in (0, VOID)]
+    objects = [number for number in object_ids(mask.ids) if number not in (0, VOID)]
     if not objects:
         raise UserError(f"{called} holds no object")
     return torch.tensor([0, *objects])
@@ -130,11 +129,11 @@ def _classes(numbers: Tensor, of_class: Tensor) -> Tensor:
 
 def _truth(clip: Clip, name: str, like: Tensor, *, binary: bool, skip: Skip) -> Tensor | None:
     """The given numbers (H, W) of a later frame, if there is a mask that fits."""
-    path = clip.masks.path(name, first=False)
+    path = clip.masks.find(name, first=False)
     if path is None:
         return None
     try:
-        numbers = read_mask(path, binary=binary).numbers
+        numbers = read_mask(path, binary=binary).ids
         if numbers.shape != like.shape:
             raise UnreadableImageError(path.name, f"the mask has {_size(numbers)} pixels, its frame {_size(like)}")
     except UnreadableImageError as broken:

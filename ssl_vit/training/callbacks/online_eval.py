@@ -15,7 +15,7 @@ from torch import Tensor
 from ssl_vit.config.pretrain import OnlineEvalConfig, PretrainConfig
 from ssl_vit.data.class_balanced_subset import class_balanced_order
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog, Subset
-from ssl_vit.data.dataset_factory import TrainTestSplit, labeled_folder
+from ssl_vit.data.dataset_factory import TrainTestSplit, build_labeled_folder_splits
 from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.classification.knn import LabeledFeatures, knn
 from ssl_vit.evaluation.classification.ridge_regression import best_ridge, ridge_path
@@ -63,16 +63,16 @@ def choose_labeled(config: OnlineEvalConfig, dataset: ImageDataset, *, seed: int
     Raises:
         UserError: There are no labeled images in `root`.
     """
-    train, test = labeled_folder(config.root) if config.root else TrainTestSplit(dataset, None)
+    train, test = build_labeled_folder_splits(config.root) if config.root else TrainTestSplit(dataset, None)
     order = class_balanced_order(train.labels, seed=seed)
-    bank, asking = order.place, train
+    bank, asking = order.indices, train
     if test is None:
-        spare = (order.turn < (order.size // 5).clamp(min=1)) & (order.size > 1)
-        queries = order.place[spare][: config.val_images]
+        spare = (order.rank < (order.class_size // 5).clamp(min=1)) & (order.class_size > 1)
+        queries = order.indices[spare][: config.val_images]
         bank = bank[~torch.isin(bank, queries)]
     else:
         asking = test
-        queries = class_balanced_order(test.labels, seed=seed).place[: config.val_images]
+        queries = class_balanced_order(test.labels, seed=seed).indices[: config.val_images]
     bank = bank[: config.train_images]
     if not len(queries) or len(torch.unique(train.labels[bank])) < 2:
         return None

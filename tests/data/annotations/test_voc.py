@@ -69,10 +69,10 @@ def test_objects_void_and_boxes_are_what_the_files_say(voc):
     given = VOCDataset(voc, "val").annotation(f"{NAMES[1]}.jpg", SIZE)
     values = torch.from_numpy(instances(1))
     assert torch.equal(given.instances, torch.stack([values == 1, values == 2]))
-    assert torch.equal(given.object, (values == 1) | (values == 2))
-    assert torch.equal(given.counted, values != 255)
+    assert torch.equal(given.foreground, (values == 1) | (values == 2))
+    assert torch.equal(given.valid, values != 255)
     assert given.boxes.tolist() == [[6, 9, 20, 23], [30, 20, 48, 36]]
-    assert given.masked
+    assert given.has_masks
     (voc / "Annotations" / f"{NAMES[1]}.xml").unlink()
     assert VOCDataset(voc, "val").annotation(f"{NAMES[1]}.jpg", SIZE).boxes.tolist() == given.boxes.tolist()
 
@@ -201,6 +201,6 @@ def test_255_is_void_beside_labels_alone(tmp_path, mode, values, void):
         Image.fromarray(mask).save(tmp_path / "a.png")
     folder = MaskFolder(tmp_path)
     given = folder.annotation("a.jpg", (6, 10))
-    assert torch.equal(given.counted, torch.from_numpy((mask != 255) | (not void)))
-    assert torch.equal(given.object, torch.from_numpy((mask > 0) & ((mask != 255) | (not void))))
-    assert bool(folder.remarks()) == void
+    assert torch.equal(given.valid, torch.from_numpy((mask != 255) | (not void)))
+    assert torch.equal(given.foreground, torch.from_numpy((mask > 0) & ((mask != 255) | (not void))))
+    assert bool(folder.notes()) == void

@@ -208,7 +208,7 @@ def test_no_readable_image_is_an_error_at_once(tmp_path, multicrop, skipped, cac
 
 def test_few_images_are_told_of(tmp_path, multicrop, skipped, caplog):
     loader = load(put(tmp_path / "few", [(40, 40)] * 3), multicrop, skipped)
-    assert "3 images are fewer than one step holds" in caplog.text
+    assert "3 images are fewer than one step needs" in caplog.text
     (batch,) = loader
     assert len(batch.index) == 8
 
@@ -329,13 +329,13 @@ def test_images_of_one_size_lie_and_are_cropped_on_the_device(tmp_path, multicro
         with mode:
             return torch.empty(values.shape, dtype=values.dtype, device=device)
 
-    def together(self, pictures, boxes, *, look_up):
-        assert not look_up  # of tables on the CPU
+    def together(self, pictures, boxes, *, cache_weights):
+        assert not cache_weights  # of tables on the CPU
         with mode:
-            return original(self, pictures, boxes, look_up=look_up)
+            return original(self, pictures, boxes, cache_weights=cache_weights)
 
-    original = MultiCrop.together
-    monkeypatch.setattr(MultiCrop, "together", together)
+    original = MultiCrop.crop_batch_matmul
+    monkeypatch.setattr(MultiCrop, "crop_batch_matmul", together)
     monkeypatch.setattr(crops, "to_device_async", sent)
     monkeypatch.setattr(loading, "to_device_async", sent)
     monkeypatch.setattr(loading, "place_on_device", sent)
@@ -385,9 +385,9 @@ def test_evaluation_of_nothing_readable_is_an_error(tmp_path, skipped):
 def test_decoded_images_are_the_images(tmp_path, skipped):
     pictures = put(tmp_path / "mixed", [(30 + i, 60 - i) for i in range(9)], broken=(2,))
     kept = cache_in_memory(pictures, 3, budget=10**6, skipped=skipped, show=False)
-    assert kept.good.tolist() == [0, 1, 3, 4, 5, 6, 7, 8]
-    assert kept.as_one() is None
-    for i in kept.good.tolist():
+    assert kept.readable.tolist() == [0, 1, 3, 4, 5, 6, 7, 8]
+    assert kept.stacked() is None
+    for i in kept.readable.tolist():
         assert torch.equal(kept.read(i), pictures.read(i, 3))
     with pytest.raises(UnreadableImageError, match=r"002\.png"):
         kept.read(2)

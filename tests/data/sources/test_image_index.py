@@ -128,7 +128,7 @@ def slow_class_folders(names):
     ],
 )
 def test_labels_are_those_of_the_textbook_form(names):
-    labels, classes = labels_from_folders(PackedPaths.pack(sorted(names)))
+    labels, classes = labels_from_folders(PackedPaths.from_iterable(sorted(names)))
     slow_labels, slow_classes = slow_class_folders(sorted(names))
     assert labels.tolist() == slow_labels
     assert classes == [escape_path(name) for name in slow_classes]
@@ -285,10 +285,10 @@ def flip(file):
         lambda file: file.write_bytes(os.urandom(1000)),
         flip,
         lambda file: save_file({"text": np.zeros(3, np.uint8)}, file),
-        lambda file: PackedPaths.pack([b"a/1.png", b"no JSON"]).save(file),
-        lambda file: PackedPaths.pack([b"a/1.png", b'["a list"]']).save(file),
-        lambda file: PackedPaths.pack([b"a/1.png", b'{"kind": "of another version"}']).save(file),
-        lambda file: PackedPaths.pack([]).save(file),
+        lambda file: PackedPaths.from_iterable([b"a/1.png", b"no JSON"]).save(file),
+        lambda file: PackedPaths.from_iterable([b"a/1.png", b'["a list"]']).save(file),
+        lambda file: PackedPaths.from_iterable([b"a/1.png", b'{"kind": "of another version"}']).save(file),
+        lambda file: PackedPaths.from_iterable([]).save(file),
     ],
 )
 def test_a_damaged_or_foreign_cache_is_rewritten(root, walks, tmp_path, damage):
@@ -372,18 +372,18 @@ def test_odd_names_come_back_byte_by_byte(tmp_path, walks):
 
 def test_names_are_packed_cut_and_saved(tmp_path):
     single = [b"x" * (i % 7) + b"%d" % i for i in range(9000)] + [b""]
-    names = PackedPaths.pack(iter(single))
+    names = PackedPaths.from_iterable(iter(single))
     assert len(names) == 9001
     assert names == single
     assert [names[i] for i in (0, 4095, 4096, 9000)] == [single[i] for i in (0, 4095, 4096, 9000)]
     for start, stop in pairwise((0, 0, 17, 5000, 9001)):
-        assert names.part(start, stop) == single[start:stop]
-        assert names.part(start, stop).fingerprint() == PackedPaths.pack(single[start:stop]).fingerprint()
+        assert names.slice(start, stop) == single[start:stop]
+        assert names.slice(start, stop).fingerprint() == PackedPaths.from_iterable(single[start:stop]).fingerprint()
     names.save(tmp_path / "names.safetensors")
     loaded = PackedPaths.load(tmp_path / "names.safetensors")
     assert loaded == names
     assert loaded.fingerprint() == names.fingerprint()
-    assert names != PackedPaths.pack(reversed(single))
+    assert names != PackedPaths.from_iterable(reversed(single))
     assert names != single[1:]
 
 
@@ -391,7 +391,7 @@ def test_saved_names_that_are_none(tmp_path):
     path = tmp_path / "names.safetensors"
     with pytest.raises(FileNotFoundError):
         PackedPaths.load(path)
-    PackedPaths.pack([b"one", b"two"]).save(path)
+    PackedPaths.from_iterable([b"one", b"two"]).save(path)
     path.write_bytes(path.read_bytes().replace(b"two", b"too"))
     with pytest.raises(ValueError, match="checksum"):
         PackedPaths.load(path)

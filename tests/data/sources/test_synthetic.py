@@ -35,7 +35,7 @@ def files(folder):
 
 
 def test_folder_holds_a_fifth_for_testing_with_a_mask_for_each(tmp_path):
-    make_synthetic_dataset(tmp_path, dataset=130, seed=3)
+    make_synthetic_dataset(tmp_path, num_images=130, seed=3)
     train, test, masks = (files(tmp_path / kind) for kind in ("train", "test", "test_masks"))
     assert (len(train), len(test)) == (104, 26)
     assert masks.keys() == test.keys()
@@ -49,7 +49,7 @@ def test_folder_holds_a_fifth_for_testing_with_a_mask_for_each(tmp_path):
 
 def test_same_seed_same_bytes(tmp_path):
     for name, seed in {"a": 0, "b": 0, "other": 1}.items():
-        make_synthetic_dataset(tmp_path / name, dataset=60, seed=seed)
+        make_synthetic_dataset(tmp_path / name, num_images=60, seed=seed)
     a, b, other = (files(tmp_path / name) for name in ("a", "b", "other"))
     assert a == b
     assert a.keys() == other.keys()

@@ -520,7 +520,7 @@ def test_unreadable_files_are_left_out_and_odd_names_survive(tmp_path):
     (root / "text.jpg").write_text("no image")
     dataset = scan_image_folder(root)
     shards = write_shards(dataset, tmp_path / "out", shard_bytes=10**6)
-    assert (shards.dataset, shards.tars) == (5, 1)
+    assert (shards.num_images, shards.tars) == (5, 1)
     skipped = dict(line.split("\t") for line in (tmp_path / "out" / "skipped_images.txt").read_text().splitlines())
     assert skipped.keys() == {"empty.jpg", "gone.jpg", "text.jpg"}
     assert skipped["empty.jpg"] == "an empty file"

@@ -20,15 +20,15 @@ from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.transforms import color as photometric
 from ssl_vit.data.transforms.color import (
     ColorAugmentation,
-    JitterDraws,
-    draw_jitter,
-    jitter,
+    JitterParams,
+    apply_jitter,
     rgb_to_luma,
+    sample_jitter_params,
     shift_hue,
     solarize,
 )
+from ssl_vit.data.transforms.gaussian_blur import blur, blur_weights
 from ssl_vit.data.transforms.multicrop import MultiCrop
-from ssl_vit.data.transforms.separable_filter import blur, blur_weights
 from ssl_vit.runtime.rng import sample_keys
 from tests.reference.augmentations import blurred, dino_view, jittered, kolmogorov_smirnov, photograph, uniformity
 from tests.reference.augmentations import photometric as textbook
@@ -80,7 +80,7 @@ def test_jitter_is_torchvisions_in_every_order(channels):
     expected = torch.stack(
         [jittered(image, *(part.tolist() for part in how)) for image, *how in zip(x, orders, factor, hue, strict=True)]
     )
-    jitter(x, JitterDraws(torch.ones(24, dtype=torch.bool), orders, factor, hue))
+    apply_jitter(x, JitterParams(torch.ones(24, dtype=torch.bool), orders, factor, hue))
     torch.testing.assert_close(x, expected, atol=2e-5, rtol=0)
 
 
@@ -232,7 +232,7 @@ def test_blur_sigma_has_its_range(bare: ViewsConfig):
 
 
 def test_the_order_of_the_jitter_is_uniformly_random(dino: ViewsConfig):
-    order = draw_jitter(keys(24_000), dino.jitter).order
+    order = sample_jitter_params(keys(24_000), dino.jitter).order
     codes = (order * torch.tensor([64, 16, 4, 1])).sum(dim=1)
     counts = torch.unique(codes, return_counts=True)[1].double()
     expected = len(order) / 24
@@ -250,7 +250,7 @@ def test_views_are_distributed_as_the_pil_pipelines(bare: ViewsConfig, dino: Vie
     crop = (dino.local_crops if local else dino.global_crops).model_copy(update={"size": 48, "count": 1 + view})
     none = crop.model_copy(update={"count": 0})
     cropper = MultiCrop(dino.model_copy(update={"global_crops": crop, "local_crops": none}))
-    views = torch.stack([cropper.one(image, key)[0][view:] for key in keys(count)])
+    views = torch.stack([cropper.crop_image(image, key)[0][view:] for key in keys(count)])
     photometric = ColorAugmentation(dino.model_copy(update={"mean": bare.mean, "std": bare.std}))
     ours = photometric(views, keys(count), first_view=view)[:, 0]
     settings = {"scale": crop.scale, "blur": dino.blur.p[view], "solarize": dino.solarize[view]}

@@ -58,7 +58,7 @@ def test_noise_and_replacement_hide_a_quarter(sit, size, count):
 
 @pytest.mark.parametrize(("size", "side"), [(32, (0.05, 0.25)), (96, (0.05, 0.25)), (64, (0.1, 0.5))])
 def test_blocks_are_added_by_v1s_stopping_rule(sit, size, side):
-    noise = sit.noise.model_copy(update={"side": side})
+    noise = sit.noise.model_copy(update={"size": side})
     config = only(sit.model_copy(update={"noise": noise}), "noise")
     ours = corrupt(config, torch.zeros(1500, 1, size, size)).mask.float().mean(dim=(1, 2, 3))
     rng = random.Random(0)
@@ -105,14 +105,14 @@ def test_blurred_blocks_are_one_rectangle_of_the_blurred_image(sit):
     assert out[:, 0][block].abs().mean() < 0.5 * x[:, 0][block].abs().mean()
     assert not mask.any()
     flat = torch.full((50, 3, 40, 56), 0.7)
-    torch.testing.assert_close(corrupt(only(sit, "blur"), flat).dataset, flat)
+    torch.testing.assert_close(corrupt(only(sit, "blur"), flat).images, flat)
 
 
 def test_blur_is_one_of_v1s_kernels(sit):
     """A white dot well inside its block becomes the kernel: 3 to 15 pixels wide, always odd."""
     dot = torch.zeros(3000, 1, 41, 41)
     dot[..., 20, 20] = 1
-    out = corrupt(only(sit, "blur"), dot).dataset[:, 0]
+    out = corrupt(only(sit, "blur"), dot).images[:, 0]
     mirrored = torch.isclose(out, out.flip(1), atol=0) & torch.isclose(out, out.flip(2), atol=0)
     inside = mirrored.all(dim=2).all(dim=1) & (out[:, 20, 20] < 0.5)
     widths = (out[inside].amax(dim=1) > 0).sum(dim=1)
@@ -156,7 +156,7 @@ def test_a_batch_cut_into_fours_fares_the_same(sit, view):
         parts = [
             Corruption(sit)(some, key, view=view) for some, key in zip(x.split(size), keys.split(size), strict=True)
         ]
-        torch.testing.assert_close(torch.cat([part.dataset for part in parts]), whole.dataset, rtol=0, atol=1e-14)
+        torch.testing.assert_close(torch.cat([part.images for part in parts]), whole.images, rtol=0, atol=1e-14)
         assert torch.equal(torch.cat([part.mask for part in parts]), whole.mask)
 
 
@@ -167,7 +167,7 @@ def test_probabilities(sit):
         share = corrupt(only(sit.model_copy(update=half), name), x).mask.any(dim=(1, 2, 3)).float().mean()
         assert share == pytest.approx(p, abs=0.03)
     colored = dataset(2000, 3, 16, 16)
-    out = corrupt(only(sit.model_copy(update={"gray": 0.3}), "gray"), colored).dataset
+    out = corrupt(only(sit.model_copy(update={"gray": 0.3}), "gray"), colored).images
     assert (out != colored).any(dim=(1, 2, 3)).float().mean() == pytest.approx(0.3, abs=0.03)
 
 
@@ -181,8 +181,8 @@ def test_noise_is_standard_normal(sit):
 def test_the_same_keys_give_the_same_result(sit):
     x = dataset(16, 3, 32, 32)
     first, again, other = corrupt(sit, x), corrupt(sit, x), corrupt(sit, x, seed=1)
-    assert torch.equal(first.dataset, again.dataset) and torch.equal(first.mask, again.mask)
-    assert not torch.equal(first.dataset, other.dataset)
+    assert torch.equal(first.images, again.images) and torch.equal(first.mask, again.mask)
+    assert not torch.equal(first.images, other.images)
 
 
 def test_rotation_is_clockwise_and_comes_back():
@@ -222,6 +222,6 @@ def test_images_do_not_depend_on_what_is_corrupted_together_with_them(sit, monke
     x = dataset(14, 3, size, size)
     expected = corrupt(sit, x)
     for values in (1, 8 * 3 * size**2, 1 << 30):
-        monkeypatch.setattr(corruption, "_BLOCK", values)
+        monkeypatch.setattr(corruption, "_CHUNK", values)
         out, mask = corrupt(sit, x)
-        assert torch.equal(out, expected.dataset) and torch.equal(mask, expected.mask)
+        assert torch.equal(out, expected.images) and torch.equal(mask, expected.mask)

@@ -17,8 +17,7 @@ from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.transforms.color import ColorAugmentation
 from ssl_vit.data.transforms.multicrop import MultiCrop
 from ssl_vit.data.transforms.random_resized_crop import Boxes, resolve_boxes, sample_crop_boxes, scale_boxes
-from ssl_vit.data.transforms.resize import cached_bicubic_weights
-from ssl_vit.data.transforms.separable_filter import bicubic_weights, separable_filter
+from ssl_vit.data.transforms.resize import bicubic_weights, cached_bicubic_weights
 from ssl_vit.runtime.rng import sample_keys, view_keys
 from tests.reference.augmentations import kolmogorov_smirnov, photograph, textbook_views
 
@@ -98,7 +97,7 @@ def test_resampling_gives_torchvisions_pixels(photos: Path):
                 )
                 rows = bicubic_weights(start[0], length[0], torch.tensor([False]), source=height, size=size)
                 cols = bicubic_weights(start[1], length[1], flips, source=width, size=size)
-                ours = separable_filter(image[None].float(), rows, cols, between=(0, 255)).round().clamp(0, 255)[0]
+                ours = (rows @ (image.float() @ cols.mT).clamp(0, 255)).round().clamp(0, 255)
                 distance = (ours - (theirs.flip(-1) if flip else theirs)).abs()
                 assert distance.max() <= 1
                 assert distance.mean() < 0.3
@@ -107,11 +106,11 @@ def test_resampling_gives_torchvisions_pixels(photos: Path):
 def test_one_by_one_and_as_a_batch_the_views_are_the_same(views: ViewsConfig, photos: Path):
     dataset = torch.stack([tv.resize(photograph(file), [64, 80]) for file in sorted(photos.iterdir())[:8]])
     crop = MultiCrop(views)
-    batch_global, batch_local = crop.batch(dataset, keys(8))
+    batch_global, batch_local = crop.crop_batch(dataset, keys(8))
     assert batch_global.shape == (8, 2, 3, 48, 48) and batch_local.shape == (8, 3, 3, 24, 24)
     assert batch_global.dtype == batch_local.dtype == torch.uint8
     for i, key in enumerate(keys(8)):
-        one_global, one_local = crop.one(dataset[i], key)
+        one_global, one_local = crop.crop_image(dataset[i], key)
         assert (one_global.int() - batch_global[i].int()).abs().max() <= 1
         assert (one_local.int() - batch_local[i].int()).abs().max() <= 1
 
@@ -119,10 +118,10 @@ def test_one_by_one_and_as_a_batch_the_views_are_the_same(views: ViewsConfig, ph
 def test_views_depend_on_the_key_alone(views: ViewsConfig):
     dataset = torch.randint(0, 256, (6, 3, 40, 40), dtype=torch.uint8)
     crop = MultiCrop(views)
-    together = crop.batch(dataset, keys(6))
-    again = crop.batch(dataset, keys(6))
-    alone = crop.batch(dataset[4:5], keys(6)[4:5])
-    other = crop.batch(dataset, keys(6, seed=1))
+    together = crop.crop_batch(dataset, keys(6))
+    again = crop.crop_batch(dataset, keys(6))
+    alone = crop.crop_batch(dataset[4:5], keys(6)[4:5])
+    other = crop.crop_batch(dataset, keys(6, seed=1))
     for kind in range(2):
         assert torch.equal(together[kind], again[kind])
         assert (together[kind][4:5].int() - alone[kind].int()).abs().max() <= 1
@@ -130,7 +129,7 @@ def test_views_depend_on_the_key_alone(views: ViewsConfig):
 
 
 def test_every_view_has_its_own_box(views: ViewsConfig):
-    global_views, local_views = MultiCrop(views).batch(
+    global_views, local_views = MultiCrop(views).crop_batch(
         torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8), keys(4)
     )
     assert not torch.equal(global_views[:, 0], global_views[:, 1])
@@ -139,13 +138,19 @@ def test_every_view_has_its_own_box(views: ViewsConfig):
 
 def test_no_local_crops():
     crop = MultiCrop(make_views("method=sit"))
-    assert crop.batch(torch.zeros(4, 3, 40, 40, dtype=torch.uint8), keys(4))[1].shape == (4, 0, 3, 48, 48)
-    assert crop.one(torch.zeros(3, 40, 50, dtype=torch.uint8), keys(1)[0])[1].shape == (0, 3, 48, 48)
+    assert crop.crop_batch(torch.zeros(4, 3, 40, 40, dtype=torch.uint8), keys(4))[1].shape == (4, 0, 3, 48, 48)
+    assert crop.crop_image(torch.zeros(3, 40, 50, dtype=torch.uint8), keys(1)[0])[1].shape == (0, 3, 48, 48)
 
 
 def test_gray_images_keep_one_channel(views: ViewsConfig):
-    assert MultiCrop(views).one(torch.zeros(1, 30, 50, dtype=torch.uint8), keys(1)[0])[0].shape == (2, 1, 48, 48)
-    assert MultiCrop(views).batch(torch.zeros(2, 1, 30, 50, dtype=torch.uint8), keys(2))[1].shape == (2, 3, 1, 24, 24)
+    assert MultiCrop(views).crop_image(torch.zeros(1, 30, 50, dtype=torch.uint8), keys(1)[0])[0].shape == (2, 1, 48, 48)
+    assert MultiCrop(views).crop_batch(torch.zeros(2, 1, 30, 50, dtype=torch.uint8), keys(2))[1].shape == (
+        2,
+        3,
+        1,
+        24,
+        24,
+    )
 
 
 @pytest.mark.parametrize(
@@ -167,7 +172,7 @@ def test_a_view_is_torchvisions_crop_to_the_bit(views: ViewsConfig, photos: Path
     kinds = (views.global_crops, 0), (views.local_crops, views.global_crops.count)
     for file, key in zip(sorted(photos.iterdir())[:10], keys(10), strict=True):
         image = photograph(file)
-        for made, (kind, first) in zip(crop.one(image, key), kinds, strict=True):
+        for made, (kind, first) in zip(crop.crop_image(image, key), kinds, strict=True):
             boxes = sample_crop_boxes(view_keys(key, first, kind.count), *image.shape[1:], crops=kind, flip=views.flip)
             for view, *box, flip in zip(made, *(part.tolist() for part in boxes), strict=True):
                 theirs = tv.resized_crop(image, *box, [kind.size] * 2, InterpolationMode.BICUBIC, antialias=True)
@@ -177,8 +182,8 @@ def test_a_view_is_torchvisions_crop_to_the_bit(views: ViewsConfig, photos: Path
 def test_larger_images_are_cut_alike_alone_and_together(views: ViewsConfig, photos: Path):
     dataset = torch.stack([tv.resize(photograph(file), [90, 110]) for file in sorted(photos.iterdir())[:6]])
     crop = MultiCrop(views)
-    together = crop.batch(dataset, keys(6))
-    alone = [crop.one(image, key) for image, key in zip(dataset, keys(6), strict=True)]
+    together = crop.crop_batch(dataset, keys(6))
+    alone = [crop.crop_image(image, key) for image, key in zip(dataset, keys(6), strict=True)]
     for kind, made in zip(together, zip(*alone, strict=True), strict=True):
         assert torch.equal(kind, torch.stack(made))
 
@@ -198,11 +203,11 @@ def test_weights_looked_up_are_those_computed():
 @pytest.mark.parametrize(("height", "width"), [(40, 5000), (95, 95), (150, 200), (263, 376), (768, 1024), (3000, 4001)])
 def test_an_image_may_shrink_as_far_as_no_box_gets_smaller_than_its_view(views: ViewsConfig, height, width):
     crop = MultiCrop(views)
-    draws = crop.draw(keys(60))
+    draws = crop.sample_params(keys(60))
     sizes = torch.tensor(crop.sizes)
     answers = set()
     for place, boxes in enumerate(zip(*resolve_boxes(draws, height, width), strict=True)):
-        by = crop.cut(draws, place).shrink(height, width)
+        by = crop.plan(draws, place).jpeg_scale(height, width)
         answers.add(by)
         small = scale_boxes(Boxes(*boxes), by)
         if by > 1:
@@ -233,10 +238,10 @@ def test_nothing_is_read_back_from_a_gpu(views: ViewsConfig):
     with FakeTensorMode():
         dataset = torch.empty(6, 3, 40, 50, dtype=torch.uint8, device="cuda")
         boxes = Boxes(*torch.ones(5, 6, len(crop.sizes), dtype=torch.int64, device="cuda"))
-        made = crop.together(dataset, boxes)
+        made = crop.crop_batch_matmul(dataset, boxes)
         with pytest.raises(DataDependentOutputException):
             bool(boxes.flip.any())
-    assert [tuple(kind.shape) for kind in made] == list(crop.shapes(6, 3))
+    assert [tuple(kind.shape) for kind in made] == list(crop.view_shapes(6, 3))
     assert {kind.device.type for kind in made} == {"cuda"}
 
 
@@ -251,7 +256,7 @@ def test_views_look_like_a_textbooks(photos: Path):
     crop, photometric = MultiCrop(views), ColorAugmentation(views)
     files = sorted(photos.iterdir())[::2]
     theirs = [textbook_views(file, views) for file in files]
-    ours = [crop.one(photograph(file), key) for file, key in zip(files, keys(len(files)), strict=True)]
+    ours = [crop.crop_image(photograph(file), key) for file, key in zip(files, keys(len(files)), strict=True)]
     global_views, local_views = (torch.stack(kind) for kind in zip(*ours, strict=True))
     made = photometric(global_views, keys(len(files))), photometric(local_views, keys(len(files)), first_view=2)
     for kind, first, last in ((made[0], 0, 2), (made[1], 2, 6)):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ssl_vit.data.annotations.object_masks import Annotation, annotate, component_boxes
+from ssl_vit.data.annotations.object_masks import Annotation, annotation_from_mask, component_boxes
 from ssl_vit.evaluation.segmentation.iou import (
     box_iou,
     center_prior,
@@ -52,24 +52,24 @@ def image(seed: int, size: tuple[int, int] = (53, 40)) -> tuple[torch.Tensor, to
     soft = torch.randn(3, 6, 5, generator=generator)
     truth = blob(*size, seed)
     void = F.max_pool2d(truth[None].float(), 3, 1, 1)[0].bool() & ~truth
-    return soft, soft > 0.2, annotate(truth, ~void)
+    return soft, soft > 0.2, annotation_from_mask(truth, ~void)
 
 
 def enlarged(soft: torch.Tensor, annotation: Annotation) -> np.ndarray:
     """The counted pixels (M, pixels) of soft maps at the image's size, in 0..1."""
     low, high = soft.amin((1, 2), keepdim=True), soft.amax((1, 2), keepdim=True)
     scaled = ((soft - low) / (high - low))[:, None]
-    large = F.interpolate(scaled, tuple(annotation.object.shape), mode="bilinear", align_corners=False)[:, 0]
-    return large.flatten(1).double().numpy()[:, annotation.counted.flatten().numpy()]
+    large = F.interpolate(scaled, tuple(annotation.foreground.shape), mode="bilinear", align_corners=False)[:, 0]
+    return large.flatten(1).double().numpy()[:, annotation.valid.flatten().numpy()]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_every_measure_equals_its_slow_form_without_the_void_pixels(seed):
     soft, masks, given = image(seed)
     result = score_masks(soft, masks, given).measures
-    truth = given.object[given.counted].numpy()
+    truth = given.foreground[given.valid].numpy()
     for index, scaled in enumerate(enlarged(soft, given)):
-        mask = upsample_mask(masks[index], tuple(given.object.shape))[given.counted].numpy()
+        mask = upsample_mask(masks[index], tuple(given.foreground.shape))[given.valid].numpy()
         assert result.iou[index] == pytest.approx((mask & truth).sum() / (mask | truth).sum(), abs=1e-12)
         assert result.accuracy[index] == pytest.approx((mask == truth).mean(), abs=1e-12)
         assert result.f[index] == pytest.approx(slow_f(mask, truth, 0.3), abs=1e-12)
@@ -82,7 +82,7 @@ def test_the_two_published_maxima_are_two_numbers():
     for seed in range(6):
         soft, masks, given = image(seed)
         marks.append(score_masks(soft[:1], masks[:1], given))
-        dataset.append((enlarged(soft[:1], given)[0], given.object[given.counted].numpy()))
+        dataset.append((enlarged(soft[:1], given)[0], given.foreground[given.valid].numpy()))
     measures = stack_marks(marks).measures
     values, threshold = max_f_threshold(measures.f_curve[:, 0])
     assert values.mean() == pytest.approx(slow_max_f_dataset(dataset), abs=1e-6)
@@ -109,35 +109,35 @@ def test_f_weighs_precision_more_the_smaller_beta_is():
 @pytest.mark.parametrize(("value", "whole"), [(-2.7, False), (0.0, False), (1.0, True), (3.1, True)])
 def test_a_constant_map_chooses_the_whole_image_or_nothing(value, whole):
     given = image(0)[2]
-    chosen, inside = count_levels(torch.full((1, 3, 4), value), given.object, given.counted)
-    assert (chosen == given.counted.sum() * whole).all()
-    assert (inside == given.object.sum() * whole).all()
+    chosen, inside = count_levels(torch.full((1, 3, 4), value), given.foreground, given.valid)
+    assert (chosen == given.valid.sum() * whole).all()
+    assert (inside == given.foreground.sum() * whole).all()
     assert scale(torch.tensor([[[-1.0, 1.0, 3.0]]])).tolist() == [[[0, 0.5, 1]]]
 
 
 def test_a_mask_as_soft_map_has_the_f_of_the_mask_at_every_threshold():
     masks = torch.stack([blob(40, 53, seed) for seed in range(2)] + [torch.zeros(40, 53, dtype=torch.bool)])
-    measures = score_masks(masks.float(), masks, annotate(blob(40, 53, 5))).measures
+    measures = score_masks(masks.float(), masks, annotation_from_mask(blob(40, 53, 5))).measures
     assert torch.allclose(measures.f_curve.double(), measures.f[:, None].expand(-1, 255))
 
 
 def test_what_a_mask_says_of_void_pixels_changes_nothing():
     soft, masks, given = image(4)
-    at_size = upsample_mask(masks, tuple(given.object.shape))
-    flipped = at_size ^ ~given.counted
+    at_size = upsample_mask(masks, tuple(given.foreground.shape))
+    flipped = at_size ^ ~given.valid
     assert (flipped != at_size).any()
     first, second = (score_masks(values.float(), values, given).measures for values in (at_size, flipped))
     for one, other in zip(first[:3], second[:3], strict=True):
         assert torch.equal(one, other)
     maps = soft.softmax(-1)
-    full = given._replace(counted=torch.ones_like(given.counted))
+    full = given._replace(valid=torch.ones_like(given.valid))
     assert not torch.equal(mark_attention(maps, 0.6, given).curve, mark_attention(maps, 0.6, full).curve)
 
 
 def test_objects_are_scored_one_by_one():
     instances = torch.zeros(2, 32, 32, dtype=torch.bool)
     instances[0, :16, :16], instances[1, 16:, 16:] = True, True
-    given = annotate(instances.any(0))._replace(instances=instances)
+    given = annotation_from_mask(instances.any(0))._replace(instances=instances)
     maps = torch.full((2, 4, 4), 1e-6)
     maps[0, :2, :2], maps[1, 2:, 2:] = 1, 1  # each head sees one object
     objects = mark_attention(maps, 0.9, given).objects
@@ -187,7 +187,7 @@ def test_overlap_of_boxes_counts_pixels():
 def test_known_values_on_ecssd(ecssd):
     """Of all 1,000 masks are known: whole image F .279; center prior F .524 and, at beta² .09, .513; acc .770."""
     truths = [np.asarray(Image.open(path)) > 0 for path in sorted((ecssd / "masks").glob("*.png"))]
-    given = [annotate(torch.from_numpy(truth)) for truth in truths]
+    given = [annotation_from_mask(torch.from_numpy(truth)) for truth in truths]
     whole = stack_marks([score_masks(torch.ones(1, 2, 2), torch.ones(1, 2, 2).bool(), one) for one in given[::6]])
     shares = np.array([truth.mean() for truth in truths[::6]])
     assert whole.measures.iou[:, 0].numpy() == pytest.approx(shares)

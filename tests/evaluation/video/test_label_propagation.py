@@ -170,7 +170,7 @@ def test_masks_keep_numbers_and_colors(tmp_path):
     palette = default_palette()[::-1]
     write_mask(tmp_path / "a" / "mask.png", numbers, palette)
     again = read_mask(tmp_path / "a" / "mask.png")
-    assert again.numbers.tolist() == numbers.tolist()
+    assert again.ids.tolist() == numbers.tolist()
     assert again.palette == palette
     assert Image.open(tmp_path / "a" / "mask.png").mode == "P"
 
@@ -178,9 +178,9 @@ def test_masks_keep_numbers_and_colors(tmp_path):
 def test_255_is_void_beside_numbers_and_the_object_without(tmp_path):
     Image.fromarray(np.array([[0, 255], [0, 255]], dtype=np.uint8)).save(tmp_path / "binary.png")
     Image.fromarray(np.array([[0, 255], [3, 255]], dtype=np.uint8)).save(tmp_path / "void.png")
-    assert read_mask(tmp_path / "binary.png").numbers.tolist() == [[0, 1], [0, 1]]
-    assert read_mask(tmp_path / "binary.png", binary=False).numbers.tolist() == [[0, 255], [0, 255]]
-    assert read_mask(tmp_path / "void.png").numbers.tolist() == [[0, 255], [3, 255]]
+    assert read_mask(tmp_path / "binary.png").ids.tolist() == [[0, 1], [0, 1]]
+    assert read_mask(tmp_path / "binary.png", binary=False).ids.tolist() == [[0, 255], [0, 255]]
+    assert read_mask(tmp_path / "void.png").ids.tolist() == [[0, 255], [3, 255]]
 
 
 def test_a_mask_of_colors_or_too_many_objects_is_refused(tmp_path):
@@ -260,11 +260,11 @@ def test_masks_are_written_like_the_given_ones_and_scored_by_them(davis, tiny_mo
     written = tmp_path / "out" / "masks" / "more"
     assert sorted(path.name for path in written.iterdir()) == sorted(path.name for path in given.iterdir())
     first = read_mask(written / "00000.png")
-    assert first.numbers.equal(read_mask(given / "00000.png").numbers)
+    assert first.ids.equal(read_mask(given / "00000.png").ids)
     assert first.palette == default_palette()
     by_hand = []
     for number in range(1, 6):
-        masks = [read_mask(folder / f"{number:05d}.png").numbers for folder in (written, given)]
+        masks = [read_mask(folder / f"{number:05d}.png").ids for folder in (written, given)]
         assert set(np.unique(masks[0])) <= {0, 2, 4}
         by_hand.append([slow.region(*(mask.numpy() == object_ for mask in masks)) for object_ in (2, 4)])
     rows = {
@@ -286,8 +286,8 @@ def test_void_pixels_count_neither_way(davis, tiny_model, tmp_path):
     for number in range(1, 9):  # void wherever the prediction of object 1 is wrong: J becomes 1
         path = davis / "Annotations" / "480p" / "squares" / f"{number:05d}.png"
         truth = read_mask(path)
-        wrong = (read_mask(tmp_path / "out" / "masks" / "squares" / path.name).numbers == 1) != (truth.numbers == 1)
-        write_mask(path, truth.numbers.where(~wrong, 255), truth.palette)
+        wrong = (read_mask(tmp_path / "out" / "masks" / "squares" / path.name).ids == 1) != (truth.ids == 1)
+        write_mask(path, truth.ids.where(~wrong, 255), truth.palette)
     assert before < 1
     assert j_mean() == 1
 
@@ -295,7 +295,7 @@ def test_void_pixels_count_neither_way(davis, tiny_model, tmp_path):
 def test_own_frames_with_their_first_mask_alone(davis, tiny_model, tmp_path, capsys):
     frames = davis / "JPEGImages" / "480p" / "squares"
     (frames / "00004.jpg").write_bytes(b"\xff\xd8 broken")
-    first = read_mask(davis / "Annotations" / "480p" / "squares" / "00000.png").numbers
+    first = read_mask(davis / "Annotations" / "480p" / "squares" / "00000.png").ids
     Image.fromarray(((first > 0) * 255).to(torch.uint8).numpy()).save(tmp_path / "first.png")
     assert run(tiny_model, tmp_path, f"frames={frames}", f"masks={tmp_path / 'first.png'}") == 0
     told = capsys.readouterr().out
