@@ -125,15 +125,8 @@ def build_train_loader(
     Raises:
         UserError: No image can be read.
     """
-    batches = ResumableBatchSampler(
-        len(dataset),
-        config.batch_size // (world * accumulate),
-        seed=seed,
-        rank=rank,
-        world=world,
-        accumulate=accumulate,
-        first_step=first_step,
-    )
+    position = {"seed": seed, "rank": rank, "world": world, "accumulate": accumulate, "first_step": first_step}
+    batches = ResumableBatchSampler(len(dataset), config.batch_size // (world * accumulate), **position)
     if batches.repeats > 1 and rank == 0:
         log.warning(
             f"{len(dataset)} images are fewer than one step needs (data.batch_size={config.batch_size}): each is used "
@@ -153,9 +146,8 @@ def build_train_loader(
     )
     crops.first_readable(0, read)  # unreadable datasets fail here, not in a worker
     num_workers = resolve_num_workers(config.num_workers, processes=local_world or world)
-    return TrainingLoader(
-        crops, **_loader_kwargs(num_workers), batch_sampler=batches, persistent_workers=num_workers > 0
-    )
+    kwargs = _loader_kwargs(num_workers)
+    return TrainingLoader(crops, **kwargs, batch_sampler=batches, persistent_workers=num_workers > 0)
 
 
 class EvalLoader:

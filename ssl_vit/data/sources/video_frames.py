@@ -141,7 +141,7 @@ class VideoFrames:
 def natural_sort_key(name: str) -> list[tuple[int, int, str]]:
     """A key that orders names as people count.
 
-    >>> sorted(["f10.png", "f2.png", "F1.png"], key=natural)
+    >>> sorted(["f10.png", "f2.png", "F1.png"], key=natural_sort_key)
     ['F1.png', 'f2.png', 'f10.png']
     """
     parts = re.split(r"([0-9]+)", name)
