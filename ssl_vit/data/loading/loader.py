@@ -24,6 +24,7 @@ from ssl_vit.data.transforms.multicrop import MultiCrop
 from ssl_vit.runtime.device import to_device_async
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.launch import STOP_SIGNALS
+from ssl_vit.runtime.text import pluralize
 from ssl_vit.runtime.workers import resolve_num_workers
 
 T = TypeVar("T")
@@ -102,10 +103,9 @@ def build_train_loader(
 ) -> InMemoryLoader | TrainingLoader:
     """Build the loader of training process `rank` of `world`; each iteration is one epoch.
 
-    Images of one size that fit into memory are placed on the device and cropped there. Images of different sizes that
-    fit are kept decoded and cropped by workers. All others are read from disk by workers. In each case the same boxes
-    are cropped from the same images (to a pixel for JPEGs decoded at reduced size), and an unreadable image is
-    replaced by the next readable one.
+    Images of one size that fit into memory are placed on the device and cropped there; others that fit are kept decoded
+    and cropped by workers; the rest is read from disk by workers. The crops are the same in each case (to a pixel for
+    JPEGs decoded at reduced size), and an unreadable image is replaced by the next readable one.
 
     Args:
         dataset: The training images.
@@ -128,10 +128,7 @@ def build_train_loader(
     position = {"seed": seed, "rank": rank, "world": world, "accumulate": accumulate, "first_step": first_step}
     batches = ResumableBatchSampler(len(dataset), config.batch_size // (world * accumulate), **position)
     if batches.repeats > 1 and rank == 0:
-        log.warning(
-            f"{len(dataset)} images are fewer than one step needs (data.batch_size={config.batch_size}): each is used "
-            f"up to {batches.repeats} times per epoch"
-        )
+        log.warning(_repeat_warning(len(dataset), config.batch_size, batches.repeats))
     in_memory = partial(InMemoryLoader, labels=dataset.labels, multicrop=multicrop, batch_sampler=batches)
     if isinstance(dataset, ArrayDataset) and not augment:
         return in_memory(place_on_device(dataset.all(channels), device), torch.arange(len(dataset)))
@@ -148,6 +145,13 @@ def build_train_loader(
     num_workers = resolve_num_workers(config.num_workers, processes=local_world or world)
     kwargs = _loader_kwargs(num_workers)
     return TrainingLoader(crops, **kwargs, batch_sampler=batches, persistent_workers=num_workers > 0)
+
+
+def _repeat_warning(count: int, batch_size: int, repeats: int) -> str:
+    return (
+        f"{pluralize(count, 'image')} are fewer than one step needs (data.batch_size={batch_size}): each is used up to "
+        f"{repeats} times per epoch"
+    )
 
 
 class EvalLoader:
