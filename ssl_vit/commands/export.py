@@ -1,4 +1,4 @@
-"""`ssl-vit export`: a checkpoint's backbone as a file that bare timm loads."""
+"""`ssl-vit export`: write the backbone of a checkpoint as a file that timm loads."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ssl_vit.runtime.errors import UserError
 def main(config: ExportConfig) -> None:
     """Run the command."""
     if config.out.suffix != ".safetensors":
-        raise UserError(f"out={config.out}: name a file that ends in .safetensors")
+        raise UserError(f"out={config.out}: the file name must end in .safetensors")
     loaded = load_backbone(config.checkpoint, config.weights)
     export_backbone(loaded.backbone, config.out, mean=loaded.mean, std=loaded.std, source=loaded.source)
     sidecar = config.out.with_suffix(".json")
-    print(f"{config.out} holds {loaded.source}. To load it ({sidecar} says so too):")
+    print(f"{config.out} contains {loaded.source}. Load it with (also in {sidecar}):")
     for line in ("import safetensors.torch, timm", *json.loads(sidecar.read_text(encoding="utf-8"))["load"]):
         print(f"  {line}")

@@ -1,4 +1,4 @@
-"""`ssl-vit scan`: what is in an image folder, broken files included."""
+"""`ssl-vit scan`: summarize an image folder, unreadable files included."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ssl_vit.runtime.atomic_io import write_json
 
 def main(config: ScanConfig) -> None:
     """Run the command."""
-    find = {"folder": scan_image_folder, "list": read_image_list}[config.data.source]
-    report = summarize_dataset(find(config.data.root))
-    print(report.as_text())
+    load = {"folder": scan_image_folder, "list": read_image_list}[config.data.source]
+    summary = summarize_dataset(load(config.data.root))
+    print(summary.as_text())
     if config.out:
         config.out.mkdir(parents=True, exist_ok=True)
         file = config.out / "scan.json"
-        write_json(file, report.as_json())
-        print(f"\nAll names: {file}")
+        write_json(file, summary.as_json())
+        print(f"\nAll file names: {file}")

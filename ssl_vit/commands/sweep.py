@@ -1,4 +1,4 @@
-"""`ssl-vit pretrain --multirun`: one run per combination of the values given, here or through a scheduler.
+"""`ssl-vit pretrain --multirun`: one run per combination of values, on this machine or through a scheduler.
 
 ssl-vit pretrain --multirun data.root=photos seed=0,1,2 'run.name=photos-${seed}'
 ssl-vit pretrain --multirun ... hydra/launcher=submitit_slurm hydra.launcher.timeout_min=600
@@ -23,74 +23,75 @@ from ssl_vit.commands.load_config import load_config
 from ssl_vit.commands.pretrain import pretrain
 from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.text import pluralize
 
 
-def main(words: list[str]) -> None:
-    """Check the configuration of every job, then run them all; the same command again goes on where it stopped.
+def main(argv: list[str]) -> None:
+    """Validate the configuration of every job, then run all; the same command resumes an interrupted sweep.
 
     Raises:
-        UserError: Of a job's configuration, two jobs share a run folder, or a run failed.
+        UserError: The configuration of a job is invalid, two jobs share a run directory, or a run failed.
     """
-    words = [word for word in words if word != "--multirun"]
-    hydras = [word for word in words if word.startswith(("hydra/", "hydra."))]
-    jobs = expand_sweep([word for word in words if word not in hydras])
+    argv = [arg for arg in argv if arg != "--multirun"]
+    hydra_options = [arg for arg in argv if arg.startswith(("hydra/", "hydra."))]
+    jobs = expand_sweep([arg for arg in argv if arg not in hydra_options])
     configs = [load_config("pretrain", job, PretrainConfig) for job in jobs]
-    folders = [config.run.path for config in configs]
-    if len(set(folders)) < len(folders):
+    run_dirs = [config.run.path for config in configs]
+    if len(set(run_dirs)) < len(run_dirs):
         raise UserError(
-            "--multirun: two runs would share a folder; name them by what they vary, as in 'run.name=photos-${seed}'"
+            "--multirun: two runs have the same run directory; put what varies into the name: 'run.name=photos-${seed}'"
         )
-    print(f"{len(jobs)} runs: {', '.join(map(str, folders))}", flush=True)
-    if any(word.startswith("hydra/launcher=") for word in hydras):
-        _launch(configs, hydras)
+    print(f"{pluralize(len(jobs), 'run')}: {', '.join(map(str, run_dirs))}", flush=True)
+    if any(option.startswith("hydra/launcher=") for option in hydra_options):
+        _launch(configs, hydra_options)
     else:
         _run_here(jobs)
 
 
-def expand_sweep(words: list[str]) -> list[list[str]]:
-    """The words of each job: `a=1,2 b=3` are `a=1 b=3` and `a=2 b=3`. Jobs that stand already go on."""
-    resume = [] if any(word.startswith("run.resume=") for word in words) else ["run.resume=auto"]
-    return [[*job, *resume] for job in itertools.product(*map(_choices, words))]
+def expand_sweep(overrides: list[str]) -> list[list[str]]:
+    """Return the overrides of each job: of `a=1,2 b=3` these are `a=1 b=3` and `a=2 b=3`. Existing runs are resumed."""
+    resume = [] if any(override.startswith("run.resume=") for override in overrides) else ["run.resume=auto"]
+    return [[*job, *resume] for job in itertools.product(*map(_expand_override, overrides))]
 
 
-def _choices(word: str) -> list[str]:
-    """`a=1,2`, `a=range(1,3)` or `a=choice(1,2)` as one word per value, by Hydra's grammar."""
+def _expand_override(override: str) -> list[str]:
+    """Return one override per value of `a=1,2`, `a=range(1,3)` or `a=choice(1,2)`, in Hydra's grammar."""
     try:
-        override = OverridesParser.create().parse_override(word)
-    except HydraException:  # a path with odd letters: one literal value
-        return [word]
-    if not override.is_sweep_override():
-        return [word]
-    return [f"{word.partition('=')[0]}={value}" for value in override.sweep_string_iterator()]
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException:  # a path with special characters: one literal value
+        return [override]
+    if not parsed.is_sweep_override():
+        return [override]
+    return [f"{override.partition('=')[0]}={value}" for value in parsed.sweep_string_iterator()]
 
 
 def _run_here(jobs: list[list[str]]) -> None:
-    """One after the other, each in a process of its own."""
+    """Run the jobs one after the other, each in its own process."""
     failed = 0
     for job in jobs:
         process = subprocess.Popen([sys.executable, "-m", "ssl_vit", "pretrain", *job])
         try:
             failed += process.wait() != 0
-        except KeyboardInterrupt:  # the run has received it too
+        except KeyboardInterrupt:  # the run receives it, too
             process.wait()
-            raise UserError("stopped; the same command goes on") from None
+            raise UserError("stopped; the same command resumes the sweep") from None
     if failed:
         raise UserError(f"{failed} of {len(jobs)} runs failed")
 
 
-def _launch(configs: list[PretrainConfig], hydras: list[str]) -> None:
-    """Through the chosen launcher of Hydra, which is told nothing but the number of the job."""
-    launcher = next(word.partition("=")[2] for word in hydras if word.startswith("hydra/launcher="))
+def _launch(configs: list[PretrainConfig], hydra_options: list[str]) -> None:
+    """Run the jobs with a launcher of Hydra, which receives the index of the job only."""
+    launcher = next(option.partition("=")[2] for option in hydra_options if option.startswith("hydra/launcher="))
     plugin = f"hydra_{launcher.partition('_')[0]}_launcher"
     if launcher != "basic" and not importlib.util.find_spec(f"hydra_plugins.{plugin}"):
         raise UserError(
-            f"hydra/launcher={launcher}: there is no {plugin} here; submitit_slurm and submitit_local come with "
-            "the extra `sweep`: pip install 'ssl-vit[sweep]'"
+            f"hydra/launcher={launcher}: {plugin} is not installed; submitit_slurm and submitit_local are in the "
+            "extra `sweep`: pip install 'ssl-vit[sweep]'"
         )
     if launcher == "submitit_slurm" and not shutil.which("srun"):
-        raise UserError("hydra/launcher=submitit_slurm: there is no SLURM here (no srun on the PATH)")
+        raise UserError("hydra/launcher=submitit_slurm: SLURM is not available (no srun on the PATH)")
     if launcher != "submitit_slurm" and any(config.trainer.devices > 1 for config in configs):
-        raise UserError(f"hydra/launcher={launcher} starts jobs of one process: set trainer.devices=1")
+        raise UserError(f"hydra/launcher={launcher} starts single-process jobs: set trainer.devices=1")
 
     @hydra.main(version_base="1.3", config_path=None)
     def run(choice: DictConfig) -> None:
@@ -99,7 +100,7 @@ def _launch(configs: list[PretrainConfig], hydras: list[str]) -> None:
         except UserError as error:
             sys.exit(f"ssl-vit pretrain: {error}")
 
-    numbers = ",".join(map(str, range(len(configs))))
-    place = [f"hydra.sweep.dir={configs[0].run.folder / '.sweep'}", "hydra.output_subdir=null"]
-    sys.argv = ["ssl-vit", "--multirun", f"+job={numbers}", *place, *hydras]
+    indices = ",".join(map(str, range(len(configs))))
+    output = [f"hydra.sweep.dir={configs[0].run.folder / '.sweep'}", "hydra.output_subdir=null"]
+    sys.argv = ["ssl-vit", "--multirun", f"+job={indices}", *output, *hydra_options]
     run()

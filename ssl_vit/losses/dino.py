@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ssl_vit.losses.factored_logits import FactoredLogits
-from ssl_vit.runtime.distributed import all_mean, all_reduce_sum, world_size
+from ssl_vit.runtime.distributed import all_reduce_mean, all_reduce_sum, world_size
 
 
 class TeacherTargets(NamedTuple):
@@ -200,5 +200,5 @@ def assignment_stats(targets: TeacherTargets) -> AssignmentStats:
             mean[part] = p.mean(dim=0)
             entropy += torch.special.entr(p).sum()
     entropy /= len(targets.logits.z)
-    information = torch.special.entr(all_mean(mean)).sum() - entropy
+    information = torch.special.entr(all_reduce_mean(mean)).sum() - entropy
     return AssignmentStats(entropy, math.log(len(targets.center)) - entropy, information)

@@ -24,7 +24,7 @@ from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.checkpoint import CHECKPOINT_KEY
 from ssl_vit.models.feature_statistics import alignment, effective_rank, feature_std, uniformity
 from ssl_vit.models.fsdp import apply_fsdp
-from ssl_vit.runtime.distributed import all_mean, gather_from_ranks, norms
+from ssl_vit.runtime.distributed import all_reduce_mean, gather_from_ranks, norms
 from ssl_vit.runtime.step_timer import StepTimer
 
 
@@ -154,7 +154,7 @@ class SSLMethod(L.LightningModule):
         logs["uniformity"] = uniformity(features)
         if len(result.features) == 2:
             logs["alignment"] = alignment(*result.features)
-        values = all_mean(torch.stack([value.float() for value in logs.values()]))
+        values = all_reduce_mean(torch.stack([value.float() for value in logs.values()]))
         self.logged = torch.stack([values]) if first else torch.cat([self.logged, values[None]])  # (micro-batches, n)
         names = [f"train/{name}" for name in logs]
         self.log_dict(dict(zip(names, self.logged.mean(dim=0).unbind(), strict=True)), logger=False)

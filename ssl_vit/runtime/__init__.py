@@ -1,1 +1,1 @@
-"""Errors, devices, processes, files and random numbers: what every package may use."""
+"""Errors, devices, processes, files and random numbers, for every package."""

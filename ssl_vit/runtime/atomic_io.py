@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever happens to the process or the machine while they are written."""
+"""Atomic file writes: a file is complete or absent, even if the process or the machine stops during the write."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # what a disk says that takes no more
+DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, that takes the place of `path` when the block ends, and is on the disk by then.
+    """Open a file that replaces `path` when the block ends, synced to disk.
 
-    Should the block fail, by a full disk say, `path` stays as it was. One process may write a file at a time.
+    If the block fails, `path` is unchanged. Only one process at a time may write a file.
 
     Raises:
-        OSError: The disk is full, or `path` cannot be written to or is no file that could be replaced.
+        OSError: The disk is full, or `path` cannot be written to or is not a regular file.
     """
-    if path.exists() and not path.is_file():  # /dev/null, say
-        raise FileExistsError(errno.EEXIST, "this is no file", str(path))
+    if path.exists() and not path.is_file():  # /dev/null, for example
+        raise FileExistsError(errno.EEXIST, "not a regular file", str(path))
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -32,7 +32,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a failed write does not say where
+        error.filename = error.filename or str(path)  # a failed write has none
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -40,18 +40,18 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write plain containers as a JSON file; no reader ever sees half of it.
+    """Write plain containers as a JSON file, atomically.
 
     Raises:
         OSError: The disk is full, or `path` cannot be written to.
     """
     with atomic_write(path) as file:
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        file.write(text.encode("utf-8", "backslashreplace"))  # of a file name's odd bytes, JSON's own escape
+        file.write(text.encode("utf-8", "backslashreplace"))  # undecodable bytes of file names
 
 
 def fsync_dir(folder: Path) -> None:
-    """Bring the folder's list of files onto the disk: a new name is not safe before."""
+    """Sync a directory to disk; a new or renamed file is not durable before."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

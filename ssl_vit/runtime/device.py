@@ -1,4 +1,4 @@
-"""What the machine at hand is good at, how fast it is at best, and how much memory has been in use."""
+"""The device: its choice, what it computes well, its peak speed and its memory use."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ import torch
 from torch import Tensor
 
 from ssl_vit.runtime.errors import UserError
-from ssl_vit.runtime.launch import give_memory_back
+from ssl_vit.runtime.launch import trim_malloc
 
 if sys.platform != "win32":
     import resource
 
 
 def best_device(accelerator: Literal["auto", "cpu", "gpu"] = "auto") -> torch.device:
-    """The GPU where there is one, else the CPU.
+    """Return the GPU if there is one, else the CPU.
 
     Raises:
-        UserError: A GPU was asked for and there is none.
+        UserError: `accelerator` is gpu and there is none.
     """
     if accelerator == "gpu" and not torch.cuda.is_available():
-        raise UserError("trainer.accelerator=gpu: torch finds no GPU here; use trainer.accelerator=cpu")
+        raise UserError("trainer.accelerator=gpu: torch finds no GPU on this machine; use trainer.accelerator=cpu")
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def set_local_device() -> None:
-    """Let "cuda" mean the GPU of this process, where torchrun started several on this machine."""
+    """Make the GPU of this process the current one, where torchrun started several processes on this machine."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """bfloat16 where the device computes it natively, else None: stay in float32."""
+    """Return bfloat16 if the device computes it natively, else None for float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
     native = torch.cpu.get_capabilities()
@@ -48,54 +48,56 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def prefer_fused_attention(device: torch.device) -> bool:
-    """On GPUs; under bf16 autocast on CPUs the plain matrix form trains small ViTs about twice as fast.
+    """Return whether fused attention is faster: on GPUs.
 
-    It takes their features about 1.2 times as fast, too (tools/bench_feature_extraction.py).
+    On CPUs with bf16 autocast, matrix products train small ViTs about twice as fast, and extract their features about
+    1.2 times as fast (tools/bench_feature_extraction.py).
     """
     return device.type == "cuda"
 
 
 def prefer_compile(device: torch.device) -> bool:
-    """On GPUs, where there is what torch.compile needs: a C compiler and Python's headers. On CPUs it gains nothing."""
+    """Return whether torch.compile is faster and available: on GPUs, with a C compiler and Python's headers."""
     compiler = any(map(shutil.which, ("cc", "gcc", "clang")))
     headers = Path(sysconfig.get_paths()["include"], "Python.h")
     return device.type == "cuda" and compiler and headers.is_file()
 
 
-_SMALLEST_PRODUCT = 256
-_COMPUTES_IN = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+_MIN_SIZE = 256
+_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @cache
 def matmul_peak(device_type: str, precision: str) -> float:
-    """FLOP/s of a square matrix product, 2048 wide on a CPU and 8192 on a GPU: the best of a fraction of a second.
-
-    It is measured once per process, with the threads that the process has.
+    """Return the peak FLOP/s of a square matrix product, measured once per process with its threads.
 
     Args:
         device_type: cpu or cuda.
-        precision: As Lightning calls it: 32-true, bf16-mixed or 16-mixed.
+        precision: Lightning's name: 32-true, bf16-mixed or 16-mixed.
     """
     return measure_matmul(device_type, precision, seconds=0.3)
 
 
 def measure_matmul(device_type: str, precision: str, *, seconds: float) -> float:
-    """FLOP/s as `matmul_peak`, measured now and for so long; of smaller products where those would take longer."""
-    dtype, side = _COMPUTES_IN[precision], 8192 if device_type == "cuda" else 2048
+    """Measure the FLOP/s of the fastest product of two square matrices within a time.
+
+    The matrices have 2048 rows on a CPU and 8192 on a GPU, or fewer if one product would take longer than `seconds`.
+    """
+    dtype, size = _DTYPES[precision], 8192 if device_type == "cuda" else 2048
     while True:
-        a, b = torch.rand(2, side, side, device=device_type).to(dtype).unbind()
-        probe = a[: side // 16], b[:, : side // 16]
-        torch.mm(*probe)  # what is set up at the first call
-        if side <= _SMALLEST_PRODUCT or _seconds_of(*probe) * 16**2 < seconds:
+        a, b = torch.rand(2, size, size, device=device_type).to(dtype).unbind()
+        probe = a[: size // 16], b[:, : size // 16]
+        torch.mm(*probe)  # the first call includes setup
+        if size <= _MIN_SIZE or _time_matmul(*probe) * 16**2 < seconds:
             break
-        side //= 2
+        size //= 2
     best, end = float("inf"), time.perf_counter() + seconds
     while best == float("inf") or time.perf_counter() < end:
-        best = min(best, _seconds_of(a, b))
-    return 2 * side**3 / best
+        best = min(best, _time_matmul(a, b))
+    return 2 * size**3 / best
 
 
-def _seconds_of(a: torch.Tensor, b: torch.Tensor) -> float:
+def _time_matmul(a: torch.Tensor, b: torch.Tensor) -> float:
     synchronize(a.device)
     start = time.perf_counter()
     torch.mm(a, b)
@@ -104,15 +106,15 @@ def _seconds_of(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Until a GPU has done all that it was asked to."""
+    """Wait until a GPU has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """The most memory that has been in use, in GB (10^9 bytes): host_gb of this process, device_gb of its GPU if any.
+    """Return the peak memory in GB (10^9 bytes): host_gb of this process, device_gb of its GPU if it has one.
 
-    Loading processes are not counted. On Windows host_gb is missing.
+    Data loading processes are not counted. On Windows host_gb is missing.
     """
     status = Path("/proc/self/status")
     memory = {}
@@ -127,8 +129,8 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory` count from now on; on the host only Linux can."""
-    give_memory_back()
+    """Restart the measurement of `peak_memory`; for the host, on Linux only."""
+    trim_malloc()
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")
@@ -137,10 +139,10 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def upcast(x: Tensor) -> Tensor:
-    """`x` in float32, or in float64 if it is in float64 already."""
+    """Return `x` in float32, or unchanged if it is float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def to_device_async(values: Tensor, device: torch.device) -> Tensor:
-    """The values on the device; from ordinary memory a GPU would copy only behind all it was told to do before."""
+    """Return the values on the device, copied from pinned memory so that the copy does not wait for queued work."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

@@ -1,4 +1,4 @@
-"""The few collective operations that losses, center and metrics need; without a process group they change nothing."""
+"""Collective operations of losses, center and metrics; without a process group they return their input."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from torch.distributed.tensor import DTensor
 
 
 def world_size() -> int:
-    """Number of processes that train together."""
+    """Return the number of processes of the run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """Return this process's rank, from 0."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def shutdown_process_group() -> None:
-    """Let the processes part, once they all have come here; those that end connected may abort one another."""
+    """Wait for all processes and destroy the process group; processes that exit while connected may abort others."""
     if world_size() > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
-    """The sum of `value` over all processes, without gradient."""
+    """Return the sum of `value` over all processes, without gradient."""
     if world_size() > 1:
         value = value.clone()
         dist.all_reduce(value)
     return value
 
 
-def all_max(value: Tensor) -> Tensor:
-    """The largest of each element of `value` in all processes."""
+def all_reduce_max(value: Tensor) -> Tensor:
+    """Return the elementwise maximum of `value` over all processes."""
     if world_size() > 1:
         value = value.clone()
         dist.all_reduce(value, dist.ReduceOp.MAX)
@@ -46,36 +46,36 @@ def all_max(value: Tensor) -> Tensor:
 
 
 def any_rank(*flags: bool) -> list[bool]:
-    """For each flag, whether it is set in any process. The CPUs settle it among themselves: no device waits."""
-    return all_max(torch.tensor(flags, dtype=torch.int32)).bool().tolist()
+    """Return for each flag whether it is set on any rank. Uses CPU tensors, so that no device waits."""
+    return all_reduce_max(torch.tensor(flags, dtype=torch.int32)).bool().tolist()
 
 
 def equal_on_all_ranks(text: str) -> bool:
-    """Whether `text` is the same in all processes."""
+    """Return whether `text` is the same on all ranks."""
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
-    return all_max(torch.tensor([number, -number])).tolist() == [number, -number]
+    return all_reduce_max(torch.tensor([number, -number])).tolist() == [number, -number]
 
 
-def all_mean(value: Tensor) -> Tensor:
-    """The mean of `value` over all processes, without gradient."""
+def all_reduce_mean(value: Tensor) -> Tensor:
+    """Return the mean of `value` over all processes, without gradient."""
     return all_reduce_sum(value) / world_size()
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """The L2 norm of each tensor (N,), of the whole one where each process has a part (FSDP2)."""
+    """Return the L2 norm of each tensor, (N,); of the full tensor where it is sharded over processes (FSDP2)."""
     each = torch._foreach_norm(list(tensors))
     return torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in each])
 
 
 def gather_from_ranks(value: Tensor) -> Tensor:
-    """(B, ...) of every process as (world x B, ...), in rank order, without gradient."""
+    """Concatenate (B, ...) of all processes to (world x B, ...) in rank order, without gradient."""
     if world_size() == 1:
         return value
-    everyone = [torch.empty_like(value) for _ in range(world_size())]
-    dist.all_gather(everyone, value.contiguous())
-    return torch.cat(everyone)
+    gathered = [torch.empty_like(value) for _ in range(world_size())]
+    dist.all_gather(gathered, value.contiguous())
+    return torch.cat(gathered)
 
 
 def gather_with_gradient(value: Tensor) -> Tensor:
-    """(B, ...) of every process as (world x B, ...), in rank order; the gradient flows back to each."""
+    """Concatenate (B, ...) of all processes to (world x B, ...) in rank order, with gradient to each."""
     return torch.cat(all_gather(value)) if world_size() > 1 else value  # type: ignore[no-untyped-call]

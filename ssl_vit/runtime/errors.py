@@ -1,13 +1,13 @@
-"""The error that a user can act on: the command prints it without a traceback and exits with 2."""
+"""Exceptions that the command line turns into a message and an exit code."""
 
 
 class UserError(ValueError):
-    """A mistake of the user's: the text says what went wrong, where, and what to do."""
+    """A mistake of the user's: the message states what is wrong, where, and what to do. Exit code 2, no traceback."""
 
 
-class RankFinished(Exception):  # noqa: N818 - no error: a process among several has done its part
-    """There is nothing left for this process to do; the first one goes on."""
+class RankFinished(Exception):  # noqa: N818 - not an error
+    """The work of this rank is done, only rank 0 continues. Exit code 0."""
 
 
 class AllRanksError(UserError):
-    """What all processes of a run know at once; the first speaks for them."""
+    """A mistake that all ranks find at the same time; only rank 0 prints it."""

@@ -1,7 +1,7 @@
 """Randomness as a function of (seed, epoch, index): the same numbers on any device, worker or process.
 
-A key is one int64 per sample. `fold` derives a new key from a key and a number (a view, an operation); `uniform` and
-`normal` draw from it. Nothing is stored between calls, so nothing has to be replayed when a run resumes.
+A key is one int64 per sample. `fold_in` derives a new key from a key and a number (a view, an operation); `uniform` and
+`normal` draw from it. There is no state between calls, so a resumed run has nothing to replay.
 The hash is the finalizer of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014).
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 def _signed(value: int) -> int:
-    """The 64 bits of `value` as torch's signed int64."""
+    """Return the low 64 bits of `value` as a signed int64."""
     return (value & 0xFFFFFFFFFFFFFFFF) - ((value & 0x8000000000000000) << 1)
 
 
@@ -27,7 +27,7 @@ _GOLDEN, _MIX1, _MIX2 = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift: torch's `>>` on int64 drags the sign along."""
+    """Return the logical right shift; torch's `>>` on int64 is arithmetic."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -38,7 +38,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 class RNGStream(IntEnum):
-    """What a view's key is folded with before a transform draws from it: no two draw the same numbers."""
+    """Numbers that transforms fold into a view's key, so that no two draw the same values."""
 
     CROP = 0
     JITTER = 1
@@ -59,18 +59,18 @@ class RNGStream(IntEnum):
 
 
 def sample_keys(seed: int, epoch: int, index: Tensor) -> Tensor:
-    """One key (B,) int64 per image index (B,) int64."""
+    """Return one key (B,) int64 per image index (B,) int64."""
     run = fold_in(fold_in(torch.zeros_like(index), seed), epoch)
     return _mix(run + index * _GOLDEN)
 
 
 def fold_in(key: Tensor, number: int) -> Tensor:
-    """New keys, statistically independent of `key` and of those folded with another number."""
+    """Return new keys, statistically independent of `key` and of keys with another number folded in."""
     return _mix(_mix(key + _signed((number + 1) * _GOLDEN)) + _GOLDEN)
 
 
 def view_keys(key: Tensor, first: int, count: int) -> Tensor:
-    """The keys (*key.shape, count) of views first, first + 1, ...: fold(key, view) for each."""
+    """Return the keys (*key.shape, count) of views first, first + 1, ...: `fold_in(key, view)` for each."""
     views = torch.arange(first + 1, first + count + 1, device=key.device)
     return _mix(_mix(key.unsqueeze(-1) + views * _GOLDEN) + _GOLDEN)
 
@@ -84,39 +84,39 @@ def uniform(key: Tensor, count: int) -> Tensor:
 def normal(key: Tensor, count: int, *, where: Tensor | None = None) -> Tensor:
     """Draw (*key.shape, count) float32, standard normal, two from each 64 bits (Box & Muller, 1958); at most 6.7.
 
-    Runs on the device of `key`. Devices agree to rounding.
+    Computed on the device of `key`; devices agree up to rounding.
 
     Args:
         key: Any shape, int64.
         count: Draws per key.
-        where: (*key.shape, count) bool: which of the draws matter. On the CPU the others are 0 and cost nothing.
+        where: (*key.shape, count) bool: the draws that are needed. On the CPU the others are 0 and not computed.
     """
     pairs = -(-count // 2)
     if where is not None and key.device.type == "cpu":
         drawn = torch.zeros(key.numel(), count)
         where = where.reshape(drawn.shape)
         for wave, half in ((torch.cos, slice(0, pairs)), (torch.sin, slice(pairs, count))):
-            row, place = where[:, half].nonzero(as_tuple=True)
-            radius, angle = _polar(key.flatten()[row] + (place + 1) * _GOLDEN)
-            drawn[:, half][row, place] = radius * wave(angle)
+            row, column = where[:, half].nonzero(as_tuple=True)
+            radius, angle = _polar(key.flatten()[row] + (column + 1) * _GOLDEN)
+            drawn[:, half][row, column] = radius * wave(angle)
         return drawn.view(*key.shape, count)
-    at_once = 1 << (17 if key.device.type == "cpu" else 24)  # what fits a core's cache; what keeps a GPU busy
+    chunk = 1 << (17 if key.device.type == "cpu" else 24)  # fits a core's cache; occupies a GPU
     counter = torch.arange(1, pairs + 1, device=key.device) * _GOLDEN
-    keys = torch.split(key.flatten(), max(1, at_once // pairs))
-    polar = [_polar(some.unsqueeze(-1) + counter) for some in keys]
+    keys = torch.split(key.flatten(), max(1, chunk // pairs))
+    polar = [_polar(part.unsqueeze(-1) + counter) for part in keys]
     drawn = torch.cat([torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1) for radius, angle in polar])
     return drawn[:, :count].view(*key.shape, count)
 
 
 def _polar(state: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance from 0 and angle of points in the plane, normal in both coordinates, from counters of any shape."""
+    """Return radius and angle of points with two standard normal coordinates, from counters of any shape."""
     bits = _mix(state)
     radius = (_shift(bits, 32) + 1).float().mul_(2.0**-32).log_().mul_(-2).sqrt_()
     return radius, (bits & 0xFFFFFFFF).float().mul_(2 * math.pi * 2.0**-32)
 
 
 def step_seed(*numbers: int) -> int:
-    """One seed from the numbers that name a step, such as (seed, step, rank)."""
+    """Return one seed from the numbers that identify a step, such as (seed, step, rank)."""
     key = torch.zeros(1, dtype=torch.int64)
     for number in numbers:
         key = fold_in(key, number)
@@ -125,16 +125,16 @@ def step_seed(*numbers: int) -> int:
 
 @contextmanager
 def seeded_global_rng() -> Iterator[Callable[[int], None]]:
-    """For libraries that draw from the process's own generators: a function that seeds them all with a key.
+    """Provide a function that seeds the global generators of Python, NumPy and torch (CPU) with a key.
 
-    After the block Python's, NumPy's and torch's generators on the CPU go on from where they were before it.
+    For libraries that draw from them. The states of the generators are restored after the block.
     """
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
 
     def seed(key: int) -> None:
         random.seed(key)
         np.random.seed(key & 0xFFFFFFFF)
-        torch.default_generator.manual_seed(key)  # torch.manual_seed takes a hundred times as long
+        torch.default_generator.manual_seed(key)  # 100 times as fast as torch.manual_seed
 
     try:
         yield seed

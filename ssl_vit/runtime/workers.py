@@ -1,4 +1,4 @@
-"""How many cores this process may use, and work spread over them."""
+"""The CPU cores of this process, and maps over threads and processes."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from tqdm import tqdm
 
 from ssl_vit.runtime.progress import progress_bar
 
-MOST_WORKERS = 16  # beyond it, disks and the collecting process are the limit
-PATIENCE = 2.0  # seconds without a progress bar
-_AHEAD = 4  # tasks under way per thread; bounds the memory that finished ones take while an earlier one lasts
+MAX_WORKERS = 16  # with more, the disk and the main process are the bottleneck
+PROGRESS_DELAY = 2.0  # seconds before a progress bar appears
+_AHEAD = 4  # tasks per thread; limits the memory of results that wait for an earlier task
 
 T = TypeVar("T")
 Item = TypeVar("Item")
 
 
 def available_cpus() -> int:
-    """The cores that the scheduler and the container leave to this process, at least 1."""
+    """Return the number of cores that the scheduler and the container allow this process, at least 1."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     groups = _control_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
     return max(1, min(_container_cores(group, cores) for group in groups))
 
 
 def resolve_num_workers(num_workers: int | Literal["auto"], *, processes: int) -> int:
-    """Loading processes beside each of `processes` training processes on this machine, which keep a core each."""
+    """Return the data loading processes per training process, of which this machine has `processes` on a core each."""
     if num_workers != "auto":
         return num_workers
-    return max(0, min(MOST_WORKERS, available_cpus() // processes - 1))
+    return max(0, min(MAX_WORKERS, available_cpus() // processes - 1))
 
 
 def map_threads(task: Callable[[int], T], count: int, *, label: str, show: bool) -> Iterator[T]:
-    """task(0), ..., task(count - 1) in order, computed by as many threads as there are cores.
+    """Yield task(0), ..., task(count - 1) in order, computed by one thread per core.
 
     Args:
-        task: Decoding an image lets other threads run meanwhile.
-        count: How many.
-        label: Beside the progress bar, which appears when it takes longer than two seconds.
-        show: Whether there is one at all.
+        task: Releases the GIL, as image decoding does.
+        count: Number of calls.
+        label: Description in the progress bar, which appears after two seconds.
+        show: Whether to show a progress bar.
     """
     cores = available_cpus()
     with _bar(count, label, show) as bar, ThreadPoolExecutor(cores) as threads:
@@ -58,53 +58,53 @@ def map_threads(task: Callable[[int], T], count: int, *, label: str, show: bool)
 def map_ordered(
     threads: ThreadPoolExecutor, task: Callable[[Item], T], items: Iterable[Item], *, ahead: int
 ) -> Iterator[T]:
-    """task(item) of each item, in their order, at most `ahead` of them under way."""
-    under_way: deque[Future[T]] = deque()
+    """Yield task(item) of each item in order, with at most `ahead` tasks submitted."""
+    pending: deque[Future[T]] = deque()
     for item in items:
-        if len(under_way) == ahead:
-            yield under_way.popleft().result()
-        under_way.append(threads.submit(task, item))
-    while under_way:
-        yield under_way.popleft().result()
+        if len(pending) == ahead:
+            yield pending.popleft().result()
+        pending.append(threads.submit(task, item))
+    while pending:
+        yield pending.popleft().result()
 
 
-def map_processes(task: Callable[[Item], T], subjects: Sequence[Item], *, label: str, show: bool) -> Iterator[T]:
-    """Each subject's task in order, computed by as many processes as there are cores; for work that is Python's own.
+def map_processes(task: Callable[[Item], T], items: Sequence[Item], *, label: str, show: bool) -> Iterator[T]:
+    """Yield task(item) of each item in order, computed by one process per core; for tasks that hold the GIL.
 
     Args:
-        task: A function that can be pickled; so can what it takes and gives.
-        subjects: What to compute it for; with a single one no process is started.
-        label: Beside the progress bar, which appears when it takes longer than two seconds.
-        show: Whether there is one at all.
+        task: A function that can be pickled, like its argument and result.
+        items: With a single one no process is started.
+        label: Description in the progress bar, which appears after two seconds.
+        show: Whether to show a progress bar.
     """
-    processes = min(available_cpus(), len(subjects))
-    with _bar(len(subjects), label, show) as bar:
+    processes = min(available_cpus(), len(items))
+    with _bar(len(items), label, show) as bar:
         if processes <= 1:
-            for subject in subjects:
-                yield task(subject)
+            for item in items:
+                yield task(item)
                 bar.update()
             return
-        # Ctrl-C is for this process to handle.
+        # Ctrl-C is handled by this process alone.
         pool = ProcessPoolExecutor(processes, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
         with pool:
-            for result in pool.map(task, subjects):
+            for result in pool.map(task, items):
                 yield result
                 bar.update()
 
 
 def _bar(count: int, label: str, show: bool) -> tqdm:
-    return progress_bar(total=count, desc=label, unit="", delay=PATIENCE, leave=False, show=show)
+    return progress_bar(total=count, desc=label, unit="", delay=PROGRESS_DELAY, leave=False, show=show)
 
 
 def _control_groups(listing: Path, root: Path) -> list[Path]:
-    """This process's control group (version 2) and those around it, each of which may have a quota, up to the root."""
+    """Return this process's control group (version 2) and its parents up to the root; each may have a quota."""
     lines = listing.read_text(encoding="utf-8").splitlines() if listing.is_file() else []
     own = Path(next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), ""))
     return [root / group for group in (own, *own.parents)]
 
 
 def _container_cores(group: Path, cores: int) -> int:
-    """The CPU quota of the control group (version 2, else 1) in whole cores, rounded up; `cores` without a quota."""
+    """Return the CPU quota of the control group (version 2, else 1) in cores, rounded up; `cores` without a quota."""
     files = [group / "cpu.max"], [group / "cpu/cpu.cfs_quota_us", group / "cpu/cpu.cfs_period_us"]
     for parts in files:
         if all(part.is_file() for part in parts):
@@ -115,10 +115,10 @@ def _container_cores(group: Path, cores: int) -> int:
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """Run torch's operations on the calling thread alone, within the `with` block.
+    """Run torch's operations on one thread within the block.
 
-    Threads meet after each operation, and spin while they wait: where loading num_workers need the cores as well, an
-    operation of microseconds then takes as long as the system lets a worker run.
+    Threads synchronize after each operation and spin while they wait: where data loading processes use the same cores,
+    an operation of microseconds takes as long as the scheduler runs one of those.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -23,7 +23,7 @@ from ssl_vit.commands.load_config import load_config
 from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.batch import Batch
 from ssl_vit.methods.base import SSLMethod, make_plan
-from ssl_vit.runtime.distributed import all_mean, rank, world_size
+from ssl_vit.runtime.distributed import all_reduce_mean, rank, world_size
 from ssl_vit.runtime.rng import sample_keys
 from ssl_vit.training.trainer import build_method, silence_lightning
 
@@ -123,8 +123,8 @@ def steps_of(words: tuple[str, ...]) -> list[Step]:
             loss = method.step(global_views, local_views, batch).loss / accumulate
             loss.backward()
             total += loss.detach()
-        gradient = all_mean(parameters_to_vector([parameter.grad for parameter in parameters]))
-        steps.append(Step(all_mean(total), gradient))
+        gradient = all_reduce_mean(parameters_to_vector([parameter.grad for parameter in parameters]))
+        steps.append(Step(all_reduce_mean(total), gradient))
         vector_to_parameters(parameters_to_vector(parameters).detach() - LEARNING_RATE * gradient, parameters)
         method.zero_grad()
         method.after_optimizer_step(step, torch.tensor(True))

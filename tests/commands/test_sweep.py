@@ -1,4 +1,4 @@
-"""Many runs from one command: every combination, each in its folder, here or through a launcher."""
+"""ssl-vit pretrain --multirun: one run per combination, on this machine or through a launcher."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from ssl_vit.commands.sweep import expand_sweep
 from tests.helpers.cli import rows, run_command, state
 
 
-def test_words_become_one_job_per_combination():
+def test_expand_sweep_gives_one_job_per_combination():
     jobs = expand_sweep(["seed=0,1", "data.root=/a b/[c]", "method.optimizer.lr=choice(0.1,0.2)", "backbone=vit_cpu"])
     assert len(jobs) == 4
     assert jobs[0] == [
@@ -26,32 +26,32 @@ def test_words_become_one_job_per_combination():
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("overrides", "message"),
     [
-        (["seed=0,1"], "two runs would share a folder"),
+        (["seed=0,1"], "two runs have the same run directory"),
         (["seed=0,1", "run.name=s${seed}", "method.optimizer.lrr=3"], "unknown key"),
         (["seed=0,1", "run.name=s${seed}", "trainer.devices=2", "hydra/launcher=basic"], "set trainer.devices=1"),
-        (["seed=0,1", "run.name=s${seed}", "hydra/launcher=nonsense"], "there is no hydra_nonsense_launcher here"),
+        (["seed=0,1", "run.name=s${seed}", "hydra/launcher=nonsense"], "hydra_nonsense_launcher is not installed"),
     ],
 )
-def test_mistakes_are_told_before_the_first_run(pretrain_words, tmp_path, capsys, words, says):
-    assert main(["pretrain", "--multirun", *pretrain_words(*words)]) == 2
-    assert says in capsys.readouterr().err
+def test_multirun_reports_mistakes_before_the_first_run(pretrain_words, tmp_path, capsys, overrides, message):
+    assert main(["pretrain", "--multirun", *pretrain_words(*overrides)]) == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_help_of_pretrain_speaks_of_sweeps(capsys):
+def test_help_of_pretrain_mentions_multirun(capsys):
     assert main(["pretrain", "--help"]) == 0
     assert "--multirun" in capsys.readouterr().out
 
 
-def test_a_launcher_without_multirun_is_told(pretrain_words, capsys):
+def test_launcher_without_multirun_is_an_error(pretrain_words, capsys):
     assert main(["pretrain", *pretrain_words("hydra/launcher=submitit_slurm")]) == 2
     assert "add --multirun" in capsys.readouterr().err
 
 
-def test_every_combination_runs_and_a_failed_one_does_not_stop_the_rest(pretrain_words, tmp_path):
-    """A value that only the model refuses."""
+def test_multirun_continues_after_a_failed_run(pretrain_words, tmp_path):
+    """A value that only the model rejects."""
     words = pretrain_words("trainer.max_steps=2", "backbone.name=resnet50,vit_tiny_patch16_224")
     words.append("run.name=on-${backbone.name}")
     done = run_command(["--multirun", *words])
@@ -63,7 +63,7 @@ def test_every_combination_runs_and_a_failed_one_does_not_stop_the_rest(pretrain
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "submitit_local"])
-def test_a_launcher_of_hydra_starts_the_jobs(pretrain_words, tmp_path, launcher):
+def test_multirun_starts_jobs_with_a_hydra_launcher(pretrain_words, tmp_path, launcher):
     words = pretrain_words("trainer.max_steps=2", "seed=0,1", "run.name=s${seed}", f"hydra/launcher={launcher}")
     done = run_command(["--multirun", *words])
     assert done.returncode == 0, done.stderr

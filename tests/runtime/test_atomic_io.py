@@ -1,4 +1,4 @@
-"""A file is whole or not there; what stood there before outlives a failure."""
+"""atomic_write and write_json: a file is complete or absent, and a failure keeps the old one."""
 
 import errno
 import json
@@ -11,15 +11,15 @@ import pytest
 from ssl_vit.runtime.atomic_io import atomic_write, write_json
 
 
-def test_what_is_no_file_is_never_replaced(tmp_path):
+def test_write_json_does_not_replace_a_pipe(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    with pytest.raises(FileExistsError, match="this is no file"):
+    with pytest.raises(FileExistsError, match="not a regular file"):
         write_json(pipe, {})
     assert pipe.is_fifo()
 
 
-def test_a_file_appears_whole_and_replaces_the_old_one(tmp_path):
+def test_atomic_write_replaces_the_old_file_at_once(tmp_path):
     path = tmp_path / "a.bin"
     for content in (b"first", b"second, longer"):
         with atomic_write(path) as file:
@@ -30,7 +30,7 @@ def test_a_file_appears_whole_and_replaces_the_old_one(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
 
 
-def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_atomic_write_keeps_the_old_file_on_failure(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(b"good")
     with pytest.raises(OSError, match="No space") as failure, atomic_write(path) as file:
@@ -41,31 +41,31 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
 
 
-def test_the_left_over_of_a_killed_process_is_overwritten(tmp_path):
+def test_atomic_write_overwrites_the_temporary_file_of_a_killed_process(tmp_path):
     (tmp_path / ".a.bin.tmp").write_bytes(b"x" * 1000)
     with atomic_write(tmp_path / "a.bin") as file:
         file.write(b"new")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.bin", b"new")]
 
 
-def test_the_content_is_on_the_disk_before_the_name_and_the_name_before_the_end(tmp_path, monkeypatch):
-    """Else a power loss leaves an empty file under the good name."""
+def test_atomic_write_syncs_content_before_rename_and_directory_after(tmp_path, monkeypatch):
+    """Otherwise a power loss may leave an empty file under the final name."""
     path, order = tmp_path / "a.bin", []
     fsync, replace = os.fsync, Path.replace
 
-    def seen_fsync(descriptor):
+    def recorded_fsync(descriptor):
         kind = "folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "content"
         order.append(f"{kind}, {'named' if path.exists() else 'not named yet'}, {os.fstat(descriptor).st_size >= 4}")
         fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", seen_fsync)
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
     monkeypatch.setattr(Path, "replace", lambda self, target: (order.append("rename"), replace(self, target))[1])
     with atomic_write(path) as file:
         file.write(b"four")
     assert order == ["content, not named yet, True", "rename", "folder, named, True"]
 
 
-def test_json_keeps_any_file_name(tmp_path):
+def test_write_json_keeps_undecodable_file_names(tmp_path):
     content = {"path": os.fsdecode(b"caf\xe9 \xf0\x9f\x98\x80\n"), "n": [1, None, 0.5]}
     write_json(tmp_path / "a.json", content)
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == content

@@ -1,4 +1,4 @@
-"""Randomness from keys: SplitMix64's own numbers, uniform, independent, and the same however a batch is cut up."""
+"""Keyed random numbers: SplitMix64's published values, distribution, independence, and invariance to batching."""
 
 import numpy as np
 import pytest
@@ -12,21 +12,21 @@ def keys():
     return sample_keys(0, 0, torch.arange(20_000))
 
 
-def test_draws_are_splitmix64():
+def test_uniform_equals_splitmix64():
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]  # of seed 1234567
     drawn = uniform(torch.tensor(1234567), 4)
     assert drawn.tolist() == [(value >> 40) / 2**24 for value in published]
 
 
-def test_values_never_change():
-    """A change here would silently change every run that is resumed."""
+def test_keys_never_change():
+    """A change would silently change every resumed run."""
     key = sample_keys(3, 5, torch.tensor([0, 7]))
     assert key.tolist() == [-8598843968799353419, 3959287159576922244]
     assert fold_in(key, 2).tolist() == [-6147746541521467729, 5114574886835120481]
     assert step_seed(3, 5) == 1259899096635836125
 
 
-def test_draws_are_uniform(keys):
+def test_uniform_is_uniform(keys):
     drawn = uniform(keys, 8)
     assert drawn.dtype == torch.float32
     assert drawn.shape == (20_000, 8)
@@ -39,8 +39,8 @@ def test_draws_are_uniform(keys):
         assert 63 - 5 * 126**0.5 < chi_square < 63 + 5 * 126**0.5  # mean 63, variance 126
 
 
-def test_draws_of_different_origin_are_independent(keys):
-    """Seeds, epochs, folds, views, counters and neighbors: no two rows go together."""
+def test_uniform_of_different_keys_is_independent(keys):
+    """Seeds, epochs, folded numbers, views, counters and adjacent indices: no two rows correlate."""
     rows = [uniform(keys, 2).T]
     rows += [uniform(fold_in(keys, number), 1).T for number in (0, 1, 2, 1000)]
     rows += [uniform(view_keys(fold_in(keys, 77), 0, 3), 1).squeeze(-1).T]
@@ -51,17 +51,17 @@ def test_draws_of_different_origin_are_independent(keys):
     assert np.abs(correlation).max() < 5 / 20_000**0.5
 
 
-def test_folds_in_another_order_differ(keys):
+def test_fold_in_depends_on_the_order(keys):
     assert not torch.equal(fold_in(fold_in(keys, 1), 2), fold_in(fold_in(keys, 2), 1))
     assert len(set(keys.tolist()) | set(fold_in(keys, 0).tolist()) | set(fold_in(keys, 1).tolist())) == 60_000
 
 
-def test_view_keys_are_folds(keys):
+def test_view_keys_equal_fold_in(keys):
     views = view_keys(keys, 2, 3)
     assert torch.equal(views, torch.stack([fold_in(keys, view) for view in (2, 3, 4)], dim=-1))
 
 
-def test_a_sample_draws_the_same_in_any_batch(keys):
+def test_uniform_does_not_depend_on_the_batch(keys):
     order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(0))
     assert torch.equal(uniform(keys[order], 5), uniform(keys, 5)[order])
     assert torch.equal(uniform(keys, 5)[:, :3], uniform(keys, 3))
@@ -70,12 +70,12 @@ def test_a_sample_draws_the_same_in_any_batch(keys):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_draws_the_same(keys):
+def test_draws_are_equal_on_a_gpu(keys):
     assert torch.equal(uniform(fold_in(keys.cuda(), 4), 5).cpu(), uniform(fold_in(keys, 4), 5))
     torch.testing.assert_close(normal(keys.cuda(), 7).cpu(), normal(keys, 7), rtol=1e-5, atol=1e-5)
 
 
-def test_global_state_is_neither_read_nor_written(keys):
+def test_uniform_does_not_use_the_global_generator(keys):
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
     first = uniform(keys, 3)
@@ -84,8 +84,8 @@ def test_global_state_is_neither_read_nor_written(keys):
     assert torch.equal(uniform(keys, 3), first)
 
 
-def test_normals_are_normal():
-    """Moments and the whole distribution (Kolmogorov-Smirnov at p = .001), as far out as 2 million draws reach."""
+def test_normal_is_normal():
+    """Moments, distribution (Kolmogorov-Smirnov at p = .001) and range of 2 million draws."""
     drawn = normal(sample_keys(0, 0, torch.arange(2_000)), 1_001)
     assert drawn.shape == (2_000, 1_001)
     assert drawn.dtype == torch.float32
@@ -99,8 +99,8 @@ def test_normals_are_normal():
     assert 4.6 < x.abs().max() < 6.7
 
 
-def test_normals_of_one_key_are_independent(keys):
-    """Also the two of one hash, whose radius is the same: neither they nor their squares go together."""
+def test_normal_of_one_key_is_independent(keys):
+    """Neither the values nor their squares correlate, also of the two values from one hash, which share a radius."""
     rows = normal(keys, 8).T
     for values in (rows, rows**2):
         correlation = np.corrcoef(values.double().numpy())
@@ -108,15 +108,15 @@ def test_normals_of_one_key_are_independent(keys):
         assert np.abs(correlation).max() < 5 / 20_000**0.5
 
 
-def test_a_sample_draws_the_same_normals_in_any_batch(keys):
+def test_normal_does_not_depend_on_the_batch(keys):
     few = keys[:300]
-    whole = normal(few, 999)
-    assert torch.equal(torch.cat([normal(part, 999) for part in few.split(7)]), whole)
-    assert torch.equal(normal(few.reshape(3, 100), 999).reshape(300, 999), whole)
-    assert not torch.equal(normal(fold_in(few, 1), 999), whole)
+    expected = normal(few, 999)
+    assert torch.equal(torch.cat([normal(part, 999) for part in few.split(7)]), expected)
+    assert torch.equal(normal(few.reshape(3, 100), 999).reshape(300, 999), expected)
+    assert not torch.equal(normal(fold_in(few, 1), 999), expected)
 
 
-def test_step_seeds_differ_and_fit_a_generator():
+def test_step_seed_is_unique_and_fits_a_generator():
     seeds = {step_seed(seed, step, rank) for seed in range(3) for step in range(50) for rank in range(4)}
     assert len(seeds) == 600
     assert all(0 <= seed < 2**63 for seed in seeds)
@@ -124,8 +124,8 @@ def test_step_seeds_differ_and_fit_a_generator():
 
 
 @pytest.mark.parametrize("count", [1, 7, 3072])
-def test_normals_drawn_only_where_they_matter_are_the_same(count):
+def test_normal_with_where_equals_normal(count):
     keys = sample_keys(0, 0, torch.arange(6)).view(2, 3)
-    everywhere = normal(keys, count)
+    expected = normal(keys, count)
     where = uniform(keys, count) < 0.3
-    assert torch.equal(normal(keys, count, where=where), everywhere.where(where, 0))
+    assert torch.equal(normal(keys, count, where=where), expected.where(where, 0))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ssl_vit.data.dataset import ImageDataset, JPEGScaleFn, SkippedImageLog, UnreadableImageError
-from ssl_vit.runtime.launch import give_memory_back
+from ssl_vit.runtime.launch import trim_malloc
 from ssl_vit.runtime.workers import map_threads
 
 _SAMPLE = 64  # images from which the size of all is estimated
@@ -91,7 +91,7 @@ def cache_in_memory(
             continue
         if used + image.numel() > len(buffer):
             del buffer
-            give_memory_back()
+            trim_malloc()
             return None
         buffer[used : used + image.numel()] = image.permute(1, 2, 0).flatten()
         used += image.numel()

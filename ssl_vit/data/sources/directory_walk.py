@@ -20,7 +20,7 @@ from ssl_vit.data.sources.decode import EXTENSIONS
 from ssl_vit.data.sources.packed_paths import PackedPaths
 from ssl_vit.runtime.launch import is_rank_zero
 from ssl_vit.runtime.progress import progress_bar
-from ssl_vit.runtime.workers import PATIENCE, map_ordered
+from ssl_vit.runtime.workers import PROGRESS_DELAY, map_ordered
 
 THREADS = 16  # waiting for folders
 _AHEAD = 4 * THREADS  # folders under way
@@ -95,7 +95,7 @@ def walk_images(root: Path) -> WalkResult:
     seen: list[bytes] = []
     state = hashlib.sha256()
     folders, linked = [b""], list[bytes]()  # still to visit, each with a slash at its end
-    bar = progress_bar(desc="finding images", unit="", delay=PATIENCE, leave=False, show=is_rank_zero())
+    bar = progress_bar(desc="finding images", unit="", delay=PROGRESS_DELAY, leave=False, show=is_rank_zero())
     with bar, ThreadPoolExecutor(THREADS) as threads:
         while folders or linked:
             level = sorted(folders) or [heapq.heappop(linked)]

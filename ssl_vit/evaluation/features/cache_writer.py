@@ -19,7 +19,7 @@ from ssl_vit.data.dataset import Subset
 from ssl_vit.evaluation.features.cache import BROKEN, DONE, PENDING, FeatureCache
 from ssl_vit.evaluation.features.extractor import iter_features
 from ssl_vit.runtime.errors import UserError
-from ssl_vit.runtime.launch import freed_memory_kept, torchrun_rank
+from ssl_vit.runtime.launch import keep_freed_memory, torchrun_rank
 from ssl_vit.runtime.text import pluralize
 
 _FLUSH_S = 5.0  # work lost at most when the process is killed
@@ -95,7 +95,7 @@ def _extract_pending(cache: FeatureCache, share: range, batch_size: int, num_wor
         return FillResult(cache, 0, 0.0)
     pending = Subset(cache.dataset, torch.from_numpy(rows))
     try:
-        with freed_memory_kept(), _CacheWriter(cache, rows) as writer:
+        with keep_freed_memory(), _CacheWriter(cache, rows) as writer:
             for indices, batch in iter_features(
                 cache.extractor, pending, batch_size=batch_size, num_workers=num_workers, skipped=cache.skipped
             ):

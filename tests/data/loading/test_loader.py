@@ -415,7 +415,7 @@ def test_workers_follow_the_cores_one_may_use(monkeypatch, tmp_path):
     assert resolve_num_workers("auto", processes=8) == 0
     assert resolve_num_workers(3, processes=8) == 3
     monkeypatch.setattr(parallel, "available_cpus", lambda: 200)
-    assert resolve_num_workers("auto", processes=1) == parallel.MOST_WORKERS
+    assert resolve_num_workers("auto", processes=1) == parallel.MAX_WORKERS
     for text, cores in {"max 100000": 64, "250000 100000": 3, "50000 100000": 1}.items():
         (tmp_path / "cpu.max").write_text(text + "\n")
         assert parallel._container_cores(tmp_path, 64) == cores
