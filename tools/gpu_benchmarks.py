@@ -34,8 +34,8 @@ from ssl_vit.data.dataset import ImageDataset, SkippedImageLog, Subset
 from ssl_vit.data.dataset_factory import build_dataset
 from ssl_vit.data.sources.synthetic import make_synthetic_photos
 from ssl_vit.data.sources.torchvision_datasets import ArrayDataset
-from ssl_vit.methods.base import SSLMethod, make_plan
-from ssl_vit.methods.flops import flops_per_image
+from ssl_vit.methods.base import SSLMethod
+from ssl_vit.methods.schedules import make_plan
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.runtime.atomic_io import write_json
 from ssl_vit.runtime.device import best_device, measure_matmul
@@ -188,7 +188,7 @@ def _speed(place: Place, words: tuple[str, ...], size: int, row: str, photos: bo
     skipped = SkippedImageLog(place.folder / "skipped_images.txt")
     subject = BenchmarkRun(config, dataset, skipped, seconds=6.0 if place.on_gpu else 0.1)
     with torch.device("meta"):  # its size is enough
-        flops = flops_per_image(config.method, build_method(config, make_plan(config, len(dataset))).target).total
+        flops = build_method(config, make_plan(config, len(dataset))).count_flops().total
     measured = subject.row(row)
     step = sum(measured.parts.values())
     return {

@@ -24,9 +24,10 @@ from ssl_vit.data.transforms.corruption import Corruption
 from ssl_vit.data.transforms.multicrop import MultiCrop
 from ssl_vit.evaluation.classification.knn import LabeledFeatures, knn
 from ssl_vit.losses.dino import TeacherTargets, assignment_stats, dino_loss
-from ssl_vit.methods.base import SSLMethod, make_plan
+from ssl_vit.methods.base import SSLMethod
 from ssl_vit.methods.gradient_clipping import clip_grad_per_parameter
 from ssl_vit.methods.heads import Prototypes
+from ssl_vit.methods.schedules import make_plan
 from ssl_vit.models.drop_path import sample_drop_paths
 from ssl_vit.models.ema import update_ema
 from ssl_vit.models.feature_statistics import effective_rank, feature_std
@@ -99,7 +100,7 @@ class Stepper:
         plan = make_plan(self.config, 100 * batch)._replace(total_steps=STEPS)
         self.method = build_method(self.config, plan).to(device).train()
         self.method._trainer = SimpleNamespace(precision_plugin=None)  # type: ignore[assignment]
-        self.method.laps.start(device)
+        self.method.timer.start(device)
         self.optimizer = self.method.configure_optimizers()
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-3
@@ -108,14 +109,14 @@ class Stepper:
 
     def step(self) -> Tensor:
         """Take one, all that training does; the loss ()."""
-        with patch.multiple(SSLMethod, global_step=STEP, at_log_step=False):
+        with patch.multiple(SSLMethod, global_step=STEP, should_log=False):
             with self.autocast():
                 loss = self.method.training_step(self.batch, 0)
             loss.backward()
             self.method.on_before_optimizer_step(self.optimizer)
             self.method.configure_gradient_clipping(self.optimizer)
             self.optimizer.step()
-            self.method.after_optimizer_step(STEP, self.method.check.taken)
+            self.method.after_optimizer_step(STEP, self.method.check.applied)
             self.optimizer.zero_grad()
         return loss.detach()
 
@@ -202,7 +203,7 @@ def calls(place: Place, *, batch: int) -> dict[str, Callable[[], object]]:
     stepper.step()
     method, made = stepper.method, make_batch(stepper.config, batch, place.device)
     views = stepper.config.method.views
-    side, width = views.global_crops.size, method.target.embed_dim
+    side, width = views.global_crops.size, method.eval_backbone.embed_dim
     keys = view_keys(made.key, 0, 2 + views.local_crops.count)  # (B, V)
     sit = load_config("bench", ["method=sit"], BenchConfig).method
     corruption, clean = Corruption(sit.corruption), torch.randn(batch, 3, side, side, device=place.device)
@@ -221,8 +222,8 @@ def calls(place: Place, *, batch: int) -> dict[str, Callable[[], object]]:
             corruption(clean, keys[:, view], view=view)
 
     return {
-        "photometrics, global": lambda: method.photometric(made.global_views, made.key),
-        "photometrics, local": lambda: method.photometric(made.local_views, made.key, first_view=2),
+        "photometrics, global": lambda: method.color_augmentation(made.global_views, made.key),
+        "photometrics, local": lambda: method.color_augmentation(made.local_views, made.key, first_view=2),
         "corruption": torch.no_grad()(corrupt),
         "crops of CIFAR": lambda: cifar.crop_batch(dataset, made.key),
         "drop path": lambda: sample_drop_paths(

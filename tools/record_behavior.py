@@ -104,7 +104,7 @@ def views_of(overrides: list[str]) -> Iterator[dict[str, torch.Tensor]]:
     from ssl_vit.data.dataset_factory import build_dataset
     from ssl_vit.data.loading.loader import build_train_loader
     from ssl_vit.data.transforms.multicrop import MultiCrop
-    from ssl_vit.methods.base import make_plan
+    from ssl_vit.methods.schedules import make_plan
     from ssl_vit.methods.sit import SiT
     from ssl_vit.training.trainer import build_method
 

@@ -39,7 +39,7 @@ PHOTOS = 128  # that are made where there are none
 EPOCH = 10_000  # times that each of them comes in an epoch: those of a large data set are long
 BUSY = 0.5  # of the cores, from which on other work is told of
 STEP = 2.5  # seconds that a step may take
-_OWN = {"seconds", "versus", "row", "rounds", "out"}  # keys of bench itself
+_OWN = {"seconds", "compare_to", "row", "rounds", "out"}  # keys of bench itself
 
 
 def main(words: list[str]) -> None:
@@ -50,7 +50,7 @@ def main(words: list[str]) -> None:
         raise UserError(f"compare_to={config.compare_to}: {', '.join(own)} count for both; name keys of the training")
     if config.compare_to:
         changed = {_key(word) for word in config.compare_to}
-        kept = [word for word in words if _key(word) not in changed | {"versus"}]
+        kept = [word for word in words if _key(word) not in changed | {"compare_to"}]
         configs.append(load_config("bench", [*kept, *config.compare_to], BenchConfig))
     bench(configs)
 

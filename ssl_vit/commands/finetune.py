@@ -27,8 +27,8 @@ from ssl_vit.evaluation.classification.linear_classifier import TEST_SHARE, spli
 from ssl_vit.evaluation.evaluator import MODEL, Evaluation
 from ssl_vit.evaluation.results.eval_result import ModelScores, Predictions, topk_metrics
 from ssl_vit.evaluation.results.provenance import data_name
-from ssl_vit.methods.base import TrainingPlan, make_plan
 from ssl_vit.methods.finetune import FineTune, prepare_for_finetuning
+from ssl_vit.methods.schedules import TrainingPlan, make_plan
 from ssl_vit.models.checkpoint import export_backbone
 from ssl_vit.runtime.atomic_io import atomic_write, write_json
 from ssl_vit.runtime.device import best_device
@@ -151,7 +151,7 @@ def train(
             cache_gb=config.cache_gb,
         ),
         seed=config.seed,
-        channels=method.target.config.in_chans,
+        channels=method.eval_backbone.config.in_chans,
         rank=trainer.global_rank,
         world=trainer.world_size,
         accumulate=config.trainer.accumulate_grad_batches,
@@ -183,7 +183,7 @@ def startup_summary(
     config: FinetuneConfig, study: Evaluation, parts: Splits, plan: TrainingPlan, method: FineTune, start: RunState
 ) -> str:
     """What is about to happen."""
-    size = sum(parameter.numel() for parameter in method.target.parameters()) / 1e6
+    size = sum(parameter.numel() for parameter in method.eval_backbone.parameters()) / 1e6
     optimizer = config.method.optimizer
     lines = [
         f"{len(parts.learned):,} images of {len(start.dataset.classes)} classes, {plan.batch_size} per step, "
@@ -204,7 +204,9 @@ def export(folder: Path, method: FineTune, classes: list[str], *, step: int) -> 
     """Write `backbone.safetensors`, as pretraining does, and `head.safetensors` with the linear layer on its [CLS]."""
     views = method.views
     source = f"{folder} after {step} steps"
-    export_backbone(method.target, folder / "backbone.safetensors", mean=views.mean, std=views.std, source=source)
+    export_backbone(
+        method.eval_backbone, folder / "backbone.safetensors", mean=views.mean, std=views.std, source=source
+    )
     head = method.student.head[0]
     with atomic_write(folder / "head.safetensors") as file:
         file.write(save({name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}))

@@ -163,13 +163,13 @@ class Center(nn.Module):
         self.count += len(teacher.z)
 
     @torch.no_grad()
-    def update(self, taken: Tensor) -> None:
+    def update(self, applied: Tensor) -> None:
         """Move the center by what was observed since the last update, and forget that.
 
-        Where the optimizer step was not `taken`, () bool, it is only forgotten.
+        Where the optimizer step was not `applied`, () bool, it is only forgotten.
         """
         mean = all_reduce_sum(self.seen) / (self.count * world_size())
-        self.value.copy_(torch.where(taken, self.value.lerp(mean, 1 - self.momentum), self.value))
+        self.value.copy_(torch.where(applied, self.value.lerp(mean, 1 - self.momentum), self.value))
         self.seen.zero_()
         self.count.zero_()
 

@@ -1,8 +1,10 @@
-"""What DINO and SiT share as Lightning modules: optimizer, schedules, clipping, logging, checkpoints."""
+"""The base class of all methods: optimizer, schedules, gradient clipping, logging, checkpoints."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -12,14 +14,15 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from ssl_vit import __version__
-from ssl_vit.config.evaluate import FinetuneConfig, FinetuneMethodConfig
-from ssl_vit.config.methods import DINOConfig, SiTConfig, ViewsConfig
-from ssl_vit.config.pretrain import BackboneConfig, TrainingConfig
+from ssl_vit.config.evaluate import FinetuneMethodConfig
+from ssl_vit.config.methods import MethodConfig, OptimizerConfig, ViewsConfig
+from ssl_vit.config.pretrain import BackboneConfig
 from ssl_vit.data.batch import Batch
 from ssl_vit.data.transforms.color import ColorAugmentation
+from ssl_vit.methods.flops import Flops, count_flops
 from ssl_vit.methods.gradient_clipping import FiniteCheck, clip_grad_per_parameter
 from ssl_vit.methods.health import HealthCheck, check_feature_std
-from ssl_vit.methods.schedules import Schedule, cosine
+from ssl_vit.methods.schedules import Schedule, TrainingPlan, cosine
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.checkpoint import CHECKPOINT_KEY
 from ssl_vit.models.feature_statistics import alignment, effective_rank, feature_std, uniformity
@@ -28,68 +31,66 @@ from ssl_vit.runtime.distributed import all_reduce_mean, gather_from_ranks, norm
 from ssl_vit.runtime.step_timer import StepTimer
 
 
-class TrainingPlan(NamedTuple):
-    """The length of a run, in optimizer steps, and what its randomness and learning rate derive from."""
-
-    total_steps: int
-    steps_per_epoch: int
-    batch_size: int  # global: over all processes and accumulated micro-batches
-    log_every: int
-    seed: int
-
-
-def make_plan(config: TrainingConfig | FinetuneConfig, dataset: int) -> TrainingPlan:
-    """The run's length in optimizer steps."""
-    steps_per_epoch = max(1, dataset // config.data.batch_size)
-    total_steps = config.trainer.max_steps or config.trainer.max_epochs * steps_per_epoch
-    return TrainingPlan(
-        total_steps, steps_per_epoch, config.data.batch_size, config.trainer.log_every_n_steps, config.seed
-    )
-
-
-MethodConfig = DINOConfig | SiTConfig | FinetuneMethodConfig
-
-
 class StepResult(NamedTuple):
-    """What a method makes of a batch."""
+    """Output of a method's `step`."""
 
     loss: Tensor  # ()
-    features: Tensor  # (V, B, D), the [CLS] tokens of the global views, without gradient; their health is logged
+    features: Tensor  # (V, B, D), [CLS] tokens of the global views without gradient, for the health metrics
     logs: dict[str, Tensor]  # scalars
 
 
+class ImageRestorer(NamedTuple):
+    """A model that restores corrupted images, for the figure `reconstruction`."""
+
+    model: nn.Module  # to be in evaluation mode when the figure is drawn
+    corrupt: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # images (B, C, S, S), keys (B,) -> images, mask
+    restore: Callable[[Tensor], Tensor]  # normalized corrupted images (B, C, S, S) -> normalized images
+
+
+class PretextViews(NamedTuple):
+    """Input and target that a method makes of the views (2·B, C, S, S), one view after the other."""
+
+    target: Tensor  # (2·B, C, S, S), the rotated views
+    corrupted: Tensor  # (2·B, C, S, S), the input of the model
+    mask: Tensor  # (2·B, 1, S, S) bool, the corrupted pixels
+    quarter: Tensor  # (2·B,), quarter turns clockwise
+
+
 class SSLMethod(L.LightningModule):
-    """A method is a `step`; everything around it is here. All schedules are functions of the optimizer step.
+    """Base class of methods, which define `step`, `forward`, `has_weight_decay` and `eval_backbone`.
+
+    All schedules are functions of the optimizer step.
 
     Args:
-        config: Of the method.
-        views: That it is given, and their normalization.
+        config: Section `method` of the configuration.
+        views: Number, size and normalization of the views.
         plan: Length of the run.
     """
 
-    finite: Tensor
+    losses_finite: Tensor
     check: FiniteCheck  # of the last optimizer step
+    flops: Flops  # per image; counted before training
 
-    def __init__(self, config: MethodConfig, views: ViewsConfig, plan: TrainingPlan) -> None:
+    def __init__(self, config: MethodConfig | FinetuneMethodConfig, views: ViewsConfig, plan: TrainingPlan) -> None:
         super().__init__()
         self.config = config
         self.views = views
         self.plan = plan
-        self.photometric = ColorAugmentation(views)
-        self.laps = StepTimer()
+        self.color_augmentation = ColorAugmentation(views)
+        self.timer = StepTimer()
         self.logged = torch.empty(0)
-        self.register_buffer("finite", torch.ones((), dtype=torch.bool), persistent=False)  # the step's losses so far
+        self.register_buffer("losses_finite", torch.ones((), dtype=torch.bool), persistent=False)  # so far in the step
         self.warmup_steps = config.optimizer.warmup.steps(plan.steps_per_epoch, plan.total_steps)
         self.schedules = self.make_schedules(config, plan)
 
     @classmethod
-    def make_schedules(cls, config: MethodConfig, plan: TrainingPlan) -> dict[str, Schedule]:
-        """The method's schedules by name; they depend on nothing but its configuration and the length of the run.
+    def make_schedules(cls, config: Any, plan: TrainingPlan) -> dict[str, Schedule]:  # noqa: ANN401 - the method's own
+        """Return the schedules by name; they depend only on the configuration and the length of the run.
 
         Raises:
             ValueError: A warm-up is longer than the run.
         """
-        optimizer = config.optimizer
+        optimizer: OptimizerConfig = config.optimizer
         warmup = optimizer.warmup.steps(plan.steps_per_epoch, plan.total_steps)
         peak = optimizer.lr * plan.batch_size / optimizer.lr_batch_size
         return {
@@ -99,55 +100,78 @@ class SSLMethod(L.LightningModule):
 
     @abstractmethod
     def step(self, global_views: Tensor, local_views: Tensor, batch: Batch) -> StepResult:
-        """The loss of float views (B, G, C, H, W) and (B, L, C, h, w)."""
+        """Compute the loss of float views (B, G, C, H, W) and (B, L, C, h, w)."""
 
     @abstractmethod
-    def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """Whether weight decay applies to a parameter."""
+    def forward(self, global_views: Tensor, local_views: Tensor) -> Sequence[Tensor]:
+        """Compute the models' outputs on the views of a step, without augmentation and losses.
+
+        Its floating-point operations are counted, on the meta device, where tensors have a shape and no values.
+        """
+
+    @abstractmethod
+    def has_weight_decay(self, name: str, parameter: nn.Parameter) -> bool:
+        """Return whether weight decay applies to a parameter."""
 
     @property
     @abstractmethod
-    def target(self) -> Backbone:
-        """The backbone that evaluation and export take."""
-
-    @property
-    @abstractmethod
-    def flops(self) -> int:
-        """FLOP per image of a training step."""
+    def eval_backbone(self) -> Backbone:
+        """The backbone to evaluate and export."""
 
     def health_checks(self) -> list[HealthCheck]:
         """Return the checks of a row of metrics, most important first."""
         return [check_feature_std]
 
+    def figures(self) -> dict[str, ImageRestorer]:
+        """Return what a run can draw besides attention, by the name of the figure."""
+        return {}
+
+    @classmethod
+    def load_figures(cls, checkpoint: Path, config: Any, backbone: BackboneConfig) -> dict[str, ImageRestorer]:  # noqa: ANN401
+        """Return `figures` of a run directory or of one of its `.ckpt` files; empty if the file lacks the models.
+
+        Raises:
+            UserError: The file is damaged or does not fit the configuration.
+        """
+        return {}
+
+    @classmethod
+    def pretext_views(cls, config: Any, global_views: Tensor, key: Tensor) -> PretextViews | None:  # noqa: ANN401
+        """Return input and target of the model for views (B, G, C, S, S), if they are more than the views."""
+        return None
+
     @property
     def peak_lr(self) -> float:
-        """The learning rate at the end of the warm-up."""
+        """Learning rate at the end of the warm-up."""
         return self.schedules["lr"](self.warmup_steps)
 
-    def after_optimizer_step(self, step: int, taken: Tensor) -> None:
-        """Called once per optimizer step, after it; `step` counts from 0, `taken` () bool says if it was not left out.
+    def after_optimizer_step(self, step: int, applied: Tensor) -> None:
+        """Update what follows the trained parameters, such as a teacher, once per optimizer step.
 
-        `taken` lies on the device: use it there, as to read it would make the device wait.
+        Args:
+            step: Optimizer step, from 0.
+            applied: () bool, whether the step was applied and not skipped; on the device, where reading it would make
+                the CPU wait.
         """
 
     def scheduled(self, name: str) -> float:
-        """The value of a schedule at the step at hand."""
+        """Return the value of a schedule at the current optimizer step."""
         return self.schedules[name](self.global_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        self.laps.lap("other")
+        self.timer.mark("other")
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            global_views = self.photometric(batch.global_views, batch.key)
-            local_views = self.photometric(batch.local_views, batch.key, first_view=batch.global_views.shape[1])
-        self.laps.lap("photometrics")
+            global_views = self.color_augmentation(batch.global_views, batch.key)
+            local_views = self.color_augmentation(batch.local_views, batch.key, first_view=batch.global_views.shape[1])
+        self.timer.mark("augmentation")
         result = self.step(global_views, local_views, batch)
-        self.finite &= result.loss.detach().isfinite()
-        if self.at_log_step:
+        self.losses_finite &= result.loss.detach().isfinite()
+        if self.should_log:
             self.log_step(result, first=batch_idx % self.trainer.accumulate_grad_batches == 0)
         return result.loss
 
     def log_step(self, result: StepResult, *, first: bool) -> None:
-        """Log means over all processes and over the step's micro-batches so far, of which this is the `first`."""
+        """Log means over all processes and over the micro-batches of the step so far, of which this is the `first`."""
         features = gather_from_ranks(result.features[0])
         logs = {"loss": result.loss.detach(), **result.logs}
         logs |= {"spread": feature_std(features), "effective_rank": effective_rank(features)}
@@ -162,12 +186,21 @@ class SSLMethod(L.LightningModule):
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         moved: Batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        return moved._replace(index=batch.index, key=batch.key)  # for the CPU, which then never waits for a GPU
+        return moved._replace(index=batch.index, key=batch.key)  # stay on the CPU, to avoid a device sync
 
     @property
-    def at_log_step(self) -> bool:
-        """Whether a row of metrics is written after this step."""
+    def should_log(self) -> bool:
+        """Whether a row of metrics is written after the current step."""
         return (self.global_step + 1) % self.plan.log_every == 0
+
+    def setup(self, stage: str) -> None:
+        self.flops = self.count_flops()  # before FSDP takes the parameters apart
+
+    def count_flops(self) -> Flops:
+        """Count the floating-point operations of a training step per image."""
+        channels, crops = self.eval_backbone.config.in_chans, (self.views.global_crops, self.views.local_crops)
+        views = (torch.empty(1, each.count, channels, each.size, each.size, device="meta") for each in crops)
+        return count_flops(self, *views)
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:  # trainer.strategy=fsdp
@@ -179,7 +212,7 @@ class SSLMethod(L.LightningModule):
         groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                groups[self.decays(name, parameter)].append(parameter)
+                groups[self.has_weight_decay(name, parameter)].append(parameter)
         return AdamW(
             [{"params": groups[True], "decays": True}, {"params": groups[False], "decays": False, "weight_decay": 0.0}],
             lr=self.schedules["lr"](0),
@@ -188,74 +221,74 @@ class SSLMethod(L.LightningModule):
         )
 
     def on_train_start(self) -> None:
-        self.laps.start(self.device)
+        self.timer.start(self.device)
 
     def on_before_backward(self, loss: Tensor) -> None:
-        self.laps.lap("other")
+        self.timer.mark("other")
 
     def on_after_backward(self) -> None:
-        self.laps.lap("backward")
+        self.timer.mark("backward")
 
     def on_train_batch_end(self, *_: object) -> None:
-        self.laps.lap("other")
+        self.timer.mark("other")
 
     def on_train_epoch_start(self) -> None:
-        self.laps.lap("other")
+        self.timer.mark("other")
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        self.laps.lap("data")
+        self.timer.mark("data")
         for group in self.optimizers().param_groups:  # type: ignore[union-attr]
             group["lr"] = self.scheduled("lr")
             if group["decays"]:
                 group["weight_decay"] = self.scheduled("weight_decay")
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *_: object, **__: object) -> None:
-        """Clip each gradient, and leave the step out, in all processes, if a number is not finite in one."""
+        """Clip each gradient, and skip the step in all processes if a number is not finite in one of them."""
         precision = self.trainer.precision_plugin
         scaler = precision.scaler if isinstance(precision, MixedPrecision) else None
         if scaler:
-            # Fused AdamW takes the loss scale out by itself, but only after the clipping.
+            # Fused AdamW divides by the loss scale itself, but only after the clipping.
             scaler.unscale_(optimizer)
         gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
-        sizes = norms(list(gradients.values()))
+        gradient_norms = norms(list(gradients.values()))
         loss_scale = scaler.get_scale() if scaler else None
-        self.check = FiniteCheck(list(gradients), sizes, self.finite, loss_scale=loss_scale)
-        self.finite.fill_(True)
+        self.check = FiniteCheck(list(gradients), gradient_norms, self.losses_finite, loss_scale=loss_scale)
+        self.losses_finite.fill_(True)
         if self.config.optimizer.grad_clip:
-            clip_grad_per_parameter(list(gradients.values()), sizes, self.config.optimizer.grad_clip)
-        optimizer.found_inf = (~self.check.taken).float()  # type: ignore[attr-defined] # fused AdamW then does nothing
-        if scaler and self.check.skipped():  # which has a mark of its own there
+            clip_grad_per_parameter(list(gradients.values()), gradient_norms, self.config.optimizer.grad_clip)
+        optimizer.found_inf = (~self.check.applied).float()  # type: ignore[attr-defined] # fused AdamW then skips
+        if scaler and self.check.skipped():  # the scaler sets found_inf itself
             optimizer.zero_grad()
-        self.laps.lap("clip")
+        self.timer.mark("clip")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         step = self.global_step
         super().optimizer_step(*args, **kwargs)
-        self.laps.lap("optimizer")
-        self.after_optimizer_step(step, self.check.taken)
-        self.laps.lap("ema")
+        self.timer.mark("optimizer")
+        self.after_optimizer_step(step, self.check.applied)
+        self.timer.mark("ema")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # Resumed at the end of an epoch, Lightning 2.6 counts the next one as not begun, and a checkpoint of its end
+        # Resumed at the end of an epoch, Lightning 2.6 counts the next one as not started, and a checkpoint at its end
         # would repeat it. The counts follow from the step.
-        epoch = (self.global_step - 1) // self.plan.steps_per_epoch  # that the last step belongs to
+        epoch = (self.global_step - 1) // self.plan.steps_per_epoch  # of the last step
         counts = {"ready": epoch + 1, "started": epoch + 1, "processed": epoch, "completed": epoch}
         for progress in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
             progress.update(counts)
         checkpoint[CHECKPOINT_KEY] = {
             "version": __version__,
             "method": self.config.name,
-            "backbone": self.target.config.model_dump(mode="json"),
+            "backbone": self.eval_backbone.config.model_dump(mode="json"),
             "mean": self.views.mean,
             "std": self.views.std,
         }
 
 
 def stack_views(views: Tensor) -> Tensor:
-    """(B, V, C, H, W) as (V·B, C, H, W), one view after the other."""
+    """Reshape (B, V, C, H, W) to (V·B, C, H, W), one view after the other."""
     return views.transpose(0, 1).flatten(0, 1)
 
 
 def make_backbone(config: BackboneConfig, *, drop_path: bool) -> Backbone:
-    """A backbone with or without the configured stochastic depth."""
+    """Build a backbone with a class token, with or without the configured stochastic depth."""
     return Backbone(config if drop_path else config.model_copy(update={"drop_path": 0.0})).require_cls()

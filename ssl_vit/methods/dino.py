@@ -13,11 +13,10 @@ from ssl_vit.config.pretrain import BackboneConfig
 from ssl_vit.data.batch import Batch
 from ssl_vit.losses.dino import Center, TeacherTargets, assignment_stats, dino_loss
 from ssl_vit.losses.factored_logits import FactoredLogits
-from ssl_vit.methods.base import SSLMethod, StepResult, TrainingPlan, make_backbone, stack_views
-from ssl_vit.methods.flops import flops_per_image
+from ssl_vit.methods.base import SSLMethod, StepResult, make_backbone, stack_views
 from ssl_vit.methods.heads import DINOHead
 from ssl_vit.methods.health import HealthCheck, check_assignments, check_teacher_distance
-from ssl_vit.methods.schedules import Schedule, cosine, teacher_temperature
+from ssl_vit.methods.schedules import Schedule, TrainingPlan, cosine, teacher_temperature
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.ema import init_teacher, relative_parameter_distance, update_ema
 from ssl_vit.runtime.rng import view_keys
@@ -54,7 +53,7 @@ class DINO(SSLMethod):
         self.frozen_steps = config.freeze_last_layer.steps(plan.steps_per_epoch, plan.total_steps)
 
     @classmethod
-    def make_schedules(cls, config: DINOConfig, plan: TrainingPlan) -> dict[str, Schedule]:  # type: ignore[override]
+    def make_schedules(cls, config: DINOConfig, plan: TrainingPlan) -> dict[str, Schedule]:
         teacher, steps, per_epoch = config.teacher, plan.total_steps, plan.steps_per_epoch
         warmup_epochs = -(-teacher.warmup.steps(per_epoch, steps) // per_epoch)
         return {
@@ -66,33 +65,35 @@ class DINO(SSLMethod):
         }
 
     @property
-    def flops(self) -> int:
-        return flops_per_image(self.config, self.target).total
-
-    @property
-    def target(self) -> Backbone:
+    def eval_backbone(self) -> Backbone:
         return self.teacher.backbone
 
     def health_checks(self) -> list[HealthCheck]:
         assignments = partial(check_assignments, prototypes=self.config.head.prototypes)
         return [check_teacher_distance, assignments, *super().health_checks()]
 
+    def forward(self, global_views: Tensor, local_views: Tensor) -> list[Tensor]:
+        images = _by_resolution(global_views, local_views)
+        with torch.no_grad():
+            teacher, _ = self.teacher(images[0])
+        student, _ = self.student(*images)
+        return [logits.columns(slice(None)) for logits in (teacher, student)]
+
     def step(self, global_views: Tensor, local_views: Tensor, batch: Batch) -> StepResult:
         views = global_views.shape[1] + local_views.shape[1]
-        images = [stack_views(global_views)] + ([stack_views(local_views)] if local_views.shape[1] else [])
-
+        images = _by_resolution(global_views, local_views)
         with torch.no_grad():
             teacher, teacher_cls = self.teacher(images[0])  # (2·B, K), (2·B, D)
             targets = TeacherTargets(teacher, self.center.value, self.scheduled("teacher_temperature"))
             self.center.observe(teacher)
-        self.laps.lap("teacher")
+        self.timer.mark("teacher")
 
         student, _ = self.student(*images, key=view_keys(batch.key, 0, views).T.flatten())  # (V·B, K)
-        self.laps.lap("student")
+        self.timer.mark("student")
         loss = dino_loss(student, targets, views=views, temperature=self.config.student_temperature)
-        self.laps.lap("loss")
+        self.timer.mark("loss")
         logs: dict[str, Tensor] = {}
-        if self.at_log_step:
+        if self.should_log:
             entropy, kl, information = assignment_stats(targets)
             logs = {
                 "teacher_entropy": entropy,
@@ -108,10 +109,15 @@ class DINO(SSLMethod):
             for parameter in self.student.head.last_layer.parameters():
                 parameter.grad = None  # not requires_grad: that would change the graph under DDP
 
-    def after_optimizer_step(self, step: int, taken: Tensor) -> None:
-        update_ema(self.teacher, self.student, self.schedules["teacher_momentum"](step), taken)
-        self.center.update(taken)
+    def after_optimizer_step(self, step: int, applied: Tensor) -> None:
+        update_ema(self.teacher, self.student, self.schedules["teacher_momentum"](step), applied)
+        self.center.update(applied)
 
-    def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """All but biases and one-dimensional parameters; positions and tokens do decay, as in the official code."""
+    def has_weight_decay(self, name: str, parameter: nn.Parameter) -> bool:
+        """Return True for all but biases and one-dimensional parameters (in DINO, tokens and positions decay)."""
         return not name.endswith(".bias") and parameter.ndim > 1
+
+
+def _by_resolution(global_views: Tensor, local_views: Tensor) -> list[Tensor]:
+    """Return the views as images (G·B, C, H, W) and, if there are local ones, (L·B, C, h, w)."""
+    return [stack_views(views) for views in (global_views, local_views) if views.shape[1]]

@@ -12,9 +12,9 @@ from ssl_vit.config.evaluate import FinetuneMethodConfig
 from ssl_vit.config.methods import ViewsConfig
 from ssl_vit.data.batch import Batch
 from ssl_vit.data.transforms.mixup import MixupCutmix
-from ssl_vit.methods.base import SSLMethod, StepResult, TrainingPlan
-from ssl_vit.methods.flops import TRAINED, forward_flops
+from ssl_vit.methods.base import SSLMethod, StepResult, stack_views
 from ssl_vit.methods.heads import mlp
+from ssl_vit.methods.schedules import TrainingPlan
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.device import upcast
@@ -61,31 +61,31 @@ class FineTune(SSLMethod):
         self.mixing = MixupCutmix(config, classes)
 
     @property
-    def target(self) -> Backbone:
+    def eval_backbone(self) -> Backbone:
         return self.student.backbone
 
-    @property
-    def flops(self) -> int:
-        head = 2 * self.target.embed_dim * self.mixing.classes
-        return TRAINED * (forward_flops(self.target, self.views.global_crops) + head)
+    def forward(self, global_views: Tensor, local_views: Tensor) -> list[Tensor]:
+        return [self.student(stack_views(global_views))[0]]
 
     def step(self, global_views: Tensor, local_views: Tensor, batch: Batch) -> StepResult:
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             images, targets = self.mixing(global_views.squeeze(1), batch.label, batch.key)  # (B, C, H, W), (B, classes)
-        self.laps.lap("photometrics")
+        self.timer.mark("augmentation")
         logits, cls = self.student(images, batch.key)
-        self.laps.lap("student")
+        self.timer.mark("student")
         loss = F.cross_entropy(upcast(logits), targets)
-        self.laps.lap("loss")
+        self.timer.mark("loss")
         return StepResult(loss, cls.detach()[None], {})
 
-    def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """All but biases, one-dimensional parameters, positions and tokens."""
+    def has_weight_decay(self, name: str, parameter: nn.Parameter) -> bool:
+        """Return True for all but biases, one-dimensional parameters, positions and tokens."""
         return parameter.ndim > 1 and not name.endswith((".bias", "pos_embed", "cls_token", "reg_token"))
 
     def configure_optimizers(self) -> Optimizer:
         """AdamW whose layer l of L learns at lr · layer_decay^(L - l); the head is layer L (BEiT, arXiv 2106.08254)."""
-        kept = [name for name, parameter in self.student.named_parameters() if not self.decays(name, parameter)]
+        kept = [
+            name for name, parameter in self.student.named_parameters() if not self.has_weight_decay(name, parameter)
+        ]
         groups = param_groups_layer_decay(
             self.student,
             weight_decay=1.0,  # a mark; the schedule says how much

@@ -33,7 +33,7 @@ class FiniteCheck:
         self.loss_scale = loss_scale
         broken = ~sizes.isfinite()  # (P,)
         anywhere = all_reduce_max(torch.stack([~finite, broken.any()]).int()).bool()  # (2,): a loss, a gradient
-        self.taken = ~anywhere.any()  # () bool, on the device
+        self.applied = ~anywhere.any()  # () bool, on the device
         self._on_cpu = torch.cat([anywhere, broken]).to("cpu", non_blocking=True)  # (2 + P,)
         self._arrived = torch.cuda.current_stream(sizes.device).record_event() if sizes.is_cuda else None
 

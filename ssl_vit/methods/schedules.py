@@ -1,11 +1,34 @@
-"""Schedules as pure functions of the optimizer step: resuming a run needs nothing but the step."""
+"""Length and schedules of a run as pure functions of the optimizer step: resuming needs only the step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
+
+from ssl_vit.config.evaluate import FinetuneConfig
+from ssl_vit.config.pretrain import TrainingConfig
 
 Schedule = Callable[[int], float]
+
+
+class TrainingPlan(NamedTuple):
+    """Length of a run in optimizer steps, and the numbers that its schedules and randomness derive from."""
+
+    total_steps: int
+    steps_per_epoch: int
+    batch_size: int  # global: over all processes and accumulated micro-batches
+    log_every: int
+    seed: int
+
+
+def make_plan(config: TrainingConfig | FinetuneConfig, num_images: int) -> TrainingPlan:
+    """Return the plan of a run on so many images."""
+    steps_per_epoch = max(1, num_images // config.data.batch_size)
+    total_steps = config.trainer.max_steps or config.trainer.max_epochs * steps_per_epoch
+    return TrainingPlan(
+        total_steps, steps_per_epoch, config.data.batch_size, config.trainer.log_every_n_steps, config.seed
+    )
 
 
 def cosine(start: float, end: float, total_steps: int, warmup_steps: int = 0) -> Schedule:

@@ -13,9 +13,9 @@ from ssl_vit.data.transforms.corruption import Corruption, corrupt_views, rotate
 from ssl_vit.losses.nt_xent import nt_xent
 from ssl_vit.losses.reconstruction import reconstruction_l1
 from ssl_vit.losses.uncertainty_weighting import FixedWeights, UncertaintyWeights
-from ssl_vit.methods.base import SSLMethod, StepResult, TrainingPlan, make_backbone, stack_views
-from ssl_vit.methods.flops import flops_per_image
+from ssl_vit.methods.base import SSLMethod, StepResult, make_backbone, stack_views
 from ssl_vit.methods.heads import ReconstructionHead, mlp
+from ssl_vit.methods.schedules import TrainingPlan
 from ssl_vit.models.backbone import Backbone, Tokens
 from ssl_vit.runtime.device import to_device_async, upcast
 from ssl_vit.runtime.rng import view_keys
@@ -79,21 +79,21 @@ class SiT(SSLMethod):
         )
 
     @property
-    def flops(self) -> int:
-        return flops_per_image(self.config, self.target).total
-
-    @property
-    def target(self) -> Backbone:
+    def eval_backbone(self) -> Backbone:
         return self.student.backbone
+
+    def forward(self, global_views: Tensor, local_views: Tensor) -> list[Tensor]:
+        _, outputs = self.student(stack_views(global_views))
+        return list(outputs.values())
 
     def step(self, global_views: Tensor, local_views: Tensor, batch: Batch) -> StepResult:
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             clean, quarter = self.rotated(global_views, batch.key)  # (2B, C, H, W), (2B,)
             corrupted, mask = self.corrupted(clean, batch.key)  # (2B, C, H, W), (2B, 1, H, W) bool
-        self.laps.lap("corruption")
+        self.timer.mark("corruption")
 
         tokens, outputs = self.student(corrupted, view_keys(batch.key, 0, 2).T.flatten())
-        self.laps.lap("student")
+        self.timer.mark("student")
 
         losses, logs = {}, dict[str, Tensor]()
         if "rotation" in outputs:
@@ -109,7 +109,7 @@ class SiT(SSLMethod):
             on = mask if self.config.reconstruction.loss_on == "corrupted" else None
             losses["reconstruction"] = reconstruction_l1(outputs["reconstruction"], clean, on)
         total = self.weights(losses)
-        self.laps.lap("loss")
+        self.timer.mark("loss")
         logs |= {name: loss.detach() for name, loss in losses.items()}
         if isinstance(self.weights, UncertaintyWeights):
             logs |= {f"weight_{name}": self.weights.weight(name).detach() for name in losses}
@@ -127,6 +127,6 @@ class SiT(SSLMethod):
         """Both views (2B, C, H, W) corrupted, and where: (2B, 1, H, W) bool."""
         return corrupt_views(self.corrupt, clean, key)
 
-    def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """All but biases, one-dimensional parameters, positions and tokens."""
+    def has_weight_decay(self, name: str, parameter: nn.Parameter) -> bool:
+        """Return True for all but biases, one-dimensional parameters, positions and tokens."""
         return parameter.ndim > 1 and not name.endswith((".bias", "pos_embed", "cls_token", "reg_token"))

@@ -13,14 +13,14 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @torch.no_grad()
-def update_ema(teacher: nn.Module, student: nn.Module, momentum: float, taken: Tensor) -> None:
+def update_ema(teacher: nn.Module, student: nn.Module, momentum: float, applied: Tensor) -> None:
     """Teacher ← momentum · teacher + (1 - momentum) · student, over all parameters, in place.
 
-    Call it once per optimizer step; where the step was not `taken`, () bool, nothing changes. Buffers are not touched,
+    Call it once per optimizer step; where the step was not `applied`, () bool, nothing changes. Buffers are not touched,
     as in DINO.
     """
     theirs, ours = ([p.detach() for p in model.parameters()] for model in (teacher, student))
-    weight = taken.to(ours[0].dtype) * (1 - momentum)
+    weight = applied.to(ours[0].dtype) * (1 - momentum)
     if weight.is_cuda:  # where lerp would take as many launches as there are parameters
         way = torch._foreach_sub(ours, theirs)
         torch._foreach_mul_(way, weight)

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, measured without making a GPU wait."""
+"""Timer of the phases of a training step; it does not make a GPU wait."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from itertools import pairwise
 
 import torch
 
-# The parts of a step in their order; corruption is SiT's, the teacher DINO's.
-PARTS = (
+# The phases of a step in their order; only SiT has a corruption and only DINO a teacher.
+PHASES = (
     "data",  # waiting for the batch, and bringing it to the device
-    "photometrics",
+    "augmentation",
     "corruption",
     "teacher",
     "student",
@@ -24,11 +24,10 @@ PARTS = (
 
 
 class StepTimer:
-    """A stopwatch: each lap gives the time since the one before to a part of the step.
+    """Timer of the phases of a training step: each mark ends a phase.
 
-    On a GPU a lap is an event among the work under way, and only `totals` waits for the device. What it finds is the
-    device's own time, however far ahead the CPU is: waiting for data, say, is the time for which the device had nothing
-    to do until a batch came.
+    On a GPU a mark is an event in the stream, and only `totals` waits for the device. Times are then the device's own,
+    however far ahead the CPU is: "data" is how long the device was idle until a batch arrived.
     """
 
     def __init__(self) -> None:
@@ -38,27 +37,27 @@ class StepTimer:
         self._last = time.perf_counter()
 
     def start(self, device: torch.device) -> None:
-        """Begin anew, on a device that everything is computed on."""
+        """Reset the timer and start it, on the device that everything is computed on."""
         self._on_gpu = device.type == "cuda"
         self._seconds = {}
         self._events = [("", _event())] if self._on_gpu else []
         self._last = time.perf_counter()
 
-    def lap(self, part: str) -> None:
-        """Give the time since the last lap to `part`."""
+    def mark(self, phase: str) -> None:
+        """Add the time since the last mark to `phase`."""
         if self._on_gpu:
-            self._events.append((part, _event()))
+            self._events.append((phase, _event()))
             return
         now = time.perf_counter()
-        self._seconds[part] = self._seconds.get(part, 0.0) + now - self._last
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._last
         self._last = now
 
     def totals(self) -> dict[str, float]:
-        """Seconds per part, of the laps since the last call or the start."""
+        """Return the seconds of each phase since the last call or the start, and reset them."""
         if self._on_gpu:
             self._events[-1][1].synchronize()
-            for (_, before), (part, after) in pairwise(self._events):
-                self._seconds[part] = self._seconds.get(part, 0.0) + before.elapsed_time(after) / 1000
+            for (_, before), (phase, after) in pairwise(self._events):
+                self._seconds[phase] = self._seconds.get(phase, 0.0) + before.elapsed_time(after) / 1000
             del self._events[:-1]
         seconds, self._seconds = self._seconds, {}
         return seconds

@@ -16,16 +16,16 @@ from torch import Tensor
 
 from ssl_vit.config.methods import CropsConfig
 from ssl_vit.config.pretrain import TrainingConfig
-from ssl_vit.config.types import Duration
 from ssl_vit.data.batch import Batch
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog
 from ssl_vit.data.loading.loader import InMemoryLoader, TrainingLoader, build_train_loader
 from ssl_vit.data.transforms.multicrop import MultiCrop
-from ssl_vit.methods.base import SSLMethod, TrainingPlan, make_plan
-from ssl_vit.methods.flops import Flops, flops_per_image
+from ssl_vit.methods.base import SSLMethod
+from ssl_vit.methods.flops import Flops
+from ssl_vit.methods.schedules import TrainingPlan, make_plan
 from ssl_vit.runtime.device import best_device, peak_memory, reset_peak_memory, synchronize
 from ssl_vit.runtime.rng import sample_keys
-from ssl_vit.runtime.step_timer import PARTS
+from ssl_vit.runtime.step_timer import PHASES
 from ssl_vit.training.checkpointing import AtomicCheckpointIO
 from ssl_vit.training.trainer import build_method, build_trainer
 
@@ -81,7 +81,7 @@ class StepTimeRecorder(ProgressBar):
         warm = len(self.readings) >= WARM_UP
         if module.device.type == "cuda" and warm and now - self.read_at < _GPU_WINDOW:
             return
-        self.readings.append({part: seconds / steps for part, seconds in module.laps.totals().items()})
+        self.readings.append({part: seconds / steps for part, seconds in module.timer.totals().items()})
         self.steps.append(steps)
         self.read_step, self.read_at = trainer.global_step, now
         times = [steps * sum(reading.values()) for steps, reading in zip(self.steps, self.readings, strict=True)]
@@ -116,10 +116,7 @@ class BenchmarkRun:
     def __init__(
         self, config: TrainingConfig, dataset: ImageDataset, skipped: SkippedImageLog, *, seconds: float
     ) -> None:
-        if config.method.name == "dino":  # the first epoch's frozen prototypes are not what an epoch costs
-            unfrozen = config.method.model_copy(update={"freeze_last_layer": Duration.parse("0steps")})
-            config = config.model_copy(update={"method": unfrozen})
-        self.config = config
+        self.config = config.model_copy(update={"method": config.method.without_first_epochs()})
         self.dataset = dataset
         self.skipped = skipped
         self.seconds = seconds
@@ -134,17 +131,20 @@ class BenchmarkRun:
             UserError: Of the configuration.
         """
         method = self._method()
-        return Model(flops_per_image(self.config.method, method.target), self._trainer(StepTimeRecorder(1)).precision)
+        return Model(method.count_flops(), self._trainer(StepTimeRecorder(1)).precision)
 
     def shrink(self, most: int) -> None:
         """Have at most so many images in a step, without accumulation if they are fewer than configured."""
         if most >= self.config.data.batch_size:
             return
-        batch_size = max(self._grain, most // self._grain * self._grain)
+        batch_size = max(
+            self.config.method.batch_multiple,
+            most // self.config.method.batch_multiple * self.config.method.batch_multiple,
+        )
         self.config = self.config.model_copy(
             update={
                 "data": self.config.data.model_copy(update={"batch_size": batch_size}),
-                "trainer": self.config.trainer.model_copy(update={"accumulate": 1}),
+                "trainer": self.config.trainer.model_copy(update={"accumulate_grad_batches": 1}),
             }
         )
 
@@ -153,7 +153,7 @@ class BenchmarkRun:
 
         So many that they are no limit where all of the configuration are possible, and on a GPU.
         """
-        tried, possible = 0, self._grain
+        tried, possible = 0, self.config.method.batch_multiple
         while possible >= 4 * tried:  # few images at once take longer each
             if self.device.type == "cuda" or possible >= self._micro_batch:
                 return _ENDLESS
@@ -200,7 +200,7 @@ class BenchmarkRun:
         readings, count = self._readings(batches)
         gc.collect()  # of the model, or the next row's memory has this one's in it
         step = typical([sum(reading.values()) for reading in readings])
-        parts = {part: typical([reading[part] for reading in readings]) for part in PARTS if part in readings[0]}
+        parts = {part: typical([reading[part] for reading in readings]) for part in PHASES if part in readings[0]}
         return Row(self.config.data.batch_size / step, count, parts, peak_memory(self.device))
 
     def _readings(self, batches: Iterable[Batch]) -> tuple[list[dict[str, float]], int]:
@@ -212,11 +212,6 @@ class BenchmarkRun:
         except SystemExit:  # Lightning's answer to Ctrl-C
             raise KeyboardInterrupt from None
         return watch.readings[watch.measured], sum(watch.steps[watch.measured])
-
-    @property
-    def _grain(self) -> int:
-        """Images come in multiples of it: SiT's lend each other blocks in fours."""
-        return 4 if self.config.method.name == "sit" else 1
 
     @property
     def _micro_batch(self) -> int:

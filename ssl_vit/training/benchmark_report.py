@@ -27,7 +27,7 @@ BUSY = 0.4  # share of the matmul peak from which on a model is what the machine
 
 ROWS = {"data": "data only", "synthetic": "synthetic", "full": "full"}
 _LESS_OF_IT = {
-    "photometrics": "fewer views, a smaller share of blurred ones (method.views.blur.p) and no hue shift "
+    "augmentation": "fewer views, a smaller share of blurred ones (method.views.blur.p) and no hue shift "
     "(method.views.jitter.hue=0) make it cheaper",
     "corruption": "fewer and larger blocks (method.corruption) make it cheaper",
     "loss": "fewer prototypes (method.head.prototypes) or a smaller embedding make it cheaper",
@@ -103,7 +103,7 @@ def as_values(
                 "images": described,
                 "batch_size": subject.config.data.batch_size,
                 "precision": subject.model.precision,
-                "flops_per_image": subject.model.flops._asdict() | {"total": subject.model.flops.total},
+                "flops_per_image": subject.model.flops.parts() | {"total": subject.model.flops.total},
                 "matmul_peak": subject.peak,
                 "rows": {
                     name: {
@@ -139,8 +139,8 @@ def table(subject: Measured) -> str:
     places = {"host_gb": "host (without loading processes)", "device_gb": "device"}
     lines += [
         "",
-        f"{_short(flops.total / 1e9)} GFLOP per image: teacher {_short(flops.teacher / 1e9)}, student "
-        f"{_short(flops.student / 1e9)}, its head {_short(flops.head / 1e9)}",
+        f"{_short(flops.total / 1e9)} GFLOP per image: "
+        + ", ".join(f"{name} {_short(part / 1e9)}" for name, part in flops.parts().items()),
         f"matmul peak {subject.peak / 1e12:.3g} TFLOP/s in {subject.model.precision.removesuffix('-mixed')}",
         "peak memory: " + ", ".join(f"{gb:.2f} GB {places[place]}" for place, gb in memory.items()),
     ]

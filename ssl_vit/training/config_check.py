@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from ssl_vit.config.methods import MethodConfig, OptimizerConfig, TeacherConfig, ViewsConfig
 from ssl_vit.config.types import Duration, StrictConfig
-from ssl_vit.methods.base import TrainingPlan
 from ssl_vit.methods.health import HealthWarning
+from ssl_vit.methods.schedules import TrainingPlan
 from ssl_vit.runtime.text import pluralize
 
 SHORT_EPOCH = 50  # steps; a warm-up of 10 epochs of one step each is over at once

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.dataset import SkippedImageLog
-from ssl_vit.methods.base import SSLMethod, TrainingPlan, make_plan
+from ssl_vit.methods.base import SSLMethod
 from ssl_vit.methods.health import HealthWarning
-from ssl_vit.methods.schedules import Schedule
+from ssl_vit.methods.schedules import Schedule, TrainingPlan, make_plan
 from ssl_vit.runtime.text import pluralize
 from ssl_vit.training.callbacks.online_eval import OnlineEval
 from ssl_vit.training.callbacks.skipped_steps import SkippedSteps
@@ -25,7 +25,7 @@ def startup_summary(
     online: OnlineEval,
 ) -> str:
     """What is about to happen: data, model, length, health seen from here, and the schedules along the run."""
-    size = sum(parameter.numel() for parameter in method.target.parameters()) / 1e6
+    size = sum(parameter.numel() for parameter in method.eval_backbone.parameters()) / 1e6
     optimizer = config.method.optimizer
     lines = [
         f"{len(start.dataset):,} images, {plan.batch_size} per step, {plan.steps_per_epoch:,} steps per epoch, "

@@ -16,7 +16,7 @@ from ssl_vit.data.dataset_factory import build_dataset
 from ssl_vit.data.loading.loader import InMemoryLoader, TrainingLoader, build_train_loader
 from ssl_vit.data.sources.torch_dataset import TorchDataset
 from ssl_vit.data.transforms.multicrop import MultiCrop
-from ssl_vit.methods.base import TrainingPlan
+from ssl_vit.methods.schedules import TrainingPlan
 
 
 class ImageDataModule(L.LightningDataModule):

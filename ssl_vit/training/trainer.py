@@ -16,7 +16,8 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from ssl_vit.config.evaluate import FinetuneConfig
 from ssl_vit.config.pretrain import TrainerConfig, TrainingConfig
 from ssl_vit.methods import METHODS
-from ssl_vit.methods.base import SSLMethod, TrainingPlan
+from ssl_vit.methods.base import SSLMethod
+from ssl_vit.methods.schedules import TrainingPlan
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.runtime.device import autocast_dtype, best_device, prefer_compile, prefer_fused_attention
 from ssl_vit.runtime.errors import UserError

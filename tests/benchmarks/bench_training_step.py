@@ -24,8 +24,8 @@ from ssl_vit.commands.load_config import load_config
 from ssl_vit.config.methods import DINOConfig
 from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.batch import Batch
-from ssl_vit.methods.base import SSLMethod, make_plan
-from ssl_vit.methods.flops import flops_per_image
+from ssl_vit.methods.base import SSLMethod
+from ssl_vit.methods.schedules import make_plan
 from ssl_vit.runtime.device import measure_matmul
 from ssl_vit.runtime.launch import disable_malloc_trim
 from ssl_vit.runtime.rng import sample_keys
@@ -48,9 +48,9 @@ def ours(config: PretrainConfig) -> tuple[Callable[[], None], float]:
     """A step of the method as training runs it, photometrics included, and its FLOP."""
     method = build_method(config, make_plan(config, 10_000))
     SSLMethod.global_step = property(lambda self: 5_000)  # type: ignore[assignment,method-assign]
-    SSLMethod.at_log_step = property(lambda self: False)  # type: ignore[assignment,method-assign]
+    SSLMethod.should_log = property(lambda self: False)  # type: ignore[assignment,method-assign]
     method._trainer = SimpleNamespace(precision_plugin=None)  # type: ignore[assignment]
-    method.laps.start(torch.device("cpu"))
+    method.timer.start(torch.device("cpu"))
     optimizer = method.configure_optimizers()
     crops = [(pixels * 255).to(torch.uint8).transpose(0, 1).contiguous() for pixels in views_of(config)]
     index = torch.arange(config.data.batch_size)
@@ -63,10 +63,10 @@ def ours(config: PretrainConfig) -> tuple[Callable[[], None], float]:
         method.on_before_optimizer_step(optimizer)
         method.configure_gradient_clipping(optimizer)
         optimizer.step()
-        method.after_optimizer_step(5_000, method.check.taken)
+        method.after_optimizer_step(5_000, method.check.applied)
         optimizer.zero_grad()
 
-    return step, flops_per_image(config.method, method.target).total * len(index)
+    return step, method.count_flops().total * len(index)
 
 
 def textbook(config: PretrainConfig, *, fused_attention: bool, mixed: bool) -> Callable[[], None]:

@@ -22,7 +22,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from ssl_vit.commands.load_config import load_config
 from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.batch import Batch
-from ssl_vit.methods.base import SSLMethod, make_plan
+from ssl_vit.methods.base import SSLMethod
+from ssl_vit.methods.schedules import make_plan
 from ssl_vit.runtime.distributed import all_reduce_mean, rank, world_size
 from ssl_vit.runtime.rng import sample_keys
 from ssl_vit.training.trainer import build_method, silence_lightning
@@ -96,7 +97,7 @@ class Difference(NamedTuple):
 def build(words: tuple[str, ...]) -> tuple[SSLMethod, PretrainConfig]:
     """A small model in float64 from the shipped configuration, in training mode."""
     config = load_config("pretrain", [*SHRUNK, *words], PretrainConfig)
-    return build_method(config, make_plan(config, dataset=1000)).double().train(), config
+    return build_method(config, make_plan(config, num_images=1000)).double().train(), config
 
 
 def views_of(config: PretrainConfig, *, micro_batch: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,8 +27,8 @@ from ssl_vit.data.sources.image_folder import scan_image_folder
 from ssl_vit.data.sources.synthetic import make_synthetic_dataset
 from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.data.transforms.mixup import MixupCutmix, RandAugment, single_view_config
-from ssl_vit.methods.base import TrainingPlan
 from ssl_vit.methods.finetune import FineTune, prepare_for_finetuning
+from ssl_vit.methods.schedules import TrainingPlan
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.checkpoint import export_backbone, load_backbone
 from ssl_vit.runtime.errors import UserError

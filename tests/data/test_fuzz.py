@@ -24,7 +24,7 @@ from ssl_vit.data.dataset import UnreadableImageError
 from ssl_vit.data.sources.decode import MAX_PIXELS, decode
 from ssl_vit.data.transforms.color import ColorAugmentation
 from ssl_vit.data.transforms.multicrop import MultiCrop
-from ssl_vit.methods.base import make_plan
+from ssl_vit.methods.schedules import make_plan
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone
 from ssl_vit.runtime.errors import UserError
@@ -258,7 +258,7 @@ def test_what_validates_can_be_trained(values, folder):
         return
     assume(small(config))
     try:
-        plan = make_plan(config, dataset=100)
+        plan = make_plan(config, num_images=100)
         method = build_method(config, plan)
     except UserError:
         return

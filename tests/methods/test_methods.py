@@ -10,9 +10,10 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 
 from ssl_vit.data.batch import Batch
-from ssl_vit.methods.base import make_plan, stack_views
+from ssl_vit.methods.base import stack_views
 from ssl_vit.methods.gradient_clipping import clip_grad_per_parameter
 from ssl_vit.methods.heads import DINOHead, Prototypes, ReconstructionHead
+from ssl_vit.methods.schedules import make_plan
 from ssl_vit.models.ema import init_teacher, update_ema
 from ssl_vit.runtime.distributed import norms
 from ssl_vit.runtime.rng import sample_keys
@@ -23,7 +24,7 @@ from ssl_vit.training.trainer import build_method
 def build(pretrain_config):
     def method(*words):
         config = pretrain_config(*words)
-        return build_method(config, make_plan(config, dataset=192))
+        return build_method(config, make_plan(config, num_images=192))
 
     return method
 
@@ -42,8 +43,8 @@ def batch_of(views, count=4):
 
 def stepped(method, batch):
     """One step of the method on float views, without a Trainer."""
-    global_views = method.photometric(batch.global_views, batch.key)
-    local_views = method.photometric(batch.local_views, batch.key, first_view=2)
+    global_views = method.color_augmentation(batch.global_views, batch.key)
+    local_views = method.color_augmentation(batch.local_views, batch.key, first_view=2)
     return method.step(global_views, local_views, batch)
 
 
@@ -148,7 +149,7 @@ def test_views_are_stacked_view_by_view():
 def test_dino_groups_as_the_official_code(build):
     """No decay on biases and one-dimensional parameters; positions, tokens and prototypes do decay."""
     method = build("method.head.norm_last_layer=false")
-    decayed = {n for n, p in method.student.named_parameters() if p.requires_grad and method.decays(n, p)}
+    decayed = {n for n, p in method.student.named_parameters() if p.requires_grad and method.has_weight_decay(n, p)}
     official = {n for n, p in method.student.named_parameters() if not (n.endswith(".bias") or p.ndim == 1)}
     assert decayed == official
     assert {"backbone.vit.pos_embed", "backbone.vit.cls_token", "head.last_layer.weight_g"} <= decayed
@@ -167,7 +168,7 @@ def test_dino_teacher_is_a_frozen_copy_without_drop_path(build):
     assert method.student.backbone.vit.blocks[-1].drop_path1.drop_prob == pytest.approx(0.3)
     method.train()
     batch = batch_of(method.config.views)
-    images = stack_views(method.photometric(batch.global_views, batch.key))
+    images = stack_views(method.color_augmentation(batch.global_views, batch.key))
     torch.testing.assert_close(method.teacher(images)[0], method.teacher(images)[0], rtol=0, atol=0)
 
 
@@ -180,8 +181,8 @@ def test_dino_step_equals_the_algorithm_written_out(build):
         method.center.value.uniform_(-0.2, 0.2)
     center = method.center.value.clone()
     batch = batch_of(method.config.views)
-    global_views = method.photometric(batch.global_views, batch.key)
-    local_views = method.photometric(batch.local_views, batch.key, first_view=2)
+    global_views = method.color_augmentation(batch.global_views, batch.key)
+    local_views = method.color_augmentation(batch.local_views, batch.key, first_view=2)
     result = method.step(global_views, local_views, batch)
     views = [*global_views.unbind(1), *local_views.unbind(1)]
     with torch.no_grad():
@@ -236,7 +237,7 @@ def test_sit_trains_on_any_subset_of_losses(build, on, weighting):
     off = [name for name in ("rotation", "contrastive", "reconstruction") if name not in on]
     method = build("method=sit", f"method.weighting={weighting}", *(f"method.{name}.enabled=false" for name in off))
     assert set(method.student.heads) == set(on)
-    assert method.target.config.reg_tokens == int("rotation" in on)
+    assert method.eval_backbone.config.reg_tokens == int("rotation" in on)
     assert len(list(method.weights.parameters())) == (len(on) if weighting == "uncertainty" else 0)
     result = stepped(method, batch_of(method.config.views))
     result.loss.backward()
@@ -247,12 +248,12 @@ def test_sit_trains_on_any_subset_of_losses(build, on, weighting):
 
 def test_sit_shared_tokens_load_into_a_vanilla_vit(build):
     method = build("method=sit", "method.tokens=shared")
-    assert method.target.config.reg_tokens == 0
+    assert method.eval_backbone.config.reg_tokens == 0
 
 
 def test_sit_decays_neither_tokens_nor_positions_nor_weights(build):
     method = build("method=sit")
-    decayed = {name for name, parameter in method.named_parameters() if method.decays(name, parameter)}
+    decayed = {name for name, parameter in method.named_parameters() if method.has_weight_decay(name, parameter)}
     undecayed = {name for name, _ in method.named_parameters()} - decayed
     for name in ("pos_embed", "cls_token", "reg_token"):
         assert f"student.backbone.vit.{name}" in undecayed
@@ -263,7 +264,7 @@ def test_sit_decays_neither_tokens_nor_positions_nor_weights(build):
 def test_sit_target_is_the_rotated_clean_view_and_the_model_sees_the_corrupted_one(build, monkeypatch):
     method = build("method=sit")
     batch = batch_of(method.config.views)
-    views = method.photometric(batch.global_views, batch.key)
+    views = method.color_augmentation(batch.global_views, batch.key)
     clean, quarter = method.rotated(views, batch.key)
     for image, original, turns in zip(clean, stack_views(views), quarter.tolist(), strict=True):
         torch.testing.assert_close(image, torch.rot90(original, -turns, (1, 2)))  # clockwise
@@ -348,11 +349,11 @@ def test_no_part_of_a_step_waits_for_the_gpu(build, monkeypatch, name):
     from ssl_vit.methods.base import SSLMethod
     from tests.reference.fake_gpu import FakeGPU
 
-    monkeypatch.setattr(SSLMethod, "at_log_step", False)
+    monkeypatch.setattr(SSLMethod, "should_log", False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(record_event=lambda *_: None))
     method = build(f"method={name}")
-    method.laps = SimpleNamespace(lap=lambda part: None)
+    method.timer = SimpleNamespace(mark=lambda phase: None)
     batch = batch_of(method.config.views)
     with FakeGPU():
         method._apply(lambda tensor: tensor.to("cuda", non_blocking=True))
@@ -370,4 +371,4 @@ def test_no_part_of_a_step_waits_for_the_gpu(build, monkeypatch, name):
         method.on_before_optimizer_step(optimizer)
         method.configure_gradient_clipping(optimizer)
         optimizer.step()
-        method.after_optimizer_step(0, method.check.taken)
+        method.after_optimizer_step(0, method.check.applied)

@@ -9,8 +9,8 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 
 from ssl_vit.config.pretrain import BackboneConfig
-from ssl_vit.methods.base import make_plan
 from ssl_vit.methods.heads import Prototypes
+from ssl_vit.methods.schedules import make_plan
 from ssl_vit.models.attention import matmul_attention, set_attention_impl
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.runtime.launch import disable_malloc_trim
@@ -185,7 +185,7 @@ COMPILE = torch.compile
 def test_which_form_a_run_takes(pretrain_config):
     def blocks_of(*words):
         config = pretrain_config(*words)
-        method = build_method(config, make_plan(config, dataset=192))
+        method = build_method(config, make_plan(config, num_images=192))
         return [module for module in method.modules() if isinstance(module, Block)]
 
     plain = blocks_of()

@@ -44,9 +44,8 @@ def test_alone_it_makes_its_images_and_says_all(tmp_path, capsys):
     (measured,) = found["measured"]
     assert measured["config"]["data"]["batch_size"] == measured["batch_size"] == 16
     assert measured["precision"] in ("32-true", "bf16-mixed")
-    assert measured["flops_per_image"]["total"] == sum(
-        measured["flops_per_image"][part] for part in ("teacher", "student", "head")
-    )
+    flops = measured["flops_per_image"]
+    assert flops["total"] == flops["teacher"] + flops["student"] + flops["heads"]
     rows = measured["rows"]
     assert rows.keys() == {"data", "synthetic", "full"}
     assert all(row["images_per_s"] > 0 for row in rows.values())
@@ -58,7 +57,7 @@ def test_alone_it_makes_its_images_and_says_all(tmp_path, capsys):
     assert full["memory"]["host_gb"] > 0.1
     shown = capsys.readouterr().out
     for word in (
-        "data only", "synthetic", "full", "TFLOP/s", "of peak", "photometrics", "teacher", "backward", "ema",
+        "data only", "synthetic", "full", "TFLOP/s", "of peak", "augmentation", "teacher", "backward", "ema",
         "peak memory", "Bottleneck: ", "128 JPEG files of 500 x 375, made for this", "bench.json",
     ):  # fmt: skip
         assert word in shown
@@ -158,14 +157,14 @@ def test_ctrl_c_ends_it_without_a_trace(tmp_path, num_workers):
 
 def measured(config, **parts):
     rows = {name: [Row(100, 10, parts, {"host_gb": 1.0})] for name in ("data", "synthetic", "full")}
-    return Measured(config, Model(Flops(10**9, 10**9, 10**9), "bf16-mixed"), 1e12, rows)
+    return Measured(config, Model(Flops({"teacher": 10**9, "student": 10**9}, 10**9), "bf16-mixed"), 1e12, rows)
 
 
 @pytest.mark.parametrize(
     ("parts", "told"),
     [
         ({"data": 0.5, "backward": 0.5}, ["data, 50% of a step", "100 images/s", "data.cache_gb"]),
-        ({"data": 0.01, "photometrics": 0.6, "backward": 0.39}, ["photometrics, 60%", "600 of 1,000 ms", "blur"]),
+        ({"data": 0.01, "augmentation": 0.6, "backward": 0.39}, ["augmentation, 60%", "600 of 1,000 ms", "blur"]),
         ({"data": 0.01, "loss": 0.6, "backward": 0.39}, ["loss, 60%", "prototypes"]),
         ({"data": 0.01, "backward": 0.99}, ["backward, 99%", "30% of the matmul peak", "a larger data.batch_size"]),
     ],

@@ -12,7 +12,7 @@ from ssl_vit.commands.run_figures import reconstruction_figure
 from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.transforms.corruption import Corruption
 from ssl_vit.evaluation.segmentation.segmentation_evaluator import MODEL
-from ssl_vit.methods.base import make_plan
+from ssl_vit.methods.schedules import make_plan
 from ssl_vit.methods.sit_reconstruction import load_sit_model, reconstruct
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.rng import sample_keys, view_keys

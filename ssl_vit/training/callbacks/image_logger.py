@@ -17,7 +17,7 @@ from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.dataset import SkippedImageLog, UnreadableImageError, evenly_spaced
 from ssl_vit.data.dataset_factory import build_dataset
 from ssl_vit.data.transforms.eval_transform import EvalTransform
-from ssl_vit.methods.base import TrainingPlan
+from ssl_vit.methods.schedules import TrainingPlan
 from ssl_vit.methods.sit import SiT, SiTModel
 from ssl_vit.methods.sit_reconstruction import has_reconstruction, reconstruct
 from ssl_vit.models.attention_maps import cls_attention, resize_to_patch_multiple
@@ -103,7 +103,7 @@ class ImageLogger(L.Callback):
     def _draw(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not self.wanted or not trainer.is_global_zero:
             return
-        backbone = cast(Backbone, module.target)
+        backbone = cast(Backbone, module.eval_backbone)
         makers = {"attention": partial(self._attention, backbone)}
         model: nn.Module = backbone
         if isinstance(module, SiT) and has_reconstruction(module.config):

@@ -169,7 +169,7 @@ class OnlineEval(L.Callback):
         if not self.labeled or not trainer.is_global_zero:
             return
         began, step = time.perf_counter(), trainer.global_step
-        backbone = cast(Backbone, module.target)
+        backbone = cast(Backbone, module.eval_backbone)
         training = backbone.training
         backbone.eval()
         try:

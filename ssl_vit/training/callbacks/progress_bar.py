@@ -37,7 +37,7 @@ class TrainingProgressBar(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, module: SSLMethod) -> None:  # type: ignore[override]
         self.step = self.window_step = trainer.global_step
-        self.flops = module.flops * self.batch_size  # per optimizer step
+        self.flops = module.flops.total * self.batch_size  # per optimizer step
         self.peak = matmul_peak(module.device.type, str(trainer.precision)) * trainer.world_size  # FLOP/s
         if trainer.is_global_zero:
             self.bar = progress_bar(
@@ -75,7 +75,7 @@ class TrainingProgressBar(ProgressBar):
     def _speed(self, module: SSLMethod) -> dict[str, float]:
         """Since the last report; times per optimizer step."""
         steps, self.window_step = self.step - self.window_step, self.step
-        seconds = module.laps.totals()
+        seconds = module.timer.totals()
         elapsed = sum(seconds.values())
         flops = self.flops * steps / elapsed  # per second, of all processes
         return {

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ssl_vit.commands.pretrain import pretrain
-from ssl_vit.methods.base import make_plan
 from ssl_vit.methods.health import check_assignments, check_feature_std, check_teacher_distance
+from ssl_vit.methods.schedules import make_plan
 from ssl_vit.models.ema import relative_parameter_distance
 from ssl_vit.models.feature_statistics import alignment, effective_rank, feature_std, uniformity
 from ssl_vit.training.callbacks.health_monitor import check_metrics

@@ -14,7 +14,7 @@ from PIL import Image
 from ssl_vit.commands.pretrain import pretrain
 from ssl_vit.data.dataset import SkippedImageLog
 from ssl_vit.data.sources.image_folder import scan_image_folder
-from ssl_vit.methods.base import make_plan
+from ssl_vit.methods.schedules import make_plan
 from ssl_vit.models.attention_maps import cls_attention
 from ssl_vit.models.checkpoint import load_backbone
 from ssl_vit.training.callbacks import image_logger as panels

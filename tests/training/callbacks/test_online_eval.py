@@ -21,7 +21,7 @@ from ssl_vit.data.dataset_factory import build_dataset
 from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.classification.ridge_regression import best_ridge, ridge_path
 from ssl_vit.evaluation.features.extractor import extract, on_best_device
-from ssl_vit.methods.base import make_plan
+from ssl_vit.methods.schedules import make_plan
 from ssl_vit.models.checkpoint import load_backbone
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.training.callbacks import online_eval as online
@@ -135,7 +135,7 @@ def test_values_are_those_of_the_evaluations_before_the_first_step_and_at_the_en
     config = pretrain_config(f"method={method}", "trainer.max_steps=7", *SMALL_EPOCHS)
     run = pretrain(config)
     dataset = build_dataset("folder", config.data.root)
-    untrained = build_method(config, make_plan(config, len(dataset))).target.eval()
+    untrained = build_method(config, make_plan(config, len(dataset))).eval_backbone.eval()
     loaded = on_best_device(load_backbone(str(run)))
     for step, model in ((0, loaded._replace(backbone=untrained)), (7, loaded)):
         found = {name: measured(run, name)[step] for name in COLUMNS}

@@ -409,7 +409,9 @@ def test_a_model_that_nobody_has_inspected_is_inspected_first(copied):
 
 def test_a_model_that_cannot_be_inspected_is_told_and_one_without_images_asked_for(copied, capsys, sample):
     (copied / "inspect").mkdir()
-    (copied / "inspect" / "inspect.json").write_text(json.dumps({"figures": [], "images": {"count": 0, "dataset": None}}))
+    (copied / "inspect" / "inspect.json").write_text(
+        json.dumps({"figures": [], "images": {"count": 0, "dataset": None}})
+    )
     told = gathered(copied).missing["Inside"]
     assert "without images: inspect again with images=FOLDER. `ssl-vit inspect checkpoint=" in told
     (copied / "inspect" / "inspect.json").unlink()
