@@ -49,8 +49,11 @@ def measure(config: FewshotConfig) -> tuple[EvalResult, Path]:
         if source.name == MODEL:
             edges = edge_warnings(outcomes, config.l2)
             chosen = {outcome.setting: {"l2": outcome.l2} for outcome in outcomes if outcome.l2}
+    ridge = [metric.name for metric in scores[0].metrics if metric.name.endswith(f", {RIDGE}")]
     record = study.finish(
         scores,
+        title="Few labels",
+        main_metrics=[ridge[0], ridge[-1]],
         protocol={
             "classifiers": {
                 RIDGE: f"{variant}, standardized by the subset; 1 / (2 N) squared error to +1 and -1 + l2 / 2 |W|^2",
@@ -90,8 +93,8 @@ def _score(name: str, outcomes: list[FewShotResult]) -> ModelScores:
         ]
     }
     return ModelScores(
-        name,
-        [outcome.metric() for outcome in ordered],
-        details,
-        {outcome.suffix: outcome.answers for outcome in ordered},
+        name=name,
+        metrics=[outcome.metric() for outcome in ordered],
+        details=details,
+        predictions={outcome.suffix: outcome.answers for outcome in ordered},
     )

@@ -230,8 +230,10 @@ def test(config: FinetuneConfig, study: Evaluation, parts: Splits, method: FineT
     answers = Predictions(place, labels, logits.argmax(dim=1), ranks)
     metrics = topk_metrics(ranks, len(study.dataset.train.classes))
     plan = method.plan
+    details = {"run": str(folder), "steps": plan.total_steps}
     record = study.finish(
-        [ModelScores(MODEL, metrics, {"run": str(folder), "steps": plan.total_steps}, {"": answers})],
+        [ModelScores(name=MODEL, metrics=metrics, details=details, predictions={"": answers})],
+        title="Fine-tuning",
         protocol={
             "trained": "the whole model and a linear head on [CLS], by cross-entropy",
             "method": config.method.model_dump(mode="json"),

@@ -64,8 +64,11 @@ def measure(config: KNNConfig, dataset: TrainTestSplit | None = None) -> tuple[E
         if source.name == MODEL:
             leak = find_overlap(source, found, study.dataset)
             warnings = [*results[0].warnings, *_notes(scores[0], added, found), *leak.warnings()]
+    main = settings.suffix(DEFAULT_K if DEFAULT_K in settings.ks else settings.ks[0], settings.temperatures[0])
     record = study.finish(
         scores,
+        title="Nearest neighbors (kNN)",
+        main_metrics=[f"top-1{main}"],
         protocol={
             "features": "[CLS] of the last block after the final norm",
             "similarity": "cosine",
@@ -77,7 +80,7 @@ def measure(config: KNNConfig, dataset: TrainTestSplit | None = None) -> tuple[E
         test_labels=bank.labels if queries is None else queries.labels,
         findings=leak.findings(),
         engines={"knn": choose_engine(config.engine, device)},
-        by_class=settings.suffix(DEFAULT_K if DEFAULT_K in settings.ks else settings.ks[0], settings.temperatures[0]),
+        by_class=main,
         figure=config.figure,
         warnings=warnings,
     )
@@ -113,4 +116,5 @@ def to_scores(source: FeatureSource, results: Sequence[KNNResult], settings: Set
     }
     found = [topk_metrics(answer.rank, classes, suffix) for suffix, answer in answers.items()]
     metrics = [metric for same_depth in zip(*found, strict=True) for metric in same_depth]  # top-1 of all first
-    return ModelScores(source.name, metrics, {"k_effective": results[0].k_effective}, answers)
+    details = {"k_effective": results[0].k_effective}
+    return ModelScores(name=source.name, metrics=metrics, details=details, predictions=answers)

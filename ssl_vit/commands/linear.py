@@ -57,6 +57,7 @@ def measure(config: LinearConfig, dataset: TrainTestSplit | None = None) -> tupl
         scores.append(_score(source.name, result, train, test))
     record = study.finish(
         scores,
+        title="Linear classifier on frozen features",
         protocol={
             "features": [str(variant) for variant in variants],
             "standardized": "by the training images",
@@ -107,4 +108,5 @@ def _score(name: str, result: LinearResult, train: Features, test: Features) -> 
         for trial in (result.chosen, *result.trials)
     )
     answers = Predictions(test.index, test.labels, result.predicted, result.ranks)
-    return ModelScores(name, topk_metrics(result.ranks, classes), {"chosen": chosen, "trials": trials}, {"": answers})
+    metrics, details = topk_metrics(result.ranks, classes), {"chosen": chosen, "trials": trials}
+    return ModelScores(name=name, metrics=metrics, details=details, predictions={"": answers})

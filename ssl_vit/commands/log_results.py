@@ -1,4 +1,4 @@
-"""Where the record of an evaluation goes beside its file: the terminal and, with logger=wandb, Weights & Biases."""
+"""Print the result of an evaluation and, with logger=wandb, send it to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -9,64 +9,66 @@ from ssl_vit.evaluation.results.eval_result import EvalResult
 from ssl_vit.runtime.errors import UserError
 
 
-def report_result(record: EvalResult, path: Path, config: EvaluationConfig) -> None:
-    """Print the table and the file's name; with logger=wandb send the numbers, too.
+def report_result(result: EvalResult, path: Path, config: EvaluationConfig) -> None:
+    """Print the table and the file's name; with logger=wandb also send the metrics.
 
     Args:
-        record: As it was written.
+        result: As it was written.
         path: The file that it was written to.
         config: Of the evaluation.
 
     Raises:
-        UserError: Weights & Biases cannot be reached; the record is written all the same.
+        UserError: Weights & Biases cannot be reached; the result is written all the same.
     """
-    print(format_result(record, path))
+    print(format_result(result, path))
     if config.logger.name == "wandb":
-        _send(record, path, config)
+        _send(result, path, config)
 
 
-def format_result(record: EvalResult, path: Path) -> str:
-    """The table, the file that it was written to, and that of its drawing if one was made."""
-    sheet = _sheet(record, path)
-    return f"{record.table()}\n\n{path}" + (f"\n{sheet}" if sheet else "")
+def format_result(result: EvalResult, path: Path) -> str:
+    """Return the table, the file that it was written to, and its figure if there is one."""
+    figure = _figure(result, path)
+    return f"{result.table()}\n\n{path}" + (f"\n{figure}" if figure else "")
 
 
-def metric_dict(record: EvalResult) -> dict[str, float]:
-    """The scores as `eval/<task>-<data>/<metric>`; of baselines their name stands before the metric's."""
-    prefix = f"eval/{record.task}-{record.data['name']}"
-    own = {f"{prefix}/{metric.name}": metric.value for metric in record.score.metrics}
+def metric_dict(result: EvalResult) -> dict[str, float]:
+    """Return the metrics by `eval/<task>-<data>/<metric>`, with the name of a baseline before its metric."""
+    prefix = f"eval/{result.task}-{result.data.name}"
+    own = {f"{prefix}/{metric.name}": metric.value for metric in result.score.metrics}
     return own | {
-        f"{prefix}/{score.name}/{metric.name}": metric.value for score in record.baselines for metric in score.metrics
+        f"{prefix}/{score.name}/{metric.name}": metric.value for score in result.baselines for metric in score.metrics
     }
 
 
-def _sheet(record: EvalResult, path: Path) -> Path | None:
-    """The drawing of the mistakes, if one was made."""
-    name = None if record.by_class is None else record.by_class["sheet"]
+def _figure(result: EvalResult, path: Path) -> Path | None:
+    """Return the figure of the confusions, if it was drawn."""
+    name = None if result.by_class is None else result.by_class["figure"]
     return path.with_name(name) if name else None
 
 
-def _send(record: EvalResult, path: Path, config: EvaluationConfig) -> None:
-    """Into the run of the pretraining if it has one, else into one of its own."""
+def _send(result: EvalResult, path: Path, config: EvaluationConfig) -> None:
+    """Send a result to the wandb run of the pretraining if there is one, else to a new run."""
     import wandb
 
-    run = record.model["run"]
+    title = f"{result.task}-{result.data.name}"
+    run = result.model.run
     folder = path.parent if run is None else Path(run)
     id_file = folder / "wandb_id.txt"
-    known = id_file.read_text(encoding="utf-8").strip() if run is not None and id_file.is_file() else ""
+    run_id = id_file.read_text(encoding="utf-8").strip() if run is not None and id_file.is_file() else ""
     try:
         with wandb.init(
             project=config.logger.project,
-            id=known or None,
-            name=None if known else f"{record.model['name']} {record.task}-{record.data['name']}",
-            resume="allow" if known and not config.logger.offline else None,  # it takes no more of a run offline
+            id=run_id or None,
+            name=None if run_id else f"{result.model.name} {title}",
+            resume="allow" if run_id and not config.logger.offline else None,  # not possible offline
             dir=folder,
             mode="offline" if config.logger.offline else "online",
-        ) as sent:
-            sent.summary.update(metric_dict(record))
-            if sheet := _sheet(record, path):
-                sent.log({f"eval/{record.task}-{record.data['name']}/sheet": wandb.Image(str(sheet))})
+        ) as wandb_run:
+            wandb_run.summary.update(metric_dict(result))
+            if figure := _figure(result, path):
+                wandb_run.log({f"eval/{title}/figure": wandb.Image(str(figure))})
     except wandb.errors.Error as error:
         raise UserError(
-            f"Weights & Biases: {error}; the record is in {path}; logger.offline=true keeps the run for `wandb sync`"
+            f"Weights & Biases: {error}; the result is in {path}. "
+            "Use logger.offline=true to keep the run for `wandb sync`"
         ) from None

@@ -28,8 +28,16 @@ from ssl_vit.evaluation.features.extractor import (
 from ssl_vit.evaluation.features.raw_pixels import RawPixelExtractor, center_cls, mean_cls
 from ssl_vit.evaluation.results import provenance
 from ssl_vit.evaluation.results.confusion_matrix import ConfusionSummary
-from ssl_vit.evaluation.results.eval_result import EvalResult, ModelScores, archive_previous_result, sibling_path
-from ssl_vit.evaluation.results.provenance import data_name, record_path
+from ssl_vit.evaluation.results.eval_result import (
+    DataInfo,
+    EvalResult,
+    ModelInfo,
+    ModelScores,
+    Selection,
+    archive_previous_result,
+    sibling_path,
+)
+from ssl_vit.evaluation.results.provenance import data_name, result_path
 from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone, random_init_like
 from ssl_vit.runtime.device import best_device, set_local_device
 from ssl_vit.runtime.errors import RankFinished, UserError
@@ -69,7 +77,7 @@ class Evaluation:
         """
         started = time.perf_counter()
         loaded, transform = load_model(config)
-        out = config.out or record_path(task, config, loaded)
+        out = config.out or result_path(task, config, loaded)
         for path in (out, sibling_path(out, ".npz"), sibling_path(out, ".png")):
             if path.exists() and not path.is_file():
                 raise UserError(f"out={out}: {path} is no file that could be replaced; name another record")
@@ -107,6 +115,7 @@ class Evaluation:
         self,
         scores: Sequence[ModelScores],
         *,
+        title: str,
         protocol: dict[str, Any],
         train_labels: Tensor,
         test_labels: Tensor,
@@ -115,6 +124,7 @@ class Evaluation:
         engines: dict[str, str] | None = None,
         selection: dict[str, Any] | None = None,
         seeds: Mapping[str, int | list[int]] | None = None,
+        main_metrics: Sequence[str] = (),
         by_class: str | None = None,
         figure: bool = False,
     ) -> EvalResult:
@@ -122,6 +132,7 @@ class Evaluation:
 
         Args:
             scores: The model's, then those of the baselines.
+            title: The task in words.
             protocol: All that decides over the numbers, but model, images and transform.
             train_labels: Of the images that were learned from.
             test_labels: Of those that were tested on.
@@ -130,35 +141,40 @@ class Evaluation:
             engines: Which of several ways to the same numbers was taken, by what for.
             selection: What was chosen (`chosen`), and by which images (`on`); None: nothing was.
             seeds: Beside those of the pretraining and of the evaluation.
+            main_metrics: Names of those that a summary shows; by default all but details.
             by_class: What follows "top-1" in the metric whose mistakes are told class by class.
             figure: Also draw them, as a PNG beside the record.
         """
         transform = self.transform.describe()
         del transform["mean"], transform["std"]  # of the model, where they are told
-        answers = None if by_class is None else scores[0].answers[by_class]
-        told = answers and ConfusionSummary(f"top-1{by_class}", self._asked().classes, answers.truth, answers.predicted)
+        answers = None if by_class is None else scores[0].predictions[by_class]
+        told = answers and ConfusionSummary(
+            f"top-1{by_class}", self._asked().classes, answers.target, answers.predicted
+        )
         drawing = sibling_path(self.out, ".png")
         record = EvalResult(
             task=self.task,
+            title=title,
+            main_metrics=list(main_metrics),
             protocol={**protocol, "transform": transform},
-            model=provenance.model_metadata(self.loaded, self.config.checkpoint, self.config.weights),
-            data={**self._data(train_labels, test_labels), **findings},
+            model=ModelInfo(**provenance.model_metadata(self.loaded, self.config.checkpoint, self.config.weights)),
+            data=DataInfo(**{**self._data(train_labels, test_labels), **findings}),
             seeds={**self._seeds(), **(seeds or {})},
             score=scores[0],
             baselines=list(scores[1:]),
             cost=provenance.runtime_cost(self.started, best_device()),
             environment={**provenance.environment(best_device()), **(engines or {})},
             warnings=[*self._skip_warnings(), *_classes_apart(train_labels, test_labels), *warnings],
-            selection=selection,
+            selection=Selection(**selection) if selection else None,
             config=self.config.model_dump(mode="json", exclude={"out"}),
-            by_class=None if told is None else {**told.describe(), "sheet": drawing.name if figure else None},
+            by_class=None if told is None else {**told.to_dict(), "figure": drawing.name if figure else None},
         )
         archive_previous_result(self.out, record)
         record.write(self.out)
         drawing.unlink(missing_ok=True)
         if told and answers and figure:
-            title = f"{record.model['name']}: {self.task}, {told.metric}, on {record.data['name']}"
-            plot_confusion(drawing, told, hardest_tiles(answers, self._asked()), title)
+            heading = f"{record.model.name}: {self.task}, {told.metric}, on {record.data.name}"
+            plot_confusion(drawing, told, hardest_tiles(answers, self._asked()), heading)
         return record
 
     def _seeds(self) -> dict[str, int | None]:

@@ -86,13 +86,14 @@ def published_probe(config: LinearConfig) -> tuple[EvalResult, Path]:
         warnings.append(f"{unread:,} images could not be read: {folder / 'skipped*.txt'}")
     record = study.finish(
         [score],
+        title="Linear classifier by a published protocol",
         protocol=protocol,
         train_labels=dataset.labels,
         test_labels=labels,
         findings={"skipped": unread},
         warnings=warnings,
         selection={"on": "test images", "chosen": {"epoch": score.details["best_epoch"]}},
-        by_class=next(suffix for suffix in score.answers if suffix.endswith(_LAST)),
+        by_class=next(suffix for suffix in score.predictions if suffix.endswith(_LAST)),
         figure=config.figure,
     )
     return record, study.out
@@ -224,7 +225,7 @@ def _score(probe: Probe, course: ProbeState, labels: Tensor, index: Tensor, clas
             answers[suffix] = Predictions(index, labels, predicted, ranks)
     best = {head: max(looks, key=lambda look: look[1])[0] for head, looks in course.accuracy.items()}
     details = {"best_epoch": best, "looks": course.accuracy, "seconds": round(course.seconds, 1), "run": str(folder)}
-    return ModelScores(MODEL, metrics, details, answers)
+    return ModelScores(name=MODEL, metrics=metrics, details=details, predictions=answers)
 
 
 def _protocol(config: LinearConfig, probe: Probe) -> dict[str, Any]:

@@ -40,10 +40,10 @@ def hardest_tiles(answers: Predictions, dataset: ImageDataset) -> list[Tile]:
     tiles = []
     for row in hardest_images(answers, ROWS * COLUMNS).tolist():
         try:
-            image = dataset.read(int(answers.place[row]), 3)
+            image = dataset.read(int(answers.indices[row]), 3)
         except UnreadableImageError:
             continue
-        place = (int(values[row]) for values in (answers.truth, answers.predicted, answers.rank))
+        place = (int(values[row]) for values in (answers.target, answers.predicted, answers.rank))
         tiles.append(Tile(_square(image), *place))
     return tiles
 
@@ -64,7 +64,7 @@ def plot_confusion(path: Path, mistakes: ConfusionSummary, tiles: list[Tile], ti
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of class names in other scripts
         layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.05)  # inches
         figure = Figure(figsize=(12, 0.5 + height + below), layout=layout)
-        figure.suptitle(f"{title}, {len(mistakes.truth):,} images", fontsize=12, color=_INK, parse_math=False)
+        figure.suptitle(f"{title}, {len(mistakes.target):,} images", fontsize=12, color=_INK, parse_math=False)
         halves = figure.add_gridspec(2, 1, height_ratios=[height, below])
         upper, lower = figure.add_subfigure(halves[0]), figure.add_subfigure(halves[1])
         bars, matrix = upper.subplots(1, 2, width_ratios=[1, 1.15])
@@ -88,7 +88,7 @@ def _draw_classes(axes: Axes, mistakes: ConfusionSummary) -> None:
     place = range(len(order))
     axes.barh(place, value.numpy(), color=_BAR, height=0.72)
     axes.errorbar(value.numpy(), place, xerr=spread, fmt="none", ecolor=_INK, elinewidth=1, capsize=2)
-    mean = float(mistakes.right.sum() / len(mistakes.truth))
+    mean = float(mistakes.correct.sum() / len(mistakes.target))
     axes.axvline(mean, color=_MEAN, linewidth=1, linestyle="--")
     names = [_short(mistakes.classes[label]) for label in order.tolist()]
     axes.set_yticks(place, names, fontsize=8, parse_math=False)
@@ -103,7 +103,7 @@ def _draw_classes(axes: Axes, mistakes: ConfusionSummary) -> None:
 
 def _draw_confusion(axes: Axes, mistakes: ConfusionSummary) -> None:
     """The confusion as percent of each row."""
-    share = 100 * mistakes.confusion / mistakes.dataset[:, None]  # NaN in the row of no images
+    share = 100 * mistakes.matrix / mistakes.totals[:, None]  # NaN in the row of no images
     size = len(share)
     axes.imshow(share.sqrt().numpy(), cmap="Blues", vmin=0, vmax=10, aspect="auto" if size > 2 else "equal")
     for row, column in (share >= 0.5).nonzero().tolist():
@@ -122,13 +122,13 @@ def _draw_confusion(axes: Axes, mistakes: ConfusionSummary) -> None:
 def _draw_pairs(axes: Axes, mistakes: ConfusionSummary) -> None:
     """Bars of the pairs of classes that were confused most often."""
     pairs = mistakes.pairs(SHOWN)
-    totals = mistakes.dataset.tolist()
+    totals = mistakes.totals.tolist()
     place = range(len(pairs))
-    axes.barh(place, [pair.dataset for pair in pairs], color=_BAR, height=0.72)
+    axes.barh(place, [pair.images for pair in pairs], color=_BAR, height=0.72)
     names = [f"{_short(mistakes.classes[a])} → {_short(mistakes.classes[b])}" for a, b, _ in pairs]
     axes.set_yticks(place, names, fontsize=8, parse_math=False)
     for row, pair in enumerate(pairs):
-        axes.text(pair.dataset, row, f" {pair.dataset} of {totals[pair.truth]}", va="center", fontsize=8, color=_INK)
+        axes.text(pair.images, row, f" {pair.images} of {totals[pair.target]}", va="center", fontsize=8, color=_INK)
     axes.set_ylim(max(1, len(pairs)) - 0.4, -0.6)
     axes.margins(x=0.18)
     axes.spines[["top", "right", "bottom"]].set_visible(False)

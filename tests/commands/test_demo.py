@@ -5,16 +5,19 @@ import torch
 from ssl_vit.cli import main as ssl_vit
 from ssl_vit.commands.demo import table
 from ssl_vit.data.annotations.object_masks import annotation_from_mask
-from ssl_vit.evaluation.results.eval_result import EvalResult, Metric, ModelScores
+from ssl_vit.evaluation.results.eval_result import DataInfo, EvalResult, Metric, ModelInfo, ModelScores
 from ssl_vit.evaluation.segmentation.mask_scores import PredictedMasks
 from ssl_vit.evaluation.segmentation.patch_mask import Segmentation
 from ssl_vit.evaluation.segmentation.segmentation_evaluator import Summary
 
 
 def eval_result():
-    scores = [ModelScores(name, [Metric("top-1", value, 10, 0.0, 1.0)], {}) for name, value in (("a", 0.9), ("b", 0.3))]
-    pixels = ModelScores("raw pixels", [Metric("top-1", 0.4, 10, 0.0, 1.0)], {})
-    return EvalResult("knn", {}, {}, {}, {}, scores[0], [scores[1], pixels], {}, {}, [])
+    own, random, pixels = (
+        ModelScores(name=name, metrics=[Metric(name="top-1", value=value, n=10, low=0.0, high=1.0)])
+        for name, value in (("model", 0.9), ("random init", 0.3), ("raw pixels", 0.4))
+    )
+    model, data = ModelInfo(name="dino", source="runs/dino"), DataInfo(name="photos")
+    return EvalResult(task="knn", protocol={}, model=model, data=data, score=own, baselines=[random, pixels])
 
 
 def test_table_compares_trained_model_random_weights_and_center_prior(tmp_path):

@@ -82,18 +82,18 @@ def test_record_and_table_of_a_run(command, words, run, sample, capsys):
     right = sum(row["n"] * row["value"] for row in by_class["classes"])
     told = next(metric for metric in record["score"]["metrics"] if metric["name"] == by_class["metric"])
     assert right == pytest.approx(told["n"] * told["value"])
-    with np.load(path.with_name(record["answers"])) as answers:
+    with np.load(path.with_name(record["predictions_file"])) as answers:
         suffix = told["name"].removeprefix("top-1")
         for score in ("model", "random init", "raw pixels"):
-            assert answers[f"{score}{suffix}/truth"].tolist() == answers[f"model{suffix}/truth"].tolist()
-        ranks, predicted, truth = (answers[f"model{suffix}/{part}"] for part in ("rank", "predicted", "truth"))
+            assert answers[f"{score}{suffix}/target"].tolist() == answers[f"model{suffix}/target"].tolist()
+        ranks, predicted, truth = (answers[f"model{suffix}/{part}"] for part in ("rank", "predicted", "target"))
         assert ((ranks == 0) == (predicted == truth)).all()
         assert (ranks == 0).mean() == pytest.approx(told["value"])
     printed = capsys.readouterr().out
     assert "raw pixels" in printed
     assert str(path) in printed
     assert str(path.with_suffix(".png")) in printed
-    with Image.open(path.with_name(by_class["sheet"])) as sheet:
+    with Image.open(path.with_name(by_class["figure"])) as sheet:
         assert min(sheet.size) > 400
 
 
@@ -303,16 +303,16 @@ def test_the_saved_probe_gives_the_answers_of_the_record(solver, run, sample, tm
     words = [f"checkpoint={run}", f"data.root={sample}", f"out={out}", "data.num_workers=0", "baselines=false"]
     record, _ = linear.measure(load_config("linear", [*words, *SOLVERS[solver]], LinearConfig))
     about = json.loads((tmp_path / "out.probe.json").read_text())
-    answers = record.score.answers[""]
+    answers = record.score.predictions[""]
     transform = EvalTransform(*(about["transform"][name] for name in ("image_size", "crop_ratio", "mean", "std")))
     dataset = scan_image_folder(sample / "test")
-    images = transform.normalize(torch.stack([transform(dataset.read(int(place), 3)) for place in answers.place]))
+    images = transform.normalize(torch.stack([transform(dataset.read(int(place), 3)) for place in answers.indices]))
     names = {"images": images}
     exec("\n".join(about["apply"]), names)
     predicted = [about["classes"][place] for place in names["scores"].argmax(dim=1)]
     assert predicted == [dataset.classes[label] for label in answers.predicted]
     assert names["probe"].keys() == {"mean", "scale", "weight", "bias"}
-    assert about["checkpoint"]["sha256"] == record.model["sha256"]
+    assert about["checkpoint"]["sha256"] == record.model.sha256
 
 
 def test_a_record_of_other_settings_is_kept_with_its_files(run, sample, caplog):

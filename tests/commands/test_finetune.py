@@ -109,8 +109,8 @@ def test_it_learns_and_the_test_images_are_answered_by_the_weights_that_it_leave
     assert record["protocol"]["selection"] == "none: the last weights, tested once"
     assert record["selection"] is None
     assert record["by_class"]["metric"] == "top-1"
-    assert str(run / "eval" / record["by_class"]["sheet"]) in capsys.readouterr().out.splitlines()
-    with Image.open(run / "eval" / record["by_class"]["sheet"]) as sheet:
+    assert str(run / "eval" / record["by_class"]["figure"]) in capsys.readouterr().out.splitlines()
+    with Image.open(run / "eval" / record["by_class"]["figure"]) as sheet:
         assert min(sheet.size) > 400
 
     model, head = load_backbone(str(run)), load_file(run / "head.safetensors")

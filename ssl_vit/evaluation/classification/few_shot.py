@@ -48,11 +48,12 @@ class FewShotResult(NamedTuple):
 
         Of one subset the interval is for other test images.
         """
-        n, value = len(self.answers.place), mean(self.accuracy)
+        n, value = len(self.answers.indices), mean(self.accuracy)
         if len(self.accuracy) == 1:
-            return Metric(f"top-1{self.suffix}", value, n, *wilson(round(value * n), n))
-        interval = OVER_SUBSETS.format(len(self.accuracy))
-        return Metric(f"top-1{self.suffix}", value, n, *mean_interval(self.accuracy), interval)
+            interval, (low, high) = "Wilson", wilson(round(value * n), n)
+        else:
+            interval, (low, high) = OVER_SUBSETS.format(len(self.accuracy)), mean_interval(self.accuracy)
+        return Metric(name=f"top-1{self.suffix}", value=value, n=n, low=low, high=high, interval=interval)
 
     @property
     def deviation(self) -> float | None:

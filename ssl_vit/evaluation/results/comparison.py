@@ -1,4 +1,4 @@
-"""Several models side by side: rows are models, columns are metrics of one task, protocol and dataset."""
+"""Comparison of several models: rows are models, columns are metrics of one task, protocol and dataset."""
 
 from __future__ import annotations
 
@@ -9,37 +9,38 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ssl_vit.evaluation.results.result_reader import SavedMetric, SavedResult, read_answers
-from ssl_vit.evaluation.results.statistics import Difference, difference, holm
+from ssl_vit.evaluation.results.eval_result import EvalResult, Metric
+from ssl_vit.evaluation.results.result_reader import read_predictions
+from ssl_vit.evaluation.results.statistics import Difference, holm, paired_difference
 from ssl_vit.runtime.errors import UserError
 
 
 class Group(NamedTuple):
-    """One way of measuring on one dataset."""
+    """One task and protocol on one dataset."""
 
     task: str
     data: str
-    variant: int  # from 1, where several protocols or datasets are mixed; else 0
+    variant: int  # counted from 1 where several protocols or datasets are mixed, else 0
 
     def __str__(self) -> str:
         return f"{self.task} on {self.data}" + (f" [{self.variant}]" if self.variant else "")
 
 
 class Column(NamedTuple):
-    """What is written above a column of the table."""
+    """The header of a column."""
 
     group: Group
     metric: str
 
 
-Latest = dict[tuple[str, Group], SavedResult]  # by the model's name
+Latest = dict[tuple[str, Group], EvalResult]  # by the model's name
 
 
 class Row(NamedTuple):
-    """One model, or one baseline."""
+    """One model or baseline."""
 
     name: str
-    cells: dict[Column, SavedMetric]
+    cells: dict[Column, Metric]
     baseline: bool
 
 
@@ -49,128 +50,123 @@ class Paired(NamedTuple):
     column: Column
     name: str
     first: str
-    found: Difference
-    corrected: float  # p by Holm's method, for all that stand in the same comparison
+    difference: Difference
+    adjusted: float  # p by Holm's method, for all pairs of the comparison
 
 
 class Comparison(NamedTuple):
-    """Everything that is shown."""
+    """Everything that a table shows."""
 
     columns: list[Column]
     rows: list[Row]
     paired: list[Paired]
-    optimistic: set[Column]  # chosen by the test images: too high
+    optimistic: set[Column]  # selected on the test images: too high
     notes: list[str]
 
     def best(self, column: Column) -> float | None:
-        """The highest value of a column, if several models are in it."""
+        """Return the highest value of a column, if it has several models."""
         cells = [row.cells[column] for row in self.rows if not row.baseline and column in row.cells]
-        values = [cell.value for cell in cells if cell.value is not None]
+        values = [cell.value for cell in cells if cell.is_number]
         return max(values) if len(values) > 1 else None
 
 
-def compare(records: Sequence[SavedResult], *, mix: bool) -> Comparison:
-    """Put records side by side; the first of them is what the others are held against.
+def compare(results: Sequence[EvalResult], *, mix: bool) -> Comparison:
+    """Put results side by side and test each model against the first.
 
     Args:
-        records: In the order of the rows.
-        mix: Show results of one task and data set that came about by different protocols, or of different images,
-            in columns of their own.
+        results: In the order of the rows.
+        mix: Show results of one task and dataset that have different protocols or images in columns of their own.
 
     Raises:
-        UserError: There are such, and they were not to be mixed.
+        UserError: There are such results, and `mix` is False.
     """
-    variants = _variants(records)
+    variants = _variants(results)
     mixed = {key: kinds for key, kinds in variants.items() if len(kinds) > 1}
     if mixed and not mix:
         texts = [f"{task} on {data}: {_differing(kinds)}" for (task, data), kinds in mixed.items()]
         raise UserError(
             "these results do not belong in one column:\n  "
             + "\n  ".join(texts)
-            + "\nmeasure them in the same way, or show them in columns of their own with mix=true"
+            + "\nEvaluate the models with the same settings, or use mix=true to show separate columns."
         )
-    names = _names(records)
+    names = _model_names(results)
     notes = [f"[1] to [{len(kinds)}] of {task} on {data}: {_differing(kinds)}" for (task, data), kinds in mixed.items()]
     latest: Latest = {}
-    for record in records:
-        kinds = variants[record.task, record.data.name]
-        variant = next(place for place, kind in enumerate(kinds, 1) if _same(record, kind))
-        key = (names[record.id], Group(record.task, record.data.name, variant if len(kinds) > 1 else 0))
+    for result in results:
+        kinds = variants[result.task, result.data.name]
+        variant = next(number for number, kind in enumerate(kinds, 1) if result.same_setting(kind))
+        key = (names[result.id], Group(result.task, result.data.name, variant if len(kinds) > 1 else 0))
         if key in latest:
-            notes.append(f"several records of {key[0]} for {key[1]}: the latest counts")
-        latest[key] = max(latest.get(key, record), record, key=lambda one: one.created)
-    cells: dict[str, dict[Column, SavedMetric]] = defaultdict(dict)
-    for (name, group), record in latest.items():
-        cells[name] |= {Column(group, metric.name): metric for metric in record.score.metrics}
+            notes.append(f"several results of {key[0]} for {key[1]}: the latest is shown")
+        latest[key] = max(latest.get(key, result), result, key=lambda one: one.created)
+    cells: dict[str, dict[Column, Metric]] = defaultdict(dict)
+    for (name, group), result in latest.items():
+        cells[name] |= {Column(group, metric.name): metric for metric in result.score.metrics}
     rows = [Row(name, own, baseline=False) for name, own in cells.items()]
     paired, missing = _pairs(latest)
-    notes += [*missing, *_roundings(latest), *_warnings(latest)]
+    notes += [*missing, *_precision_notes(latest), *_warnings(latest)]
     optimistic = {
         Column(group, metric.name)
-        for (_, group), record in latest.items()
-        for metric in record.score.metrics
-        if record.chosen_on_test(metric.name)
+        for (_, group), result in latest.items()
+        for metric in result.score.metrics
+        if result.chosen_on_test(metric.name)
     }
-    return Comparison(_ordered(cells.values()), rows + _baselines(latest), paired, optimistic, notes)
+    return Comparison(_columns(cells.values()), rows + _baselines(latest), paired, optimistic, notes)
 
 
-def _ordered(rows: Iterable[Mapping[Column, SavedMetric]]) -> list[Column]:
-    """Metrics of one group side by side, groups in the order in which they first come."""
+def _columns(rows: Iterable[Mapping[Column, Metric]]) -> list[Column]:
+    """Put the metrics of one group side by side, groups in the order of their first appearance."""
     metrics: dict[Group, dict[Column, None]] = defaultdict(dict)
     for column in (column for row in rows for column in row):
         metrics[column.group][column] = None
     return [column for columns in metrics.values() for column in columns]
 
 
-def _variants(records: Sequence[SavedResult]) -> dict[tuple[str, str], list[SavedResult]]:
-    """Per task and name of the data one record of each protocol and dataset that there is."""
-    variants: dict[tuple[str, str], list[SavedResult]] = defaultdict(list)
-    for record in records:
-        kinds = variants[record.task, record.data.name]
-        if not any(_same(record, kind) for kind in kinds):
-            kinds.append(record)
+def _variants(results: Sequence[EvalResult]) -> dict[tuple[str, str], list[EvalResult]]:
+    """Return one result of each protocol and dataset, by task and name of the data."""
+    variants: dict[tuple[str, str], list[EvalResult]] = defaultdict(list)
+    for result in results:
+        kinds = variants[result.task, result.data.name]
+        if not any(result.same_setting(kind) for kind in kinds):
+            kinds.append(result)
     return variants
 
 
-def _same(one: SavedResult, other: SavedResult) -> bool:
-    return one.protocol_hash == other.protocol_hash and one.data.identity() == other.data.identity()
-
-
-def _differing(kinds: list[SavedResult]) -> str:
-    """The keys in which the protocols, and the images, differ, with their values in the order of the columns."""
-    told = [kind.told for kind in kinds]
-    keys = dict.fromkeys(key for one in told for key in one)
-    differing = [key for key in keys if len({one.get(key) for one in told}) > 1]
-    texts = [f"{key}: {' | '.join(_shortened(one.get(key, 'none')) for one in told)}" for key in differing]
+def _differing(kinds: list[EvalResult]) -> str:
+    """List the keys in which protocols and images differ, with their values in the order of the columns."""
+    items = [kind.protocol_items for kind in kinds]
+    keys = dict.fromkeys(key for one in items for key in one)
+    differing = [key for key in keys if len({one.get(key) for one in items}) > 1]
+    texts = [f"{key}: {' | '.join(_shorten(one.get(key, 'none')) for one in items)}" for key in differing]
     return "; ".join(texts) or "their protocol hashes"
 
 
-def _shortened(text: str, most: int = 60) -> str:
+def _shorten(text: str, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def _names(records: Sequence[SavedResult]) -> dict[str, str]:
-    """What each record's model is called, by the record's id; of one name with other weights by their hash, too."""
+def _model_names(results: Sequence[EvalResult]) -> dict[str, str]:
+    """Return the name of each result's model by the result's id, with a hash where one name has several weights."""
     hashes: dict[str, set[str | None]] = defaultdict(set)
-    for record in records:
-        hashes[record.model.name].add(record.model.identity)
+    for result in results:
+        hashes[result.model.name].add(result.model.identity)
     return {
-        record.id: record.model.name
-        if len(hashes[record.model.name]) == 1
-        else f"{record.model.name} ({(record.model.identity or 'no file')[:8]})"
-        for record in records
+        result.id: result.model.name
+        if len(hashes[result.model.name]) == 1
+        else f"{result.model.name} ({(result.model.identity or 'no file')[:8]})"
+        for result in results
     }
 
 
 def _baselines(latest: Latest) -> list[Row]:
-    """A row for each baseline; where those of several models are not equal, one for each model."""
-    values: dict[str, dict[str, dict[Column, SavedMetric]]] = defaultdict(lambda: defaultdict(dict))
-    for (name, group), record in latest.items():
-        for score in record.baselines:
+    """Return a row for each baseline, or for each model's where those of several models differ."""
+    values: dict[str, dict[str, dict[Column, Metric]]] = defaultdict(lambda: defaultdict(dict))
+    for (name, group), result in latest.items():
+        for score in result.baselines:
             values[score.name][name] |= {Column(group, metric.name): metric for metric in score.metrics}
     rows = []
     for baseline, by_model in values.items():
-        merged: dict[Column, SavedMetric] = {}
+        merged: dict[Column, Metric] = {}
         for own in by_model.values():
             merged |= own
         if all(merged[column] == cell for own in by_model.values() for column, cell in own.items()):
@@ -181,78 +177,71 @@ def _baselines(latest: Latest) -> list[Row]:
 
 
 def _pairs(latest: Latest) -> tuple[list[Paired], list[str]]:
-    """Every model against the first one of its group, by top-1; and where that is not possible."""
-    groups: dict[Group, list[tuple[str, SavedResult]]] = defaultdict(list)
-    for (name, group), record in latest.items():
-        groups[group].append((name, record))
-    found: list[tuple[Column, str, str, Difference]] = []
+    """Test every model against the first one of its group by top-1; also return why some are not tested."""
+    groups: dict[Group, list[tuple[str, EvalResult]]] = defaultdict(list)
+    for (name, group), result in latest.items():
+        groups[group].append((name, result))
+    pairs: list[tuple[Column, str, str, Difference]] = []
     notes: list[str] = []
     for group, ((first, base), *others) in groups.items():
         for metric in base.score.metrics:
             if metric.name.partition(",")[0] != "top-1" or not others:
                 continue
-            if reason := _unpaired(metric, [base, *(record for _, record in others)]):
+            if reason := _not_testable(metric, [base, *(result for _, result in others)]):
                 notes.append(f"{group}: {reason}")
                 continue
-            for name, record in others:
-                result = _difference(base, record, metric.name.removeprefix("top-1"))
-                if isinstance(result, Difference):
-                    found.append((Column(group, metric.name), name, first, result))
+            for name, result in others:
+                difference = _difference(base, result, metric.name.removeprefix("top-1"))
+                if isinstance(difference, Difference):
+                    pairs.append((Column(group, metric.name), name, first, difference))
                 else:
-                    notes.append(f"{name} and {first} are not compared in pairs for {group}: {result}")
-    corrected = holm([result.p for *_, result in found])
-    return [Paired(*parts, p) for parts, p in zip(found, corrected, strict=True)], list(dict.fromkeys(notes))
+                    notes.append(f"no paired test of {name} and {first} for {group}: {difference}")
+    adjusted = holm([difference.p for *_, difference in pairs])
+    return [Paired(*pair, p) for pair, p in zip(pairs, adjusted, strict=True)], list(dict.fromkeys(notes))
 
 
-def _unpaired(metric: SavedMetric, records: Sequence[SavedResult]) -> str | None:
-    """Why a metric is of no use for paired tests, whatever was answered."""
+def _not_testable(metric: Metric, results: Sequence[EvalResult]) -> str | None:
+    """Return why a metric has no paired test, whatever the predictions are."""
     if metric.over_subsets:
-        return "paired tests are not made of means over subsets"
-    if any(record.chosen_on_test(metric.name) for record in records):
-        return f"no paired test of {metric.name}, which was chosen by the test images"
+        return "no paired tests of means over subsets"
+    if any(result.chosen_on_test(metric.name) for result in results):
+        return f"no paired test of {metric.name}, which was selected on the test images"
     return None
 
 
-def _roundings(latest: Latest) -> list[str]:
-    """Where the models of one group computed in numbers of different precision."""
+def _precision_notes(latest: Latest) -> list[str]:
+    """Note groups whose models were computed in different dtypes."""
     groups: dict[Group, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for (name, group), record in latest.items():
-        if record.environment.forward is not None:
-            groups[group][record.environment.forward].append(name)
-    texts = {
-        group: " and ".join(f"{kind} ({_listed(names)})" for kind, names in kinds.items())
-        for group, kinds in groups.items()
-        if len(kinds) > 1
-    }
-    return [
-        f"{group}: the models computed in {text}; rounding is part of their difference" for group, text in texts.items()
-    ]
+    for (name, group), result in latest.items():
+        if result.precision is not None:
+            groups[group][result.precision].append(name)
+    notes = []
+    for group, dtypes in groups.items():
+        if len(dtypes) > 1:
+            text = " and ".join(f"{dtype} ({', '.join(names)})" for dtype, names in dtypes.items())
+            notes.append(f"{group}: the models were computed in {text}; rounding is part of their difference")
+    return notes
 
 
 def _warnings(latest: Latest) -> list[str]:
-    """What the records warn of, each once, with the models."""
-    found: dict[tuple[Group, str], list[str]] = defaultdict(list)
-    for (name, group), record in latest.items():
-        for text in dict.fromkeys(record.warnings):
-            found[group, text].append(name)
-    return [f"warning, {group}, {_listed(names)}: {text}" for (group, text), names in found.items()]
+    """List each warning of the results once, with its models."""
+    models: dict[tuple[Group, str], list[str]] = defaultdict(list)
+    for (name, group), result in latest.items():
+        for text in dict.fromkeys(result.warnings):
+            models[group, text].append(name)
+    return [f"warning, {group}, {', '.join(names)}: {text}" for (group, text), names in models.items()]
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names)
-
-
-def _difference(first: SavedResult, second: SavedResult, suffix: str) -> Difference | str:
-    """How the second differs from the first on the images that both answered; or why that cannot be said."""
-    answers = []
-    for record in (first, second):
-        given = read_answers(record, suffix)
-        if given is None:
-            return f"{record.path} lacks its answers ({record.answers or 'an npz beside it'})"
-        answers.append(given)
-    one, other = answers
-    _, mine, its = np.intersect1d(one.place.numpy(), other.place.numpy(), return_indices=True)
-    if not len(mine):
-        return "they answered no image in common"
-    rows, its_rows = torch.from_numpy(mine), torch.from_numpy(its)
-    return difference(one.rank[rows] == 0, other.rank[its_rows] == 0)
+def _difference(first: EvalResult, second: EvalResult, suffix: str) -> Difference | str:
+    """Compare two results on the images that both have predictions for, or return why that is not possible."""
+    both = []
+    for result in (first, second):
+        predictions = read_predictions(result, suffix)
+        if predictions is None:
+            return f"{result.path} lacks its predictions ({result.predictions_file or 'an npz beside it'})"
+        both.append(predictions)
+    one, other = both
+    _, rows, other_rows = np.intersect1d(one.indices.numpy(), other.indices.numpy(), return_indices=True)
+    if not len(rows):
+        return "they have no image in common"
+    return paired_difference(one.rank[torch.from_numpy(rows)] == 0, other.rank[torch.from_numpy(other_rows)] == 0)

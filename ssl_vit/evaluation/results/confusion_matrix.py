@@ -1,4 +1,4 @@
-"""What a model takes for what: the confusion of its classes, the accuracy of each, the images it finds hardest."""
+"""Confusion matrix, per-class accuracy and the hardest test images."""
 
 from __future__ import annotations
 
@@ -10,80 +10,82 @@ from torch import Tensor
 from ssl_vit.evaluation.results.eval_result import Predictions
 from ssl_vit.evaluation.results.statistics import wilson
 
-_PAIRS = 25  # of classes, that a record lists
+_PAIRS = 25  # of classes, listed in a result
 
 
-class Confused(NamedTuple):
-    """How often one class was taken for another."""
+class Confusion(NamedTuple):
+    """How many images of one class were predicted as another."""
 
-    truth: int
+    target: int
     predicted: int
-    dataset: int
+    images: int
 
 
 class ConfusionSummary(NamedTuple):
-    """The answers of one evaluation, class by class."""
+    """The predictions of one evaluation by class."""
 
     metric: str
     classes: list[str]
-    truth: Tensor  # (Q,) int64, places in `classes`
+    target: Tensor  # (Q,) int64, indices of `classes`
     predicted: Tensor  # (Q,) int64
 
     @property
-    def confusion(self) -> Tensor:
-        """(C, C) int64: images of the row's class that were taken for the column's."""
+    def matrix(self) -> Tensor:
+        """(C, C) int64: images of the row's class that were predicted as the column's."""
         size = len(self.classes)
-        return torch.bincount(self.truth * size + self.predicted, minlength=size**2).view(size, size)
+        return torch.bincount(self.target * size + self.predicted, minlength=size**2).view(size, size)
 
     @property
-    def dataset(self) -> Tensor:
+    def totals(self) -> Tensor:
         """(C,) int64: test images of each class."""
-        return torch.bincount(self.truth, minlength=len(self.classes))
+        return torch.bincount(self.target, minlength=len(self.classes))
 
     @property
-    def right(self) -> Tensor:
-        """(C,) int64: those that were taken for what they are."""
-        return torch.bincount(self.truth[self.truth == self.predicted], minlength=len(self.classes))
+    def correct(self) -> Tensor:
+        """(C,) int64: test images of each class that were predicted correctly."""
+        return torch.bincount(self.target[self.target == self.predicted], minlength=len(self.classes))
 
     @property
     def accuracy(self) -> Tensor:
         """(C,) float64 in [0, 1]; NaN for a class without test images."""
-        return self.right.double() / self.dataset
+        return self.correct.double() / self.totals
 
     def intervals(self) -> Tensor:
-        """The 95 % intervals of the accuracies (C, 2), by Wilson's score; NaN for a class without test images."""
+        """Compute Wilson's 95 % intervals of the accuracies (C, 2); NaN for a class without test images."""
         none = float("nan"), float("nan")
-        counts = zip(self.right.tolist(), self.dataset.tolist(), strict=True)
+        counts = zip(self.correct.tolist(), self.totals.tolist(), strict=True)
         return torch.tensor([wilson(right, n) if n else none for right, n in counts], dtype=torch.float64)
 
-    def pairs(self, most: int = _PAIRS) -> list[Confused]:
-        """The pairs of classes that were confused most often; of equal ones the first in the order of the classes."""
+    def pairs(self, most: int = _PAIRS) -> list[Confusion]:
+        """Return the most frequent confusions; among equal ones the first in the order of the classes."""
         size = len(self.classes)
-        wrong = (self.truth * size + self.predicted)[self.truth != self.predicted]
+        wrong = (self.target * size + self.predicted)[self.target != self.predicted]
         pair, count = torch.unique(wrong, return_counts=True)
         count, order = count.sort(descending=True, stable=True)
-        found = zip(pair[order[:most]].tolist(), count[:most].tolist(), strict=True)
-        return [Confused(place // size, place % size, number) for place, number in found]
+        frequent = zip(pair[order[:most]].tolist(), count[:most].tolist(), strict=True)
+        return [Confusion(code // size, code % size, images) for code, images in frequent]
 
-    def describe(self) -> dict[str, Any]:
-        """For a record: every class by its name, with its accuracy, and the pairs that were confused most often."""
-        rows = zip(self.classes, self.dataset.tolist(), self.accuracy.tolist(), strict=True)
-        by_class = [
-            {"name": name, "n": n, "value": value, "low": low, "high": high, "interval": "Wilson"}
-            for (name, n, value), (low, high) in zip(rows, self.intervals().tolist(), strict=True)
-        ]
-        confused = [
-            {"truth": self.classes[pair.truth], "predicted": self.classes[pair.predicted], "images": pair.dataset}
-            for pair in self.pairs()
-        ]
-        return {"metric": self.metric, "classes": by_class, "confused": confused}
+    def to_dict(self) -> dict[str, Any]:
+        """Return the accuracy of every class and the most frequent confusions, with the names of the classes."""
+        rows = zip(self.classes, self.totals.tolist(), self.accuracy.tolist(), self.intervals().tolist(), strict=True)
+        return {
+            "metric": self.metric,
+            "classes": [
+                {"name": name, "n": n, "value": value, "low": low, "high": high, "interval": "Wilson"}
+                for name, n, value, (low, high) in rows
+            ],
+            "confusions": [
+                {"target": self.classes[pair.target], "predicted": self.classes[pair.predicted], "images": pair.images}
+                for pair in self.pairs()
+            ],
+        }
 
 
-def hardest_images(answers: Predictions, most: int) -> Tensor:
-    """Rows (at most `most`,) of the wrong answers whose true class came last.
+def hardest_images(predictions: Predictions, most: int) -> Tensor:
+    """Return rows (at most `most`,) of the wrong predictions whose true class was ranked last.
 
-    Among equal ones the order is mixed, and always the same: the first images of a folder are all of one class.
+    Equal ranks are shuffled with a fixed seed: the first images of a folder are all of one class.
     """
-    mixed = torch.randperm(len(answers.rank), generator=torch.Generator().manual_seed(0))
-    order = mixed[answers.rank[mixed].argsort(descending=True, stable=True)][:most]
-    return order[answers.rank[order] > 0]
+    shuffled = torch.randperm(len(predictions.rank), generator=torch.Generator().manual_seed(0))
+    order = shuffled[predictions.rank[shuffled].argsort(descending=True, stable=True)][:most]
+    return order[predictions.rank[order] > 0]

@@ -1,4 +1,4 @@
-"""A result and how it came about: one JSON file per evaluation, and a table for the terminal."""
+"""The result of one evaluation: its JSON file, the predictions beside it, and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -9,150 +9,257 @@ import logging
 import math
 import os
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, computed_field
 from torch import Tensor
 
 from ssl_vit.evaluation.results.provenance import package_info
 from ssl_vit.evaluation.results.statistics import wilson
 from ssl_vit.runtime.atomic_io import atomic_write, write_json
+from ssl_vit.runtime.text_table import format_table
 
-SCHEMA = 2  # of the JSON; grows when a key changes its meaning
-ON_TEST = "test images"  # how `selection.on` begins where they were chosen by,
-LAST_EPOCH = ", last epoch"  # and how the names of those metrics end that were not
+SCHEMA = 3  # format of the JSON; grows when a key changes its meaning
+ON_TEST = "test images"  # how `selection.on` begins where something was chosen on the test images,
+LAST_EPOCH = ", last epoch"  # and how the names of the metrics end that were not chosen on them
+
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A share of test images, with its interval: by default Wilson's, of 95 %, for other test images."""
+def _finite_or_nan(value: Any) -> Any:  # noqa: ANN401 - any JSON
+    return math.nan if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
+
+
+Number = Annotated[float, BeforeValidator(_finite_or_nan)]  # NaN where there is none: null in the JSON
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+
+class Metric(_Part):
+    """A metric over n test items with its 95 % interval."""
 
     name: str
-    value: float  # in [0, 1]
-    n: int  # test images
-    low: float
-    high: float
-    interval: str = "Wilson"  # how low and high came about
+    value: Number  # mostly a fraction in [0, 1]
+    n: int  # test images, or what else the mean is over
+    low: Number
+    high: Number
+    interval: str = "Wilson"  # how low and high were computed
+    title: str = ""  # the metric in words, where its name is not enough
+    note: str = ""  # what a reader must know of it
+    level: Literal["score", "ground truth", "detail"] = "score"  # "ground truth": made with the mask it is scored on
+
+    @property
+    def over_subsets(self) -> bool:
+        """Whether it is a mean over subsets of the training images, so that no single prediction is right or wrong."""
+        return self.interval.endswith(" subsets")
+
+    @property
+    def is_number(self) -> bool:
+        """Whether value and interval are numbers."""
+        return not math.isnan(self.value + self.low + self.high)
 
 
 class Predictions(NamedTuple):
-    """What was answered of each of Q test images."""
+    """Predictions for Q test images."""
 
-    place: Tensor  # (Q,) int64, in the set of test images
-    truth: Tensor  # (Q,) int64, the labels
-    predicted: Tensor  # (Q,) int64, the labels that came first
-    rank: Tensor  # (Q,) int64: how many classes came before the true one; 0 is right
+    indices: Tensor  # (Q,) int64, of the images in the test set
+    target: Tensor  # (Q,) int64, the labels
+    predicted: Tensor  # (Q,) int64, the labels that were ranked first
+    rank: Tensor  # (Q,) int64: number of classes ranked before the true one; 0 is right
 
 
-@dataclass(frozen=True)
-class ModelScores:
-    """What one model (or baseline) reached."""
+class ModelScores(_Part):
+    """The metrics of one model or baseline."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
     name: str
     metrics: list[Metric]
-    details: dict[str, Any]  # what was chosen or clamped on the way
-    answers: dict[str, Predictions] = field(default_factory=dict)  # by what follows "top-1" in the names of the metrics
+    details: dict[str, Any] = {}  # what was selected or clamped on the way
+    # Keyed by what follows "top-1" in the names of the metrics; they go to a file of their own.
+    predictions: dict[str, Predictions] = Field(default={}, exclude=True, repr=False)
 
 
-@dataclass(frozen=True)
-class EvalResult:
-    """One evaluation: everything that is needed to compare it, or to repeat it."""
+class ModelInfo(_Part):
+    """The evaluated model."""
 
+    name: str
+    source: str
+    sha256: str | None = None  # of its file
+    state_sha256: str | None = None  # of its weights
+    weights: str | None = None  # teacher or student
+    run: str | None = None  # run directory
+    epoch: int | None = None
+    step: int | None = None
+    params: int | None = None
+    backbone: dict[str, Any] = {}
+    normalization: dict[str, Any] = {}
+
+    @property
+    def identity(self) -> str | None:
+        """Equal for the same model: the hash of its file, or else of its weights."""
+        return self.sha256 or self.state_sha256
+
+
+class DataInfo(_Part):
+    """The evaluated images: their name, and whatever the evaluation adds."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+
+    def get(self, key: str) -> Any:  # noqa: ANN401 - any JSON
+        """Return what the evaluation added under a key, or None."""
+        return (self.model_extra or {}).get(key)
+
+    def identity(self) -> dict[str, Any]:
+        """Return values that are equal for equal images."""
+        return {key: self.get(key) for key in ("fingerprints", "fingerprint", "n_train", "n_test", "n_classes")}
+
+
+class Selection(_Part):
+    """What was selected (`chosen`), and on which images."""
+
+    model_config = ConfigDict(extra="allow")
+
+    on: str
+
+
+class EvalResult(_Part):
+    """One evaluation: everything that is needed to show it, to compare it, or to repeat it."""
+
+    format: int = Field(default=SCHEMA, alias="schema")
+    id: str = Field(default_factory=lambda: uuid.uuid4().hex)
+    created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="microseconds"))
+    package: dict[str, Any] = Field(default_factory=package_info)
     task: str
+    title: str = ""  # the task in words
+    main_metrics: list[str] = []  # names of those that a summary shows; empty: all but details
     protocol: dict[str, Any]
-    model: dict[str, Any]
-    data: dict[str, Any]
-    selection: dict[str, Any] | None = field(default=None, kw_only=True)  # what was chosen, and by which images
-    seeds: dict[str, Any]
+    model: ModelInfo
+    data: DataInfo
+    selection: Selection | None = None
+    seeds: dict[str, Any] = {}
     score: ModelScores
     baselines: list[ModelScores]
-    by_class: dict[str, Any] | None = field(default=None, kw_only=True)  # the model's mistakes, told by `Mistakes`
-    config: dict[str, Any] = field(default_factory=dict, kw_only=True)  # of the command, but where it writes to
-    cost: dict[str, Any]
-    environment: dict[str, Any]
-    warnings: list[str]
+    by_class: dict[str, Any] | None = None  # of the model, from `ConfusionSummary.to_dict`
+    config: dict[str, Any] = {}  # of the command, without its output path
+    cost: dict[str, Any] = {}
+    environment: dict[str, Any] = {}
+    warnings: list[str] = []
+    predictions_file: str | None = None  # name of the .npz beside the JSON
+    path: Path = Field(default=Path(), exclude=True)  # that it was read from
+
+    @computed_field
+    def protocol_hash(self) -> str:
+        """Equal for results that may be compared: the same task by the same protocol."""
+        text = json.dumps({"task": self.task, **json_safe(self.protocol)}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @cached_property
+    def protocol_items(self) -> dict[str, str]:
+        """Everything that must agree within one column of a table: dotted keys, values as JSON."""
+        return flatten({"protocol": self.protocol, "data": self.data.identity()})
+
+    @property
+    def precision(self) -> str | None:
+        """The dtype of the forward pass."""
+        dtype = self.environment.get("forward")
+        return dtype if isinstance(dtype, str) else None
+
+    def is_main(self, metric: Metric) -> bool:
+        """Return whether a summary shows this metric of the model."""
+        return metric.name in self.main_metrics if self.main_metrics else metric.level == "score"
+
+    def chosen_on_test(self, metric: str) -> bool:
+        """Return whether a metric was selected on the test images, which makes it too high."""
+        return self.selection is not None and self.selection.on.startswith(ON_TEST) and not metric.endswith(LAST_EPOCH)
+
+    def same_setting(self, other: EvalResult) -> bool:
+        """Return whether another result has the same task, protocol and images."""
+        return self.protocol_hash == other.protocol_hash and self.data.identity() == other.data.identity()
 
     def write(self, path: Path) -> None:
-        """Write the JSON at once: no reader ever sees half of it; then add it to `history.jsonl` beside it.
+        """Write the JSON atomically and append it to `history.jsonl` beside it.
 
-        What was answered of each image lies beside it, too, in an `.npz` that is there before the JSON names it.
+        The predictions go to an `.npz` beside it, which is complete before the JSON names it.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        name = uuid.uuid4().hex
-        answers = {
-            f"{score.name}{suffix}/{part}": _smallest(values.numpy())
+        arrays = {
+            f"{score.name}{suffix}/{part}": _smallest_dtype(values.numpy())
             for score in (self.score, *self.baselines)
-            for suffix, given in score.answers.items()
-            for part, values in given._asdict().items()
+            for suffix, predictions in score.predictions.items()
+            for part, values in predictions._asdict().items()
         }
-        if answers:
-            with atomic_write(sibling_path(path, ".npz")) as file:
-                np.savez_compressed(file, id=np.array(name), **answers)  # type: ignore[arg-type]
-        content = {
-            "schema": SCHEMA,
-            "id": name,
-            "created": datetime.now(UTC).isoformat(timespec="microseconds"),
-            "tool": package_info(),
-            "protocol_hash": protocol_hash(self.task, self.protocol),
-            **asdict(self, dict_factory=_without_answers),
-            "answers": sibling_path(path, ".npz").name if answers else None,
-        }
+        npz = sibling_path(path, ".npz") if arrays else None
+        if npz is not None:
+            with atomic_write(npz) as file:
+                np.savez_compressed(file, id=np.array(self.id), **arrays)  # type: ignore[arg-type]
+        content = self.model_copy(update={"predictions_file": npz and npz.name}).model_dump(by_alias=True)
         write_json(path, json_safe(content))
         _append(path.with_name("history.jsonl"), json_safe(content))
 
     def table(self) -> str:
-        """The scores side by side in percent: the model with its interval, then the baselines; warnings below."""
+        """Return the scores in percent, the model's with its interval beside the baselines, and the warnings below."""
         data = self.data
-        lines = [
-            f"{self.task} on {data['name']}: {data['n_test']:,} test images, {data['n_classes']} classes, "
-            f"{data['n_train']:,} training images ({self.protocol['split']})",
-            "",
-        ]
-        scores = [self.score, *self.baselines]
-        cells = [["accuracy in %", *(score.name for score in scores)]]
+        title = (
+            f"{self.task} on {data.name}: {data.get('n_test'):,} test images, {data.get('n_classes')} classes, "
+            f"{data.get('n_train'):,} training images ({self.protocol['split']})"
+        )
+        rows = []
         for row, metric in enumerate(self.score.metrics):
-            half = (metric.high - metric.low) / 2
-            values = [f"{100 * score.metrics[row].value:.1f}" for score in self.baselines]
-            cells.append([metric.name, f"{100 * metric.value:.1f} ± {100 * half:.1f}", *values])
-        lines += _columns(cells)
-        lines += [f"\nwarning: {text}" for text in self.warnings]
-        return "\n".join(lines)
-
-
-def sibling_path(record: Path, suffix: str) -> Path:
-    """The file that belongs to a record: its name with another suffix in the place of `.json`."""
-    return record.with_name(f"{record.name.removesuffix('.json')}{suffix}")
+            others = [f"{100 * score.metrics[row].value:.1f}" for score in self.baselines]
+            rows.append([metric.name, f"{100 * metric.value:.1f} ± {50 * (metric.high - metric.low):.1f}", *others])
+        headers = ["accuracy in %", *(score.name for score in (self.score, *self.baselines))]
+        return "\n".join([title, "", format_table(rows, headers), *(f"\nwarning: {text}" for text in self.warnings)])
 
 
 def topk_metrics(ranks: Tensor, classes: int, suffix: str = "") -> list[Metric]:
-    """Top-1, and top-5 where there are at least six classes, from the ranks (Q,) of the true classes."""
-    depths = [1, 5] if classes >= 6 else [1]
-    return [_metric(f"top-{depth}{suffix}", ranks < depth) for depth in depths]
+    """Return top-1, and top-5 for six classes or more, from the ranks (Q,) of the true classes."""
+    metrics = []
+    for depth in (1, 5) if classes >= 6 else (1,):
+        right, n = int((ranks < depth).sum()), len(ranks)
+        low, high = wilson(right, n)
+        level: Literal["score", "detail"] = "score" if depth == 1 else "detail"
+        metrics.append(Metric(name=f"top-{depth}{suffix}", value=right / n, n=n, low=low, high=high, level=level))
+    return metrics
 
 
-def protocol_hash(task: str, protocol: Mapping[str, Any]) -> str:
-    """Equal for results that may be compared: the same task by the same protocol."""
-    text = json.dumps({"task": task, **protocol}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def sibling_path(path: Path, suffix: str) -> Path:
+    """Return the path of a file that belongs to a result: its name with `.json` replaced by a suffix."""
+    return path.with_name(f"{path.name.removesuffix('.json')}{suffix}")
 
 
-def _without_answers(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {name: value for name, value in items if name != "answers"}
+def archive_previous_result(path: Path, result: EvalResult) -> None:
+    """Move an existing result at `path`, with its files, to `replaced/` unless the new one supersedes it.
 
-
-def _smallest(values: npt.NDArray[np.int64]) -> npt.NDArray[np.integer[Any]]:
-    """The same whole numbers in the smallest type that holds them all."""
-    low, high = (int(values.min()), int(values.max())) if len(values) else (0, 0)
-    return values.astype(np.result_type(np.min_scalar_type(low), np.min_scalar_type(high)))
+    A new result supersedes one of the same model by the same protocol on the same images.
+    """
+    try:
+        previous = json.loads(path.read_bytes())
+        name = str(previous["id"])[:8]
+        identity = previous["protocol_hash"], previous["model"]["sha256"], previous["data"]["fingerprints"]
+    except (OSError, ValueError, LookupError, TypeError):  # none, or nothing worth keeping
+        return
+    if identity == (result.protocol_hash, result.model.sha256, result.data.get("fingerprints")):
+        return
+    folder = path.parent / "replaced"
+    folder.mkdir(exist_ok=True)
+    for file in path.parent.glob(f"{glob.escape(path.stem)}.*"):
+        file.replace(folder / f"{path.stem}-{name}{file.name.removeprefix(path.stem)}")
+    log.warning(f"{path} contained a result of other settings, images or weights; moved it to {folder}")
 
 
 def json_safe(value: Any) -> Any:  # noqa: ANN401 - any JSON
-    """The same plain containers; what JSON has no number for (NaN, infinities) becomes null."""
+    """Return the same plain containers, with null for numbers that JSON does not have (NaN, infinities)."""
     if isinstance(value, Mapping):
         return {str(key): json_safe(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -160,53 +267,33 @@ def json_safe(value: Any) -> Any:  # noqa: ANN401 - any JSON
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return nested keys as dotted ones and their values as JSON.
+
+    Example:
+        >>> flatten({"k": [20], "transform": {"image_size": 32}})
+        {'k': '[20]', 'transform.image_size': '32'}
+    """
+    items: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            items |= flatten(value, f"{prefix}{key}.")
+        else:
+            items[f"{prefix}{key}"] = json.dumps(value, ensure_ascii=False)
+    return items
+
+
+def _smallest_dtype(values: npt.NDArray[np.int64]) -> npt.NDArray[np.integer[Any]]:
+    low, high = (int(values.min()), int(values.max())) if len(values) else (0, 0)
+    return values.astype(np.result_type(np.min_scalar_type(low), np.min_scalar_type(high)))
+
+
 def _append(path: Path, content: object) -> None:
-    """Add a line of JSON; one that was cut off before stays a line of its own."""
+    """Append a line of JSON; a line that was cut off before stays a line of its own."""
     line = json.dumps(content, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
-    with path.open("a+b", buffering=0) as file:  # one write, so lines of two processes do not mix
+    with path.open("a+b", buffering=0) as file:  # one write, so that lines of two processes do not mix
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             line = line if file.read(1) == b"\n" else b"\n" + line
         file.write(line)
         os.fsync(file.fileno())
-
-
-def _metric(name: str, right: Tensor) -> Metric:
-    count, n = int(right.sum()), len(right)
-    low, high = wilson(count, n)
-    return Metric(name, count / n, n, low, high)
-
-
-def _columns(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with the first column to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in cells
-    ]
-
-
-log = logging.getLogger(__name__)
-
-
-def archive_previous_result(path: Path, record: EvalResult) -> None:
-    """Move what stands at `path`, and its files, to `replaced/` unless it is an earlier form of the same record.
-
-    That is one of the same model, by the same protocol, on the same images.
-    """
-    try:
-        standing = json.loads(path.read_bytes())
-        name = str(standing["id"])[:8]
-        known = standing["protocol_hash"], standing["model"]["sha256"], standing["data"]["fingerprints"]
-    except (OSError, ValueError, LookupError, TypeError):  # none, or nothing that is worth keeping
-        return
-    new = protocol_hash(record.task, record.protocol), record.model["sha256"], record.data["fingerprints"]
-    if known == new:
-        return
-    folder = path.parent / "replaced"
-    folder.mkdir(exist_ok=True)
-    for file in path.parent.glob(f"{glob.escape(path.stem)}.*"):
-        file.replace(folder / f"{path.stem}-{name}{file.name.removeprefix(path.stem)}")
-    log.warning(f"{path} held a record of other settings, images or weights: it is kept in {folder}")

@@ -1,7 +1,8 @@
-"""Where numbers come from: the program, the machine and the model that they were measured with."""
+"""Where a result comes from: program, machine, model and data, and the file that it is written to."""
 
 from __future__ import annotations
 
+import functools
 import platform
 import re
 import subprocess
@@ -21,11 +22,12 @@ from ssl_vit.data.sources.image_folder import SPLITS
 from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.device import autocast_dtype, peak_memory
 
-_CHECKOUT = Path(__file__).parents[2]
+_CHECKOUT = Path(__file__).parents[3]
 
 
+@functools.cache
 def package_info() -> dict[str, Any]:
-    """Name and version; of a checkout the commit, and whether files that git knows differ from it."""
+    """Return name and version; of a checkout also the commit, and whether tracked files differ from it."""
     commit = _git("rev-parse", "HEAD")
     return {
         "name": "ssl-vit",
@@ -36,21 +38,21 @@ def package_info() -> dict[str, Any]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the numbers were computed with."""
+    """Return versions of libraries, the device and the dtype of the forward pass."""
     dtype = autocast_dtype(device) or torch.float32
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
-        "faiss": _faiss(),
+        "faiss": _faiss_version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "forward": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
 
 
-def _faiss() -> str | None:
-    """Its version, without importing it; None where it was not installed as the package that we name."""
+def _faiss_version() -> str | None:
+    """Return the version without importing faiss; None where it was installed as another package."""
     try:
         return version("faiss-cpu")
     except PackageNotFoundError:
@@ -58,7 +60,7 @@ def _faiss() -> str | None:
 
 
 def runtime_cost(started: float, device: torch.device) -> dict[str, Any]:
-    """Seconds since `started` (of `time.perf_counter`), and the most memory that the process has had in use."""
+    """Return seconds since `started` (of `time.perf_counter`), and the peak memory of the process."""
     return {
         "seconds": round(time.perf_counter() - started, 1),
         "peak_memory_bytes": {kind[:-3]: round(gb * 1e9) for kind, gb in peak_memory(device).items()},
@@ -66,12 +68,12 @@ def runtime_cost(started: float, device: torch.device) -> dict[str, Any]:
 
 
 def model_metadata(loaded: LoadedBackbone, checkpoint: str, which: str) -> dict[str, Any]:
-    """What a record says of a model.
+    """Describe a model in a result.
 
     Args:
         loaded: The model.
         checkpoint: As the user named it.
-        which: Of teacher and student, as the user asked for it.
+        which: Teacher or student, as the user asked for it.
     """
     return {
         "name": model_name(loaded, checkpoint, which),
@@ -89,7 +91,7 @@ def model_metadata(loaded: LoadedBackbone, checkpoint: str, which: str) -> dict[
 
 
 def pretraining_seed(run: Path | None) -> int | None:
-    """The seed in a run's `config.yaml`, if there is such a file and it can be read."""
+    """Return the seed in a run's `config.yaml`, if the file exists and can be read."""
     path = None if run is None else run / "config.yaml"
     if path is None or not path.is_file():
         return None
@@ -101,19 +103,22 @@ def pretraining_seed(run: Path | None) -> int | None:
     return seed if isinstance(seed, int) else None
 
 
-def _git(*words: str) -> str | None:
-    """What git says of the checkout; None for an installed package, and without git."""
+def _git(*args: str) -> str | None:
+    """Run git in the checkout; return None for an installed package, and without git."""
     if not (_CHECKOUT / ".git").exists():
         return None
     try:
-        done = subprocess.run(["git", *words], cwd=_CHECKOUT, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(["git", *args], cwd=_CHECKOUT, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def record_path(task: str, config: LabeledEvalConfig, loaded: LoadedBackbone) -> Path:
-    """Where a record goes by default: `eval/` of the run; without a run the current folder, the model in its name."""
+def result_path(task: str, config: LabeledEvalConfig, loaded: LoadedBackbone) -> Path:
+    """Return the default path of a result: in `eval/` of the run, or without a run in the current folder.
+
+    Without a run the model's name is part of the file's.
+    """
     parts = [task, data_name(config.data)]
     if loaded.run is None:
         parts.append(model_name(loaded, config.checkpoint, config.weights))
@@ -124,9 +129,9 @@ def record_path(task: str, config: LabeledEvalConfig, loaded: LoadedBackbone) ->
 
 
 def data_name(data: EvalDataConfig) -> str:
-    """What reports call the images: the torchvision data set, or the folder above train/, val/ and test/.
+    """Return the name of the images: the torchvision dataset, or the folder above train/, val/ and test/.
 
-    One of these alone is called by both names, as `lab-train`; two of different data sets are, too, as `lab-field`.
+    One of these folders alone is named by both, as `lab-train`; two of different datasets are, too, as `lab-field`.
     """
     if data.source != "folder" and data.source != "shards":
         return data.source
@@ -138,7 +143,7 @@ def data_name(data: EvalDataConfig) -> str:
 
 
 def model_name(loaded: LoadedBackbone, checkpoint: str, which: str) -> str:
-    """What tables and file names call a model: its run; else its timm name, or its file's with a part of its hash."""
+    """Return the model's name in tables and files: of its run, or of timm, or of its file with a part of its hash."""
     if loaded.run is not None:
         return "-".join([loaded.run.resolve().name, *_variant(checkpoint, which)])
     kind, colon, name = checkpoint.partition(":")
@@ -152,7 +157,7 @@ def model_name(loaded: LoadedBackbone, checkpoint: str, which: str) -> str:
 
 
 def _variant(checkpoint: str, which: str) -> list[str]:
-    """What tells apart the models of one run: another checkpoint than the last, the student."""
+    """Return what distinguishes models of one run: a checkpoint other than the last, the student."""
     file = Path(checkpoint)
     kept = [file.stem] if file.suffix == ".ckpt" and file.stem != "last" else []
     return [*kept, *(["student"] if which == "student" else [])]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssl_vit.data.annotations.object_masks import Annotation
 from ssl_vit.evaluation.results.eval_result import Metric, ModelScores
-from ssl_vit.evaluation.results.statistics import wilson
+from ssl_vit.evaluation.results.statistics import normal_half_width, wilson
 from ssl_vit.evaluation.segmentation.iou import (
     THRESHOLDS,
     HeadIoU,
@@ -57,7 +57,8 @@ class MethodResult(NamedTuple):
 
     def score(self) -> ModelScores:
         """The means over the images, with their intervals."""
-        return ModelScores(self.name, [mean(name, values) for name, values in self.values.items()], self.details)
+        metrics = [mean(name, values) for name, values in self.values.items()]
+        return ModelScores(name=self.name, metrics=metrics, details=self.details)
 
     @property
     def values(self) -> dict[str, Tensor]:
@@ -214,9 +215,10 @@ def mean(name: str, values: Tensor) -> Metric:
     n, average = len(values), values.double().mean().item()
     if values.dtype == torch.bool:
         low, high = wilson(int(values.sum()), n)
-        return Metric(name, average, n, low, high)
-    half = 1.959964 * values.std().item() / n**0.5 if n > 1 else 1.0
-    return Metric(name, average, n, max(0.0, average - half), min(1.0, average + half), interval="normal, over images")
+        return Metric(name=name, value=average, n=n, low=low, high=high)
+    half = normal_half_width(values) if n > 1 else 1.0
+    low, high = max(0.0, average - half), min(1.0, average + half)
+    return Metric(name=name, value=average, n=n, low=low, high=high, interval="normal, over images")
 
 
 def _grid(objects: PredictedMasks) -> tuple[int, int]:

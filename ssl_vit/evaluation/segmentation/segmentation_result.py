@@ -9,11 +9,19 @@ import numpy as np
 
 from ssl_vit.config.visualize import AttentionConfig
 from ssl_vit.evaluation.results import provenance
-from ssl_vit.evaluation.results.eval_result import EvalResult, ModelScores
-from ssl_vit.evaluation.segmentation.segmentation_evaluator import MODEL, MethodResult
+from ssl_vit.evaluation.results.eval_result import DataInfo, EvalResult, ModelInfo, ModelScores
+from ssl_vit.evaluation.segmentation.segmentation_evaluator import BY_OBJECT, MEASURES, MODEL, MethodResult
 from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.atomic_io import atomic_write
 
+MAIN_METRICS = ("mass/mean", "mass/fixed head", "tokencut")
+CEILING = "patch ceiling"
+HEADS = {"fixed head": "best fixed head", "mean": "heads’ mean", "oracle head": "each image’s best head"}
+RULES = {
+    "mass": "masks with {} of the attention",
+    "area": "masks as large as the object (its size given)",
+    "object": "masks of each object by itself",
+}
 PROTOCOL = {
     "map": "[CLS] row of the last block's softmax over all tokens in float32; patches only, scaled to sum 1",
     "resize": "each side to the nearest multiple of the patch, bicubic, antialias; no crop, no padding",
@@ -65,20 +73,27 @@ def write_record(
         started: When the maps were begun, in seconds of `time.perf_counter`.
     """
     device = network.backbone.device
-    scores = [result.score() for result in results] or [ModelScores(MODEL, [], {})]
+    scores = [_describe(result.score(), config.attention_mass) for result in results]
+    scores = scores or [ModelScores(name=MODEL, metrics=[])]
+    ceiling = next((metric.value for score in scores for metric in score.metrics if score.name == CEILING), None)
+    if ceiling is not None:
+        scores[0] = _with_ceiling(scores[0], ceiling)
+    names = [metric.name for metric in scores[0].metrics]
     left_out = {"skipped": "could not be used", "unscored": "have no usable mask"}
     EvalResult(
         task="attention",
+        title="Object masks, IoU",
+        main_metrics=[name for name in MAIN_METRICS if name in names],
         protocol={
             **PROTOCOL,
             **config.model_dump(mode="json", include={"attention_mass", "max_side", "methods", "refine"}),
         },
-        model=provenance.model_metadata(network, config.checkpoint, config.weights),
-        data={
-            "name": config.images.resolve().stem if config.images else f"{config.voc} {config.split}",
+        model=ModelInfo(**provenance.model_metadata(network, config.checkpoint, config.weights)),
+        data=DataInfo(
+            name=config.images.resolve().stem if config.images else f"{config.voc} {config.split}",
             **config.model_dump(mode="json", include={"images", "masks", "voc", "split", "limit"}),
             **data,
-        },
+        ),
         seeds={"pretrain": provenance.pretraining_seed(network.run), "evaluation": config.seed},
         score=scores[0],
         baselines=scores[1:],
@@ -86,6 +101,29 @@ def write_record(
         environment={**provenance.environment(device), "forward": "float32"},
         warnings=[f"{data[key]} images {what}" for key, what in left_out.items() if data[key]] + remarks,
     ).write(config.out / "summary.json")
+
+
+def _describe(score: ModelScores, mass: float) -> ModelScores:
+    """Add titles, notes and levels to the metrics."""
+    metrics = []
+    for metric in score.metrics:
+        rule, _, head = metric.name.partition("/")
+        title = f"{RULES[rule].format(f'{100 * mass:g} %')}: {HEADS.get(head, head)}" if rule in RULES else f"masks by {rule}"
+        given = score.name == CEILING or rule == "area" or head == "oracle head"
+        detail = metric.name.rpartition(" ")[2] in MEASURES or metric.name == BY_OBJECT
+        level = "detail" if detail else "ground truth" if given else "score"
+        note = "" if head == "mean" else PROTOCOL.get(head, "")
+        metrics.append(metric.model_copy(update={"title": title, "note": note, "level": level}))
+    return score.model_copy(update={"metrics": metrics})
+
+
+def _with_ceiling(score: ModelScores, ceiling: float) -> ModelScores:
+    """Note at each metric the highest IoU that masks of patches can have."""
+    text = f"no mask of such patches reaches more than {ceiling:.2f}"
+    metrics = [
+        metric.model_copy(update={"note": f"{metric.note}; {text}" if metric.note else text}) for metric in score.metrics
+    ]
+    return score.model_copy(update={"metrics": metrics})
 
 
 def write_ious(path: Path, results: list[MethodResult], names: list[str]) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ssl_vit.config.visualize import PropagateConfig
 from ssl_vit.evaluation.results import provenance
-from ssl_vit.evaluation.results.eval_result import EvalResult, Metric, ModelScores
+from ssl_vit.evaluation.results.eval_result import DataInfo, EvalResult, Metric, ModelInfo, ModelScores
+from ssl_vit.evaluation.results.statistics import normal_half_width
 from ssl_vit.evaluation.video.object_tracking import TILE, TILES, TrackingResult
 from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.atomic_io import atomic_write
@@ -56,7 +57,7 @@ def scores(videos: list[TrackingResult]) -> list[ModelScores]:
     for follower in followers:
         values = object_values(videos, follower)
         metrics = [_mean(name, column) for name, column in zip(("J&F", *MEASURES), values.unbind(1), strict=True)]
-        found.append(ModelScores(follower, metrics, {}))
+        found.append(ModelScores(name=follower, metrics=metrics))
     return found
 
 
@@ -119,14 +120,14 @@ def write_record(
     EvalResult(
         task="propagate",
         protocol={**PROTOCOL, **rule},
-        model=provenance.model_metadata(network, config.checkpoint, config.weights),
-        data={
-            "name": place.resolve().stem,
+        model=ModelInfo(**provenance.model_metadata(network, config.checkpoint, config.weights)),
+        data=DataInfo(
+            name=place.resolve().stem,
             **config.model_dump(mode="json", include={"davis", "split", "frames", "masks", "limit"}),
             **counts,
-        },
+        ),
         seeds={"pretrain": provenance.pretraining_seed(network.run), "evaluation": config.seed},
-        score=found[0] if found else ModelScores(MODEL, [], {}),
+        score=found[0] if found else ModelScores(name=MODEL, metrics=[]),
         baselines=found[1:],
         cost=provenance.runtime_cost(started, device),
         environment={**provenance.environment(device), "forward": "float32"},
@@ -168,5 +169,6 @@ def _mean(name: str, values: Tensor) -> Metric:
     """The mean of the objects' values (n,); one object has no interval."""
     n, mean = len(values), values.mean().item()
     least = -1.0 if name.endswith("decay") else 0.0
-    half = 1.959964 * values.std().item() / n**0.5 if n > 1 else 2.0
-    return Metric(name, mean, n, max(least, mean - half), min(1.0, mean + half), interval="normal, over objects")
+    half = normal_half_width(values) if n > 1 else 2.0
+    low, high = max(least, mean - half), min(1.0, mean + half)
+    return Metric(name=name, value=mean, n=n, low=low, high=high, interval="normal, over objects")

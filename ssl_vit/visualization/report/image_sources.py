@@ -52,10 +52,10 @@ def shown_images(run: RunFolder, config: ReportConfig) -> GalleryImages:
     if config.images is not None:
         return GalleryImages(load_images_at(config.images), config.masks, f"of {config.images}")
     for record in run.records:
-        given = record.data.model_extra or {}
+        given = record.data
         if record.task == "attention" and Path(str(given.get("images"))).exists():
             masks = given.get("masks")
-            dataset = load_images_at(Path(str(given["images"])))
+            dataset = load_images_at(Path(str(given.get("images"))))
             return GalleryImages(dataset, None if masks is None else Path(str(masks)), f"of {record.data.name}")
     try:
         return GalleryImages(build_feature_splits(_own(run, config)).train, None, "that the run has learned from")

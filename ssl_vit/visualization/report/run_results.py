@@ -10,7 +10,8 @@ import yaml
 
 from ssl_vit.data.dataset import escape_path
 from ssl_vit.evaluation.features.extractor import on_best_device
-from ssl_vit.evaluation.results.result_reader import SavedResult, find_records, read_record
+from ssl_vit.evaluation.results.eval_result import EvalResult
+from ssl_vit.evaluation.results.result_reader import find_results, read_result
 from ssl_vit.models.checkpoint import LoadedBackbone, Weights, load_backbone
 from ssl_vit.runtime.errors import UserError
 
@@ -23,7 +24,7 @@ class RunFolder(NamedTuple):
     path: Path
     config: dict[str, Any]  # empty where it cannot be read
     loaded: LoadedBackbone | None  # on the best device; None where it cannot be loaded
-    records: list[SavedResult]  # of evaluations, then of attention
+    records: list[EvalResult]  # of evaluations, then of attention
     problems: dict[str, str]  # what could not be read, by section of the report
 
     @property
@@ -83,19 +84,19 @@ def _config(path: Path, problems: dict[str, str]) -> dict[str, Any]:
     return plain
 
 
-def _records(path: Path, problems: dict[str, str]) -> list[SavedResult]:
+def _records(path: Path, problems: dict[str, str]) -> list[EvalResult]:
     """All records that can be read; what is wrong with the others goes to `problems`."""
-    records: list[SavedResult] = []
+    records: list[EvalResult] = []
     left_out: list[str] = []
     if any((path / "eval").glob("*.json")):
         try:
-            found = find_records([path / "eval"])
-            records, left_out = found.records, found.left_out
+            found = find_results([path / "eval"])
+            records, left_out = found.results, found.skipped
         except UserError as error:
             left_out = str(error).splitlines()[1:]
     for file in sorted(path.glob("*/summary.json")):
         try:
-            records.append(read_record(file))
+            records.append(read_result(file))
         except ValueError as error:
             left_out.append(f"{file}: {error}")
     if left_out:

@@ -130,7 +130,7 @@ def test_attention_scores_stand_beside_the_center_prior_and_say_what_they_know(c
     record = strict(measured / "attention" / "summary.json")
     shown = {line.metric: line for line in content.headlines if line.task == "attention"}
     baselines = {score["name"]: score["metrics"] for score in record["baselines"]}
-    line = shown["IoU, mass/oracle head"]
+    line = shown["mass/oracle head"]
     assert not any(name.endswith((" acc", "CorLoc")) for name in shown)
     assert line.baselines["center prior"] == baselines["center prior"][0]["value"]
     assert line.baselines["random init"] == next(
@@ -141,9 +141,9 @@ def test_attention_scores_stand_beside_the_center_prior_and_say_what_they_know(c
     assert "given mask" in line.remark
     assert line.title == "masks with 60 % of the attention: each image’s best head"
     ranks = {name: other.rank for name, other in shown.items() if "/" in name}
-    assert {name for name, rank in ranks.items() if rank == Rank.MAIN} == {"IoU, mass/mean", "IoU, mass/fixed head"}
+    assert {name for name, rank in ranks.items() if rank == Rank.MAIN} == {"mass/mean", "mass/fixed head"}
     assert {name for name, rank in ranks.items() if rank == Rank.GIVEN} == {
-        "IoU, mass/oracle head", "IoU, area/mean", "IoU, area/fixed head", "IoU, area/oracle head"
+        "mass/oracle head", "area/mean", "area/fixed head", "area/oracle head"
     }  # fmt: skip
 
 
