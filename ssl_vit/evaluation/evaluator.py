@@ -115,12 +115,12 @@ class Evaluation:
         self,
         scores: Sequence[ModelScores],
         *,
-        title: str,
         protocol: dict[str, Any],
         train_labels: Tensor,
         test_labels: Tensor,
         findings: dict[str, Any],
         warnings: Sequence[str],
+        title: str = "",
         engines: dict[str, str] | None = None,
         selection: dict[str, Any] | None = None,
         seeds: Mapping[str, int | list[int]] | None = None,
@@ -132,7 +132,7 @@ class Evaluation:
 
         Args:
             scores: The model's, then those of the baselines.
-            title: The task in words.
+            title: The task in words; by default its name.
             protocol: All that decides over the numbers, but model, images and transform.
             train_labels: Of the images that were learned from.
             test_labels: Of those that were tested on.
@@ -145,18 +145,13 @@ class Evaluation:
             by_class: What follows "top-1" in the metric whose mistakes are told class by class.
             figure: Also draw them, as a PNG beside the record.
         """
-        transform = self.transform.describe()
-        del transform["mean"], transform["std"]  # of the model, where they are told
-        answers = None if by_class is None else scores[0].predictions[by_class]
-        told = answers and ConfusionSummary(
-            f"top-1{by_class}", self._asked().classes, answers.target, answers.predicted
-        )
+        confusion = self._confusion(scores[0], by_class)
         drawing = sibling_path(self.out, ".png")
         record = EvalResult(
             task=self.task,
-            title=title,
+            title=title or self.task,
             main_metrics=list(main_metrics),
-            protocol={**protocol, "transform": transform},
+            protocol={**protocol, "transform": self._resizing()},
             model=ModelInfo(**provenance.model_metadata(self.loaded, self.config.checkpoint, self.config.weights)),
             data=DataInfo(**{**self._data(train_labels, test_labels), **findings}),
             seeds={**self._seeds(), **(seeds or {})},
@@ -167,15 +162,26 @@ class Evaluation:
             warnings=[*self._skip_warnings(), *_classes_apart(train_labels, test_labels), *warnings],
             selection=Selection(**selection) if selection else None,
             config=self.config.model_dump(mode="json", exclude={"out"}),
-            by_class=None if told is None else {**told.to_dict(), "figure": drawing.name if figure else None},
+            by_class=confusion and {**confusion.to_dict(), "figure": drawing.name if figure else None},
         )
         archive_previous_result(self.out, record)
         record.write(self.out)
         drawing.unlink(missing_ok=True)
-        if told and answers and figure:
-            heading = f"{record.model.name}: {self.task}, {told.metric}, on {record.data.name}"
-            plot_confusion(drawing, told, hardest_tiles(answers, self._asked()), heading)
+        if confusion and by_class is not None and figure:
+            heading = f"{record.model.name}: {self.task}, {confusion.metric}, on {record.data.name}"
+            plot_confusion(drawing, confusion, hardest_tiles(scores[0].predictions[by_class], self._asked()), heading)
         return record
+
+    def _confusion(self, score: ModelScores, suffix: str | None) -> ConfusionSummary | None:
+        """Return the confusions of the metric with this suffix."""
+        if suffix is None:
+            return None
+        predictions = score.predictions[suffix]
+        return ConfusionSummary(f"top-1{suffix}", self._asked().classes, predictions.target, predictions.predicted)
+
+    def _resizing(self) -> dict[str, Any]:
+        """Describe the transform without the normalization, which belongs to the model."""
+        return {key: value for key, value in self.transform.describe().items() if key not in ("mean", "std")}
 
     def _seeds(self) -> dict[str, int | None]:
         return {"pretrain": provenance.pretraining_seed(self.loaded.run), "evaluation": self.config.seed}

@@ -72,8 +72,11 @@ def format_table(
         titles = [f"{group}{newline}{title}" if group else title for group, title in stacked]
     if style == "markdown":
         rows = [row for row in rows if row]
+    cells = [[_cell(cell, style) for cell in row] if row else SEPARATING_LINE for row in rows]
+    if style == "text":  # as a row: tabulate would make columns wider than their headers
+        cells, titles = [titles, *cells] if titles else cells, []
     table = tabulate(
-        [[_cell(cell, style) for cell in row] if row else SEPARATING_LINE for row in rows],
+        cells,
         titles,
         tablefmt={"text": "plain", "markdown": "pipe", "latex": _booktabs(groups, align)}[style],
         colalign=["left" if letter == "l" else "right" for letter in align],

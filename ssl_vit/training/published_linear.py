@@ -86,7 +86,6 @@ def published_probe(config: LinearConfig) -> tuple[EvalResult, Path]:
         warnings.append(f"{unread:,} images could not be read: {folder / 'skipped*.txt'}")
     record = study.finish(
         [score],
-        title="Linear classifier by a published protocol",
         protocol=protocol,
         train_labels=dataset.labels,
         test_labels=labels,

@@ -325,7 +325,7 @@ def test_a_record_of_other_settings_is_kept_with_its_files(run, sample, caplog):
     again = json.loads(record.read_text())
     assert first["score"] == again["score"]
     measured("knn", *words, "k=7")
-    assert "held a record of other settings" in caplog.text
+    assert "contained a result of other settings" in caplog.text
     kept = sorted(file.name for file in (run / "eval" / "replaced").iterdir())
     stem = f"knn-{sample.name}-{again['id'][:8]}"
     assert kept == [f"{stem}.json", f"{stem}.npz", f"{stem}.png"]

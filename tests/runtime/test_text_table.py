@@ -13,8 +13,8 @@ GROUPS = ["", "knn on a_b", "knn on a_b"]
 
 def test_format_table_aligns_columns():
     assert format_table(ROWS, HEADERS).splitlines() == [
-        "in %               top-1    top-5",
-        "dino_x        50.0 ± 9.6        3",
+        "in %               top-1  top-5",
+        "dino_x        50.0 ± 9.6      3",
         "",
         "  raw pixels           –",
     ]

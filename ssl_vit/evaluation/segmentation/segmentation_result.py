@@ -108,7 +108,11 @@ def _describe(score: ModelScores, mass: float) -> ModelScores:
     metrics = []
     for metric in score.metrics:
         rule, _, head = metric.name.partition("/")
-        title = f"{RULES[rule].format(f'{100 * mass:g} %')}: {HEADS.get(head, head)}" if rule in RULES else f"masks by {rule}"
+        title = (
+            f"{RULES[rule].format(f'{100 * mass:g} %')}: {HEADS.get(head, head)}"
+            if rule in RULES
+            else f"masks by {rule}"
+        )
         given = score.name == CEILING or rule == "area" or head == "oracle head"
         detail = metric.name.rpartition(" ")[2] in MEASURES or metric.name == BY_OBJECT
         level = "detail" if detail else "ground truth" if given else "score"
@@ -121,7 +125,8 @@ def _with_ceiling(score: ModelScores, ceiling: float) -> ModelScores:
     """Note at each metric the highest IoU that masks of patches can have."""
     text = f"no mask of such patches reaches more than {ceiling:.2f}"
     metrics = [
-        metric.model_copy(update={"note": f"{metric.note}; {text}" if metric.note else text}) for metric in score.metrics
+        metric.model_copy(update={"note": f"{metric.note}; {text}" if metric.note else text})
+        for metric in score.metrics
     ]
     return score.model_copy(update={"metrics": metrics})
 

@@ -337,7 +337,7 @@ def test_damaged_parts_are_told_and_leave_the_others(copied):
     (copied / "health.jsonl").write_text('{"step": 1, "na\n[]\n')
     (copied / "config.yaml").write_text("a: [1\n")
     content = gathered(copied)
-    assert "other.json: this is no JSON file" in content.missing["Numbers"]
+    assert "other.json: not a JSON file" in content.missing["Numbers"]
     assert "damaged" in content.missing["Configuration"]
     assert "metrics.csv" in content.missing["Training"]
     assert "2 lines" in content.how["Health"]
