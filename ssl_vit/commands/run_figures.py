@@ -8,22 +8,23 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from ssl_vit.config.methods import SiTConfig
+from ssl_vit.config.methods import MethodConfig, SiTConfig
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog, UnreadableImageError, evenly_spaced
 from ssl_vit.data.dataset_factory import build_dataset
 from ssl_vit.data.sources.image_folder import ImageFolder
 from ssl_vit.data.sources.packed_paths import PackedPaths
+from ssl_vit.data.transforms.corruption import Corruption, corrupt_views, rotate, sample_rotations
 from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.segmentation.segmentation_evaluator import MODEL
 from ssl_vit.methods.sit_reconstruction import load_sit_model, reconstruct
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.training.run_dir import DATA, IMAGES
-from ssl_vit.visualization.first_step_views import RunSettings, load_first_step, run_settings
+from ssl_vit.visualization.first_step_views import Pretext, RunSettings, load_first_step, read_run_settings
 from ssl_vit.visualization.image_grid import TitledFigure
-from ssl_vit.visualization.reconstruction_figure import reconstruction_sheet
-from ssl_vit.visualization.reconstructions import compute_reconstructions, means
-from ssl_vit.visualization.views_figure import views_sheet
+from ssl_vit.visualization.reconstructions import compute_reconstructions, draw_reconstructions, mean_distances
+from ssl_vit.visualization.views_figure import views_figure
 
 
 def training_views_figure(run: Path, *, count: int = 4) -> TitledFigure:
@@ -32,11 +33,12 @@ def training_views_figure(run: Path, *, count: int = 4) -> TitledFigure:
     Raises:
         UserError: The folder holds no pretraining run, or its images are not where they were or have changed.
     """
-    settings = run_settings(run)
+    settings = read_run_settings(run)
     dataset = _learned_from(run, settings)
     with tempfile.TemporaryDirectory() as folder:
         skipped = SkippedImageLog(Path(folder) / "skipped_images.txt")
-        seen = load_first_step(settings, dataset, count=count, skipped=skipped)
+        pretext = pretext_of(settings.method)
+        seen = load_first_step(settings, dataset, pretext, count=count, skipped=skipped)
     kinds = settings.method.views
     views = f"{kinds.global_crops.count} global views of {kinds.global_crops.size} px"
     if kinds.local_crops.count:
@@ -45,11 +47,25 @@ def training_views_figure(run: Path, *, count: int = 4) -> TitledFigure:
         f"The first {len(seen)} images of the run's first step with their {views}, as the model was given them. "
         "The frame with a view's number and color is where it was cut out."
     )
-    if seen[0].puzzles:
+    if seen[0].pretext:
         text += " SiT turns each view, hides parts of it with noise and other images, and has to restore it."
     if not (run / DATA).is_file():
         text += " The run did not write down its images: these are made of those there are now."
-    return TitledFigure("Views that the run trained on", views_sheet(seen), text)
+    return TitledFigure("Views that the run trained on", views_figure(seen), text)
+
+
+def pretext_of(config: MethodConfig) -> Pretext:
+    """Return the function that makes inputs and targets of the views."""
+
+    def pretext(global_views: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        if not isinstance(config, SiTConfig):
+            return None
+        quarter = sample_rotations(key).T.flatten() * config.rotation.enabled  # (2B,)
+        target = rotate(global_views.transpose(0, 1).flatten(0, 1), quarter)  # (2B, C, S, S)
+        corrupted, mask = corrupt_views(Corruption(config.corruption), target, key)
+        return target, corrupted, mask, quarter
+
+    return pretext
 
 
 def reconstruction_figure(run: Path, checkpoint: Path | None = None, *, count: int = 8) -> TitledFigure | None:
@@ -67,7 +83,7 @@ def reconstruction_figure(run: Path, checkpoint: Path | None = None, *, count: i
         UserError: The folder holds no pretraining run, its images are not where they were, or the checkpoint does
             not fit exactly.
     """
-    settings = run_settings(run)
+    settings = read_run_settings(run)
     method = settings.method
     model = load_sit_model(checkpoint or run, method, settings.backbone)
     if model is None or not isinstance(method, SiTConfig):
@@ -82,15 +98,16 @@ def reconstruction_figure(run: Path, checkpoint: Path | None = None, *, count: i
             continue
     if not crops:
         raise UserError(f"{settings.data.root}: none of the images that would be restored can be read")
-    found = compute_reconstructions(torch.stack(crops), partial(reconstruct, model), method, seed=settings.seed)
+    corrupt, restore = partial(Corruption(method.corruption), view=0), partial(reconstruct, model)
+    found = compute_reconstructions(torch.stack(crops), corrupt, restore, method.views, seed=settings.seed)
     text = f"{len(found)} images, corrupted as in training, and what the model restores."
-    if over := means([one.on_hidden for one in found]):
+    if over := mean_distances([one.on_hidden for one in found]):
         text += " On the hidden pixels " + ", ".join(
             f"{'the model' if name == MODEL else name} has L1 {far.l1:.3f} and PSNR {far.psnr:.1f} dB"
             for name, far in over.items()
         )
     return TitledFigure(
-        "Reconstructions", reconstruction_sheet(found), f"{text}. L1 and PSNR are of values from 0 to 1."
+        "Reconstructions", draw_reconstructions(found), f"{text}. L1 and PSNR are of values from 0 to 1."
     )
 
 

@@ -16,6 +16,7 @@ from ssl_vit.config.methods import SiTConfig
 from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.dataset import SkippedImageLog, UnreadableImageError, evenly_spaced
 from ssl_vit.data.dataset_factory import build_dataset
+from ssl_vit.data.transforms.corruption import Corruption
 from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.methods.schedules import TrainingPlan
 from ssl_vit.methods.sit import SiT, SiTModel
@@ -27,8 +28,7 @@ from ssl_vit.runtime.errors import UserError
 from ssl_vit.training.loggers import ResumableWandbLogger
 from ssl_vit.training.run_dir import RunState
 from ssl_vit.visualization.overlays import make_overlay_inputs, overlay_grid
-from ssl_vit.visualization.reconstruction_figure import reconstruction_sheet
-from ssl_vit.visualization.reconstructions import compute_reconstructions
+from ssl_vit.visualization.reconstructions import compute_reconstructions, draw_reconstructions
 
 log = logging.getLogger(__name__)
 
@@ -163,6 +163,8 @@ class ImageLogger(L.Callback):
 
     def _reconstruction(self, model: SiTModel, method: SiTConfig) -> Image.Image:
         crops = torch.stack([one.crop for one in self.shown])  # (B, C, S, S)
-        return reconstruction_sheet(
-            compute_reconstructions(crops, partial(reconstruct, model), method, seed=self.config.seed)
+        corrupt = partial(Corruption(method.corruption), view=0)
+        restore = partial(reconstruct, model)
+        return draw_reconstructions(
+            compute_reconstructions(crops, corrupt, restore, method.views, seed=self.config.seed)
         )
