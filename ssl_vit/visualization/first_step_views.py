@@ -12,7 +12,7 @@ import yaml
 from pydantic import ConfigDict, ValidationError
 from torch import Tensor
 
-from ssl_vit.config.methods import MethodConfig, ViewsConfig
+from ssl_vit.config.methods import SelectedMethodConfig, ViewsConfig
 from ssl_vit.config.pretrain import BackboneConfig, Source
 from ssl_vit.config.types import Count, Seed, StrictConfig
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog
@@ -103,9 +103,7 @@ def crop_boxes(key: Tensor, size: tuple[int, int], views: ViewsConfig) -> list[B
     return boxes
 
 
-def _pretext_samples(
-    pretext: tuple[Tensor, Tensor, Tensor, Tensor] | None, views: ViewsConfig
-) -> list[PretextSample]:
+def _pretext_samples(pretext: tuple[Tensor, Tensor, Tensor, Tensor] | None, views: ViewsConfig) -> list[PretextSample]:
     if pretext is None:
         return []
     target, corrupted, mask, quarter = pretext
@@ -137,7 +135,7 @@ class RunSettings(StrictConfig):
     seed: Seed
     data: RunDataConfig
     backbone: BackboneConfig
-    method: MethodConfig
+    method: SelectedMethodConfig
 
 
 def read_run_settings(run: Path) -> RunSettings:

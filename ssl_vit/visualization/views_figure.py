@@ -83,6 +83,4 @@ def _draw_boxes(image: Image.Image, boxes: Tensor, numbers: Sequence[int]) -> Im
     """Draw boxes (n, 4), left, top, right and bottom, with the numbers of the views counted from 1."""
     labels, colors = [str(number + 1) for number in numbers], [COLORS[number % len(COLORS)] for number in numbers]
     pixels = pil_to_tensor(image)
-    return to_pil(
-        draw_bounding_boxes(pixels, boxes, labels, colors, width=2, fill_labels=True, label_colors="white")
-    )
+    return to_pil(draw_bounding_boxes(pixels, boxes, labels, colors, width=2, fill_labels=True, label_colors="white"))

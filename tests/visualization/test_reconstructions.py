@@ -1,7 +1,8 @@
-"""SiT's reconstruction panel: the checkpoint's model, the run's corruption, and distances that can be trusted."""
+"""Reconstructions: the corruption of the run, distances and their baselines, the model of a checkpoint."""
 
 import math
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -17,27 +18,37 @@ from ssl_vit.methods.sit_reconstruction import load_sit_model, reconstruct
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.rng import sample_keys, view_keys
 from ssl_vit.training.trainer import build_method
-from ssl_vit.visualization.first_step_views import run_settings
-from ssl_vit.visualization.reconstruction_figure import reconstruction_sheet
-from ssl_vit.visualization.reconstructions import INPUT, MEAN_COLOR, compared, compute_reconstructions, means
+from ssl_vit.visualization.first_step_views import read_run_settings
+from ssl_vit.visualization.reconstructions import (
+    INPUT,
+    MEAN_COLOR,
+    compare_with_baselines,
+    compute_reconstructions,
+    draw_reconstructions,
+    mean_distances,
+)
 from tests.conftest import SHRUNK
 
 
 @pytest.fixture(scope="module")
-def dataset():
+def images():
     return torch.randint(0, 256, (6, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
 def run(sample, tmp_path_factory):
-    """The folder of a SiT run of three steps."""
-    words = [*SHRUNK, "method=sit", "trainer.max_steps=3", f"data.root={sample / 'train'}"]
-    words.append(f"run.folder={tmp_path_factory.mktemp('restoring')}")
-    return pretrain(load_config("pretrain", words, PretrainConfig))
+    """Return the directory of a SiT run of three steps."""
+    overrides = [*SHRUNK, "method=sit", "trainer.max_steps=3", f"data.root={sample / 'train'}"]
+    overrides.append(f"run.folder={tmp_path_factory.mktemp('restoring')}")
+    return pretrain(load_config("pretrain", overrides, PretrainConfig))
+
+
+def corrupt_as(config):
+    return partial(Corruption(config.corruption), view=0)
 
 
 def slow_distance(one, other, where):
-    """L1 and PSNR pixel by pixel."""
+    """Compute L1 and PSNR pixel by pixel."""
     total = squares = count = 0
     channels, height, width = one.shape
     for y in range(height):
@@ -49,70 +60,73 @@ def slow_distance(one, other, where):
     return total / count, 10 * math.log10(1 / (squares / count))
 
 
-def test_distances_are_those_of_the_textbook():
+def test_compare_with_baselines_equals_loops_over_pixels():
     generator = torch.Generator().manual_seed(1)
     clean, corrupted, made = (torch.rand(3, 7, 7, generator=generator) for _ in range(3))
     hidden = torch.rand(7, 7, generator=generator) < 0.3
-    found = compared(clean, corrupted, hidden, made)
+    found = compare_with_baselines(clean, corrupted, hidden, made)
     color = torch.stack([channel[~hidden].mean() for channel in corrupted])[:, None, None].expand(3, 7, 7)
     for name, answer in ((MODEL, made), (INPUT, corrupted), (MEAN_COLOR, color)):
         assert found.on_hidden[name] == pytest.approx(slow_distance(answer, clean, hidden))
         assert found.on_all[name] == pytest.approx(slow_distance(answer, clean, torch.ones(7, 7)))
 
 
-def test_where_nothing_or_all_is_hidden_there_are_no_surprises():
+def test_compare_with_baselines_without_or_with_only_hidden_pixels():
     x = torch.full((3, 4, 4), 0.25)
-    nothing = compared(x, x, torch.zeros(4, 4, dtype=torch.bool), x)
+    nothing = compare_with_baselines(x, x, torch.zeros(4, 4, dtype=torch.bool), x)
     assert nothing.on_hidden == {}
     assert nothing.on_all[MODEL] == (0, math.inf)
-    everything = compared(x, x, torch.ones(4, 4, dtype=torch.bool), x + 0.1)
+    everything = compare_with_baselines(x, x, torch.ones(4, 4, dtype=torch.bool), x + 0.1)
     assert everything.on_hidden[MODEL] == pytest.approx((0.1, 20), rel=1e-5)
     assert everything.on_hidden == everything.on_all
-    assert means([nothing.on_hidden, everything.on_hidden])[MODEL] == everything.on_hidden[MODEL]
-    assert means([nothing.on_hidden]) == {}
-    assert reconstruction_sheet([nothing, everything]).width <= 900
+    assert mean_distances([nothing.on_hidden, everything.on_hidden])[MODEL] == everything.on_hidden[MODEL]
+    assert mean_distances([nothing.on_hidden]) == {}
+    assert draw_reconstructions([nothing, everything]).width <= 900
 
 
-def test_the_corruption_is_the_runs_own_and_stays_the_same(pretrain_config, dataset):
+def test_compute_reconstructions_uses_the_corruption_of_the_run(pretrain_config, images):
     config = pretrain_config("method=sit", "method.corruption.noise.max_area=0.5").method
-    given = []
+    corrupt, inputs = corrupt_as(config), []
 
     def restore(x):
-        given.append(x)
+        inputs.append(x)
         return torch.zeros_like(x)
 
-    first = compute_reconstructions(dataset, restore, config, seed=5)
-    again = compute_reconstructions(dataset, lambda x: x, config, seed=5)
-    other = compute_reconstructions(dataset, lambda x: x, config, seed=6)
+    first = compute_reconstructions(images, corrupt, restore, config.views, seed=5)
+    again = compute_reconstructions(images, corrupt, lambda x: x, config.views, seed=5)
+    other = compute_reconstructions(images, corrupt, lambda x: x, config.views, seed=6)
     key = view_keys(sample_keys(5, 0, torch.arange(6)), 0, 2)[:, 0]
     mean, std = (torch.tensor(part).view(-1, 1, 1) for part in (config.views.mean, config.views.std))
-    expected, mask = Corruption(config.corruption)((dataset / 255 - mean) / std, key, view=0)
-    torch.testing.assert_close(given[0], expected)
+    expected, mask = Corruption(config.corruption)((images / 255 - mean) / std, key, view=0)
+    torch.testing.assert_close(inputs[0], expected)
     for one, two, place in zip(first, again, range(6), strict=True):
         assert torch.equal(one.hidden, mask[place, 0])
         assert torch.equal(one.hidden, two.hidden)
         assert torch.equal(one.corrupted, two.corrupted)
-        assert torch.equal(two.restored, two.corrupted)  # what was given came back
+        assert torch.equal(two.restored, two.corrupted)  # what was inputs came back
         torch.testing.assert_close(one.restored, mean.expand(3, 48, 48))  # zeros, un-normalized
         assert two.on_hidden.get(MODEL) == two.on_hidden.get(INPUT)
     assert any(not torch.equal(one.hidden, two.hidden) for one, two in zip(again, other, strict=True))
 
 
-def test_a_model_that_restores_all_has_no_error(pretrain_config, dataset):
+def test_compute_reconstructions_of_a_perfect_model(pretrain_config, images):
     config = pretrain_config("method=sit").method
     mean, std = (torch.tensor(part).view(-1, 1, 1) for part in (config.views.mean, config.views.std))
-    for one in compute_reconstructions(dataset, lambda _: (dataset / 255 - mean) / std, config, seed=0):
+    for one in compute_reconstructions(
+        images, corrupt_as(config), lambda _: (images / 255 - mean) / std, config.views, seed=0
+    ):
         assert one.on_all[MODEL].l1 < 1e-6
         assert one.on_all[MODEL].psnr > 100
         assert one.on_all[INPUT].psnr < 40
 
 
-def test_a_model_that_has_diverged_is_told(pretrain_config, dataset):
+def test_compute_reconstructions_rejects_values_that_are_not_finite(pretrain_config, images):
+    config = pretrain_config("method=sit").method
     with pytest.raises(UserError, match="not finite"):
-        compute_reconstructions(dataset, lambda x: x * math.nan, pretrain_config("method=sit").method, seed=0)
+        compute_reconstructions(images, corrupt_as(config), lambda x: x * math.nan, config.views, seed=0)
 
 
-def test_the_checkpoint_gives_the_model_back_with_its_heads(run, pretrain_config):
+def test_load_sit_model_restores_the_model_with_its_heads(run, pretrain_config):
     config = pretrain_config("method=sit", "trainer.max_steps=3")
     model = load_sit_model(run, config.method, config.backbone)
     method = build_method(config, make_plan(config, 192))
@@ -126,7 +140,7 @@ def test_the_checkpoint_gives_the_model_back_with_its_heads(run, pretrain_config
 
 
 @pytest.mark.parametrize("change", ["missing", "left over", "of another shape"])
-def test_keys_that_do_not_fit_are_an_error(run, tmp_path, change):
+def test_load_sit_model_rejects_keys_that_do_not_fit(run, tmp_path, change):
     path = tmp_path / "changed.ckpt"
     content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     name = "student.heads.reconstruction.deconvolution.bias"
@@ -137,13 +151,13 @@ def test_keys_that_do_not_fit_are_an_error(run, tmp_path, change):
     else:
         content["state_dict"][name] = torch.zeros(4)
     torch.save(content, path)
-    settings = run_settings(run)
+    settings = read_run_settings(run)
     with pytest.raises(UserError, match=r"(?s)does not fit the run's config\.yaml.*heads\."):
         load_sit_model(path, settings.method, settings.backbone)
 
 
-def test_where_nothing_restores_there_is_nothing(run, tmp_path, pretrain_config):
-    settings = run_settings(run)
+def test_load_sit_model_returns_none_without_reconstruction(run, tmp_path, pretrain_config):
+    settings = read_run_settings(run)
     assert load_sit_model(run / "backbone.safetensors", settings.method, settings.backbone) is None
     dino = pretrain_config()
     assert load_sit_model(run, dino.method, dino.backbone) is None
@@ -151,12 +165,3 @@ def test_where_nothing_restores_there_is_nothing(run, tmp_path, pretrain_config)
     assert load_sit_model(run, off.method, off.backbone) is None
     shutil.copy(run / "config.yaml", tmp_path)  # without its checkpoints
     assert reconstruction_figure(tmp_path) is None
-
-
-def test_the_panel_of_a_run_names_its_numbers(run):
-    panel = reconstruction_figure(run, count=4)
-    assert panel.text.startswith("4 images, corrupted as in training")
-    assert "mean color has L1 0." in panel.text
-    assert panel.image.width <= 900
-    from_checkpoint = reconstruction_figure(run, run / "checkpoints" / "last.ckpt", count=4)
-    assert from_checkpoint.image.tobytes() == panel.image.tobytes()
