@@ -10,7 +10,7 @@ from ssl_vit.data.dataset import SkippedImageLog
 from ssl_vit.data.loading.loader import build_train_loader
 from ssl_vit.data.sources.image_folder import scan_image_folder
 from ssl_vit.data.transforms.multicrop import MultiCrop
-from ssl_vit.methods.base import make_plan
+from ssl_vit.methods.schedules import make_plan
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.rng import sample_keys
 from ssl_vit.training.trainer import build_method
@@ -49,8 +49,8 @@ def test_load_first_step_equals_the_first_training_step(pretrain_config, sample,
     model = build_method(config, make_plan(config, len(dataset)))
     examples = load_views(config, dataset, tmp_path)
     assert [one.name for one in examples] == [dataset.name(index) for index in batch.index[:6].tolist()]
-    global_views = model.photometric(batch.global_views, batch.key)
-    local_views = model.photometric(batch.local_views, batch.key, first_view=2)
+    global_views = model.color_augmentation(batch.global_views, batch.key)
+    local_views = model.color_augmentation(batch.local_views, batch.key, first_view=2)
     # In memory another routine crops, equal up to a level of 255, which contrast and solarization may amplify.
     near = {"rtol": 0, "atol": 1e-4 if cache_gb == 0 else 0.1}
     for index, one in enumerate(examples):
