@@ -42,7 +42,7 @@ from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone, random_init
 from ssl_vit.runtime.device import best_device, set_local_device
 from ssl_vit.runtime.errors import RankFinished, UserError
 from ssl_vit.runtime.launch import torchrun_rank
-from ssl_vit.visualization.confusion_figure import hardest_tiles, plot_confusion
+from ssl_vit.visualization.confusion_figure import read_hardest_images, plot_confusion
 
 BLOCKS = 4  # last blocks whose [CLS] is stored at least, so that all evaluations share one pass
 MODEL, RANDOM, PIXELS = "model", "random init", "raw pixels"
@@ -169,7 +169,7 @@ class Evaluation:
         drawing.unlink(missing_ok=True)
         if confusion and by_class is not None and figure:
             heading = f"{record.model.name}: {self.task}, {confusion.metric}, on {record.data.name}"
-            plot_confusion(drawing, confusion, hardest_tiles(scores[0].predictions[by_class], self._asked()), heading)
+            plot_confusion(drawing, confusion, read_hardest_images(scores[0].predictions[by_class], self._asked()), heading)
         return record
 
     def _confusion(self, score: ModelScores, suffix: str | None) -> ConfusionSummary | None:

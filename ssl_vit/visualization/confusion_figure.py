@@ -1,16 +1,13 @@
-"""One image of what a model gets wrong: accuracy by class, what is taken for what, and the hardest images."""
+"""Figure of the errors of a classifier: accuracy by class, confusions, and the hardest images."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.style
-import torch.nn.functional as F
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
@@ -19,151 +16,133 @@ from ssl_vit.data.dataset import ImageDataset, UnreadableImageError
 from ssl_vit.evaluation.results.confusion_matrix import ConfusionSummary, hardest_images
 from ssl_vit.evaluation.results.eval_result import Predictions
 from ssl_vit.runtime.atomic_io import atomic_write
+from ssl_vit.visualization.image_grid import captioned, fit_size, image_grid, page, text_image, to_pil
+from ssl_vit.visualization.plots import INK, figure_to_image, plain_style
 
-SHOWN = 24  # classes, or pairs of classes, at most
+MAX_CLASSES = 24  # or pairs of classes
 COLUMNS, ROWS = 8, 2  # of the hardest images
-_SIDE = 256  # pixels of a tile at most
-_INK, _BAR, _MEAN = "#202020", "#4878a8", "#c44e52"
+TILE_SIDE = 148  # pixels of a tile's longer side
+DPI = 110
+_BAR, _MEAN = "#4878a8", "#c44e52"
 
 
-class Tile(NamedTuple):
-    """An image and what was answered of it."""
+class HardImage(NamedTuple):
+    """A misclassified image."""
 
-    image: Tensor  # (3, S, S) uint8
-    truth: int
+    image: Tensor  # (3, H, W) uint8
+    target: int
     predicted: int
-    rank: int  # how many classes came before the true one
+    rank: int  # number of classes with a higher score than the true one
 
 
-def hardest_tiles(answers: Predictions, dataset: ImageDataset) -> list[Tile]:
-    """The hardest images that can still be read."""
-    tiles = []
-    for row in hardest_images(answers, ROWS * COLUMNS).tolist():
+def read_hardest_images(predictions: Predictions, dataset: ImageDataset) -> list[HardImage]:
+    """Read the hardest images, except for those that can no longer be read."""
+    found = []
+    for row in hardest_images(predictions, ROWS * COLUMNS).tolist():
         try:
-            image = dataset.read(int(answers.indices[row]), 3)
+            image = dataset.read(int(predictions.indices[row]), 3)
         except UnreadableImageError:
             continue
-        place = (int(values[row]) for values in (answers.target, answers.predicted, answers.rank))
-        tiles.append(Tile(_square(image), *place))
-    return tiles
+        target, predicted, rank = predictions.target[row], predictions.predicted[row], predictions.rank[row]
+        found.append(HardImage(image, int(target), int(predicted), int(rank)))
+    return found
 
 
-def plot_confusion(path: Path, mistakes: ConfusionSummary, tiles: list[Tile], title: str) -> None:
-    """Draw the sheet into a PNG file.
+def plot_confusion(path: Path, summary: ConfusionSummary, hardest: list[HardImage], title: str) -> None:
+    """Draw the figure into a PNG file.
 
     Args:
-        path: Of the file.
-        mistakes: Of all test images.
-        tiles: The hardest of them.
-        title: One line that says whose mistakes they are.
+        path: PNG file.
+        summary: Of all test images.
+        hardest: Images to show.
+        title: One line that names model and evaluation.
     """
-    shown = min(len(mistakes.classes), SHOWN)
-    height = max(2.6, 1.0 + 0.2 * shown)
-    below = 1.75 * max(1, math.ceil(len(tiles) / COLUMNS)) + 0.45
-    with matplotlib.style.context("default"), warnings.catch_warnings():
+    height = max(2.6, 1.0 + 0.2 * min(len(summary.classes), MAX_CLASSES))
+    with plain_style(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of class names in other scripts
-        layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.05)  # inches
-        figure = Figure(figsize=(12, 0.5 + height + below), layout=layout)
-        figure.suptitle(f"{title}, {len(mistakes.target):,} images", fontsize=12, color=_INK, parse_math=False)
-        halves = figure.add_gridspec(2, 1, height_ratios=[height, below])
-        upper, lower = figure.add_subfigure(halves[0]), figure.add_subfigure(halves[1])
-        bars, matrix = upper.subplots(1, 2, width_ratios=[1, 1.15])
-        _draw_classes(bars, mistakes)
-        if len(mistakes.classes) <= SHOWN:
-            _draw_confusion(matrix, mistakes)
+        figure = Figure(figsize=(12, 0.5 + height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.05))
+        figure.suptitle(f"{title}, {len(summary.target):,} images", fontsize=12, parse_math=False)
+        left, right = figure.subplots(1, 2, width_ratios=[1, 1.15])
+        _plot_accuracy(left, summary)
+        if len(summary.classes) <= MAX_CLASSES:
+            _plot_matrix(right, summary)
         else:
-            _draw_pairs(matrix, mistakes)
-        _draw_tiles(lower, mistakes.classes, tiles)
-        with atomic_write(path) as file:
-            figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
+            _plot_pairs(right, summary)
+        chart = figure_to_image(figure, DPI)
+    tiles = []
+    for image, target, predicted, rank in hardest:
+        names = _shorten(summary.classes[target], 18), f"→ {_shorten(summary.classes[predicted], 18)}"
+        lines = [*names, f"rank {rank + 1} of {len(summary.classes)}"]
+        tiles.append(captioned(to_pil(image, fit_size(image, TILE_SIDE)), lines, max_width=TILE_SIDE))
+    parts = [chart, text_image(["No image is misclassified"])]
+    if tiles:
+        grid = image_grid(
+            [tiles[start : start + COLUMNS] for start in range(0, len(tiles), COLUMNS)], gap=16, align_bottom=True
+        )
+        parts[1:] = [text_image(["Hardest images: true class → predicted class, and the rank of the true class"]), grid]
+    with atomic_write(path) as file:
+        page(parts).save(file, format="PNG")
 
 
-def _draw_classes(axes: Axes, mistakes: ConfusionSummary) -> None:
-    """Bars of the accuracies, the lowest first, with their intervals; of many classes only the lowest."""
-    accuracy, interval = mistakes.accuracy, mistakes.intervals()
+def _plot_accuracy(axes: Axes, summary: ConfusionSummary) -> None:
+    """Draw bars of the accuracies with their intervals, the lowest first; of many classes only the lowest."""
+    accuracy, interval = summary.accuracy, summary.intervals()
     tested = (~accuracy.isnan()).nonzero().squeeze(1)
-    order = tested[accuracy[tested].argsort(stable=True)][:SHOWN]
+    order = tested[accuracy[tested].argsort(stable=True)][:MAX_CLASSES]
     value = accuracy[order]
-    spread = (interval[order] - value[:, None]).abs().T.numpy()
-    place = range(len(order))
-    axes.barh(place, value.numpy(), color=_BAR, height=0.72)
-    axes.errorbar(value.numpy(), place, xerr=spread, fmt="none", ecolor=_INK, elinewidth=1, capsize=2)
-    mean = float(mistakes.correct.sum() / len(mistakes.target))
+    error = (interval[order] - value[:, None]).abs().T.numpy()
+    rows = range(len(order))
+    axes.barh(rows, value.numpy(), color=_BAR, height=0.72)
+    axes.errorbar(value.numpy(), rows, xerr=error, fmt="none", ecolor=INK, elinewidth=1, capsize=2)
+    mean = float(summary.correct.sum() / len(summary.target))
     axes.axvline(mean, color=_MEAN, linewidth=1, linestyle="--")
-    names = [_short(mistakes.classes[label]) for label in order.tolist()]
-    axes.set_yticks(place, names, fontsize=8, parse_math=False)
+    names = [_shorten(summary.classes[label]) for label in order.tolist()]
+    axes.set_yticks(rows, names, fontsize=8, parse_math=False)
     axes.set_ylim(len(order) - 0.4, -0.6)
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.tick_params(axis="x", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     which = "by class" if len(order) == len(tested) else f"of the {len(order)} lowest of {len(tested):,} classes"
-    axes.set_title(f"Accuracy {which}, 95 % intervals; all: {100 * mean:.1f} %", fontsize=9, color=_INK)
+    axes.set_title(f"Accuracy {which}, 95 % intervals; all: {100 * mean:.1f} %", fontsize=9)
 
 
-def _draw_confusion(axes: Axes, mistakes: ConfusionSummary) -> None:
-    """The confusion as percent of each row."""
-    share = 100 * mistakes.matrix / mistakes.totals[:, None]  # NaN in the row of no images
+def _plot_matrix(axes: Axes, summary: ConfusionSummary) -> None:
+    """Draw the confusion matrix in percent of each row."""
+    share = 100 * summary.matrix / summary.totals[:, None]  # NaN in the row of a class without images
     size = len(share)
+    few = size <= 12
     axes.imshow(share.sqrt().numpy(), cmap="Blues", vmin=0, vmax=10, aspect="auto" if size > 2 else "equal")
     for row, column in (share >= 0.5).nonzero().tolist():
         value = float(share[row, column])
-        color = "white" if value > 36 else _INK
-        axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8 if size <= 12 else 6, color=color)
-    axes.set_yticks(range(size), [_short(name) for name in mistakes.classes], fontsize=8, parse_math=False)
-    names = [_short(name, 14) for name in mistakes.classes]
-    axes.set_xticks(range(size), names, fontsize=8, rotation=45 if size <= 12 else 90, parse_math=False)
+        color = "white" if value > 36 else INK
+        axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8 if few else 6, color=color)
+    axes.set_yticks(range(size), [_shorten(name) for name in summary.classes], fontsize=8, parse_math=False)
+    names = [_shorten(name, 14) for name in summary.classes]
+    axes.set_xticks(range(size), names, fontsize=8, rotation=45 if few else 90, parse_math=False)
     for label in axes.get_xticklabels():
-        label.set(ha="right" if size <= 12 else "center", rotation_mode="anchor" if size <= 12 else "default")
+        label.set(ha="right" if few else "center", rotation_mode="anchor" if few else "default")
     axes.tick_params(length=0)
-    axes.set_title("True class (row) taken for (column), % of the row", fontsize=9, color=_INK)
+    axes.set_title("True class (row) and predicted class (column), % of the row", fontsize=9)
 
 
-def _draw_pairs(axes: Axes, mistakes: ConfusionSummary) -> None:
-    """Bars of the pairs of classes that were confused most often."""
-    pairs = mistakes.pairs(SHOWN)
-    totals = mistakes.totals.tolist()
-    place = range(len(pairs))
-    axes.barh(place, [pair.images for pair in pairs], color=_BAR, height=0.72)
-    names = [f"{_short(mistakes.classes[a])} → {_short(mistakes.classes[b])}" for a, b, _ in pairs]
-    axes.set_yticks(place, names, fontsize=8, parse_math=False)
+def _plot_pairs(axes: Axes, summary: ConfusionSummary) -> None:
+    """Draw bars of the most frequent confusions."""
+    pairs = summary.pairs(MAX_CLASSES)
+    totals = summary.totals.tolist()
+    rows = range(len(pairs))
+    axes.barh(rows, [pair.images for pair in pairs], color=_BAR, height=0.72)
+    names = [f"{_shorten(summary.classes[a])} → {_shorten(summary.classes[b])}" for a, b, _ in pairs]
+    axes.set_yticks(rows, names, fontsize=8, parse_math=False)
     for row, pair in enumerate(pairs):
-        axes.text(pair.images, row, f" {pair.images} of {totals[pair.target]}", va="center", fontsize=8, color=_INK)
+        axes.text(pair.images, row, f" {pair.images} of {totals[pair.target]}", va="center", fontsize=8)
     axes.set_ylim(max(1, len(pairs)) - 0.4, -0.6)
     axes.margins(x=0.18)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.set_xticks([])
-    axes.set_title("Classes confused most often: true → predicted", fontsize=9, color=_INK)
+    axes.set_title("Most frequent confusions: true → predicted class", fontsize=9)
 
 
-def _draw_tiles(figure: SubFigure, classes: list[str], tiles: list[Tile]) -> None:
-    """The hardest images with their true and their predicted class."""
-    if not tiles:
-        figure.suptitle("No image is misclassified", fontsize=9, color=_INK)
-        return
-    text = "Hardest images: true class → predicted class, and the place in which the true class came"
-    figure.suptitle(text, fontsize=9, color=_INK)
-    grid = figure.subplots(math.ceil(len(tiles) / COLUMNS), COLUMNS, squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for axes, tile in zip(grid.flat, tiles, strict=False):
-        axes.imshow(tile.image.permute(1, 2, 0).numpy())
-        lines = [_short(classes[tile.truth], 18), f"→ {_short(classes[tile.predicted], 18)}"]
-        lines.append(f"place {tile.rank + 1} of {len(classes)}")
-        axes.set_title("\n".join(lines), fontsize=8, color=_INK, pad=3, parse_math=False)
-
-
-def _short(name: str, most: int = 22) -> str:
-    """The name, its middle left out where it is long: both its ends tell names apart."""
-    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most // 2) :]}"
-
-
-def _square(image: Tensor) -> Tensor:
-    """An image (3, H, W) uint8, a large one reduced, at the top of a white square: so captions stand in a row."""
-    height, width = image.shape[-2:]
-    if (factor := _SIDE / max(height, width)) < 1:
-        height, width = max(1, round(height * factor)), max(1, round(width * factor))
-        image = F.interpolate(image[None], size=(height, width), mode="bilinear", antialias=True)[0]
-    side = max(height, width)
-    left = (side - width) // 2
-    return F.pad(image, (left, side - width - left, 0, side - height), value=255)
+def _shorten(name: str, length: int = 22) -> str:
+    """Remove the middle of a long name, as names often differ at their start or at their end."""
+    return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-(length // 2) :]}"

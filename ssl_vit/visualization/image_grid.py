@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
@@ -15,6 +16,7 @@ from torch import Tensor
 INK, PAPER = (32, 32, 32), (255, 255, 255)
 COLOR_MAP = "inferno"  # of all heat maps
 GAP = 8  # pixels between tiles
+FONT = str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")  # Latin, Greek and Cyrillic
 RGB = tuple[int, int, int]
 
 
@@ -147,8 +149,8 @@ def _truncate_start(line: str, size: int, max_width: int) -> str:
 
 
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(FONT, size - 1)  # wider than most
 
 
 # Former names, until evaluation/video draws through tracking_figure.

@@ -1,28 +1,12 @@
-"""Confusion matrix and its figure, from two classes to a thousand."""
-
-import shutil
+"""Confusion matrix, accuracy by class and hardest images."""
 
 import numpy as np
-import pytest
 import torch
-from PIL import Image
 
-from ssl_vit.data.sources.image_folder import scan_image_folder
-from ssl_vit.data.sources.torchvision_datasets import ArrayDataset
 from ssl_vit.evaluation.results.confusion_matrix import ConfusionSummary, hardest_images
 from ssl_vit.evaluation.results.eval_result import Predictions
 from ssl_vit.evaluation.results.statistics import wilson
-from ssl_vit.visualization.confusion_figure import COLUMNS, ROWS, hardest_tiles, plot_confusion
-
-
-def make_predictions(count, classes, *, right=0.6, seed=0):
-    """Make predictions for images 0, 1, ... of classes in turn."""
-    generator = torch.Generator().manual_seed(seed)
-    target = torch.arange(count) % classes
-    rank = torch.randint(1, classes, (count,), generator=generator)
-    rank[torch.rand(count, generator=generator) < right] = 0
-    predicted = torch.where(rank == 0, target, (target + rank) % classes)
-    return Predictions(torch.arange(count), target, predicted, rank)
+from tests.helpers.predictions import make_predictions
 
 
 def summarize(given, classes, metric):
@@ -74,32 +58,3 @@ def test_hardest_images_are_those_with_the_true_class_last():
     assert torch.equal(rows, hardest_images(given, 20))
     assert len(rows.unique()) == 20
     assert len(hardest_images(make_predictions(300, 12, right=1.1), 20)) == 0
-
-
-@pytest.mark.parametrize(("classes", "right", "side"), [(2, 0.7, 40), (2, 1.1, 40), (24, 0.3, 300), (1000, 0.1, 33)])
-def test_plot_confusion_of_any_number_of_classes(classes, right, side, tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (32, 3, side, side // 2), generator=generator, dtype=torch.uint8)
-    dataset = ArrayDataset(images, torch.zeros(32, dtype=torch.int64), [], title="images")
-    given = make_predictions(2000, classes, right=right)
-    given = given._replace(indices=given.indices % 32)
-    long = [
-        f"a class with $odd$ _signs_ {{x}} \\ and a name that is far too long {number}" for number in range(classes)
-    ]
-    tiles = hardest_tiles(given, dataset)
-    assert len(tiles) == (0 if right > 1 else ROWS * COLUMNS)
-    plot_confusion(tmp_path / "figure.png", summarize(given, long, "top-1"), tiles, "a $title$")
-    with Image.open(tmp_path / "figure.png") as image:
-        drawn = np.asarray(image.convert("L"))
-    assert drawn.shape[1] == 1320
-    assert (drawn < 128).mean() > 0.002  # something is drawn
-    assert (drawn[:, -3:] > 250).all()  # and nothing beyond the edge
-    assert [file.name for file in tmp_path.iterdir()] == ["figure.png"]
-
-
-def test_hardest_tiles_excludes_missing_images(sample, tmp_path):
-    shutil.copytree(sample / "test", tmp_path / "test")
-    dataset = scan_image_folder(tmp_path / "test")
-    given = make_predictions(len(dataset), 12, right=0.0)
-    dataset.path(int(hardest_images(given, 1))).unlink()
-    assert len(hardest_tiles(given, dataset)) == ROWS * COLUMNS - 1
