@@ -1,1 +1,1 @@
-"""Configuration classes: every key, its type, range and unit."""
+"""Configuration classes: every key with its type and range. Defaults and units are in `conf/`."""

@@ -1,4 +1,4 @@
-"""The configuration keys of the commands that look at a trained model: evaluations, fine-tuning and attention."""
+"""Configuration keys of the evaluations and of fine-tuning; defaults and units are in `conf/`."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ class EvalDataConfig(StrictConfig):
     image_size: Count | None
 
     @model_validator(mode="after")
-    def _some_images(self) -> Self:
+    def _images_given(self) -> Self:
         if self.root is None and self.train is None:
             raise ValueError("name the labeled images: data.root=FOLDER, or data.train=FOLDER data.test=FOLDER")
         return self
 
     @model_validator(mode="after")
-    def _one_way_to_name_them(self) -> Self:
+    def _root_or_train(self) -> Self:
         if self.root is not None and self.train is not None:
-            raise ValueError("data.root and data.train exclude each other: data.root holds train/ and val/ or test/")
+            raise ValueError("data.root and data.train exclude each other: data.root contains train/ and val/ or test/")
         if self.test is not None and self.train is None:
-            raise ValueError("data.test needs data.train beside it")
+            raise ValueError("data.test requires data.train")
         return self
 
 
@@ -92,11 +92,13 @@ class LinearConfig(EvaluationConfig):
     @model_validator(mode="after")
     def _fits_the_protocol(self) -> Self:
         if self.protocol == "held-out" and self.epochs is not None:
-            raise ValueError("epochs is for protocol=dino and protocol=sit")
+            raise ValueError("epochs applies to protocol=dino and protocol=sit only")
         if self.protocol != "held-out" and self.solver != "logistic":
-            raise ValueError(f"solver={self.solver} is for protocol=held-out, not {self.protocol}")
+            raise ValueError(f"solver={self.solver} applies to protocol=held-out only, not to {self.protocol}")
         if self.protocol == "sit" and self.data.batch_size % 2:
-            raise ValueError(f"data.batch_size={self.data.batch_size}: protocol=sit mixes images in pairs")
+            raise ValueError(
+                f"data.batch_size={self.data.batch_size}: protocol=sit mixes images in pairs, so it must be even"
+            )
         return self
 
 
@@ -107,9 +109,9 @@ class CompareConfig(StrictConfig):
     out: Path | None
 
     @model_validator(mode="after")
-    def _some_records(self) -> Self:
+    def _results_given(self) -> Self:
         if not self.results:
-            raise ValueError("name records or run folders: ssl-vit compare runs/photos runs/other")
+            raise ValueError("name results or run directories: ssl-vit compare runs/photos runs/other")
         return self
 
 
@@ -130,9 +132,9 @@ class NeighborsConfig(FeatureCommandConfig):
     out: Path
 
     @model_validator(mode="after")
-    def _an_image(self) -> Self:
+    def _image_suffix(self) -> Self:
         if self.out.suffix not in (".png", ".jpg"):
-            raise ValueError(f"out={self.out}: the sheet is an image, name it .png or .jpg")
+            raise ValueError(f"out={self.out}: the image grid must be a .png or .jpg file")
         return self
 
 
@@ -143,9 +145,9 @@ class FeaturesConfig(FeatureCommandConfig):
     pca: bool
 
     @model_validator(mode="after")
-    def _file_and_form(self) -> Self:
+    def _file_and_format(self) -> Self:
         if (self.to is None) != (self.out is None):
-            raise ValueError("to and out belong together: to=npz out=FILE.npz, or to=parquet out=FILE.parquet")
+            raise ValueError("to and out must be given together: to=npz out=FILE.npz, or to=parquet out=FILE.parquet")
         if self.pca and self.to != "parquet":
             raise ValueError("pca=true adds columns to a parquet file: to=parquet out=FILE.parquet")
         return self
@@ -204,7 +206,7 @@ class FinetuneMethodConfig(AugmentationConfig):
 
     @property
     def name(self) -> str:
-        """What checkpoints call it."""
+        """Name of the method in checkpoints."""
         return "finetune"
 
 
@@ -219,13 +221,13 @@ class FinetuneConfig(LabeledEvalConfig):
 
     @property
     def depends_on_num_processes(self) -> bool:
-        """Whether another number of processes computes something else."""
+        """Whether another number of processes changes the loss."""
         return self.method.mixup > 0 or self.method.cutmix > 0  # images are mixed within a process
 
     @model_validator(mode="after")
-    def _whole_model(self) -> Self:
+    def _no_fsdp(self) -> Self:
         if self.trainer.strategy == "fsdp":
-            raise ValueError("trainer.strategy=fsdp: fine-tuning wants the whole model in each process")
+            raise ValueError("trainer.strategy=fsdp: fine-tuning needs the whole model in each process")
         return self
 
     @model_validator(mode="after")
@@ -234,12 +236,12 @@ class FinetuneConfig(LabeledEvalConfig):
         size = self.data.batch_size
         if size % parts:
             raise ValueError(
-                f"data.batch_size={size} (over all processes) does not divide into devices x nodes x accumulate = "
-                f"{parts} parts"
+                f"data.batch_size={size} (over all processes) is not a multiple of devices x num_nodes x "
+                f"accumulate_grad_batches = {parts}"
             )
         if self.depends_on_num_processes and size // parts % 2:
             raise ValueError(
-                f"data.batch_size={size} makes {size // parts} images per process and micro-batch; mixup and cutmix "
-                f"take images in pairs: make it a multiple of {2 * parts}"
+                f"data.batch_size={size} means {size // parts} images per process and micro-batch; mixup and cutmix "
+                f"mix images in pairs: make it a multiple of {2 * parts}"
             )
         return self

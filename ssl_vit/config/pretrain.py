@@ -23,18 +23,18 @@ from ssl_vit.config.types import (
 
 
 class RunDirConfig(StrictConfig):
-    name: Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$")]  # one folder's name, not ..
+    name: Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$")]  # a single folder name, not ..
     folder: Path
     resume: bool
     overwrite: bool
 
     @property
     def path(self) -> Path:
-        """The run's own folder."""
+        """The run directory."""
         return self.folder / self.name
 
     @model_validator(mode="after")
-    def _one_way_on(self) -> Self:
+    def _resume_or_overwrite(self) -> Self:
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other: choose one")
         return self
@@ -48,7 +48,7 @@ class RunConfig(RunDirConfig):
     @model_validator(mode="after")
     def _only_on_resume(self) -> Self:
         if (self.extend_to_epochs or self.keep_image_list) and not self.resume:
-            raise ValueError("extend_to_epochs and keep_image_list are for a run that goes on: add run.resume=true")
+            raise ValueError("extend_to_epochs and keep_image_list apply to a resumed run: add run.resume=true")
         return self
 
 
@@ -133,7 +133,7 @@ class BackboneConfig(StrictConfig):
 
 
 class TrainingConfig(StrictConfig):
-    """What `pretrain` trains and `bench` measures."""
+    """The sections that `pretrain` and `bench` share."""
 
     seed: Seed
     data: PretrainDataConfig
@@ -147,7 +147,7 @@ class TrainingConfig(StrictConfig):
         if channels not in (1, 3):
             raise ValueError(f"backbone.in_chans={channels}: images are read with 1 (gray) or 3 (RGB) channels")
         if not len(self.method.views.mean) == len(self.method.views.std) == channels:
-            raise ValueError(f"backbone.in_chans={channels} needs {channels} numbers in method.views.mean and .std")
+            raise ValueError(f"backbone.in_chans={channels} needs {channels} values in method.views.mean and .std")
         return self
 
     @model_validator(mode="after")
@@ -162,9 +162,11 @@ class TrainingConfig(StrictConfig):
         return self
 
     @model_validator(mode="after")
-    def _fsdp_has_limits(self) -> Self:
+    def _fsdp_precision(self) -> Self:
         if self.trainer.strategy == "fsdp" and self.trainer.precision == "16-mixed":
-            raise ValueError("trainer.strategy=fsdp has no 16-mixed: choose trainer.precision=bf16-mixed or 32-true")
+            raise ValueError(
+                "trainer.strategy=fsdp does not support 16-mixed: use trainer.precision=bf16-mixed or 32-true"
+            )
         return self
 
     @model_validator(mode="after")
@@ -172,15 +174,15 @@ class TrainingConfig(StrictConfig):
         parts = self.trainer.devices * self.trainer.num_nodes * self.trainer.accumulate_grad_batches
         if self.data.batch_size % parts:
             raise ValueError(
-                f"data.batch_size={self.data.batch_size} (over all processes) does not divide into "
-                f"devices x nodes x accumulate = {parts} parts"
+                f"data.batch_size={self.data.batch_size} (over all processes) is not a multiple of "
+                f"devices x num_nodes x accumulate_grad_batches = {parts}"
             )
         processes = self.trainer.devices * self.trainer.num_nodes
         multiple = self.method.batch_multiple
         if processes > 1 and self.data.batch_size // parts % multiple:
             valid = -(-self.data.batch_size // (multiple * parts)) * multiple * parts
             raise ValueError(
-                f"data.batch_size={self.data.batch_size} makes {self.data.batch_size // parts} images per process "
+                f"data.batch_size={self.data.batch_size} means {self.data.batch_size // parts} images per process "
                 f"and micro-batch; method={self.method.name} with several processes needs a multiple of {multiple} "
                 f"there, as data.batch_size={valid}"
             )
@@ -199,9 +201,9 @@ class PretrainConfig(TrainingConfig):
         return self.method.depends_on_num_processes
 
     @model_validator(mode="after")
-    def _online_needs_a_whole_model(self) -> Self:
+    def _no_online_eval_with_fsdp(self) -> Self:
         if self.trainer.strategy == "fsdp" and self.online.every_epochs:
-            raise ValueError("trainer.strategy=fsdp needs online.every_epochs=null: no process has it whole")
+            raise ValueError("trainer.strategy=fsdp needs online.every_epochs=null: no process holds the whole model")
         return self
 
 

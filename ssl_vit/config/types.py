@@ -81,7 +81,7 @@ def _check_resume(value: object) -> object:
 
 def _check_ascending(value: tuple[float, float]) -> tuple[float, float]:
     if value[0] > value[1]:
-        raise ValueError(f"write the smaller end first, as [{value[1]}, {value[0]}]")
+        raise ValueError(f"write the smaller value first, as [{value[1]}, {value[0]}]")
     return value
 
 

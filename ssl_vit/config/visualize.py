@@ -1,4 +1,4 @@
-"""The configuration keys of the commands that turn what a model sees into images and pages."""
+"""Configuration keys of attention, inspect, video, propagate and report; defaults and units are in `conf/`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ssl_vit.config.evaluate import EvalDataConfig
 from ssl_vit.config.pretrain import CheckpointWeights
 from ssl_vit.config.types import Count, ListOrScalar, Positive, Seed, StrictConfig
 
-VIDEOS = (".mp4", ".m4v", ".mov", ".mkv")  # what can be written
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")  # writable formats
 
 
 class AttentionConfig(StrictConfig):
@@ -33,11 +33,11 @@ class AttentionConfig(StrictConfig):
     limit: Count | None
 
     @model_validator(mode="after")
-    def _some_images(self) -> Self:
+    def _images_given(self) -> Self:
         if (self.images is None) == (self.voc is None):
             raise ValueError("name the images: images=FOLDER, or voc=VOCdevkit/VOC2012")
         if self.voc is not None and self.masks is not None:
-            raise ValueError("masks belongs to images; voc brings its own")
+            raise ValueError("masks applies to images; voc has its own masks")
         return self
 
 
@@ -65,9 +65,11 @@ class VideoConfig(StrictConfig):
     limit: Count | None
 
     @model_validator(mode="after")
-    def _a_video_or_a_folder(self) -> Self:
-        if self.out.suffix and self.out.suffix.lower() not in VIDEOS:
-            raise ValueError(f"out={self.out}: name a video ({', '.join(VIDEOS)}), or a folder without a dot")
+    def _video_or_folder(self) -> Self:
+        if self.out.suffix and self.out.suffix.lower() not in VIDEO_SUFFIXES:
+            raise ValueError(
+                f"out={self.out}: must be a video file ({', '.join(VIDEO_SUFFIXES)}), or a folder, without a suffix"
+            )
         return self
 
 
@@ -89,22 +91,24 @@ class PropagateConfig(StrictConfig):
     limit: Count | None
 
     @model_validator(mode="after")
-    def _davis_or_own(self) -> Self:
+    def _davis_or_frames(self) -> Self:
         if (self.davis is None) == (self.frames is None):
-            raise ValueError("name the videos: davis=FOLDER, or frames=FOLDER masks=MASK of your own")
+            raise ValueError("name the videos: davis=FOLDER, or frames=FOLDER masks=MASK for your own")
         if (self.frames is None) != (self.masks is None):
-            raise ValueError("frames and masks belong together: frames=FOLDER masks=FOLDER or the first frame's mask")
+            raise ValueError(
+                "frames and masks must be given together: frames=FOLDER masks=FOLDER, or masks=FILE for the first frame"
+            )
         return self
 
 
 class ReportDataConfig(EvalDataConfig):
     @model_validator(mode="after")
-    def _some_images(self) -> Self:  # a report does without labeled images
+    def _images_given(self) -> Self:  # a report does not need labeled images
         return self
 
     @property
     def named(self) -> bool:
-        """Whether there are any."""
+        """Whether labeled images are given."""
         return self.root is not None or self.train is not None
 
 
@@ -126,9 +130,9 @@ class ReportConfig(StrictConfig):
     out: Path | None
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def _consistent(self) -> Self:
         if self.masks is not None and self.images is None:
-            raise ValueError("masks needs the images that they belong to: images=FOLDER masks=FOLDER")
+            raise ValueError("masks requires images: images=FOLDER masks=FOLDER")
         if self.out is not None and self.out.suffix != ".html":
-            raise ValueError(f"out={self.out}: the report is a page, name it .html")
+            raise ValueError(f"out={self.out}: the report must be an .html file")
         return self

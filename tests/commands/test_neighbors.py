@@ -142,7 +142,7 @@ def test_k_beyond_the_set_shows_all_others(words, flat, capsys):
         (["images={tmp}/nowhere", "data.root={flat}"], "does not exist"),
         (["images={tmp}/text.png", "data.root={flat}"], "none of the images can be read"),
         (["data.root={tmp}/one"], "only one image"),
-        (["data.root={flat}", "out={tmp}/sheet.pdf"], "name it .png or .jpg"),
+        (["data.root={flat}", "out={tmp}/sheet.pdf"], "must be a .png or .jpg file"),
         (["data.root={flat}", "k=0"], "k:"),
         (["data.root={flat}", "recall=1.5"], "recall:"),
         (["data.root={flat}", "data.image_size=33"], "data.image_size=32"),

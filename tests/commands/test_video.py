@@ -171,7 +171,7 @@ def test_video_leaves_an_existing_file_unchanged_on_failure(tmp_path, tiny_model
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["out=overlay.gif"], "name a video (.mp4, .m4v, .mov, .mkv), or a folder"),
+        (["out=overlay.gif"], "must be a video file (.mp4, .m4v, .mov, .mkv), or a folder"),
         (["head=3"], "the model has 3 heads, numbered from 0"),
         (["fps=0"], "fps"),
     ],

@@ -294,7 +294,7 @@ def test_a_broken_image_is_skipped_and_counted(config, tmp_path):
     [
         ("sit", ["checkpoint={models}/plain.safetensors"], "protocol=sit reads two tokens"),
         ("sit", ["data.batch_size=31"], "data.batch_size=31: protocol=sit mixes images in pairs"),
-        ("dino", ["protocol=held-out", "epochs=2"], "epochs is for protocol=dino and protocol=sit"),
+        ("dino", ["protocol=held-out", "epochs=2"], "epochs applies to protocol=dino and protocol=sit"),
         ("dino", ["data.root={sample}/train"], "protocol=dino is chosen on test images"),
         ("dino", ["protocol=mae"], "protocol"),
     ],

@@ -204,7 +204,7 @@ def test_find_results_explains_what_is_no_result(tmp_path, capsys, runs):
     assert re.search("nested too deeply|not a JSON", compare_error(capsys, file("h.json", deep)))
     (tmp_path / "empty" / "eval").mkdir(parents=True)
     assert "contains no result" in compare_error(capsys, tmp_path / "empty")
-    assert "name records or run folders" in compare_error(capsys)
+    assert "name results or run directories" in compare_error(capsys)
     assert "format" in compare_error(capsys, runs, "format=html")
     assert "foo: unknown key" in compare_error(capsys, runs, "foo=1")
 

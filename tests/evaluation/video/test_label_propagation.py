@@ -343,7 +343,7 @@ def test_a_video_file_can_be_followed(tiny_model, tmp_path):
     [
         (["davis={root}", "split=test"], "there is no ImageSets/2017/test.txt"),
         (["davis={root}", "frames={root}"], "name the videos: davis=FOLDER, or frames=FOLDER masks=MASK"),
-        (["frames={root}"], "frames and masks belong together"),
+        (["frames={root}"], "frames and masks must be given together"),
         (["frames={root}/nowhere", "masks={root}"], "there is no such file or folder"),
         (["frames={root}/JPEGImages/480p/more", "masks={root}/empty.png"], "holds no object"),
         (["frames={root}/JPEGImages/480p/more", "masks={root}/small.png"], "small.png has 5 x 5 pixels"),

@@ -516,8 +516,8 @@ def test_the_first_and_the_last_panels_of_a_training_are_shown(copied):
         (["run={folder}"], "is no run: it holds none of config.yaml"),
         (["run={folder}/file"], "is a file; name the run folder"),
         (["run=x", "maks=y"], "maks: unknown key; the nearest valid one is masks"),
-        (["run=x", "masks=y"], "masks needs the images"),
-        (["run=x", "out=page.pdf"], "name it .html"),
+        (["run=x", "masks=y"], "masks requires images"),
+        (["run=x", "out=page.pdf"], "must be an .html file"),
         (["run=x", "points=2"], "points"),
     ],
 )
