@@ -106,7 +106,7 @@ class SSLMethod(L.LightningModule):
     def forward(self, global_views: Tensor, local_views: Tensor) -> Sequence[Tensor]:
         """Compute the models' outputs on the views of a step, without augmentation and losses.
 
-        Its floating-point operations are counted, on the meta device, where tensors have a shape and no values.
+        Its floating-point operations are counted on tensors that have a shape and no values.
         """
 
     @abstractmethod
@@ -199,8 +199,7 @@ class SSLMethod(L.LightningModule):
     def count_flops(self) -> Flops:
         """Count the floating-point operations of a training step per image."""
         channels, crops = self.eval_backbone.config.in_chans, (self.views.global_crops, self.views.local_crops)
-        views = (torch.empty(1, each.count, channels, each.size, each.size, device="meta") for each in crops)
-        return count_flops(self, *views)
+        return count_flops(self, *[(1, each.count, channels, each.size, each.size) for each in crops])
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:  # trainer.strategy=fsdp

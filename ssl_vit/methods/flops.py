@@ -1,14 +1,16 @@
-"""Floating-point operations of a training step per image, counted by torch on the meta device."""
+"""Floating-point operations of a training step per image, counted by torch on tensors without values."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_vit.models.backbone import Backbone
@@ -30,7 +32,7 @@ class Flops(NamedTuple):
         return {**self.backbones, "heads": self.heads}
 
 
-def count_flops(model: nn.Module, *inputs: Tensor) -> Flops:
+def count_flops(model: nn.Module, *shapes: Sequence[int]) -> Flops:
     """Count the matrix products of a forward and a backward pass on one image.
 
     A trained model thus counts three times its forward pass, its patch embedding twice (images need no gradient), and a
@@ -39,14 +41,14 @@ def count_flops(model: nn.Module, *inputs: Tensor) -> Flops:
 
     Args:
         model: Anything that contains backbones; its `forward` returns a sequence of tensors.
-        inputs: Of `forward`, on the meta device.
+        shapes: Of the inputs of `forward`. Nothing is computed: tensors have a shape and no values.
     """
-    tensors = {
-        name: torch.empty_like(tensor, device="meta").requires_grad_(tensor.requires_grad)
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-    }
-    with _plain_modules(model), FlopCounterMode(display=False) as counter:
-        outputs = functional_call(model, tensors, inputs)
+    with _plain_modules(model), FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+        tensors = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        }
+        outputs = functional_call(model, tensors, tuple(torch.empty(shape) for shape in shapes))
         torch.stack([output.sum() for output in outputs]).sum().backward()  # type: ignore[no-untyped-call]
     counts = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
     names = [name for name, module in model.named_modules() if isinstance(module, Backbone)]
@@ -62,7 +64,8 @@ def _plain_modules(model: nn.Module) -> Iterator[None]:
     replaced = [vars(module).pop("forward", None) for module in modules]  # compiled, checkpointed, matrix products
     model.eval()
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention computes its weights twice
+            yield
     finally:
         for module, mode, forward in zip(modules, modes, replaced, strict=True):
             module.training = mode

@@ -29,8 +29,7 @@ class Prototypes(nn.Module):
 
     def forward(self, z: Tensor) -> FactoredLogits:  # (B, D) -> (B, K)
         device = z.device.type
-        autocast = device != "meta" and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else z.dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else z.dtype
         return FactoredLogits(z.to(dtype), *_Directions.apply(self.weight_v, self.weight_g, dtype))
 
 
