@@ -1,6 +1,9 @@
-"""SiT: self-supervised vision transformer (Atito et al. 2021, arXiv 2104.03602), as its code's version 1.1."""
+"""SiT: self-supervised vision transformer (Atito et al. 2021, arXiv 2104.03602), as version 1.1 of its code."""
 
 from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,19 +16,22 @@ from ssl_vit.data.transforms.corruption import Corruption, corrupt_views, rotate
 from ssl_vit.losses.nt_xent import nt_xent
 from ssl_vit.losses.reconstruction import reconstruction_l1
 from ssl_vit.losses.uncertainty_weighting import FixedWeights, UncertaintyWeights
-from ssl_vit.methods.base import SSLMethod, StepResult, make_backbone, stack_views
+from ssl_vit.methods.base import ImageRestorer, PretextViews, SSLMethod, StepResult, make_backbone, stack_views
 from ssl_vit.methods.heads import ReconstructionHead, mlp
 from ssl_vit.methods.schedules import TrainingPlan
 from ssl_vit.models.backbone import Backbone, Tokens
+from ssl_vit.models.checkpoint import LAST
+from ssl_vit.models.torch_load import torch_load_weights_only
 from ssl_vit.runtime.device import to_device_async, upcast
+from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.rng import view_keys
 
 
 class SiTModel(nn.Module):
-    """Backbone and one head per loss that is on.
+    """Backbone with one head per enabled loss.
 
     [CLS] is the contrastive token, so that the exported backbone's pooled feature is the semantic one. The rotation is
-    read from a register token of its own, or from [CLS] with tokens=shared.
+    predicted from a register token of its own, or from [CLS] with tokens=shared.
     """
 
     def __init__(self, config: SiTConfig, backbone: BackboneConfig) -> None:
@@ -47,9 +53,14 @@ class SiTModel(nn.Module):
             )
 
     def forward(self, images: Tensor, key: Tensor | None = None) -> tuple[Tokens, dict[str, Tensor]]:
-        """Tokens of (B, C, H, W), and by loss: rotation (B, 4), contrastive (B, dim), reconstruction (B, C, H, W).
+        """Compute the tokens of (B, C, H, W) and the heads' outputs.
 
-        `key` (B,) holds the images' keys, from which drop path is drawn in training.
+        Args:
+            images: (B, C, H, W).
+            key: Sample keys (B,), needed for drop path in training.
+
+        Returns:
+            Tokens, and by loss: rotation (B, 4), contrastive (B, dim), reconstruction (B, C, H, W).
         """
         tokens = self.backbone(images, key)
         outputs = {}
@@ -63,7 +74,7 @@ class SiTModel(nn.Module):
 
 
 class SiT(SSLMethod):
-    """Two views, each rotated and corrupted; undo the corruption, name the rotation, find the other view."""
+    """Two views, each rotated and corrupted: restore the view, classify the rotation, match the other view."""
 
     config: SiTConfig
 
@@ -106,8 +117,8 @@ class SiT(SSLMethod):
                 gather=self.config.contrastive.gather,
             )
         if "reconstruction" in outputs:
-            on = mask if self.config.reconstruction.loss_on == "corrupted" else None
-            losses["reconstruction"] = reconstruction_l1(outputs["reconstruction"], clean, on)
+            valid = mask if self.config.reconstruction.loss_on == "corrupted" else None
+            losses["reconstruction"] = reconstruction_l1(outputs["reconstruction"], clean, valid)
         total = self.weights(losses)
         self.timer.mark("loss")
         logs |= {name: loss.detach() for name, loss in losses.items()}
@@ -116,17 +127,79 @@ class SiT(SSLMethod):
         return StepResult(total, tokens.cls.detach().unflatten(0, (2, -1)), logs)
 
     def rotated(self, views: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Views (B, 2, C, H, W), each turned by its own quarter turns: (2B, C, H, W) and the turns (2B,) of 0 to 3."""
-        images = stack_views(views)
-        if not self.config.rotation.enabled:
-            return images, torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        quarter = to_device_async(sample_rotations(key).T.flatten(), views.device)  # (2B,)
-        return rotate(images, quarter), quarter
+        """Rotate views (B, 2, C, H, W): return (2B, C, H, W) and their quarter turns (2B,) of 0 to 3."""
+        return _rotate_views(self.config, views, key)
 
     def corrupted(self, clean: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Both views (2B, C, H, W) corrupted, and where: (2B, 1, H, W) bool."""
+        """Corrupt both views (2B, C, H, W): return them and the mask (2B, 1, H, W) bool of the corrupted pixels."""
         return corrupt_views(self.corrupt, clean, key)
 
     def has_weight_decay(self, name: str, parameter: nn.Parameter) -> bool:
         """Return True for all but biases, one-dimensional parameters, positions and tokens."""
         return parameter.ndim > 1 and not name.endswith((".bias", "pos_embed", "cls_token", "reg_token"))
+
+    def figures(self) -> dict[str, ImageRestorer]:
+        return _figures(self.student, self.config)
+
+    @classmethod
+    def load_figures(cls, checkpoint: Path, config: SiTConfig, backbone: BackboneConfig) -> dict[str, ImageRestorer]:
+        model = load_sit_model(checkpoint, config, backbone) if config.reconstruction.enabled else None
+        return {} if model is None else _figures(model, config)
+
+    @classmethod
+    def pretext_views(cls, config: SiTConfig, global_views: Tensor, key: Tensor) -> PretextViews:
+        target, quarter = _rotate_views(config, global_views, key)
+        corrupted, mask = corrupt_views(Corruption(config.corruption), target, key)
+        return PretextViews(target, corrupted, mask, quarter)
+
+
+def _rotate_views(config: SiTConfig, views: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    images = stack_views(views)
+    if not config.rotation.enabled:
+        return images, torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    quarter = to_device_async(sample_rotations(key).T.flatten(), views.device)  # (2B,)
+    return rotate(images, quarter), quarter
+
+
+def _figures(model: SiTModel, config: SiTConfig) -> dict[str, ImageRestorer]:
+    if not config.reconstruction.enabled:
+        return {}
+
+    def restore(corrupted: Tensor) -> Tensor:
+        with torch.no_grad():
+            _, outputs = model(corrupted.to(model.backbone.device))
+        restored: Tensor = outputs["reconstruction"]
+        return restored
+
+    return {"reconstruction": ImageRestorer(model, partial(Corruption(config.corruption), view=0), restore)}
+
+
+def load_sit_model(checkpoint: Path, config: SiTConfig, backbone: BackboneConfig) -> SiTModel | None:
+    """Load the frozen model with its heads, in evaluation mode on the CPU.
+
+    Args:
+        checkpoint: A run directory, or one of its `.ckpt` files.
+        config: Section `method` of the run.
+        backbone: Section `backbone` of the run.
+
+    Returns:
+        None if there is no such file or only an exported backbone.
+
+    Raises:
+        UserError: The file is damaged, or its keys do not fit exactly.
+    """
+    path = checkpoint / "checkpoints" / LAST if checkpoint.is_dir() else checkpoint
+    if path.suffix != ".ckpt" or not path.is_file():
+        return None
+    weights = torch_load_weights_only(path).get("state_dict")
+    if not isinstance(weights, dict):
+        raise UserError(f"checkpoint={path} is not a checkpoint of a run")
+    prefix = "student."
+    state = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    with torch.device("meta"):  # memory is allocated only for what the file holds
+        model = SiTModel(config, backbone)
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:  # it lists the keys
+        raise UserError(f"checkpoint={path} does not fit the run's config.yaml: {error}") from None
+    return model.requires_grad_(False).eval()
