@@ -8,17 +8,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from ssl_vit.config.methods import MethodConfig, SiTConfig
+from ssl_vit.config.methods import MethodConfig
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog, UnreadableImageError, evenly_spaced
 from ssl_vit.data.dataset_factory import build_dataset
 from ssl_vit.data.sources.image_folder import ImageFolder
 from ssl_vit.data.sources.packed_paths import PackedPaths
-from ssl_vit.data.transforms.corruption import Corruption, corrupt_views, rotate, sample_rotations
 from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.segmentation.segmentation_evaluator import MODEL
-from ssl_vit.methods.sit_reconstruction import load_sit_model, reconstruct
+from ssl_vit.methods import METHODS
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.training.run_dir import DATA, IMAGES
 from ssl_vit.visualization.first_step_views import Pretext, RunSettings, load_first_step, read_run_settings
@@ -48,7 +46,7 @@ def training_views_figure(run: Path, *, count: int = 4) -> TitledFigure:
         "The frame with a view's number and color is where it was cut out."
     )
     if seen[0].pretext:
-        text += " SiT turns each view, hides parts of it with noise and other images, and has to restore it."
+        text += " The method turns each view, hides parts of it with noise and other images, and has to restore it."
     if not (run / DATA).is_file():
         text += " The run did not write down its images: these are made of those there are now."
     return TitledFigure("Views that the run trained on", views_figure(seen), text)
@@ -56,20 +54,11 @@ def training_views_figure(run: Path, *, count: int = 4) -> TitledFigure:
 
 def pretext_of(config: MethodConfig) -> Pretext:
     """Return the function that makes inputs and targets of the views."""
-
-    def pretext(global_views: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        if not isinstance(config, SiTConfig):
-            return None
-        quarter = sample_rotations(key).T.flatten() * config.rotation.enabled  # (2B,)
-        target = rotate(global_views.transpose(0, 1).flatten(0, 1), quarter)  # (2B, C, S, S)
-        corrupted, mask = corrupt_views(Corruption(config.corruption), target, key)
-        return target, corrupted, mask, quarter
-
-    return pretext
+    return partial(METHODS[config.name].pretext_views, config)
 
 
 def reconstruction_figure(run: Path, checkpoint: Path | None = None, *, count: int = 8) -> TitledFigure | None:
-    """What a SiT run restores of some of its images; they are the same ones, corrupted in the same way, at any time.
+    """Draw what a run restores of some of its images, which are always the same ones and corrupted in the same way.
 
     Args:
         run: Its folder.
@@ -77,7 +66,7 @@ def reconstruction_figure(run: Path, checkpoint: Path | None = None, *, count: i
         count: Images, evenly spread over the run's own.
 
     Returns:
-        None where there is nothing to draw: no SiT run, reconstruction turned off, or no checkpoint with the heads.
+        None if the method does not restore images or the file has no such model.
 
     Raises:
         UserError: The folder holds no pretraining run, its images are not where they were, or the checkpoint does
@@ -85,8 +74,8 @@ def reconstruction_figure(run: Path, checkpoint: Path | None = None, *, count: i
     """
     settings = read_run_settings(run)
     method = settings.method
-    model = load_sit_model(checkpoint or run, method, settings.backbone)
-    if model is None or not isinstance(method, SiTConfig):
+    restorer = METHODS[method.name].load_figures(checkpoint or run, method, settings.backbone).get("reconstruction")
+    if restorer is None:
         return None
     dataset = _images(settings)
     transform = EvalTransform(method.views.global_crops.size, 0.875, method.views.mean, method.views.std)
@@ -98,8 +87,9 @@ def reconstruction_figure(run: Path, checkpoint: Path | None = None, *, count: i
             continue
     if not crops:
         raise UserError(f"{settings.data.root}: none of the images that would be restored can be read")
-    corrupt, restore = partial(Corruption(method.corruption), view=0), partial(reconstruct, model)
-    found = compute_reconstructions(torch.stack(crops), corrupt, restore, method.views, seed=settings.seed)
+    found = compute_reconstructions(
+        torch.stack(crops), restorer.corrupt, restorer.restore, method.views, seed=settings.seed
+    )
     text = f"{len(found)} images, corrupted as in training, and what the model restores."
     if over := mean_distances([one.on_hidden for one in found]):
         text += " On the hidden pixels " + ", ".join(

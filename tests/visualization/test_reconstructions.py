@@ -13,8 +13,8 @@ from ssl_vit.commands.run_figures import reconstruction_figure
 from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.transforms.corruption import Corruption
 from ssl_vit.evaluation.segmentation.segmentation_evaluator import MODEL
+from ssl_vit.methods import DINO, SiT
 from ssl_vit.methods.schedules import make_plan
-from ssl_vit.methods.sit_reconstruction import load_sit_model, reconstruct
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.rng import sample_keys, view_keys
 from ssl_vit.training.trainer import build_method
@@ -126,21 +126,21 @@ def test_compute_reconstructions_rejects_values_that_are_not_finite(pretrain_con
         compute_reconstructions(images, corrupt_as(config), lambda x: x * math.nan, config.views, seed=0)
 
 
-def test_load_sit_model_restores_the_model_with_its_heads(run, pretrain_config):
+def test_load_figures_restores_the_model_with_its_heads(run, pretrain_config):
     config = pretrain_config("method=sit", "trainer.max_steps=3")
-    model = load_sit_model(run, config.method, config.backbone)
+    restorer = SiT.load_figures(run, config.method, config.backbone)["reconstruction"]
     method = build_method(config, make_plan(config, 192))
     method.load_state_dict(torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
     x = torch.randn(2, 3, 48, 48)
     with torch.no_grad():
         expected = method.student.eval()(x)[1]["reconstruction"]
-    torch.testing.assert_close(reconstruct(model, x), expected, rtol=1e-4, atol=1e-5)
-    assert not model.training
-    assert not any(parameter.requires_grad for parameter in model.parameters())
+    torch.testing.assert_close(restorer.restore(x), expected, rtol=1e-4, atol=1e-5)
+    assert not restorer.model.training
+    assert not any(parameter.requires_grad for parameter in restorer.model.parameters())
 
 
 @pytest.mark.parametrize("change", ["missing", "left over", "of another shape"])
-def test_load_sit_model_rejects_keys_that_do_not_fit(run, tmp_path, change):
+def test_load_figures_rejects_keys_that_do_not_fit(run, tmp_path, change):
     path = tmp_path / "changed.ckpt"
     content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     name = "student.heads.reconstruction.deconvolution.bias"
@@ -153,15 +153,15 @@ def test_load_sit_model_rejects_keys_that_do_not_fit(run, tmp_path, change):
     torch.save(content, path)
     settings = read_run_settings(run)
     with pytest.raises(UserError, match=r"(?s)does not fit the run's config\.yaml.*heads\."):
-        load_sit_model(path, settings.method, settings.backbone)
+        SiT.load_figures(path, settings.method, settings.backbone)
 
 
-def test_load_sit_model_returns_none_without_reconstruction(run, tmp_path, pretrain_config):
+def test_load_figures_is_empty_without_reconstruction(run, tmp_path, pretrain_config):
     settings = read_run_settings(run)
-    assert load_sit_model(run / "backbone.safetensors", settings.method, settings.backbone) is None
+    assert SiT.load_figures(run / "backbone.safetensors", settings.method, settings.backbone) == {}
     dino = pretrain_config()
-    assert load_sit_model(run, dino.method, dino.backbone) is None
+    assert DINO.load_figures(run, dino.method, dino.backbone) == {}
     off = pretrain_config("method=sit", "method.reconstruction.enabled=false")
-    assert load_sit_model(run, off.method, off.backbone) is None
+    assert SiT.load_figures(run, off.method, off.backbone) == {}
     shutil.copy(run / "config.yaml", tmp_path)  # without its checkpoints
     assert reconstruction_figure(tmp_path) is None

@@ -12,15 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ssl_vit.config.methods import SiTConfig
 from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.dataset import SkippedImageLog, UnreadableImageError, evenly_spaced
 from ssl_vit.data.dataset_factory import build_dataset
-from ssl_vit.data.transforms.corruption import Corruption
 from ssl_vit.data.transforms.eval_transform import EvalTransform
+from ssl_vit.methods.base import ImageRestorer, SSLMethod
 from ssl_vit.methods.schedules import TrainingPlan
-from ssl_vit.methods.sit import SiT, SiTModel
-from ssl_vit.methods.sit_reconstruction import has_reconstruction, reconstruct
 from ssl_vit.models.attention_maps import cls_attention, resize_to_patch_multiple
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.runtime.atomic_io import atomic_write
@@ -106,9 +103,9 @@ class ImageLogger(L.Callback):
         backbone = cast(Backbone, module.eval_backbone)
         makers = {"attention": partial(self._attention, backbone)}
         model: nn.Module = backbone
-        if isinstance(module, SiT) and has_reconstruction(module.config):
-            model = module.student
-            makers["reconstruction"] = partial(self._reconstruction, module.student, module.config)
+        if restorer := cast(SSLMethod, module).figures().get("reconstruction"):
+            model = restorer.model
+            makers["reconstruction"] = partial(self._reconstruction, restorer)
         training = model.training
         model.eval()
         try:
@@ -161,10 +158,9 @@ class ImageLogger(L.Callback):
             rows.append((name, make_overlay_inputs(fitted, maps, MASS, None)))
         return overlay_grid(rows)
 
-    def _reconstruction(self, model: SiTModel, method: SiTConfig) -> Image.Image:
+    def _reconstruction(self, restorer: ImageRestorer) -> Image.Image:
         crops = torch.stack([one.crop for one in self.shown])  # (B, C, S, S)
-        corrupt = partial(Corruption(method.corruption), view=0)
-        restore = partial(reconstruct, model)
+        views, seed = self.config.method.views, self.config.seed
         return draw_reconstructions(
-            compute_reconstructions(crops, corrupt, restore, method.views, seed=self.config.seed)
+            compute_reconstructions(crops, restorer.corrupt, restorer.restore, views, seed=seed)
         )
