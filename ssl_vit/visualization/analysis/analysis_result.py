@@ -15,19 +15,11 @@ from ssl_vit.evaluation.segmentation.segmentation_evaluator import MODEL, RANDOM
 from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.atomic_io import atomic_write, write_json
 from ssl_vit.visualization.analysis.activation_collector import ActivationCollector, Activations
-from ssl_vit.visualization.analysis.attention_figures import (
-    RolloutRow,
-    distance_figure,
-    diversity_figure,
-    entropy_figure,
-    prefix_figure,
-    rollout_figure,
-)
+from ssl_vit.visualization.analysis.attention_figures import draw_head_statistic, rollout_figure
 from ssl_vit.visualization.analysis.attention_statistics import uniform_distance
 from ssl_vit.visualization.analysis.cka import MIN_IMAGES, comparison_figure, layers_figure
 from ssl_vit.visualization.analysis.feature_figures import (
     OUTLIER,
-    NormMap,
     block_of_largest_norm,
     norms_figure,
     spectrum,
@@ -122,37 +114,32 @@ def analyze_attention(
         collector: That of the model.
         activations: By model.
     """
-    backbone, num_images = collector.backbone, len(activations[MODEL].features)
-    if all(found.examples[0].rollout is not None for found in activations.values()):
-        result.figures["rollout"] = rollout_figure(_rollout_rows(activations))
+    backbone, examples = collector.backbone, activations[MODEL].examples
+    if backbone.has_cls:
+        random = activations[RANDOM].examples if RANDOM in activations else []
+        result.figures["rollout"] = rollout_figure(examples, random)
     else:
         result.skipped["rollout"] = "the model has no class token that it pools"
     heads = {name: found.heads for name, found in activations.items()}
-    distance = {name: part.distance.mean(0) for name, part in heads.items()}  # (blocks, heads)
-    entropy = {name: part.entropy.mean(0) for name, part in heads.items()}
-    uniform = uniform_distance(collector.centers)
-    statistics = {"distance": distance, "entropy": entropy}
-    side = collector.transform.image_size
-    result.figures["distance"] = distance_figure(distance, uniform, side, num_images)
-    result.figures["entropy"] = entropy_figure(entropy, num_images)
+    statistics = {
+        "distance": {name: part.distance.mean(0) for name, part in heads.items()},  # (blocks, heads)
+        "entropy": {name: part.entropy.mean(0) for name, part in heads.items()},
+    }
     if backbone.num_prefix_tokens:
-        prefix = {name: part.prefix.mean(0) for name, part in heads.items()}  # (blocks, heads, prefix)
-        registers = backbone.num_registers
-        token_counts = {"class token": backbone.num_prefix_tokens - registers, "register": registers}
-        result.figures["prefix"] = prefix_figure(prefix, token_counts, len(collector.centers), num_images)
-        statistics["prefix"] = {name: values.sum(-1) for name, values in prefix.items()}
-        result.arrays.update({f"{name}/prefix by token": values for name, values in prefix.items()})
+        by_token = {name: part.prefix.mean(0) for name, part in heads.items()}  # (blocks, heads, prefix)
+        statistics["prefix"] = {name: values.sum(-1) for name, values in by_token.items()}
+        result.arrays.update({f"{name}/prefix by token": values for name, values in by_token.items()})
     else:
         result.skipped["prefix"] = "the model has neither class token nor registers"
     if backbone.num_heads > 1:
         statistics["diversity"] = {name: part.diversity.mean(0) for name, part in heads.items()}
-        result.figures["diversity"] = diversity_figure(statistics["diversity"], num_images)
     else:
         result.skipped["diversity"] = "the model has a single head"
-    for kind, by_model in statistics.items():
-        result.arrays.update({f"{name}/{kind}": values for name, values in by_model.items()})
-        result.statistics[kind] = {name: values.mean(1).tolist() for name, values in by_model.items()}  # per block
-    result.statistics["distance"]["uniform"] = uniform
+    for kind, values in statistics.items():
+        result.figures[kind] = draw_head_statistic(kind, values, collector, len(activations[MODEL].features))
+        result.arrays.update({f"{name}/{kind}": part for name, part in values.items()})
+        result.statistics[kind] = {name: part.mean(1).tolist() for name, part in values.items()}  # per block
+    result.statistics["distance"]["uniform"] = uniform_distance(collector.centers)
 
 
 def analyze_features(
@@ -161,7 +148,7 @@ def analyze_features(
     """Analyze the norms of the tokens and the spectrum of the features; arguments as of `analyze_attention`."""
     norms = {name: found.norms for name, found in activations.items()}
     block = block_of_largest_norm(norms[MODEL])
-    maps = [NormMap(example.crop, example.norms[block]) for example in activations[MODEL].examples]
+    maps = [(example.crop, example.norms[block]) for example in activations[MODEL].examples]
     result.figures["norms"] = norms_figure(norms, maps, block)
     result.statistics["norms"] = {name: part.outliers.mean(0).tolist() for name, part in norms.items()}
     result.statistics["norms"]["outlier"] = (
@@ -200,14 +187,3 @@ def analyze_layers(
     if other:
         result.figures["comparison"] = comparison_figure(similarity[other], other, num_images)
     result.arrays.update({f"{MODEL}/cka with {name}": part for name, part in similarity.items()})
-
-
-def _rollout_rows(activations: dict[str, Activations]) -> list[RolloutRow]:
-    examples = activations[MODEL].examples
-    random = [example.rollout for example in activations[RANDOM].examples] if RANDOM in activations else []
-    rows = []
-    for index, example in enumerate(examples):
-        assert example.last is not None  # there is a class token
-        assert example.rollout is not None
-        rows.append(RolloutRow(example.crop, example.last, example.rollout, random[index] if random else None))
-    return rows

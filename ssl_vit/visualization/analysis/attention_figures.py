@@ -2,123 +2,96 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from ssl_vit.evaluation.segmentation.segmentation_evaluator import MODEL
-from ssl_vit.visualization.analysis.attention_statistics import rollout_scale_max
+from ssl_vit.visualization.analysis.activation_collector import ActivationCollector, ExampleMaps
+from ssl_vit.visualization.analysis.attention_statistics import rollout_scale_max, uniform_distance
 from ssl_vit.visualization.image_grid import TitledFigure, fit_size, image_grid, page, to_pil
 from ssl_vit.visualization.overlays import blend_heatmap, resize_map
 from ssl_vit.visualization.plots import head_chart
 
-_PATCHES_ONLY = "Attention between patches only: class token and registers are removed, the rest is scaled to sum 1."
 _TILE_SIDE = 330  # pixels of a tile's longer side
 
 
-def distance_figure(distance: dict[str, Tensor], uniform: float, side: int, num_images: int) -> TitledFigure:
-    """Draw the mean attention distance of each head.
-
-    Args:
-        distance: (blocks, heads) in pixels, by model.
-        uniform: The distance of uniform attention in pixels.
-        side: Side of the images in pixels.
-        num_images: Number of images of the means.
-    """
-    line = f"uniform attention: {uniform:.1f} pixels", uniform
-    image = head_chart(distance, "mean attention distance (pixels)", line=line)
-    low, high = float(distance[MODEL].min()), float(distance[MODEL].max())
-    text = (
-        f"Mean distance between a patch and the patches that a head attends to, in pixels of {side} x {side} images, "
-        f"over {num_images:,} images: {low:.1f} to {high:.1f} here. Heads with a low distance attend locally, as "
-        f"convolutions do; heads on the dashed line attend uniformly ({uniform:.1f} pixels). {_PATCHES_ONLY}"
-    )
-    return TitledFigure("Mean attention distance", image, text)
-
-
-def entropy_figure(entropy: dict[str, Tensor], num_images: int) -> TitledFigure:
-    """Draw the entropy of each head's attention, (blocks, heads) by model, between 0 and 1."""
-    image = head_chart(entropy, "entropy / ln N", line=("uniform attention: 1", 1.0))
-    text = (
-        "How evenly a head spreads its attention: 0 is all on one patch, 1 (dashed) is uniform over the N patches. "
-        f"Mean over the patches of {num_images:,} images. {_PATCHES_ONLY}"
-    )
-    return TitledFigure("Attention entropy", image, text)
-
-
-def prefix_figure(
-    attention: dict[str, Tensor], token_counts: dict[str, int], num_patches: int, num_images: int
+def draw_head_statistic(
+    kind: str, values: dict[str, Tensor], collector: ActivationCollector, num_images: int
 ) -> TitledFigure:
-    """Draw the attention on the tokens before the patches.
+    """Draw one statistic of each head.
 
     Args:
-        attention: (blocks, heads, prefix) by model.
-        token_counts: Number of these tokens by kind, in order.
-        num_patches: Number of patches.
-        num_images: Number of images of the means.
+        kind: distance, entropy, prefix or diversity.
+        values: (blocks, heads) by model, mean over the images.
+        collector: Of the model, for the sizes of images and tokens.
+        num_images: Number of images.
     """
-    prefix = sum(token_counts.values())
-    names = " and ".join(
-        f"the {kind}" if kind == "class token" else f"{count} {kind}{'s' if count > 1 else ''}"
-        for kind, count in token_counts.items()
-        if count
+    patches_only = (
+        f"Mean over {num_images:,} images. Attention between patches only: class token and registers are removed, the "
+        "rest is scaled to sum 1."
     )
-    share = 100 * prefix / (num_patches + prefix)
-    percent = {name: 100 * values.sum(-1) for name, values in attention.items()}
+    if kind == "distance":
+        uniform, side = uniform_distance(collector.centers), collector.transform.image_size
+        low, high = float(values[MODEL].min()), float(values[MODEL].max())
+        line = f"uniform attention: {uniform:.1f} pixels", uniform
+        image = head_chart(values, "mean attention distance (pixels)", line=line)
+        text = (
+            f"Mean distance between a patch and the patches that a head attends to, in pixels of {side} x {side} "
+            f"images: {low:.1f} to {high:.1f} here. Heads with a low distance attend locally, as convolutions do; "
+            f"heads on the dashed line attend uniformly ({uniform:.1f} pixels). {patches_only}"
+        )
+        return TitledFigure("Mean attention distance", image, text)
+    if kind == "entropy":
+        image = head_chart(values, "entropy / ln N", line=("uniform attention: 1", 1.0))
+        text = "How evenly a head spreads its attention: 0 is all on one patch, 1 (dashed) is uniform over N patches."
+        return TitledFigure("Attention entropy", image, f"{text} {patches_only}")
+    if kind == "diversity":
+        image = head_chart(values, "1 - mean cosine to the other heads")
+        text = "How different a head is from the others of its block: 0 is the same attention in all heads."
+        return TitledFigure("Head diversity", image, f"{text} {patches_only}")
+    backbone = collector.backbone
+    tokens = backbone.num_prefix_tokens + len(collector.centers)
+    share, registers = 100 * backbone.num_prefix_tokens / tokens, backbone.num_registers
+    names = ["the class token"] if backbone.num_prefix_tokens > registers else []
+    names += [f"{registers} register{'s' if registers > 1 else ''}"] if registers else []
+    percent = {name: 100 * part for name, part in values.items()}
     image = head_chart(percent, "attention received (%)", line=(f"uniform attention: {share:.2g} %", share))
     text = (
-        f"Share of the patches' attention on {names}, of {prefix + num_patches:,} tokens, mean over {num_images:,} "
+        f"Share of the patches' attention on {' and '.join(names)}, of {tokens:,} tokens, mean over {num_images:,} "
         "images. A head far above the dashed line ignores most patches."
     )
-    return TitledFigure(f"Attention on {names}", image, text)
+    return TitledFigure(f"Attention on {' and '.join(names)}", image, text)
 
 
-def diversity_figure(diversity: dict[str, Tensor], num_images: int) -> TitledFigure:
-    """Draw the diversity of the heads, (blocks, heads) by model, between 0 and 1."""
-    image = head_chart(diversity, "1 - mean cosine to the other heads")
-    text = (
-        "How different a head is from the other heads of its block: 0 is the same attention in all heads. Mean over "
-        f"{num_images:,} images. {_PATCHES_ONLY}"
-    )
-    return TitledFigure("Head diversity", image, text)
+def rollout_figure(examples: Sequence[ExampleMaps], random: Sequence[ExampleMaps]) -> TitledFigure:
+    """Draw images beside the attention of the last block and the rollout; each column has one color scale.
 
-
-class RolloutRow(NamedTuple):
-    """One image with attention maps of its class token; each map (rows, columns) sums to 1."""
-
-    image: Tensor  # (C, H, W) uint8
-    last: Tensor  # attention of the last block, mean over the heads
-    rollout: Tensor
-    random: Tensor | None  # rollout of the same model with random weights
-
-
-def rollout_figure(rows: list[RolloutRow]) -> TitledFigure:
-    """Draw images beside the attention of the last block and the rollout; each column has one color scale."""
-    columns = {
-        "last block, mean of heads": [row.last for row in rows],
-        "rollout, all blocks": [row.rollout for row in rows],
+    Args:
+        examples: Of the model.
+        random: Of the model with random weights, or empty.
+    """
+    columns: dict[str, list[Tensor]] = {
+        "last block, mean of heads": [example.last for example in examples if example.last is not None],
+        "rollout, all blocks": [example.rollout for example in examples if example.rollout is not None],
     }
-    random = [row.random for row in rows if row.random is not None]
     if random:
-        columns["rollout, random weights"] = random
+        columns["rollout, random weights"] = [example.rollout for example in random if example.rollout is not None]
     tops = [rollout_scale_max(maps) for maps in columns.values()]
     tops[1:] = [max(tops[1:])] * len(tops[1:])  # the same scale for random weights, whose rollout is flat
-    size = fit_size(rows[0].image, _TILE_SIDE)
+    size = fit_size(examples[0].crop, _TILE_SIDE)
     grid = []
-    for number, row in enumerate(rows):
-        image = to_pil(row.image, size)
-        heats = (
-            resize_map(maps[number], size) * maps[number].numel() / top
-            for maps, top in zip(columns.values(), tops, strict=True)
-        )
-        grid.append([image, *(blend_heatmap(image, heat.clip(0, 1)) for heat in heats)])
+    for number, example in enumerate(examples):
+        image = to_pil(example.crop, size)
+        grid.append([image])
+        for maps, top in zip(columns.values(), tops, strict=True):
+            heat = resize_map(maps[number], size) * maps[number].numel() / top
+            grid[-1].append(blend_heatmap(image, heat.clip(0, 1)))
     titles = ["image", *(f"{name}\n0 to {top:.3g} x uniform" for name, top in zip(columns, tops, strict=True))]
     text = (
         "Where the class token attends: in the last block alone (mean of its heads), and through all blocks with half "
         "of each step passing through the residual branch (attention rollout, Abnar & Zuidema 2020). Rollout becomes "
         "more uniform with depth, and is not specific to a class. Rollouts share one color scale; an evenly colored "
-        "map is uniform attention."
+        f"map is uniform attention.{' The column on the right is what random weights give.' if random else ''}"
     )
-    if random:
-        text += " The column on the right is what random weights give."
     return TitledFigure("Attention rollout", page([image_grid(grid, column_titles=titles, title_size=25)]), text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,25 +39,18 @@ def token_norms(norms: Tensor) -> TokenNorms:
     return TokenNorms(levels.cpu(), (norms > OUTLIER * median).float().mean(-1).cpu())
 
 
-class NormMap(NamedTuple):
-    """One image with the norms of its patch tokens after one block."""
-
-    image: Tensor  # (C, H, W) uint8
-    norms: Tensor  # (rows, columns)
-
-
 def block_of_largest_norm(norms: TokenNorms) -> int:
     """Return the block after which the largest norm exceeds the median by the largest factor."""
     means = norms.levels.mean(0)  # (blocks, quantiles)
     return int((means[:, QUANTILES.index(1.0)] / means[:, QUANTILES.index(0.5)]).argmax())
 
 
-def norms_figure(norms: dict[str, TokenNorms], maps: list[NormMap], block: int) -> TitledFigure:
+def norms_figure(norms: dict[str, TokenNorms], maps: Sequence[tuple[Tensor, Tensor]], block: int) -> TitledFigure:
     """Draw norms and outliers over the blocks, and maps of the norms of some images.
 
     Args:
         norms: By model.
-        maps: Of the first model.
+        maps: Images (C, H, W) uint8 of the first model with the norms (rows, columns) of their patch tokens.
         block: Block after which the maps were taken.
     """
     first = next(iter(norms.values()))
@@ -95,7 +89,7 @@ def _plot_levels(figure: SubFigure, norms: dict[str, TokenNorms]) -> None:
     figure.legend(*sizes.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=8)
 
 
-def _plot_norm_maps(figure: SubFigure, maps: list[NormMap], block: int) -> None:
+def _plot_norm_maps(figure: SubFigure, maps: Sequence[tuple[Tensor, Tensor]], block: int) -> None:
     grid = figure.subplots(2, len(maps), squeeze=False)
     top = max(float(norms.max()) for _, norms in maps)
     for (above, below), (image, norms) in zip(grid.T, maps, strict=True):

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from ssl_vit.visualization.analysis.feature_figures import (
-    NormMap,
     block_of_largest_norm,
     norms_figure,
     spectrum,
@@ -24,7 +23,7 @@ def test_token_norms_find_a_high_norm_token(make_crops):
     torch.testing.assert_close(found.levels[..., -1], norms.amax(-1))
     torch.testing.assert_close(found.levels[..., 1], norms.quantile(0.5, dim=-1))
     assert block_of_largest_norm(found) == 1
-    maps = [NormMap(make_crops(1)[0], norms[image, 1].view(4, 4)) for image in range(4)]
+    maps = [(make_crops(1)[0], norms[image, 1].view(4, 4)) for image in range(4)]
     figure = norms_figure({"model": found}, maps, 1)
     assert "0.00" not in figure.text
     assert f"{100 / 80:.2f} % at most, after block 1" in figure.text
