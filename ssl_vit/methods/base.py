@@ -59,7 +59,8 @@ class PretextViews(NamedTuple):
 class SSLMethod(L.LightningModule):
     """Base class of methods, which define `step`, `forward`, `has_weight_decay` and `eval_backbone`.
 
-    All schedules are functions of the optimizer step.
+    The trained model is called `student` and its moving average, if there is one, `teacher`; both have a `backbone`.
+    Checkpoints are read by these names. All schedules are functions of the optimizer step.
 
     Args:
         config: Section `method` of the configuration.

@@ -112,7 +112,10 @@ def test_load_config_finds_unknown_keys_in_own_files(tmp_path):
         (["method.views.global_crops.scale=[1,0.4]"], ["method.views.global_crops.scale", "[0.4, 1.0]"]),
         (["method.views.global_crops.count=3"], ["method: views.global_crops.count must be 2"]),
         (["method.views.local_crops.size=50"], ["local_crops.size=50", "patch_size=16"]),
-        (["data.batch_size=65", "trainer.accumulate_grad_batches=2"], ["data.batch_size=65", "accumulate_grad_batches = 2"]),
+        (
+            ["data.batch_size=65", "trainer.accumulate_grad_batches=2"],
+            ["data.batch_size=65", "accumulate_grad_batches = 2"],
+        ),
         (
             ["method=sit", "data.batch_size=60", "trainer.devices=2", "trainer.accumulate_grad_batches=3"],
             ["data.batch_size=60 means 10 images per process", "multiple of 4", "data.batch_size=72"],

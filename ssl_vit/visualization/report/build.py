@@ -148,7 +148,7 @@ def _panels(run: RunFolder, sections: _Sections) -> Panels:
     )
     sections.tell(INSIDE, both.how)
     sections.miss(INSIDE, both.problem)
-    if run.value("method.name") == "sit" and not both.reconstructions:
+    if run.value("method.reconstruction.enabled") and not both.reconstructions:
         sections.miss(RECONSTRUCTIONS, f"There are no drawings of reconstructions. {command}")
     return both
 
