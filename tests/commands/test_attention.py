@@ -10,12 +10,9 @@ from PIL import Image
 
 from ssl_vit.cli import main
 from ssl_vit.config.pretrain import BackboneConfig
-from ssl_vit.evaluation.segmentation.patch_mask import Segmentation
 from ssl_vit.evaluation.segmentation.segmentation_evaluator import MEASURES
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.checkpoint import export_backbone
-from ssl_vit.visualization.overlays import head_figure, make_overlay_inputs, overlay, overlay_grid, resize_map
-from ssl_vit.visualization.segmentation_writer import SegmentationWriter
 from tests.reference.saliency import slow_f
 
 CHECKPOINT = "checkpoint=random:vit_tiny_patch16_224"
@@ -261,49 +258,6 @@ def test_void_is_told(folder, tiny_model, capsys):
     with np.load(folder / "out" / "ious.npz") as scores:
         whole = scores["all foreground/IoU"][list(scores["images"]).index("odd.png")]
     assert whole == pytest.approx((mask == 1).sum() / (mask != 255).sum())
-
-
-def test_drawings_of_any_shape_and_number_of_heads():
-    for channels, size, heads in ((3, (30, 200), 12), (1, (200, 17), 3), (3, (400, 300), 1)):
-        image = torch.randint(0, 256, (channels, *size), dtype=torch.uint8)
-        maps = torch.rand(heads, max(1, size[0] // 16), max(1, size[1] // 16))
-        maps /= maps.sum((-2, -1), keepdim=True)
-        methods = {
-            "lost": Segmentation(maps[0], maps[0] > 0.5),
-            "+guided": Segmentation(torch.ones(size), torch.rand(size) > 0.5),
-        }
-        example = make_overlay_inputs(image, maps, 0.6, torch.rand(size) > 0.7, methods=methods)
-        assert overlay(example).size == size[::-1]
-        assert head_figure(example).width > 240
-        assert overlay_grid([("first", example), ("second", example)]).height > 120
-
-
-def test_heat_is_where_the_attention_is():
-    maps = torch.full((2, 4, 4), 0.01)
-    maps[:, 1, 2] = 1
-    maps /= maps.sum((-2, -1), keepdim=True)
-    heat = np.asarray(overlay(make_overlay_inputs(torch.zeros(3, 64, 64, dtype=torch.uint8), maps, 0.6, None))).astype(
-        int
-    )
-    brightness = heat.sum(-1)
-    assert brightness[20:28, 36:44].min() > 2 * brightness[40:, :24].max()
-
-
-def test_soft_maps_are_bilinear_between_patch_centers():
-    map_ = torch.rand(3, 5)
-    large = torch.from_numpy(resize_map(map_, (33, 55)).copy())  # 11 pixels a patch: the center pixel is its center
-    torch.testing.assert_close(large[5::11, 5::11], map_)
-    expected = torch.nn.functional.interpolate(map_[None, None], (33, 55), mode="bilinear", align_corners=False)
-    torch.testing.assert_close(large, expected[0, 0])
-
-
-def test_names_that_differ_in_their_suffix_alone_keep_it(tmp_path):
-    assert SegmentationWriter(tmp_path, ["a.jpg", "a.png", "b/a.jpg", "c.d.jpg"]).stems == [
-        "a.jpg",
-        "a.png",
-        "b/a",
-        "c.d",
-    ]
 
 
 def test_one_scored_image_has_no_interval_and_a_second_run_is_told_of_the_first(folder, capsys):

@@ -4,9 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from ssl_vit.cli import main
@@ -16,7 +14,7 @@ from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.classification.ann_index import Index
 from ssl_vit.evaluation.features.extractor import extract
 from ssl_vit.models.checkpoint import load_backbone
-from ssl_vit.visualization.neighbor_figure import TILE_SIDE, NeighborTile, neighbor_figure
+from ssl_vit.visualization.neighbor_figure import TILE_SIDE
 from tests.reference import probes
 
 
@@ -163,19 +161,3 @@ def test_a_jpeg_sheet(words, flat, tmp_path):
     found(words, f"data.root={flat}", f"out={tmp_path / 'new' / 'sheet.jpg'}", "limit=2")
     with Image.open(tmp_path / "new" / "sheet.jpg") as sheet:
         assert sheet.format == "JPEG"
-
-
-def test_borders_say_whose_class_is_the_querys():
-    def colors(*same):
-        gray = torch.full((1, 40, 80), 128, dtype=torch.uint8)
-        sheet = np.asarray(
-            neighbor_figure([[NeighborTile(gray, ["a"], None), *(NeighborTile(gray, ["b"], one) for one in same)]])
-        )
-        return {tuple(color) for color in sheet[:-30].reshape(-1, 3).tolist()}  # without the legend
-
-    green, orange = (0, 140, 100), (213, 94, 0)
-    assert green in colors(True)
-    assert orange not in colors(True)
-    assert orange in colors(False)
-    assert not {green, orange} & colors(None)
-    assert {green, orange} <= colors(True, False, None)
