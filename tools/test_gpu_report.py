@@ -1,4 +1,4 @@
-"""The tool that measures everything on a GPU runs on a CPU as far as it goes, and leaves what it found."""
+"""tools/gpu_report.py on a CPU: measurements and failures are written and printed."""
 
 import json
 import subprocess
@@ -16,10 +16,10 @@ SOME = ["machine", "vit_s full", "cifar 512 K", "cifar 512 C", "check", "sit ful
 
 
 @pytest.mark.slow
-def test_figures_and_failures_are_in_the_file_and_the_table(tmp_path):
+def test_gpu_report_writes_and_prints_measurements_and_failures(tmp_path):
     out = tmp_path / "figures.json"
     command = [sys.executable, str(TOOL), str(out), "--budget", "60", "--only", *SOME]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100).stdout
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100).stdout
     found = json.loads(out.read_text())
     failed = {name for name, figure in found.items() if "error" in figure}
     assert failed == set(NEEDS_GPU)
@@ -30,16 +30,16 @@ def test_figures_and_failures_are_in_the_file_and_the_table(tmp_path):
         assert abs(sum(found[name]["shares"].values()) - 1) < 1e-6
     assert found["check graphs"]["dino graphs"] == "5 as expected"
     assert found["check graphs"]["sit graphs"] == "2 as expected"
-    assert found["check graphs"]["dino breaks"] == found["check graphs"]["dino odd keys"] == 0
+    assert found["check graphs"]["dino breaks"] == found["check graphs"]["dino renamed keys"] == 0
     assert found["check dino"]["largest difference, device"] == found["check sit"]["largest difference, device"] == 0
     assert all(value > 0 for name, value in found["parts"].items())
-    for words in ("1,200 not reached", "data below 5%", "check sync: FAILED: RuntimeError: needs a GPU"):
-        assert words in shown
+    for text in ("1,200 not reached", "data below 5%", "check sync: FAILED: RuntimeError: needs a GPU"):
+        assert text in output
 
 
-def test_a_run_goes_on_behind_what_is_there_and_behind_a_figure_that_fails(tmp_path, monkeypatch):
+def test_main_resumes_after_existing_and_failed_measurements(tmp_path, monkeypatch):
     def measure(name):
-        def run(place):
+        def run(context):
             measured.append(name)
             if name == "slow":
                 time.sleep(10)
@@ -47,10 +47,10 @@ def test_a_run_goes_on_behind_what_is_there_and_behind_a_figure_that_fails(tmp_p
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
             return {"value": 1.0}
 
-        return gpu_benchmarks.Figure(0.2, run)
+        return gpu_benchmarks.Measurement(0.2, run)
 
     names = ["done", "slow", "broken", "last"]
-    monkeypatch.setattr(gpu_benchmarks, "plan", lambda place: {name: measure(name) for name in names})
+    monkeypatch.setattr(gpu_benchmarks, "plan", lambda context: {name: measure(name) for name in names})
     out, measured = tmp_path / "figures.json", []
     out.write_text(json.dumps({"done": {"value": 2.0}}))
     arguments = str(out), str(tmp_path), str(time.time() + 60)
@@ -65,12 +65,12 @@ def test_a_run_goes_on_behind_what_is_there_and_behind_a_figure_that_fails(tmp_p
     assert "broken: FAILED: RuntimeError: CUDA error" in table(found)
 
 
-def test_targets_are_judged():
-    figure = {
+def test_table_compares_with_targets():
+    values = {
         "images_per_s": 1500.0, "batch": 512, "peak_share": 0.25, "memory": {"device_gb": 90.0},
         "shares": {"data": 0.02, "loss": 0.03, "ema": 0.01, "optimizer": 0.01, "clip": 0.01, "backward": 0.92},
         "parts_ms": {"data": 2.0},
     }  # fmt: skip
-    shown = table({"vit_s full": figure})
-    for words in ("1,200 reached", "1,471 reached", "2,150 not reached", "data below 5% yes", "clip below 5% NO"):
-        assert words in shown
+    output = table({"vit_s full": values})
+    for text in ("1,200 reached", "1,471 reached", "2,150 not reached", "data below 5% yes", "clip below 5% NO"):
+        assert text in output
