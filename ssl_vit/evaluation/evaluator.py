@@ -42,7 +42,7 @@ from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone, random_init
 from ssl_vit.runtime.device import best_device, set_local_device
 from ssl_vit.runtime.errors import RankFinished, UserError
 from ssl_vit.runtime.launch import torchrun_rank
-from ssl_vit.visualization.confusion_figure import read_hardest_images, plot_confusion
+from ssl_vit.visualization.confusion_figure import plot_confusion, read_hardest_images
 
 BLOCKS = 4  # last blocks whose [CLS] is stored at least, so that all evaluations share one pass
 MODEL, RANDOM, PIXELS = "model", "random init", "raw pixels"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import matplotlib.style
 import numpy as np
@@ -86,17 +85,8 @@ def style_axes(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-class MatrixPlot(NamedTuple):
-    """A matrix with its title and the labels of its axes."""
-
-    title: str
-    values: Tensor  # (rows, columns)
-    row_label: str
-    column_label: str
-
-
-def plot_matrices(plots: Sequence[MatrixPlot], label: str) -> Image.Image:
-    """Draw matrices side by side with one color scale from 0 to 1, whose label this is."""
+def plot_matrices(plots: Sequence[tuple[str, Tensor, str, str]], label: str) -> Image.Image:
+    """Draw matrices side by side: title, values, row and column labels; one color scale from 0 to 1, with a label."""
     with plain_style():
         figure = new_figure(3.4)
         grid = figure.subplots(1, len(plots), squeeze=False)[0]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ssl_vit.visualization.image_grid import TitledFigure
-from ssl_vit.visualization.plots import MatrixPlot, plot_matrices
+from ssl_vit.visualization.plots import plot_matrices
 
 MINIBATCH = 256  # images, as Nguyen et al. 2021
 MIN_IMAGES = 4  # for which the unbiased estimate is defined
@@ -73,9 +73,9 @@ def layers_figure(own: Tensor, random: Tensor | None, num_images: int) -> Titled
         random: (blocks of the model, blocks of the random-init model).
         num_images: Number of images of the features.
     """
-    plots = [MatrixPlot("model and itself", own, "block", "block")]
+    plots = [("model and itself", own, "block", "block")]
     if random is not None:
-        plots.append(MatrixPlot("model and random init", random, "block", "block of random init"))
+        plots.append(("model and random init", random, "block", "block of random init"))
     text = (
         f"Similarity of the features of {num_images:,} images in the blocks: 1 is equal up to rotation and scale, 0 is "
         "unrelated. Bright squares along the diagonal are stages of blocks that change little. Features are mean patch "
@@ -93,5 +93,5 @@ def comparison_figure(cka: Tensor, other: str, num_images: int) -> TitledFigure:
         f"and scale, 0 is unrelated. Rows are this model, columns {other}. A bright diagonal means that both models "
         "process images in similar stages. Features are mean patch tokens after each block; the estimate is unbiased."
     )
-    image = plot_matrices([MatrixPlot("", cka, "block", f"block of {other}")], "CKA")
+    image = plot_matrices([("", cka, "block", f"block of {other}")], "CKA")
     return TitledFigure("Similarity to another model (linear CKA)", image, text)
