@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_vit.data.sources.image_folder import ImageFolder, scan_image_folder
-from ssl_vit.evaluation.segmentation.mask_methods import METHODS, make_segmenters
+from ssl_vit.evaluation.segmentation.mask_methods import METHODS, build_segmenters
 from ssl_vit.models.attention_maps import cls_attention, extract_last_block
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.checkpoint import load_backbone
@@ -118,7 +118,7 @@ def rates(backbone: Backbone, images: Tensor) -> None:
     sights = extract_last_block(backbone, images)
     looked = (time.process_time() - start) / len(images)
     print(f"{SIDE} pixels: {1 / looked:.2f} images/s, forward pass and attention maps")
-    for name, segment in make_segmenters(METHODS, sights).items():
+    for name, segment in build_segmenters(METHODS, sights).items():
         start = time.process_time()
         for sight in sights:
             segment(sight)

@@ -32,7 +32,7 @@ from ssl_vit.data.sources.image_folder import load_images_at
 from ssl_vit.evaluation.segmentation.guided_filter import refine
 from ssl_vit.evaluation.segmentation.image_outputs import ImageOutputs, run_backbone
 from ssl_vit.evaluation.segmentation.iou import center_prior, downsample_mask
-from ssl_vit.evaluation.segmentation.mask_methods import METHODS, make_segmenters
+from ssl_vit.evaluation.segmentation.mask_methods import METHODS, build_segmenters
 from ssl_vit.evaluation.segmentation.patch_mask import concatenated_keys
 from ssl_vit.models.attention_maps import LastBlockFeatures, upsample_mask
 from ssl_vit.models.checkpoint import load_backbone, random_init_like
@@ -67,7 +67,7 @@ def measure(name: str, count: int) -> None:
     """Seconds and megabytes of one method at one number of patches."""
     sight = synthetic(GRIDS[count])
     small = synthetic((8, 8))
-    method = dense if name == DENSE else make_segmenters([name], [sight])[name]
+    method = dense if name == DENSE else build_segmenters([name], [sight])[name]
     method(small)  # libraries are loaded
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []
@@ -112,14 +112,14 @@ def scores(checkpoint: str, images: str, masks: str, max_side: str = "") -> None
     def stream() -> Iterator[ImageOutputs]:
         return run_backbone(dataset, places, models=models, max_side=side, skipped=skipped)
 
-    segmenters = [make_segmenters(names, (seen.sights[index] for seen in stream())) for index in range(2)]
+    segmenters = [build_segmenters(names, (seen.features[index] for seen in stream())) for index in range(2)]
     found: dict[tuple[str, str], list[Tensor]] = {}
     outlines = []
     for seen in stream():
         size = (seen.image.shape[-2], seen.image.shape[-1])
-        truth = truths.read(dataset.name(seen.place), size)
+        truth = truths.read(dataset.name(seen.image_index), size)
         outlines.append(downsample_mask(truth))
-        for title, methods, sight in zip(("model", "random"), segmenters, seen.sights, strict=True):
+        for title, methods, sight in zip(("model", "random"), segmenters, seen.features, strict=True):
             for name, segment in methods.items():
                 mask = segment(sight).mask
                 for way, pixels in (("", upsample_mask(mask, size)), (" refined", refine(mask, seen.image))):

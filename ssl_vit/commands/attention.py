@@ -1,4 +1,4 @@
-"""`ssl-vit attention`: what the [CLS] token looks at in images of any size; with masks, how well it finds objects.
+"""`ssl-vit attention`: attention maps of the [CLS] token for images of any size; with masks, their IoU.
 
 ssl-vit attention checkpoint=runs/photos images=photos out=maps
 ssl-vit attention checkpoint=timm:vit_small_patch16_224.dino images=photo.jpg
@@ -25,9 +25,8 @@ from ssl_vit.data.sources.image_folder import ImageFolder, load_images_at
 from ssl_vit.evaluation.segmentation.image_outputs import run_backbone
 from ssl_vit.evaluation.segmentation.mask_predictor import build_predictors, check_methods
 from ssl_vit.evaluation.segmentation.mask_scores import PredictedMasks
-from ssl_vit.evaluation.segmentation.segmentation_evaluator import MethodResult, Summary
-from ssl_vit.evaluation.segmentation.segmentation_result import write_ious, write_record
-from ssl_vit.evaluation.segmentation.segmentation_table import score_table
+from ssl_vit.evaluation.segmentation.segmentation_evaluator import MethodResult, SegmentationEvaluator
+from ssl_vit.evaluation.segmentation.segmentation_result import score_table, write_image_scores, write_result
 from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone, random_init_like
 from ssl_vit.runtime.device import best_device
 from ssl_vit.runtime.errors import UserError
@@ -35,94 +34,110 @@ from ssl_vit.runtime.progress import progress_bar
 from ssl_vit.visualization.overlays import OverlayInputs, make_overlay_inputs, overlay_grid
 from ssl_vit.visualization.segmentation_writer import SegmentationWriter, plot_iou_curves
 
-SHEET_ROWS = 3  # of the best, the middle and the worst images each
+GRID_ROWS = 3  # of the best, the median and the worst images each
 
 
 class AttentionSummary(NamedTuple):
-    """What one run of the command did; its files lie in `config.out`."""
+    """Outcome of the command; its files are in `config.out`."""
 
     written: int  # images
     skipped: int  # images that could not be used
-    unscored: int  # images without a mask that they could be scored by
+    unscored: int  # images without a usable mask
     results: list[MethodResult]  # of the scored images; empty without masks
-    remarks: list[str]  # on how the masks were read
-    sheet: Path
+    notes: list[str]  # on how the masks were read
+    figure: Path
     seconds: float
 
 
 def main(config: AttentionConfig) -> None:
     """Run the command."""
     if (config.out / "summary.json").exists():
-        print(f"{config.out} holds an earlier result: what it has of other images and methods stays", flush=True)
-    outcome = run_attention(config)
-    if outcome.results:
-        print(score_table(outcome.results, mass=config.attention_mass))
-    print(_report(config, outcome))
+        print(f"{config.out} contains an earlier result: its files of other images and methods are kept", flush=True)
+    summary = run_attention(config)
+    if summary.results:
+        print(score_table(summary.results, mass=config.attention_mass))
+    print(_report(config, summary))
 
 
 def run_attention(config: AttentionConfig) -> AttentionSummary:
-    """Write maps, masks and drawings of all images into `config.out`, and score them where masks are given.
+    """Write maps, masks and overlays of all images into `config.out`, and score them where there is ground truth.
 
     Raises:
         UserError: There is no image, or none that could be used or, with masks, scored.
     """
-    with TemporaryDirectory() as scores:
-        return _segment(config, Summary(Path(scores), mass=config.attention_mass, seed=config.seed))
-
-
-def _segment(config: AttentionConfig, summary: Summary) -> AttentionSummary:
-    dataset, truths = _images(config)
-    models = _models(config, scored=truths is not None)
-    places = range(len(dataset))[: config.limit]
-    gallery = SegmentationWriter(config.out, [dataset.name(place) for place in places])
-    skipped, unscored = (_fresh_list(config.out / f"{name}_images.txt") for name in ("skipped", "unscored"))
+    dataset, annotations = _load_images(config)
+    models = _load_models(config, scored=annotations is not None)
+    indices = range(len(dataset))[: config.limit]
+    writer = SegmentationWriter(config.out, [dataset.name(index) for index in indices])
+    skipped, unscored = (_empty_log(config.out / f"{name}_images.txt") for name in ("skipped", "unscored"))
     written = []
     start = time.perf_counter()
-    finders = build_predictors(
-        models, dataset, count=len(places), names=config.methods, mass=config.attention_mass, refine=config.refine is not None,
-        max_side=config.max_side, skipped=skipped,
-    )  # fmt: skip
-    stream = run_backbone(dataset, places, models=models, max_side=config.max_side, skipped=skipped)
-    for seen in progress_bar(stream, total=len(places), unit=" images", desc="attention"):
-        given = _given(truths, dataset.name(seen.place), seen.image, unscored)
-        objects = [find(sight, seen.image) for find, sight in zip(finders, seen.sights, strict=True)]
-        gallery.write(seen.place, _example(config, seen.image, objects[0], given))
-        written.append(seen.place)
-        if given is not None:
-            summary.add(seen.place, objects, given)
-    seconds = time.perf_counter() - start
+    predictors = build_predictors(
+        models,
+        dataset,
+        count=len(indices),
+        names=config.methods,
+        mass=config.attention_mass,
+        refine=config.refine is not None,
+        max_side=config.max_side,
+        skipped=skipped,
+    )
+    with TemporaryDirectory() as folder:
+        evaluator = SegmentationEvaluator(Path(folder), mass=config.attention_mass, seed=config.seed)
+        stream = run_backbone(dataset, indices, models=models, max_side=config.max_side, skipped=skipped)
+        for outputs in progress_bar(stream, total=len(indices), unit=" images", desc="attention"):
+            annotation = _annotation(annotations, dataset.name(outputs.image_index), outputs.image, unscored)
+            pairs = zip(predictors, outputs.features, strict=True)
+            predicted = [predict(features, outputs.image) for predict, features in pairs]
+            writer.write(outputs.image_index, _overlay_inputs(config, outputs.image, predicted[0], annotation))
+            written.append(outputs.image_index)
+            if annotation is not None:
+                evaluator.update(outputs.image_index, predicted, annotation)
+        seconds = time.perf_counter() - start
+        _check_usable(config, written, annotations, evaluator, skipped, unscored)
+        results = evaluator.compute() if annotations else []
+    examples = select_examples(written, evaluator.indices, results)
+    figure = _write_figure(config, dataset, writer, annotations, examples)
+    notes = annotations.notes() if annotations else []
+    summary = AttentionSummary(len(written), skipped.count(), unscored.count(), results, notes, figure, seconds)
+    _write_results(config, models[0], summary, dataset, [dataset.name(index) for index in evaluator.indices], start)
+    return summary
+
+
+def _check_usable(
+    config: AttentionConfig,
+    written: list[int],
+    annotations: AnnotationSource | None,
+    evaluator: SegmentationEvaluator,
+    skipped: SkippedImageLog,
+    unscored: SkippedImageLog,
+) -> None:
     if not written:
         source = f"images={config.images}" if config.images else f"voc={config.voc}"
-        raise UserError(f"{source}: no image could be used; {skipped.path} says why")
-    if truths and not summary.places:
+        raise UserError(f"{source}: no image could be used. See {skipped.path} for the reasons")
+    if annotations and not evaluator.indices:
         source = f"masks={config.masks}" if config.masks else f"voc={config.voc}"
-        raise UserError(f"{source}: no image has a usable mask; {unscored.path} says why")
-    results = summary.results() if truths else []
-    sheet = _write_sheet(config, dataset, gallery, truths, select_examples(written, summary, results))
-    remarks = truths.notes() if truths else []
-    outcome = AttentionSummary(len(written), skipped.count(), unscored.count(), results, remarks, sheet, seconds)
-    _write_results(config, models[0], outcome, dataset, [dataset.name(place) for place in summary.places], start)
-    return outcome
+        raise UserError(f"{source}: no image has a usable mask. See {unscored.path} for the reasons")
 
 
 def _write_results(
     config: AttentionConfig,
     model: LoadedBackbone,
-    outcome: AttentionSummary,
+    summary: AttentionSummary,
     dataset: ImageFolder,
     scored: list[str],
     started: float,
 ) -> None:
-    """The record, the scores of every image by name, and the curve of the thresholds."""
-    counts = {"num_images": outcome.written, "skipped": outcome.skipped, "unscored": outcome.unscored}
+    """Write the result, the scores of every image by name, and the IoU by attention mass."""
+    counts = {"num_images": summary.written, "skipped": summary.skipped, "unscored": summary.unscored}
     data = {"fingerprint": dataset.fingerprint(sizes=True), **counts}
-    write_record(config, model, outcome.results, data=data, remarks=outcome.remarks, started=started)
-    write_ious(config.out / "ious.npz", outcome.results, scored)
-    plot_iou_curves(config.out / "curve.png", outcome.results, config.attention_mass)
+    write_result(config, model, summary.results, data=data, notes=summary.notes, started=started)
+    write_image_scores(config.out / "ious.npz", summary.results, scored)
+    plot_iou_curves(config.out / "curve.png", summary.results, config.attention_mass)
 
 
-def _images(config: AttentionConfig) -> tuple[ImageFolder, AnnotationSource | None]:
-    """All images of the folder or list, or the one image that was named; and what is given of them."""
+def _load_images(config: AttentionConfig) -> tuple[ImageFolder, AnnotationSource | None]:
+    """Load all images of the folder or list, or the one named image, and their ground truth."""
     if config.voc is not None:
         voc = VOCDataset(config.voc, config.split)
         return voc.dataset, voc
@@ -132,8 +147,8 @@ def _images(config: AttentionConfig) -> tuple[ImageFolder, AnnotationSource | No
     return load_images_at(config.images), MaskFolder(config.masks) if config.masks else None
 
 
-def _models(config: AttentionConfig, *, scored: bool) -> list[LoadedBackbone]:
-    """The model, and beside it the same with random weights where there are scores to compare."""
+def _load_models(config: AttentionConfig, *, scored: bool) -> list[LoadedBackbone]:
+    """Load the model and, where there are scores to compare, its random-init model."""
     models = [load_backbone(config.checkpoint, config.weights, require_cls=False)]
     check_methods(models[0], config.methods)
     if scored and config.baselines:
@@ -143,84 +158,90 @@ def _models(config: AttentionConfig, *, scored: bool) -> list[LoadedBackbone]:
     return models
 
 
-def _fresh_list(path: Path) -> SkippedImageLog:
+def _empty_log(path: Path) -> SkippedImageLog:
     path.unlink(missing_ok=True)
     return SkippedImageLog(path)
 
 
-def _given(truths: AnnotationSource | None, name: str, image: Tensor, unscored: SkippedImageLog) -> Annotation | None:
-    """What is given of the image, if it is something that fits."""
-    if truths is None:
+def _annotation(
+    annotations: AnnotationSource | None, name: str, image: Tensor, unscored: SkippedImageLog
+) -> Annotation | None:
+    """Return the annotation of an image, or None without a usable one."""
+    if annotations is None:
         return None
     try:
-        return truths.annotation(name, (image.shape[-2], image.shape[-1]))
+        return annotations.annotation(name, (image.shape[-2], image.shape[-1]))
     except MissingMaskError as reason:
         unscored.record(UnreadableImageError(name, str(reason)))
         return None
 
 
-def _example(
-    config: AttentionConfig, image: Tensor, objects: PredictedMasks, given: Annotation | None
+def _overlay_inputs(
+    config: AttentionConfig, image: Tensor, predicted: PredictedMasks, annotation: Annotation | None
 ) -> OverlayInputs:
-    truth, counted = (given.foreground, given.valid) if given is not None else (None, None)
-    return make_overlay_inputs(
-        image, objects.maps, config.attention_mass, truth, valid=counted, methods=objects.methods
-    )
+    foreground, valid = (annotation.foreground, annotation.valid) if annotation is not None else (None, None)
+    mass, methods = config.attention_mass, predicted.methods
+    return make_overlay_inputs(image, predicted.maps, mass, foreground, valid=valid, methods=methods)
 
 
-class _Chosen(NamedTuple):
-    place: int  # among the images
-    caption: str
+class Example(NamedTuple):
+    """An image of the figure."""
+
+    image_index: int  # in the dataset
+    caption: str  # empty if it was not scored
 
 
-def select_examples(written: list[int], summary: Summary, results: list[MethodResult]) -> list[_Chosen]:
-    """Images for the sheet: the best, the middle and the worst by the heads' mean, or else the first method.
+def select_examples(written: list[int], scored: list[int], results: list[MethodResult]) -> list[Example]:
+    """Select the best, median and worst images by the mean of the heads, or else by the first method.
 
-    Unscored ones, and those that have boxes alone, are evenly spread.
+    Without IoUs, images are evenly spaced.
+
+    Args:
+        written: Indices of all images.
+        scored: Indices of the scored images.
+        results: Of the scored images, the model's first; or empty.
     """
-    rows = 3 * SHEET_ROWS
+    count = 3 * GRID_ROWS
     if not results or not results[0].ious:
-        spread = torch.linspace(0, len(written) - 1, min(len(written), rows)).long().tolist()
-        return [_Chosen(sorted(written)[place], "") for place in spread]
+        spaced = torch.linspace(0, len(written) - 1, min(len(written), count)).long().tolist()
+        return [Example(sorted(written)[position], "") for position in spaced]
     ious = results[0].ious
     scores = ious["mass/mean"] if "mass/mean" in ious else next(iter(ious.values()))
     order = scores.argsort(descending=True).tolist()
-    named = [("", place) for place in order]
-    if len(order) > rows:
-        starts = {"best": 0, "median": (len(order) - SHEET_ROWS) // 2, "worst": len(order) - SHEET_ROWS}
-        named = [(f"{name}\n", place) for name, start in starts.items() for place in order[start : start + SHEET_ROWS]]
-    return [_Chosen(summary.places[place], f"{name}IoU {scores[place]:.2f}") for name, place in named]
+    captioned = [("", row) for row in order]
+    if len(order) > count:
+        starts = {"best": 0, "median": (len(order) - GRID_ROWS) // 2, "worst": len(order) - GRID_ROWS}
+        captioned = [(f"{name}\n", row) for name, start in starts.items() for row in order[start : start + GRID_ROWS]]
+    return [Example(scored[row], f"{name}IoU {scores[row]:.2f}") for name, row in captioned]
 
 
-def _write_sheet(
+def _write_figure(
     config: AttentionConfig,
     dataset: ImageFolder,
-    gallery: SegmentationWriter,
-    truths: AnnotationSource | None,
-    chosen: list[_Chosen],
+    writer: SegmentationWriter,
+    annotations: AnnotationSource | None,
+    examples: list[Example],
 ) -> Path:
-    """`sheet.jpg`: a row of tiles for each chosen image, read again from disk."""
+    """Write `sheet.jpg` with a row of tiles for each example, whose masks are read again from disk."""
     rows = []
-    for place, caption in chosen:
-        image = dataset.read(place, 3)
-        given = (
-            truths.annotation(dataset.name(place), (image.shape[-2], image.shape[-1])) if truths and caption else None
-        )
-        caption = f"{caption}\n{dataset.name(place)}".strip()
-        rows.append((caption, _example(config, image, gallery.load(place), given)))
+    for index, caption in examples:
+        name, image = dataset.name(index), dataset.read(index, 3)
+        size = (image.shape[-2], image.shape[-1])
+        annotation = annotations.annotation(name, size) if annotations and caption else None
+        rows.append((f"{caption}\n{name}".strip(), _overlay_inputs(config, image, writer.load(index), annotation)))
     path = config.out / "sheet.jpg"
     overlay_grid(rows).save(path, quality=90, subsampling=0)
     return path
 
 
-def _report(config: AttentionConfig, outcome: AttentionSummary) -> str:
-    """What was done and where it lies, in a few lines."""
-    rate = outcome.written / outcome.seconds
-    lines = [f"{outcome.written} images in {outcome.seconds:.0f} s ({rate:.1f} a second); see {outcome.sheet}"]
-    if outcome.skipped:
-        lines.append(f"{outcome.skipped} images could not be used: {config.out / 'skipped_images.txt'} says why")
-    if outcome.unscored:
-        lines.append(f"{outcome.unscored} images have no usable mask: {config.out / 'unscored_images.txt'} says why")
-    lines += outcome.remarks
-    lines.append(f"{config.out} holds overlays/, heads/, masks/ and maps/ under the images' names")
+def _report(config: AttentionConfig, summary: AttentionSummary) -> str:
+    """Return counts, speed and where the files are."""
+    rate = summary.written / summary.seconds
+    lines = [f"{summary.written} images in {summary.seconds:.0f} s ({rate:.1f} images/s); see {summary.figure}"]
+    if summary.skipped:
+        lines.append(f"{summary.skipped} images could not be used: see {config.out / 'skipped_images.txt'}")
+    if summary.unscored:
+        lines.append(f"{summary.unscored} images have no usable mask: see {config.out / 'unscored_images.txt'}")
+    lines += summary.notes
+    lines.append(f"{config.out} contains overlays/, heads/, masks/ and maps/ under the images' names")
     return "\n".join(lines)

@@ -182,7 +182,7 @@ def _method_tile(inputs: OverlayInputs, found: Segmentation, size: tuple[int, in
         dark = image.convert("L").point(lambda value: value // 4).convert("RGB")
         tile = Image.composite(image, dark, Image.fromarray(mask.numpy()))
     else:
-        scores = resize_map(found.soft, size)
+        scores = resize_map(found.score_map, size)
         value_range = max(float(np.ptp(scores)), np.finfo(np.float32).tiny)
         tile = blend_heatmap(image, (scores - scores.min()) / value_range)
     draw_outline(tile, mask, MASK)

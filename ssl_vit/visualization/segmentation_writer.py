@@ -43,8 +43,8 @@ class SegmentationWriter:
         """Write the files of the image with this index in `names`.
 
         Its arrays are `size`; with attention `maps` (heads + 1, rows, columns), the heads, then their mean, each of sum
-        1, and their `masks`; for each method `<method>/mask` and `<method>/soft` (rows, columns), of refined methods
-        only the mask (H, W).
+        1, and their `masks`; for each method `<method>/mask` and `<method>/score_map` (rows, columns), of refined
+        methods only the mask (H, W).
         """
         size = (inputs.image.shape[-2], inputs.image.shape[-1])
         arrays: dict[str, Any] = {"size": np.array(size)}
@@ -52,8 +52,8 @@ class SegmentationWriter:
             arrays |= {"maps": inputs.maps.numpy(), "masks": inputs.masks.numpy()}
         for method, found in inputs.methods.items():
             arrays[f"{method}/mask"] = found.mask.numpy()
-            if found.soft.shape != size:
-                arrays[f"{method}/soft"] = found.soft.numpy()
+            if found.score_map.shape != size:
+                arrays[f"{method}/score_map"] = found.score_map.numpy()
         np.savez_compressed(self._path("maps", index, ".npz"), **arrays)
         for head, mask in enumerate(inputs.masks):
             self._write_mask("mean" if head == len(inputs.masks) - 1 else f"head{head}", index, mask, size)
@@ -68,7 +68,9 @@ class SegmentationWriter:
             values = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         maps = values["maps"][:-1] if "maps" in values else None
         masks = {name.removesuffix("/mask"): mask for name, mask in values.items() if name.endswith("/mask")}
-        methods = {name: Segmentation(values.get(f"{name}/soft", mask.float()), mask) for name, mask in masks.items()}
+        methods = {
+            name: Segmentation(values.get(f"{name}/score_map", mask.float()), mask) for name, mask in masks.items()
+        }
         return PredictedMasks(maps, methods)
 
     def _write_mask(self, name: str, index: int, mask: Tensor, size: tuple[int, int]) -> None:

@@ -96,7 +96,7 @@ def test_masks_add_scores_beside_the_baselines(folder, capsys):
     }
     printed = capsys.readouterr().out
     assert "IoU of 4 images" in printed
-    for row in ("best fixed head", "oracle", "mean of the heads", "center prior", "the whole image", "ceiling"):
+    for row in ("best fixed head", "best head", "mean of the heads", "center prior", "whole image", "ceiling"):
         assert row in printed
     assert "random init" in printed
     assert (folder / "out" / "overlays" / "unmasked.jpg").exists()
@@ -185,7 +185,7 @@ def test_every_method_gets_its_masks_scores_and_drawings(folder, tiny_model, cap
         assert set(np.unique(mask)) <= {0, 255} | {False, True}
     with np.load(out / "maps" / "odd.npz") as arrays:
         for name in METHODS:
-            assert arrays[f"{name}/mask"].shape == arrays[f"{name}/soft"].shape == arrays["maps"].shape[1:]
+            assert arrays[f"{name}/mask"].shape == arrays[f"{name}/score_map"].shape == arrays["maps"].shape[1:]
         assert arrays["lost+guided/mask"].shape == (33, 50)
     record = json.loads((out / "summary.json").read_text())
     assert record["protocol"]["refine"] == "guided"

@@ -8,7 +8,7 @@ from ssl_vit.data.annotations.object_masks import annotation_from_mask
 from ssl_vit.evaluation.results.eval_result import DataInfo, EvalResult, Metric, ModelInfo, ModelScores
 from ssl_vit.evaluation.segmentation.mask_scores import PredictedMasks
 from ssl_vit.evaluation.segmentation.patch_mask import Segmentation
-from ssl_vit.evaluation.segmentation.segmentation_evaluator import Summary
+from ssl_vit.evaluation.segmentation.segmentation_evaluator import SegmentationEvaluator
 
 
 def eval_result():
@@ -22,13 +22,13 @@ def eval_result():
 
 def test_table_compares_trained_model_random_weights_and_center_prior(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    summary = Summary(tmp_path, mass=0.6, seed=0)
+    evaluator = SegmentationEvaluator(tmp_path, mass=0.6, seed=0)
     for index in range(4):
         score_map = torch.rand(6, 6, generator=generator)
         masks = {"tokencut": Segmentation(score_map, score_map > 0.5)}
         predicted = [PredictedMasks(torch.rand(2, 6, 6, generator=generator).softmax(-1), masks) for _ in range(2)]
-        summary.add(index, predicted, annotation_from_mask(torch.rand(48, 48, generator=generator) > 0.5))
-    text = table(eval_result(), eval_result(), summary.results())
+        evaluator.update(index, predicted, annotation_from_mask(torch.rand(48, 48, generator=generator) > 0.5))
+    text = table(eval_result(), eval_result(), evaluator.compute())
     assert "raw pixels" in text
     assert "center prior" in text
     assert "TokenCut" in text

@@ -1,4 +1,4 @@
-"""A mask of patches drawn along the edges in its image."""
+"""Refine a mask of patches along the edges of its image by a guided filter."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ssl_vit.models.attention_maps import upsample_mask
 from ssl_vit.runtime.errors import UserError
 
 RADIUS = 1.0  # of the filter's windows, in sides of a patch
-EDGE = 0.01  # standard deviation of the colors in a window, of 0 to 1, below which it is smoothed as if it had no edge
+EDGE = 0.01  # standard deviation of the colors in a window, in [0, 1], below which it is smoothed as if without an edge
 
 
 def refine(mask: Tensor, image: Tensor) -> Tensor:
-    """Move the outline of a mask of patches to the edges in its image.
+    """Move the outline of a mask of patches to the edges of its image.
 
     The mask at the image's size goes through a guided filter with the image as guide (He et al. 2013, TPAMI 35(6):
     window by window the mask is replaced by the linear function of the colors that fits it best; radius one patch,
     epsilon .01²), and pixels above one half are kept. TokenCut's bilateral solver is not used: OpenCV's published
-    builds come without it, and on ECSSD it helped less. A mask of one component may have several afterwards; one of
-    all or no patches stays as it is.
+    builds lack it, and on ECSSD it helped less. A mask of one component may have several afterwards; a mask of all or
+    no patches stays as it is.
 
     Args:
         mask: (rows, columns) bool.
@@ -47,7 +47,7 @@ def refine(mask: Tensor, image: Tensor) -> Tensor:
 
 
 def check_opencv() -> None:
-    """Say early that masks cannot be refined.
+    """Check early that masks can be refined.
 
     Raises:
         UserError: OpenCV's extra modules are not installed.

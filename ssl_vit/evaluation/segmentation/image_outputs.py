@@ -1,4 +1,4 @@
-"""Images of any size through one or more models: read one by one, batched by equal size, in constant memory."""
+"""Backbone outputs for images of any size: read one by one, batched by equal size, in constant memory."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from ssl_vit.models.attention_maps import LastBlockFeatures, extract_last_block,
 from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.errors import UserError
 
-BATCH_PIXELS = 2**20  # of fitted images in one forward pass
-WAITING_PIXELS = 2**25  # of images at their own size that wait for others of their fitted size
+BATCH_PIXELS = 2**20  # of resized images in one forward pass
+WAITING_PIXELS = 2**25  # of images at their own size that wait for others of their resized size
 
 
 class ImageOutputs(NamedTuple):
-    """One image and what each model sees in it."""
+    """One image and the features of each model."""
 
-    place: int  # among the images
+    image_index: int  # in the dataset
     image: Tensor  # (C, H, W) uint8, at its own size
-    sights: list[LastBlockFeatures]  # one per model
+    features: list[LastBlockFeatures]  # one per model
 
 
 class _Waiting(NamedTuple):
-    place: int
+    image_index: int
     image: Tensor  # (C, H, W) uint8
-    fitted: Tensor  # (C, h, w) uint8
+    resized: Tensor  # (C, h, w) uint8
 
 
 def run_backbone(
@@ -40,47 +40,46 @@ def run_backbone(
     max_side: int | None,
     skipped: SkippedImageLog,
 ) -> Iterator[ImageOutputs]:
-    """What models see in every image that can be read, in the order in which batches fill up.
+    """Yield the outputs of models for every readable image, in the order in which batches fill up.
 
     Args:
-        dataset: Of any size and aspect.
-        indices: Which of them.
+        dataset: Images of any size and aspect.
+        indices: Of the images to process.
         models: Of one architecture.
         max_side: Larger images are reduced to this many pixels for the models; None: never.
-        skipped: Receives every image that is left out, with the reason.
+        skipped: Records every image that is skipped, with the reason.
     """
     config = models[0].backbone.config
     waiting: dict[torch.Size, list[_Waiting]] = defaultdict(list)
     for index in indices:
         try:
             image = dataset.read(index, config.in_chans)
-            fitted = resize_to_patch_multiple(image, config.patch_size, max_side)
-        except UnreadableImageError as broken:
-            skipped.record(broken)
+            resized = resize_to_patch_multiple(image, config.patch_size, max_side)
+        except UnreadableImageError as error:
+            skipped.record(error)
             continue
         except UserError as too_small:
             skipped.record(UnreadableImageError(dataset.name(index), str(too_small)))
             continue
-        same = waiting[fitted.shape]
-        same.append(_Waiting(index, image, fitted))
-        if len(same) * fitted[0].numel() >= BATCH_PIXELS:
-            yield from _attend_batch(waiting.pop(fitted.shape), models)
+        same_size = waiting[resized.shape]
+        same_size.append(_Waiting(index, image, resized))
+        if len(same_size) * resized[0].numel() >= BATCH_PIXELS:
+            yield from _run_batch(waiting.pop(resized.shape), models)
         while sum(item.image[0].numel() for group in waiting.values() for item in group) > WAITING_PIXELS:
             fullest = max(waiting, key=lambda shape: len(waiting[shape]) * shape.numel())
-            yield from _attend_batch(waiting.pop(fullest), models)
+            yield from _run_batch(waiting.pop(fullest), models)
     for batch in waiting.values():
-        yield from _attend_batch(batch, models)
+        yield from _run_batch(batch, models)
 
 
-def _attend_batch(batch: list[_Waiting], models: list[LoadedBackbone]) -> Iterator[ImageOutputs]:
-    device = models[0].backbone.device
-    pixels = torch.stack([item.fitted for item in batch]).to(device).float() / 255  # (B, C, h, w)
-    sights = [extract_last_block(model.backbone, normalize(pixels, model)) for model in models]
-    for item, *of_image in zip(batch, *sights, strict=True):
-        yield ImageOutputs(item.place, item.image, of_image)
+def _run_batch(batch: list[_Waiting], models: list[LoadedBackbone]) -> Iterator[ImageOutputs]:
+    pixels = torch.stack([item.resized for item in batch]).to(models[0].backbone.device).float() / 255  # (B, C, h, w)
+    outputs = [extract_last_block(model.backbone, normalize(pixels, model)) for model in models]
+    for item, *features in zip(batch, *outputs, strict=True):
+        yield ImageOutputs(item.image_index, item.image, features)
 
 
 def normalize(pixels: Tensor, model: LoadedBackbone) -> Tensor:
-    """Pixels (B, C, H, W) in [0, 1] as the model was trained to see them."""
+    """Normalize pixels (B, C, H, W) in [0, 1] as in the model's training."""
     mean, std = (pixels.new_tensor(values).view(-1, 1, 1) for values in (model.mean, model.std))
     return (pixels - mean) / std

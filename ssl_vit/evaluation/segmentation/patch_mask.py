@@ -1,4 +1,4 @@
-"""What a method without labels says about an image: how much of an object each patch is, and a mask."""
+"""Masks of patches found without labels: score map, mask, and helpers of the methods."""
 
 from __future__ import annotations
 
@@ -13,37 +13,38 @@ from ssl_vit.models.attention_maps import LastBlockFeatures
 
 
 class Segmentation(NamedTuple):
-    """One object against the rest of an image, patch by patch."""
+    """Foreground of an image, patch by patch."""
 
-    soft: Tensor  # (rows, columns) float32; higher is more object, above zero is object before components are chosen
+    score_map: Tensor  # (rows, columns) float32; higher is foreground, above 0 before connected parts are selected
     mask: Tensor  # (rows, columns) bool
 
 
 Segmenter = Callable[[LastBlockFeatures], Segmentation]
 
 
-def concatenated_keys(sight: LastBlockFeatures) -> Tensor:
-    """The keys (N, heads · d) of an image's patches, row by row, the heads side by side."""
-    heads, rows, columns, width = sight.keys.shape
-    return sight.keys.permute(1, 2, 0, 3).reshape(rows * columns, heads * width)
+def concatenated_keys(features: LastBlockFeatures) -> Tensor:
+    """Return the keys (N, heads · d) of an image's patches, row by row, the heads side by side."""
+    heads, rows, columns, width = features.keys.shape
+    return features.keys.permute(1, 2, 0, 3).reshape(rows * columns, heads * width)
 
 
-def component_with(mask: Tensor, seed: int) -> Tensor:
-    """The patches (rows, columns) bool of a mask that touch a seed by their sides, directly or through others.
+def connected_component(mask: Tensor, seed: int) -> Tensor:
+    """Return the part of a mask (rows, columns) bool that is connected with a seed by sides of patches.
 
     Args:
         mask: (rows, columns) bool.
-        seed: Number of a patch, row by row; where it is no part of the mask, nothing is left.
+        seed: Index of a patch, row by row; the result is empty if it is not in the mask.
 
-    >>> component_with(torch.tensor([[True, True, False], [False, False, True]]), 1)
-    tensor([[ True,  True, False],
-            [False, False, False]])
+    Example:
+        >>> connected_component(torch.tensor([[True, True, False], [False, False, True]]), 1)
+        tensor([[ True,  True, False],
+                [False, False, False]])
     """
     labels = torch.from_numpy(ndimage.label(mask.numpy())[0])
     return mask & (labels == labels.flatten()[seed])
 
 
-def empty(sight: LastBlockFeatures) -> Segmentation:
-    """That there is no object."""
-    soft = torch.zeros(sight.keys.shape[1:3])
-    return Segmentation(soft, soft > 0)
+def empty_segmentation(features: LastBlockFeatures) -> Segmentation:
+    """Return a segmentation without foreground."""
+    scores = torch.zeros(features.keys.shape[1:3])
+    return Segmentation(scores, scores > 0)

@@ -1,4 +1,4 @@
-"""What many images are worth, gathered one at a time: every rule and method, each model, beside the baselines."""
+"""Evaluate masks of many images: every rule and method, each model, and the baselines without a model."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from ssl_vit.data.annotations.object_masks import Annotation
-from ssl_vit.evaluation.results.eval_result import Metric, ModelScores
-from ssl_vit.evaluation.results.statistics import normal_half_width, wilson
 from ssl_vit.evaluation.segmentation.iou import (
     THRESHOLDS,
     HeadIoU,
@@ -21,230 +19,199 @@ from ssl_vit.evaluation.segmentation.iou import (
     majority_patches,
     oracle_head,
     pool_mask_to_patches,
-    stack_scores,
+    stack_ious,
 )
 from ssl_vit.evaluation.segmentation.mask_scores import (
     AttentionScores,
     MaskScores,
     PredictedMasks,
-    PriorSample,
-    ceiling_by_object,
-    mark_attention,
-    mark_prior,
-    mean_over_objects,
-    prior_by_object,
+    ceiling_instance_iou,
+    center_prior_instance_iou,
+    mean_instance_iou,
     resize_annotation,
+    score_attention,
+    score_center_prior,
     score_masks,
     select_columns,
-    stack_marks,
+    stack_mask_scores,
 )
 from ssl_vit.evaluation.segmentation.saliency_metrics import SaliencyScores, max_f_threshold
 
 MODEL, RANDOM = "model", "random init"
-BASELINES = ("center prior", "all foreground", "patch ceiling")
+PRIOR, WHOLE, CEILING = BASELINES = ("center prior", "all foreground", "patch ceiling")
 CORLOC = "CorLoc"
-BY_OBJECT = "object IoU"  # of a baseline: with each object by itself
+INSTANCE_IOU = "object IoU"  # of a baseline: with each object
 MEASURES = ("acc", "F@0.3", "maxF@0.3", "maxF_selfmask", CORLOC)  # beside the IoU
 
 
 class MethodResult(NamedTuple):
-    """What one model, or one baseline, reached on n images."""
+    """Scores of one model or baseline for n images."""
 
     name: str
     ious: dict[str, Tensor]  # (n,) each, by rule or method; of a baseline: IoU
     others: dict[str, Tensor]  # (n,) each: "<rule> <measure>"; of a baseline "<measure>"
     details: dict[str, Any]
 
-    def score(self) -> ModelScores:
-        """The means over the images, with their intervals."""
-        metrics = [mean(name, values) for name, values in self.values.items()]
-        return ModelScores(name=self.name, metrics=metrics, details=self.details)
-
     @property
     def values(self) -> dict[str, Tensor]:
-        """All of it, by the names of the metrics."""
+        """All scores by the names of the metrics."""
         return self.ious | self.others
 
 
 class _Scored(NamedTuple):
-    """What is kept of one image."""
+    """Scores of one image."""
 
-    attention: list[AttentionScores]  # per model; empty where it is not wanted
+    attention: list[AttentionScores]  # per model; empty if it is not among the methods
     methods: list[dict[str, MaskScores]]  # per model
-    squashed: PriorSample
-    baselines: dict[str, MaskScores]  # those that no other image is needed for
-    by_object: dict[str, Tensor]  # their IoU () with each object, in the mean; empty where objects are not told apart
+    resized: Annotation
+    baselines: dict[str, MaskScores]  # those that need no other image
+    instance_ious: dict[str, Tensor]  # their IoU () with each object, averaged; empty without instance masks
 
 
-_KEPT: list[Any] = [_Scored, AttentionScores, MaskScores, SaliencyScores, IoUByRule, HeadIoU, PriorSample]
+_STORED: list[Any] = [_Scored, AttentionScores, MaskScores, SaliencyScores, IoUByRule, HeadIoU, Annotation]
 
 
-class Summary:
-    """Scores of one or two models on the same images.
+class SegmentationEvaluator:
+    """Streaming evaluation of one or two models on the same images.
 
-    Of each image are kept its scores, its F at 255 thresholds and the 64 x 64 outline of its mask: some 80 kB. They
-    wait in files for the end. In memory they would lie between the large maps of the images that come and go, which
-    the C library then fits in ever anew behind them: several MB for each image.
+    The scores, the F at 255 thresholds and the 64 x 64 annotation of each image (some 80 kB) are stored in files until
+    the end. In memory they would lie between the large maps of the images that come and go, and fragment the heap by
+    several MB for each image.
 
     Args:
-        folder: Empty, for these files; nobody needs them afterwards.
-        mass: Share of the attention that a mask holds.
+        folder: Empty, for these temporary files.
+        mass: Share of the attention inside a mask.
         seed: Of the halves between which the fixed head is chosen.
     """
 
     def __init__(self, folder: Path, *, mass: float, seed: int) -> None:
         self.mass = mass
         self.seed = seed
-        self.places: list[int] = []  # of the scored images among all
-        self._boxes_alone = False
+        self.indices: list[int] = []  # of the scored images in the dataset
+        self._boxes_only = False
         self._folder = folder
 
-    def add(self, place: int, seen: list[PredictedMasks], given: Annotation) -> None:
-        """Score what each model finds in one image."""
-        rows, columns = _grid(seen[0])
-        truth = pool_mask_to_patches(given.foreground, (rows, columns), given.valid)
-        masks = {
-            "all foreground": torch.ones(1, rows, columns, dtype=torch.bool),
-            "patch ceiling": majority_patches(truth)[None],
-        }
+    def update(self, index: int, predicted: list[PredictedMasks], annotation: Annotation) -> None:
+        """Score the masks that each model predicts for one image."""
+        grid = _grid(predicted[0])
+        whole = torch.ones(1, *grid, dtype=torch.bool)
+        ceiling = majority_patches(pool_mask_to_patches(annotation.foreground, grid, annotation.valid))[None]
         scored = _Scored(
-            [mark_attention(objects.maps, self.mass, given) for objects in seen if objects.maps is not None],
+            [score_attention(one.maps, self.mass, annotation) for one in predicted if one.maps is not None],
             [
                 {
-                    name: score_masks(found.soft[None], found.mask[None], given)
-                    for name, found in objects.methods.items()
+                    name: score_masks(found.score_map[None], found.mask[None], annotation)
+                    for name, found in one.methods.items()
                 }
-                for objects in seen
+                for one in predicted
             ],
-            resize_annotation(given),
-            {name: score_masks(mask.float(), mask, given) for name, mask in masks.items()},
+            resize_annotation(annotation),
+            {name: score_masks(mask.float(), mask, annotation) for name, mask in ((WHOLE, whole), (CEILING, ceiling))},
             {},
         )
-        if given.instances is not None:
-            scored.by_object["all foreground"] = mean_over_objects(
-                masks["all foreground"][0], given.instances, given.valid
-            )
-            scored.by_object["patch ceiling"] = ceiling_by_object(given.instances, given.valid, (rows, columns))
-        torch.save(scored, self._folder / f"{len(self.places)}.pt")
-        self.places.append(place)
-        self._boxes_alone = not given.has_masks
+        if annotation.instances is not None:
+            scored.instance_ious[WHOLE] = mean_instance_iou(whole[0], annotation)
+            scored.instance_ious[CEILING] = ceiling_instance_iou(annotation, grid)
+        torch.save(scored, self._folder / f"{len(self.indices)}.pt")
+        self.indices.append(index)
+        self._boxes_only = not annotation.has_masks
 
-    def results(self) -> list[MethodResult]:
-        """The model, its random-init model if it took part, and the baselines that need no model.
+    def compute(self) -> list[MethodResult]:
+        """Return the scores of the model, of its random-init model if there is one, and of the baselines.
 
-        The fixed head and the center prior need two images and are left out with one.
+        The fixed head and the center prior need two images and are excluded with one.
         """
-        with torch.serialization.safe_globals(_KEPT):
-            files = [self._folder / f"{number}.pt" for number in range(len(self.places))]
-            dataset: list[_Scored] = [torch.load(file, weights_only=True) for file in files]
-        results = [
-            self._of_model(dataset, number, name)
-            for number, name in enumerate((MODEL, RANDOM)[: len(dataset[0].methods)])
-        ]
-        if len(dataset) > 1:
-            squashed = [image.squashed for image in dataset]
-            _, threshold = center_prior(torch.stack([own.object for own in squashed]))
-            results.append(_of_baseline("center prior", mark_prior(squashed, threshold), threshold=threshold))
-            if dataset[0].by_object:
-                results[-1].others[BY_OBJECT] = prior_by_object(squashed, threshold)
-        for name in dataset[0].baselines:
-            results.append(_of_baseline(name, [image.baselines[name] for image in dataset]))
-            if dataset[0].by_object:
-                results[-1].others[BY_OBJECT] = torch.stack([image.by_object[name] for image in dataset])
-        if self._boxes_alone:
-            results = [_located_alone(result) for result in results]
-        return results
+        with torch.serialization.safe_globals(_STORED):
+            files = [self._folder / f"{number}.pt" for number in range(len(self.indices))]
+            images: list[_Scored] = [torch.load(file, weights_only=True) for file in files]
+        names = (MODEL, RANDOM)[: len(images[0].methods)]
+        results = [self._model_result(images, number, name) for number, name in enumerate(names)]
+        if len(images) > 1:
+            resized = [image.resized for image in images]
+            _, threshold = center_prior(torch.stack([own.foreground for own in resized]))
+            results.append(_baseline_result(PRIOR, score_center_prior(resized, threshold), threshold=threshold))
+            if images[0].instance_ious:
+                results[-1].others[INSTANCE_IOU] = center_prior_instance_iou(resized, threshold)
+        for name in images[0].baselines:
+            results.append(_baseline_result(name, [image.baselines[name] for image in images]))
+            if images[0].instance_ious:
+                results[-1].others[INSTANCE_IOU] = torch.stack([image.instance_ious[name] for image in images])
+        return [_corloc_only(result) for result in results] if self._boxes_only else results
 
-    def _of_model(self, dataset: list[_Scored], model: int, name: str) -> MethodResult:
+    def _model_result(self, images: list[_Scored], model: int, name: str) -> MethodResult:
         result = MethodResult(name, {}, {}, {"thresholds of maxF@0.3": {}})
-        if dataset[0].attention:
-            self._add_attention([image.attention[model] for image in dataset], result)
-        for method in dataset[0].methods[model]:
-            marks = stack_marks([image.methods[model][method] for image in dataset])
-            result.ious[method] = marks.measures.iou[:, 0]
-            _add_others(result, method, marks)
+        if images[0].attention:
+            self._add_attention([image.attention[model] for image in images], result)
+        for method in images[0].methods[model]:
+            scores = stack_mask_scores([image.methods[model][method] for image in images])
+            result.ious[method] = scores.saliency.iou[:, 0]
+            _add_others(result, method, scores)
         return result
 
-    def _add_attention(self, dataset: list[AttentionScores], result: MethodResult) -> None:
-        """The head rules; the fixed head is chosen by the IoU of the masks that it is scored on."""
-        several = len(dataset) > 1
+    def _add_attention(self, images: list[AttentionScores], result: MethodResult) -> None:
+        """Add every rule of choosing a head; the fixed head is chosen by the IoU of the masks that it is scored on."""
         chosen: dict[str, list[int]] = {}
-        for rule, scores in stack_scores([image.scores for image in dataset])._asdict().items():
-            if several:
-                result.ious[f"{rule}/fixed head"], chosen[rule] = cross_validated_head(scores, self.seed)
-            result.ious[f"{rule}/mean"] = scores.mean
-            result.ious[f"{rule}/oracle head"] = oracle_head(scores)
-        marks = stack_marks([image.marks for image in dataset])
-        heads = marks.measures.iou[:, :-1]  # (n, heads)
-        columns = {"mean": torch.full((len(dataset),), heads.shape[1]), "oracle head": heads.argmax(1)}
-        if several:
+        by_rule = stack_ious([image.ious for image in images])
+        for rule, ious in by_rule._asdict().items():
+            self._add_head_rules(result, rule, ious, oracle_head(ious), chosen)
+        scores = stack_mask_scores([image.masks for image in images])
+        heads = scores.saliency.iou[:, :-1]  # (n, heads)
+        columns = {"mean": torch.full((len(images),), heads.shape[1]), "oracle head": heads.argmax(1)}
+        if len(images) > 1:
             columns = {"fixed head": choose_heads(heads, self.seed)[0], **columns}
         for rule, column in columns.items():
-            _add_others(result, f"mass/{rule}", select_columns(marks, column))
-        objects = [image.objects for image in dataset if image.objects is not None]  # (objects, heads + 1) each
-        if objects:
-            by_head = torch.stack([ious.mean(0) for ious in objects])  # (n, heads + 1)
-            if several:
-                result.ious["object/fixed head"], chosen["object"] = cross_validated_head(
-                    HeadIoU(by_head[:, :-1], by_head[:, -1]), self.seed
-                )
-            result.ious["object/mean"] = by_head[:, -1]
-            result.ious["object/oracle head"] = torch.stack([ious[:, :-1].amax(1).mean() for ious in objects])
+            _add_others(result, f"mass/{rule}", select_columns(scores, column))
+        instances = [image.instance_ious for image in images if image.instance_ious is not None]  # (objects, heads + 1)
+        if instances:
+            by_head = torch.stack([ious.mean(0) for ious in instances])  # (n, heads + 1)
+            oracle = torch.stack([ious[:, :-1].amax(1).mean() for ious in instances])
+            self._add_head_rules(result, "object", HeadIoU(by_head[:, :-1], by_head[:, -1]), oracle, chosen)
         result.details["fixed heads"] = chosen
-        result.details["IoU by mass"] = self._curve(torch.stack([image.curve for image in dataset]))
+        result.details["IoU by mass"] = self._curve(torch.stack([image.curve for image in images]))
+
+    def _add_head_rules(
+        self, result: MethodResult, rule: str, ious: HeadIoU, oracle: Tensor, chosen: dict[str, list[int]]
+    ) -> None:
+        if len(ious.mean) > 1:
+            result.ious[f"{rule}/fixed head"], chosen[rule] = cross_validated_head(ious, self.seed)
+        result.ious[f"{rule}/mean"] = ious.mean
+        result.ious[f"{rule}/oracle head"] = oracle
 
     def _curve(self, ious: Tensor) -> dict[str, list[float]]:
-        """The mean IoU by the share of the attention that the masks hold, from (n, 19, heads + 1)."""
+        """Compute the mean IoU by the share of the attention inside the masks, from (n, 19, heads + 1)."""
         heads = ious[..., :-1]
         curve = {"mass": THRESHOLDS.tolist(), "mean": ious[..., -1].mean(0).tolist()}
         curve["oracle head"] = heads.amax(-1).mean(0).tolist()
         if len(ious) > 1:
-            at_each = [heads[:, place] for place in range(heads.shape[1])]  # (n, heads) each
-            curve["fixed head"] = [
-                cross_validated_head(HeadIoU(one, one[:, 0]), self.seed)[0].mean().item() for one in at_each
-            ]
+            by_mass = [HeadIoU(one, one[:, 0]) for one in heads.unbind(1)]  # (n, heads) each
+            curve["fixed head"] = [cross_validated_head(one, self.seed)[0].mean().item() for one in by_mass]
         return curve
 
 
-def mean(name: str, values: Tensor) -> Metric:
-    """The mean of per-image values (n,), with its 95 % interval over images.
-
-    It is Wilson's for what an image has or has not, else the normal one; one image has none. The interval of
-    maxF@0.3 takes the threshold as given.
-    """
-    n, average = len(values), values.double().mean().item()
-    if values.dtype == torch.bool:
-        low, high = wilson(int(values.sum()), n)
-        return Metric(name=name, value=average, n=n, low=low, high=high)
-    half = normal_half_width(values) if n > 1 else 1.0
-    low, high = max(0.0, average - half), min(1.0, average + half)
-    return Metric(name=name, value=average, n=n, low=low, high=high, interval="normal, over images")
+def _grid(predicted: PredictedMasks) -> tuple[int, int]:
+    """Return rows and columns of patches."""
+    maps = predicted.maps if predicted.maps is not None else next(iter(predicted.methods.values())).score_map
+    return maps.shape[-2], maps.shape[-1]
 
 
-def _grid(objects: PredictedMasks) -> tuple[int, int]:
-    """Rows and columns of patches."""
-    soft = objects.maps if objects.maps is not None else next(iter(objects.methods.values())).soft
-    return soft.shape[-2], soft.shape[-1]
-
-
-def _of_baseline(name: str, dataset: list[MaskScores], **details: float) -> MethodResult:
-    marks = stack_marks(dataset)
-    result = MethodResult(name, {"IoU": marks.measures.iou[:, 0]}, {}, {**details, "thresholds of maxF@0.3": {}})
-    _add_others(result, "", marks)
+def _baseline_result(name: str, images: list[MaskScores], **details: float) -> MethodResult:
+    scores = stack_mask_scores(images)
+    result = MethodResult(name, {"IoU": scores.saliency.iou[:, 0]}, {}, {**details, "thresholds of maxF@0.3": {}})
+    _add_others(result, "", scores)
     return result
 
 
-def _add_others(result: MethodResult, rule: str, marks: MaskScores) -> None:
-    """All measures but the IoU, of marks (n, 1)."""
-    measures = marks.measures
-    at_best, threshold = max_f_threshold(measures.f_curve[:, 0])
-    values = (measures.accuracy[:, 0], measures.f[:, 0], at_best, measures.f_selfmask[:, 0], marks.located[:, 0])
+def _add_others(result: MethodResult, rule: str, scores: MaskScores) -> None:
+    """Add all measures but the IoU, of scores (n, 1)."""
+    saliency = scores.saliency
+    max_f, threshold = max_f_threshold(saliency.f_curve[:, 0])
+    values = (saliency.accuracy[:, 0], saliency.f[:, 0], max_f, saliency.f_selfmask[:, 0], scores.corloc[:, 0])
     for measure, of_images in zip(MEASURES, values, strict=True):
         result.others[f"{rule} {measure}".strip()] = of_images
     result.details["thresholds of maxF@0.3"][rule or "mask"] = threshold
 
 
-def _located_alone(result: MethodResult) -> MethodResult:
-    """What can be said where boxes are given and no masks."""
-    located = {name: values for name, values in result.others.items() if name.endswith(CORLOC)}
-    return MethodResult(result.name, {}, located, {})
+def _corloc_only(result: MethodResult) -> MethodResult:
+    """Exclude all metrics that need masks, where there are only boxes."""
+    corloc = {name: values for name, values in result.others.items() if name.endswith(CORLOC)}
+    return MethodResult(result.name, {}, corloc, {})

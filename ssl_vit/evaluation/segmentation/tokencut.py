@@ -1,4 +1,4 @@
-"""TokenCut (Wang et al. 2022, arXiv 2202.11539): the object is one side of the normalized cut of the patches' graph."""
+"""TokenCut (Wang et al. 2022, arXiv 2202.11539): the object is one side of the normalized cut of the patch graph."""
 
 from __future__ import annotations
 
@@ -10,45 +10,49 @@ from scipy.linalg import blas, eigh
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
-from ssl_vit.evaluation.segmentation.patch_mask import Segmentation, component_with, concatenated_keys, empty
+from ssl_vit.evaluation.segmentation.patch_mask import (
+    Segmentation,
+    concatenated_keys,
+    connected_component,
+    empty_segmentation,
+)
 from ssl_vit.models.attention_maps import LastBlockFeatures
 
 TAU = 0.2  # cosine above which two patches are joined (tau)
-EPS = 1e-5  # weight between patches that are not
+EPS = 1e-5  # weight between patches that are not joined
 _SMALL = 64  # patches up to which the dense solver is used
-_ROWS = 512  # of the cosines that exist at one time
+_ROWS = 512  # of the cosines that are computed at once
 _TIE = 1e-6  # relative: closer values are equal but for rounding
 
 Vector = npt.NDArray[np.float64]
 
 
-def tokencut_mask(sight: LastBlockFeatures) -> Segmentation:
-    """The object by TokenCut, from the keys of the last block, each patch's scaled to length 1.
+def tokencut_mask(features: LastBlockFeatures) -> Segmentation:
+    """Segment an image by TokenCut, from the keys of the last block, each patch's scaled to length 1.
 
     Two patches are joined with weight 1 where their cosine exceeds 0.2, all others with 1e-5: the graph A with degrees
     D. The eigenvector of (D - A) y = λ D y with the second smallest λ is split at its mean. The side with the largest
-    absolute value is the object's, of which the part stays that is connected with it (sides, not corners).
+    absolute value is the object's, of which the part connected with that patch is kept (sides, not corners). The score
+    map is the eigenvector minus its mean, positive on the object's side, divided by its largest absolute value.
 
-    `soft` is the eigenvector minus its mean, positive on the object's side, divided by its largest absolute value.
-
-    Of equal absolute values (to 1e-6, relative) the first, row by row, decides. Where all patches are joined, or no
+    Among equal absolute values (to 1e-6, relative) the first, row by row, decides. Where all patches are joined, or no
     two are, no cut is better than another: an empty mask, as with a single patch.
     """
-    graph = _Graph(concatenated_keys(sight))
+    graph = _Graph(concatenated_keys(features))
     if graph.is_uniform():
-        return empty(sight)
+        return empty_segmentation(features)
     vector = graph.second_eigenvector()
     size = np.abs(vector)
     seed = int(np.argmax(size >= (1 - _TIE) * size.max()))
-    centerd = (vector - vector.mean()) * (1.0 if vector[seed] > vector.mean() else -1.0)
-    soft = torch.from_numpy(centerd / np.abs(centerd).max()).view(sight.keys.shape[1:3])
-    return Segmentation(soft.float(), component_with(soft > 0, seed))
+    centered = (vector - vector.mean()) * (1.0 if vector[seed] > vector.mean() else -1.0)
+    scores = torch.from_numpy(centered / np.abs(centered).max()).view(features.keys.shape[1:3])
+    return Segmentation(scores.float(), connected_component(scores > 0, seed))
 
 
 class _Graph:
-    """Which of N patches are joined, as the packed lower half of a matrix B: A = 1e-5 + (1 - 1e-5) B.
+    """Graph of N patches, stored as the packed lower half of the matrix B of joined pairs: A = 1e-5 + (1 - 1e-5) B.
 
-    Half of what a matrix of float64 takes is all that is kept: 225 MB for 7,500 patches.
+    This takes half the memory of a float64 matrix: 225 MB for 7,500 patches.
 
     Args:
         keys: (N, D).
@@ -65,18 +69,18 @@ class _Graph:
         self.degrees: Vector = self.times(np.ones(n))
 
     def times(self, vector: Vector) -> Vector:
-        """A times a vector (N,)."""
+        """Multiply A by a vector (N,)."""
         product: Vector = blas.dspmv(self.count, 1 - EPS, self.joined, vector)
         product += EPS * vector.sum()
         return product
 
     def is_uniform(self) -> bool:
-        """Whether all pairs of patches are joined, or none."""
+        """Return whether all pairs of patches are joined, or none."""
         pairs = self.joined.sum() - np.count_nonzero(self.joined[_diagonal(self.count)])
         return pairs in (0, self.count * (self.count - 1) // 2)
 
     def second_eigenvector(self) -> Vector:
-        """The y (N,) of (D - A) y = λ D y with the second smallest λ; N is at least 2.
+        """Compute the y (N,) of (D - A) y = λ D y with the second smallest λ; N is at least 2.
 
         With y = D^-1/2 z it is the z of D^-1/2 A D^-1/2 with the second largest eigenvalue. The largest is 1, of
         D^1/2 1, which is subtracted: Lanczos' method then finds one vector, from products with A alone.
@@ -100,6 +104,6 @@ class _Graph:
 
 
 def _diagonal(n: int) -> npt.NDArray[np.int64]:
-    """Where the diagonal of an n x n matrix lies in its packed lower half."""
+    """Return the indices of the diagonal of an n x n matrix in its packed lower half."""
     rows = np.arange(n)
     return rows * (rows + 3) // 2

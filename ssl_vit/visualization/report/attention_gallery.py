@@ -13,7 +13,7 @@ from ssl_vit.data.dataset import evenly_spaced
 from ssl_vit.evaluation.segmentation.image_outputs import ImageOutputs as Seen
 from ssl_vit.evaluation.segmentation.image_outputs import run_backbone
 from ssl_vit.evaluation.segmentation.iou import center_prior, downsample_mask, iou, pool_mask_to_patches
-from ssl_vit.evaluation.segmentation.mask_methods import METHODS, NEED_CLS, make_segmenters
+from ssl_vit.evaluation.segmentation.mask_methods import METHODS, NEED_CLS, build_segmenters
 from ssl_vit.models.attention_maps import LastBlockFeatures, attention_mass_mask
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.visualization.image_grid import fit_size, to_pil
@@ -47,11 +47,11 @@ def make_gallery(run: RunFolder, config: ReportConfig) -> Gallery:
     places = evenly_spaced(len(shown.dataset), config.limit).tolist()
     with skipped_list() as skipped:
         stream = run_backbone(shown.dataset, places, models=[model], max_side=config.max_side, skipped=skipped)
-        seen = sorted(stream, key=lambda one: one.place)
+        seen = sorted(stream, key=lambda one: one.image_index)
         left_out = skipped_text(skipped)
     if not seen:
         raise UserError(f"No image {shown.text} could be used.{left_out}")
-    if not all(_is_finite(one.sights[0]) for one in seen):
+    if not all(_is_finite(one.features[0]) for one in seen):
         raise UserError(f"{model.source}: its attention or its tokens are not finite: training has diverged.")
     masked = [(one, _truth(truths, shown, one)) for one in seen]
     attended = (
@@ -80,36 +80,36 @@ def _truth(truths: MaskFolder | None, shown: GalleryImages, seen: Seen) -> Tenso
     if truths is None:
         return None
     try:
-        return truths.read(shown.dataset.name(seen.place), (seen.image.shape[-2], seen.image.shape[-1]))
+        return truths.read(shown.dataset.name(seen.image_index), (seen.image.shape[-2], seen.image.shape[-1]))
     except MissingMaskError:
         return None
 
 
 def _attended(shown: GalleryImages, seen: Seen, truth: Tensor | None, mass: float) -> GalleryImage:
-    maps = seen.sights[0].cls
+    maps = seen.features[0].cls
     assert maps is not None  # the model has a class token
     example = make_overlay_inputs(seen.image, maps, mass, truth)
     size = fit_size(seen.image, min(SIDE, max(seen.image.shape[-2:])))
-    return GalleryImage(shown.dataset.name(seen.place), to_pil(seen.image, size), maps, truth, example.ious)
+    return GalleryImage(shown.dataset.name(seen.image_index), to_pil(seen.image, size), maps, truth, example.ious)
 
 
 def _segmented(shown: GalleryImages, masked: list[tuple[Seen, Tensor | None]], mass: float) -> list[Segmented]:
     """The images with a mask that they can be compared with."""
-    sights = [seen.sights[0] for seen, _ in masked]
+    sights = [seen.features[0] for seen, _ in masked]
     names = [name for name in METHODS if sights[0].cls is not None or name not in NEED_CLS]
-    segmenters = make_segmenters(names, sights)
+    segmenters = build_segmenters(names, sights)
     dataset = []
     for seen, truth in masked:
         if truth is None:
             continue
-        sight = seen.sights[0]
+        sight = seen.features[0]
         masks = {} if sight.cls is None else {"attention": attention_mass_mask(sight.cls.mean(0), mass)}
         masks |= {name: segmenter(sight).mask for name, segmenter in segmenters.items()}
         counted = pool_mask_to_patches(truth, (sight.keys.shape[1], sight.keys.shape[2]))
         ious = dict(zip(masks, iou(torch.stack([*masks.values()]), counted).tolist(), strict=True))
         size = fit_size(seen.image, min(SIDE, max(seen.image.shape[-2:])))
         image = to_pil(seen.image, size)
-        dataset.append(Segmented(shown.dataset.name(seen.place), image, truth, masks, ious))
+        dataset.append(Segmented(shown.dataset.name(seen.image_index), image, truth, masks, ious))
     return dataset
 
 

@@ -139,7 +139,7 @@ def _attended(seen: GalleryImage) -> dict[str, Any]:
     counted = pool_mask_to_patches(seen.truth, (seen.maps.shape[1], seen.maps.shape[2]))
     return entry | {
         "truth": {
-            "object": count_bytes(counted.object),
+            "object": count_bytes(counted.foreground),
             "height": seen.truth.shape[0],
             "width": seen.truth.shape[1],
             "outline": outline(seen.truth),

@@ -1,4 +1,4 @@
-"""Masks that follow the edges in an image."""
+"""Refinement of masks along the edges of an image."""
 
 import sys
 
@@ -14,7 +14,7 @@ from ssl_vit.runtime.errors import UserError
 
 
 def disc(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A dark disc on a bright, noisy ground, and where it is."""
+    """Make a dark disc on a bright, noisy background, and its mask."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     inside = (rows - height * 0.45) ** 2 + (columns - width * 0.55) ** 2 < (0.3 * height) ** 2
     colors = torch.where(
@@ -24,17 +24,17 @@ def disc(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     return (colors + noise).to(torch.uint8), inside
 
 
-def overlap(mask: torch.Tensor, truth: torch.Tensor) -> float:
-    return ((mask & truth).sum() / (mask | truth).sum()).item()
+def overlap(mask: torch.Tensor, target: torch.Tensor) -> float:
+    return ((mask & target).sum() / (mask | target).sum()).item()
 
 
-def majority(truth: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    counted = pool_mask_to_patches(truth, grid)
-    return 2 * counted.object > counted.pixels
+def majority(target: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    counts = pool_mask_to_patches(target, grid)
+    return 2 * counts.foreground > counts.valid
 
 
 @pytest.mark.parametrize("channels", [3, 1])
-def test_the_outline_moves_to_the_edge(channels):
+def test_refine_moves_the_outline_to_the_edge(channels):
     image, inside = disc(120, 170)
     mask = majority(inside, (8, 11))
     refined = refine(mask, image[:channels])
@@ -44,32 +44,32 @@ def test_the_outline_moves_to_the_edge(channels):
 
 
 @pytest.mark.parametrize("flip", [[-1], [-2]])
-def test_a_mirrored_image_has_the_mirrored_mask(flip):
+def test_refine_of_a_mirrored_image_is_mirrored(flip):
     image, inside = disc(96, 128)
     mask = majority(inside, (6, 8))
     assert torch.equal(refine(mask.flip(flip), image.flip(flip)), refine(mask, image).flip(flip))
 
 
 @pytest.mark.parametrize(("grid", "size"), [((1, 1), (8, 8)), ((1, 4), (9, 65)), ((2, 3), (1, 2)), ((3, 2), (500, 10))])
-def test_masks_of_all_or_no_patches_stay(grid, size):
+def test_refine_keeps_full_and_empty_masks(grid, size):
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
     for value in (True, False):
         assert torch.equal(refine(torch.full(grid, value), image), torch.full(size, value))
 
 
-def test_real_objects_are_met_better(ecssd):
-    dataset, truths = load_images_at(ecssd / "images"), MaskFolder(ecssd / "masks")
+def test_refine_improves_the_iou_of_real_objects(ecssd):
+    dataset, targets = load_images_at(ecssd / "images"), MaskFolder(ecssd / "masks")
     gains = []
-    for place in range(0, 40, 4):
-        image = dataset.read(place, 3)
+    for index in range(0, 40, 4):
+        image = dataset.read(index, 3)
         size = (image.shape[-2], image.shape[-1])
-        truth = truths.read(dataset.name(place), size)
-        mask = majority(truth, (size[0] // 16, size[1] // 16))
-        gains.append(overlap(refine(mask, image), truth) - overlap(upsample_mask(mask, size), truth))
+        target = targets.read(dataset.name(index), size)
+        mask = majority(target, (size[0] // 16, size[1] // 16))
+        gains.append(overlap(refine(mask, image), target) - overlap(upsample_mask(mask, size), target))
     assert sum(gains) / len(gains) > 0.03
 
 
-def test_without_opencv_a_clear_word(monkeypatch):
+def test_check_opencv_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2.ximgproc", None)
     with pytest.raises(UserError, match=r"pip install 'ssl-vit\[refine\]'"):
         check_opencv()

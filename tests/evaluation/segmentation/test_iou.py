@@ -1,4 +1,4 @@
-"""IoU of attention masks: counting per patch against pixels, head rules on hand-made cases, baselines on ECSSD."""
+"""IoU of attention masks: patch counts against pixels, rules of choosing a head, baselines on ECSSD."""
 
 import numpy as np
 import pytest
@@ -16,76 +16,76 @@ from ssl_vit.evaluation.segmentation.iou import (
     oracle_head,
     pool_mask_to_patches,
     score_heads,
-    stack_scores,
+    stack_ious,
 )
 from ssl_vit.models.attention_maps import attention_mass_mask, topk_mask, upsample_mask
 from ssl_vit.runtime.errors import UserError
 
 
 def blob(height: int, width: int, seed: int) -> torch.Tensor:
-    """A random object mask with a rough border."""
+    """Make a random foreground mask with a rough border."""
     noise = torch.rand(1, 1, 5, 4, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.interpolate(noise, (height, width), mode="bicubic")[0, 0] > 0.55
 
 
-def slow_iou(mask: torch.Tensor, truth: torch.Tensor) -> float:
-    pairs = list(zip(mask.flatten().tolist(), truth.flatten().tolist(), strict=True))
+def slow_iou(mask: torch.Tensor, target: torch.Tensor) -> float:
+    pairs = list(zip(mask.flatten().tolist(), target.flatten().tolist(), strict=True))
     return sum(a and b for a, b in pairs) / sum(a or b for a, b in pairs)
 
 
 @pytest.mark.parametrize(("size", "grid"), [((48, 64), (3, 4)), ((50, 61), (3, 4)), ((139, 200), (9, 12))])
-def test_counting_per_patch_gives_the_iou_of_the_pixels(size, grid):
-    truth = blob(*size, seed=0)
+def test_iou_of_patch_counts_is_that_of_pixels(size, grid):
+    target = blob(*size, seed=0)
     masks = torch.rand(3, *grid, generator=torch.Generator().manual_seed(1)) > 0.5
-    expected = [slow_iou(mask, truth) for mask in upsample_mask(masks, size)]
-    assert iou(masks, pool_mask_to_patches(truth, grid)).tolist() == pytest.approx(expected, abs=1e-12)
+    expected = [slow_iou(mask, target) for mask in upsample_mask(masks, size)]
+    assert iou(masks, pool_mask_to_patches(target, grid)).tolist() == pytest.approx(expected, abs=1e-12)
 
 
-def test_perfect_and_disjoint_masks():
-    truth = torch.zeros(8, 8, dtype=torch.bool)
-    truth[:4, :4] = True
-    counted = pool_mask_to_patches(truth, (2, 2))
+def test_iou_of_perfect_and_disjoint_masks():
+    target = torch.zeros(8, 8, dtype=torch.bool)
+    target[:4, :4] = True
+    counts = pool_mask_to_patches(target, (2, 2))
     masks = torch.tensor([[[1, 0], [0, 0]], [[0, 1], [1, 1]], [[1, 1], [0, 0]], [[0, 0], [0, 0]]]) > 0
-    assert iou(masks, counted).tolist() == [1, 0, 0.5, 0]
-    assert iou(majority_patches(counted), counted) == 1
-    assert iou(torch.ones(counted.object.shape, dtype=torch.bool), counted) == 0.25
+    assert iou(masks, counts).tolist() == [1, 0, 0.5, 0]
+    assert iou(majority_patches(counts), counts) == 1
+    assert iou(torch.ones(counts.foreground.shape, dtype=torch.bool), counts) == 0.25
 
 
-def test_score_holds_each_rule_for_each_head_and_for_the_mean_map():
-    truth = blob(60, 80, seed=3)
+def test_score_heads_has_each_rule_for_each_head_and_the_mean_map():
+    target = blob(60, 80, seed=3)
     maps = torch.rand(4, 6, 8, generator=torch.Generator().manual_seed(2))
     maps /= maps.sum((-2, -1), keepdim=True)
-    scores = score_heads(maps, pool_mask_to_patches(truth, (6, 8)), mass=0.6)
-    area = round(48 * truth.float().mean().item())
+    scores = score_heads(maps, pool_mask_to_patches(target, (6, 8)), mass=0.6)
+    area = round(48 * target.float().mean().item())
     for head in range(4):
         assert scores.mass.heads[head] == pytest.approx(
-            slow_iou(upsample_mask(attention_mass_mask(maps[head], 0.6), (60, 80)), truth)
+            slow_iou(upsample_mask(attention_mass_mask(maps[head], 0.6), (60, 80)), target)
         )
         assert scores.area.heads[head] == pytest.approx(
-            slow_iou(upsample_mask(topk_mask(maps[head], area), (60, 80)), truth)
+            slow_iou(upsample_mask(topk_mask(maps[head], area), (60, 80)), target)
         )
     assert scores.mass.mean == pytest.approx(
-        slow_iou(upsample_mask(attention_mass_mask(maps.mean(0), 0.6), (60, 80)), truth)
+        slow_iou(upsample_mask(attention_mass_mask(maps.mean(0), 0.6), (60, 80)), target)
     )
 
 
-def test_a_tiny_object_still_gets_one_patch():
-    truth = torch.zeros(64, 64, dtype=torch.bool)
-    truth[3, 3] = True
+def test_score_heads_gives_a_tiny_object_one_patch():
+    target = torch.zeros(64, 64, dtype=torch.bool)
+    target[3, 3] = True
     maps = torch.eye(4)[None] + 0.1
-    assert score_heads(maps, pool_mask_to_patches(truth, (4, 4)), 0.6).area.heads[0] == pytest.approx(1 / 256)
+    assert score_heads(maps, pool_mask_to_patches(target, (4, 4)), 0.6).area.heads[0] == pytest.approx(1 / 256)
 
 
-def test_oracle_is_never_below_the_fixed_head_nor_a_choice_on_all_images():
+def test_oracle_head_is_never_below_the_fixed_head():
     heads = torch.rand(41, 6, generator=torch.Generator().manual_seed(0))
     scores = HeadIoU(heads, heads.mean(1))
     fixed, _ = cross_validated_head(scores, seed=0)
     assert (oracle_head(scores) >= fixed).all()
     assert oracle_head(scores).mean() > heads.mean(0).max()
-    assert fixed.mean() < heads.mean(0).max()  # heads without merit: choosing on the scored images would flatter
+    assert fixed.mean() < heads.mean(0).max()  # random heads: choosing on the scored images would be too high
 
 
-def test_the_fixed_head_is_the_good_one_and_is_scored_on_the_other_half():
+def test_cross_validated_head_is_scored_on_the_other_half():
     heads = torch.full((10, 3), 0.2)
     heads[:, 1] = 0.7
     fixed, chosen = cross_validated_head(HeadIoU(heads, heads.mean(1)), seed=3)
@@ -101,55 +101,55 @@ def test_the_fixed_head_is_the_good_one_and_is_scored_on_the_other_half():
         assert fixed.sum() == 0
 
 
-def test_stacked_scores_keep_their_places():
-    truth = pool_mask_to_patches(blob(32, 32, seed=5), (4, 4))
+def test_stack_ious_keeps_the_order():
+    target = pool_mask_to_patches(blob(32, 32, seed=5), (4, 4))
     maps = torch.rand(3, 2, 4, 4)
-    scores = stack_scores([score_heads(one, truth, 0.6) for one in maps])
+    scores = stack_ious([score_heads(one, target, 0.6) for one in maps])
     assert scores.area.heads.shape == (3, 2)
-    assert scores.area.heads[2, 1] == score_heads(maps[2], truth, 0.6).area.heads[1]
+    assert scores.area.heads[2, 1] == score_heads(maps[2], target, 0.6).area.heads[1]
 
 
-def test_center_prior_leaves_the_scored_image_out():
+def test_center_prior_excludes_the_scored_image():
     left = torch.zeros(64, 64, dtype=torch.bool)
     left[:, :32] = True
-    outlines = torch.stack([left, left, left, ~left])
-    scores, _ = center_prior(outlines)
+    masks = torch.stack([left, left, left, ~left])
+    scores, _ = center_prior(masks)
     assert scores.tolist() == pytest.approx([1, 1, 1, 0])
 
 
-def test_baselines_on_ecssd_are_those_known_for_it(ecssd):
+def test_baselines_on_ecssd_have_known_values(ecssd):
     """All 1,000 images give .408 (center prior), .235 (all foreground), .851 (ceiling at patch 16)."""
-    truths = [torch.from_numpy(np.asarray(Image.open(path)) > 0) for path in sorted((ecssd / "masks").glob("*.png"))]
-    assert len(truths) == 300
-    prior, threshold = center_prior(torch.stack([downsample_mask(truth) for truth in truths]))
+    targets = [torch.from_numpy(np.asarray(Image.open(path)) > 0) for path in sorted((ecssd / "masks").glob("*.png"))]
+    assert len(targets) == 300
+    prior, threshold = center_prior(torch.stack([downsample_mask(target) for target in targets]))
     assert prior.mean() == pytest.approx(0.41, abs=0.01)
     assert threshold == pytest.approx(0.3)
-    counted = [
-        pool_mask_to_patches(truth, (round(truth.shape[0] / 16), round(truth.shape[1] / 16))) for truth in truths
+    counts = [
+        pool_mask_to_patches(target, (round(target.shape[0] / 16), round(target.shape[1] / 16))) for target in targets
     ]
-    assert torch.stack([iou(majority_patches(c), c) for c in counted]).mean() == pytest.approx(0.85, abs=0.01)
-    whole = [iou(torch.ones(c.object.shape, dtype=torch.bool), c) for c in counted]
+    assert torch.stack([iou(majority_patches(c), c) for c in counts]).mean() == pytest.approx(0.85, abs=0.01)
+    whole = [iou(torch.ones(c.foreground.shape, dtype=torch.bool), c) for c in counts]
     assert torch.stack(whole).mean() == pytest.approx(0.235, abs=0.005)
 
 
-def test_masks_of_every_mode_are_non_zero_where_the_object_is(tmp_path):
-    truth = np.zeros((6, 9), dtype=np.uint8)
-    truth[1:4, 2:7] = 1
-    palette = Image.fromarray(truth, "P")
+def test_mask_folder_reads_every_image_mode(tmp_path):
+    target = np.zeros((6, 9), dtype=np.uint8)
+    target[1:4, 2:7] = 1
+    palette = Image.fromarray(target, "P")
     palette.putpalette([200, 0, 0, 0, 0, 0])  # index 1 is black: the index counts, not its color
     (tmp_path / "deep").mkdir()
     palette.save(tmp_path / "deep" / "palette.png")
-    Image.fromarray(truth).save(tmp_path / "dark.png")
-    Image.fromarray(truth.astype(bool)).save(tmp_path / "bit.tif")
-    Image.fromarray(truth.astype(np.uint16) * 300).save(tmp_path / "sixteen.png")
-    rgba = np.dstack([truth * 0, truth * 9, truth * 0, np.full_like(truth, 255)])
+    Image.fromarray(target).save(tmp_path / "dark.png")
+    Image.fromarray(target.astype(bool)).save(tmp_path / "bit.tif")
+    Image.fromarray(target.astype(np.uint16) * 300).save(tmp_path / "sixteen.png")
+    rgba = np.dstack([target * 0, target * 9, target * 0, np.full_like(target, 255)])
     Image.fromarray(rgba).save(tmp_path / "rgba.png")
     folder = MaskFolder(tmp_path)
     for name in ("deep/palette.jpg", "dark.jpeg", "bit.png", "sixteen.webp", "rgba.png"):
-        assert np.array_equal(folder.read(name, (6, 9)).numpy(), truth > 0), name
+        assert np.array_equal(folder.read(name, (6, 9)).numpy(), target > 0), name
 
 
-def test_a_mask_that_does_not_serve_says_why(tmp_path):
+def test_mask_folder_explains_unusable_masks(tmp_path):
     Image.new("L", (9, 6)).save(tmp_path / "empty.png")
     Image.new("L", (9, 6), 255).save(tmp_path / "small.png")
     (tmp_path / "broken.png").write_bytes(b"no image")

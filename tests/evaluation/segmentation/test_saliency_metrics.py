@@ -1,4 +1,4 @@
-"""Measures of masks and soft maps against slow textbook forms; boxes; void pixels; known values on ECSSD."""
+"""Metrics of masks and score maps against slow textbook forms; boxes; void pixels; known values on ECSSD."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,6 @@ from PIL import Image
 
 from ssl_vit.data.annotations.object_masks import Annotation, annotation_from_mask, component_boxes
 from ssl_vit.evaluation.segmentation.iou import (
-    box_iou,
     center_prior,
     corloc_hit,
     downsample_mask,
@@ -16,23 +15,22 @@ from ssl_vit.evaluation.segmentation.iou import (
     pool_mask_to_patches,
 )
 from ssl_vit.evaluation.segmentation.mask_scores import (
-    mark_attention,
-    mark_prior,
     resize_annotation,
+    score_attention,
+    score_center_prior,
     score_masks,
-    stack_marks,
+    stack_mask_scores,
 )
 from ssl_vit.evaluation.segmentation.saliency_metrics import (
     count_levels,
     f_beta,
     max_f_threshold,
     saliency_scores,
-    scale,
+    scale_maps,
 )
 from ssl_vit.models.attention_maps import upsample_mask
 from tests.reference.saliency import (
     slow_box,
-    slow_box_iou,
     slow_components,
     slow_f,
     slow_f_curve,
@@ -47,51 +45,51 @@ def blob(height: int, width: int, seed: int) -> torch.Tensor:
 
 
 def image(seed: int, size: tuple[int, int] = (53, 40)) -> tuple[torch.Tensor, torch.Tensor, Annotation]:
-    """Three soft maps and masks of 6 x 5 patches, and an object with void around it."""
+    """Make three score maps and masks of 6 x 5 patches, and an annotation with void around the foreground."""
     generator = torch.Generator().manual_seed(seed)
-    soft = torch.randn(3, 6, 5, generator=generator)
-    truth = blob(*size, seed)
-    void = F.max_pool2d(truth[None].float(), 3, 1, 1)[0].bool() & ~truth
-    return soft, soft > 0.2, annotation_from_mask(truth, ~void)
+    score_maps = torch.randn(3, 6, 5, generator=generator)
+    target = blob(*size, seed)
+    void = F.max_pool2d(target[None].float(), 3, 1, 1)[0].bool() & ~target
+    return score_maps, score_maps > 0.2, annotation_from_mask(target, ~void)
 
 
-def enlarged(soft: torch.Tensor, annotation: Annotation) -> np.ndarray:
-    """The counted pixels (M, pixels) of soft maps at the image's size, in 0..1."""
-    low, high = soft.amin((1, 2), keepdim=True), soft.amax((1, 2), keepdim=True)
-    scaled = ((soft - low) / (high - low))[:, None]
+def enlarged(score_maps: torch.Tensor, annotation: Annotation) -> np.ndarray:
+    """Return the valid pixels (M, pixels) of score maps at the image's size, in [0, 1]."""
+    low, high = score_maps.amin((1, 2), keepdim=True), score_maps.amax((1, 2), keepdim=True)
+    scaled = ((score_maps - low) / (high - low))[:, None]
     large = F.interpolate(scaled, tuple(annotation.foreground.shape), mode="bilinear", align_corners=False)[:, 0]
     return large.flatten(1).double().numpy()[:, annotation.valid.flatten().numpy()]
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_every_measure_equals_its_slow_form_without_the_void_pixels(seed):
-    soft, masks, given = image(seed)
-    result = score_masks(soft, masks, given).measures
-    truth = given.foreground[given.valid].numpy()
-    for index, scaled in enumerate(enlarged(soft, given)):
-        mask = upsample_mask(masks[index], tuple(given.foreground.shape))[given.valid].numpy()
-        assert result.iou[index] == pytest.approx((mask & truth).sum() / (mask | truth).sum(), abs=1e-12)
-        assert result.accuracy[index] == pytest.approx((mask == truth).mean(), abs=1e-12)
-        assert result.f[index] == pytest.approx(slow_f(mask, truth, 0.3), abs=1e-12)
-        assert result.f_curve[index].tolist() == pytest.approx(slow_f_curve(scaled, truth, 0.3), abs=1e-6)
-        assert result.f_selfmask[index] == pytest.approx(max(slow_f_curve(scaled, truth, 0.09)), abs=1e-12)
+def test_score_masks_equals_the_slow_forms_on_valid_pixels(seed):
+    score_maps, masks, annotation = image(seed)
+    result = score_masks(score_maps, masks, annotation).saliency
+    target = annotation.foreground[annotation.valid].numpy()
+    for index, scaled in enumerate(enlarged(score_maps, annotation)):
+        mask = upsample_mask(masks[index], tuple(annotation.foreground.shape))[annotation.valid].numpy()
+        assert result.iou[index] == pytest.approx((mask & target).sum() / (mask | target).sum(), abs=1e-12)
+        assert result.accuracy[index] == pytest.approx((mask == target).mean(), abs=1e-12)
+        assert result.f[index] == pytest.approx(slow_f(mask, target, 0.3), abs=1e-12)
+        assert result.f_curve[index].tolist() == pytest.approx(slow_f_curve(scaled, target, 0.3), abs=1e-6)
+        assert result.f_selfmask[index] == pytest.approx(max(slow_f_curve(scaled, target, 0.09)), abs=1e-12)
 
 
-def test_the_two_published_maxima_are_two_numbers():
-    dataset, marks = [], []
+def test_max_f_and_selfmask_max_f_differ():
+    dataset, scores = [], []
     for seed in range(6):
-        soft, masks, given = image(seed)
-        marks.append(score_masks(soft[:1], masks[:1], given))
-        dataset.append((enlarged(soft[:1], given)[0], given.foreground[given.valid].numpy()))
-    measures = stack_marks(marks).measures
-    values, threshold = max_f_threshold(measures.f_curve[:, 0])
+        score_maps, masks, annotation = image(seed)
+        scores.append(score_masks(score_maps[:1], masks[:1], annotation))
+        dataset.append((enlarged(score_maps[:1], annotation)[0], annotation.foreground[annotation.valid].numpy()))
+    saliency = stack_mask_scores(scores).saliency
+    values, threshold = max_f_threshold(saliency.f_curve[:, 0])
     assert values.mean() == pytest.approx(slow_max_f_dataset(dataset), abs=1e-6)
-    assert measures.f_selfmask.mean() == pytest.approx(slow_max_f_selfmask(dataset), abs=1e-9)
-    assert abs(values.mean() - measures.f_selfmask.mean()) > 0.01
+    assert saliency.f_selfmask.mean() == pytest.approx(slow_max_f_selfmask(dataset), abs=1e-9)
+    assert abs(values.mean() - saliency.f_selfmask.mean()) > 0.01
     assert 0 <= threshold < 1
 
 
-def test_one_threshold_serves_all_images():
+def test_max_f_threshold_is_shared_by_all_images():
     curves = torch.zeros(2, 255)
     curves[0, 10], curves[1, 20], curves[:, 30] = 1.0, 1.0, 0.6
     values, threshold = max_f_threshold(curves)
@@ -99,7 +97,7 @@ def test_one_threshold_serves_all_images():
     assert threshold == pytest.approx(30 / 255)
 
 
-def test_f_weighs_precision_more_the_smaller_beta_is():
+def test_f_beta_weighs_precision_more_for_smaller_beta():
     inside, chosen, area = (torch.tensor(float(number)) for number in (6, 8, 60))  # precise, but little of it
     assert f_beta(inside, chosen, area, 0.3) < f_beta(inside, chosen, area, 0.09)
     assert f_beta(torch.tensor(0.0), torch.tensor(0.0), area, 0.3) == 0
@@ -107,40 +105,40 @@ def test_f_weighs_precision_more_the_smaller_beta_is():
 
 
 @pytest.mark.parametrize(("value", "whole"), [(-2.7, False), (0.0, False), (1.0, True), (3.1, True)])
-def test_a_constant_map_chooses_the_whole_image_or_nothing(value, whole):
-    given = image(0)[2]
-    chosen, inside = count_levels(torch.full((1, 3, 4), value), given.foreground, given.valid)
-    assert (chosen == given.valid.sum() * whole).all()
-    assert (inside == given.foreground.sum() * whole).all()
-    assert scale(torch.tensor([[[-1.0, 1.0, 3.0]]])).tolist() == [[[0, 0.5, 1]]]
+def test_count_levels_of_a_constant_map(value, whole):
+    annotation = image(0)[2]
+    chosen, inside = count_levels(torch.full((1, 3, 4), value), annotation.foreground, annotation.valid)
+    assert (chosen == annotation.valid.sum() * whole).all()
+    assert (inside == annotation.foreground.sum() * whole).all()
+    assert scale_maps(torch.tensor([[[-1.0, 1.0, 3.0]]])).tolist() == [[[0, 0.5, 1]]]
 
 
-def test_a_mask_as_soft_map_has_the_f_of_the_mask_at_every_threshold():
+def test_a_mask_as_score_map_has_its_f_at_every_threshold():
     masks = torch.stack([blob(40, 53, seed) for seed in range(2)] + [torch.zeros(40, 53, dtype=torch.bool)])
-    measures = score_masks(masks.float(), masks, annotation_from_mask(blob(40, 53, 5))).measures
-    assert torch.allclose(measures.f_curve.double(), measures.f[:, None].expand(-1, 255))
+    saliency = score_masks(masks.float(), masks, annotation_from_mask(blob(40, 53, 5))).saliency
+    assert torch.allclose(saliency.f_curve.double(), saliency.f[:, None].expand(-1, 255))
 
 
-def test_what_a_mask_says_of_void_pixels_changes_nothing():
-    soft, masks, given = image(4)
-    at_size = upsample_mask(masks, tuple(given.foreground.shape))
-    flipped = at_size ^ ~given.valid
+def test_score_masks_ignores_void_pixels():
+    score_maps, masks, annotation = image(4)
+    at_size = upsample_mask(masks, tuple(annotation.foreground.shape))
+    flipped = at_size ^ ~annotation.valid
     assert (flipped != at_size).any()
-    first, second = (score_masks(values.float(), values, given).measures for values in (at_size, flipped))
+    first, second = (score_masks(values.float(), values, annotation).saliency for values in (at_size, flipped))
     for one, other in zip(first[:3], second[:3], strict=True):
         assert torch.equal(one, other)
-    maps = soft.softmax(-1)
-    full = given._replace(valid=torch.ones_like(given.valid))
-    assert not torch.equal(mark_attention(maps, 0.6, given).curve, mark_attention(maps, 0.6, full).curve)
+    maps = score_maps.softmax(-1)
+    full = annotation._replace(valid=torch.ones_like(annotation.valid))
+    assert not torch.equal(score_attention(maps, 0.6, annotation).curve, score_attention(maps, 0.6, full).curve)
 
 
-def test_objects_are_scored_one_by_one():
+def test_score_attention_scores_each_instance():
     instances = torch.zeros(2, 32, 32, dtype=torch.bool)
     instances[0, :16, :16], instances[1, 16:, 16:] = True, True
-    given = annotation_from_mask(instances.any(0))._replace(instances=instances)
+    annotation = annotation_from_mask(instances.any(0))._replace(instances=instances)
     maps = torch.full((2, 4, 4), 1e-6)
-    maps[0, :2, :2], maps[1, 2:, 2:] = 1, 1  # each head sees one object
-    objects = mark_attention(maps, 0.9, given).objects
+    maps[0, :2, :2], maps[1, 2:, 2:] = 1, 1  # each head attends to one object
+    objects = score_attention(maps, 0.9, annotation).instance_ious
     assert objects[:, :2].tolist() == [[1, 0], [0, 1]]
     assert objects[:, 2].tolist() == pytest.approx([0.5, 0.5])  # the mean map covers both
 
@@ -149,7 +147,7 @@ def test_objects_are_scored_one_by_one():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_boxes_surround_the_parts_largest_first(seed):
+def test_component_boxes_are_sorted_by_size(seed):
     mask = torch.rand(9, 13, generator=torch.Generator().manual_seed(seed)) > 0.6
     parts = sorted(slow_components(mask.numpy()), key=len, reverse=True)
     boxes = component_boxes(mask).tolist()
@@ -158,14 +156,14 @@ def test_boxes_surround_the_parts_largest_first(seed):
 
 
 @pytest.mark.parametrize("size", [(48, 64), (50, 61), (139, 200)])
-def test_the_box_of_patches_is_that_of_their_pixels(size):
+def test_largest_box_of_patches_is_that_of_their_pixels(size):
     mask = torch.zeros(7, 5, dtype=torch.bool)
     mask[2:5, 1:4], mask[0, 0] = True, True
     part = max(slow_components(upsample_mask(mask, size).numpy()), key=len)
     assert largest_box(mask, size).tolist() == slow_box(part)
 
 
-def test_located_needs_half_of_any_box():
+def test_corloc_hit_needs_an_iou_of_half_with_any_box():
     mask = torch.zeros(4, 4, dtype=torch.bool)
     mask[:2, :2] = True
     size = (40, 40)
@@ -174,48 +172,43 @@ def test_located_needs_half_of_any_box():
     assert not corloc_hit(torch.zeros(4, 4, dtype=torch.bool), torch.tensor([[0, 0, 40, 40]]), size)
 
 
-def test_overlap_of_boxes_counts_pixels():
-    boxes = [[0, 0, 4, 5], [2, 1, 6, 9], [4, 0, 5, 5], [0, 0, 1, 1]]
-    for one in boxes:
-        expected = [slow_box_iou(one, other) for other in boxes]
-        assert box_iou(torch.tensor(one), torch.tensor(boxes)).tolist() == pytest.approx(expected)
-
-
 # --- real masks ---
 
 
-def test_known_values_on_ecssd(ecssd):
+def test_center_prior_has_known_values_on_ecssd(ecssd):
     """Of all 1,000 masks are known: whole image F .279; center prior F .524 and, at beta² .09, .513; acc .770."""
-    truths = [np.asarray(Image.open(path)) > 0 for path in sorted((ecssd / "masks").glob("*.png"))]
-    given = [annotation_from_mask(torch.from_numpy(truth)) for truth in truths]
-    whole = stack_marks([score_masks(torch.ones(1, 2, 2), torch.ones(1, 2, 2).bool(), one) for one in given[::6]])
-    shares = np.array([truth.mean() for truth in truths[::6]])
-    assert whole.measures.iou[:, 0].numpy() == pytest.approx(shares)
-    assert whole.measures.accuracy[:, 0].numpy() == pytest.approx(shares)
-    assert whole.measures.f[:, 0].numpy() == pytest.approx(1.3 * shares / (0.3 * shares + 1))
-    squashed = [resize_annotation(one) for one in given]
-    prior, threshold = center_prior(torch.stack([one.object for one in squashed]))
-    marks = stack_marks(mark_prior(squashed, threshold))
-    assert torch.allclose(marks.measures.iou[:, 0], prior)
-    assert marks.measures.accuracy.mean() == pytest.approx(0.770, abs=0.01)
-    assert marks.measures.f.mean() == pytest.approx(0.524, abs=0.015)
-    assert marks.located.float().mean() > 0.4  # objects are central
+    targets = [np.asarray(Image.open(path)) > 0 for path in sorted((ecssd / "masks").glob("*.png"))]
+    annotation = [annotation_from_mask(torch.from_numpy(target)) for target in targets]
+    whole = stack_mask_scores(
+        [score_masks(torch.ones(1, 2, 2), torch.ones(1, 2, 2).bool(), one) for one in annotation[::6]]
+    )
+    shares = np.array([target.mean() for target in targets[::6]])
+    assert whole.saliency.iou[:, 0].numpy() == pytest.approx(shares)
+    assert whole.saliency.accuracy[:, 0].numpy() == pytest.approx(shares)
+    assert whole.saliency.f[:, 0].numpy() == pytest.approx(1.3 * shares / (0.3 * shares + 1))
+    resized = [resize_annotation(one) for one in annotation]
+    prior, threshold = center_prior(torch.stack([one.foreground for one in resized]))
+    scores = stack_mask_scores(score_center_prior(resized, threshold))
+    assert torch.allclose(scores.saliency.iou[:, 0], prior)
+    assert scores.saliency.accuracy.mean() == pytest.approx(0.770, abs=0.01)
+    assert scores.saliency.f.mean() == pytest.approx(0.524, abs=0.015)
+    assert scores.corloc.float().mean() > 0.4  # objects are central
 
 
-def test_the_same_mask_has_two_f(ecssd):
-    truths = [
+def test_f_beta_of_the_same_mask_on_ecssd(ecssd):
+    targets = [
         downsample_mask(torch.from_numpy(np.asarray(Image.open(path)) > 0)) for path in (ecssd / "masks").glob("*.png")
     ]
-    mask = torch.stack(truths).float().mean(0) >= 0.3
-    counted = [pool_mask_to_patches(truth, (64, 64)) for truth in truths]
+    mask = torch.stack(targets).float().mean(0) >= 0.3
+    counts = [pool_mask_to_patches(target, (64, 64)) for target in targets]
     values = {
-        beta: torch.stack([f_beta((mask & t.object.bool()).sum(), mask.sum(), t.object.sum(), beta) for t in counted])
+        beta: torch.stack(
+            [f_beta((mask & t.foreground.bool()).sum(), mask.sum(), t.foreground.sum(), beta) for t in counts]
+        )
         for beta in (0.3, 0.09)
     }
     assert values[0.3].mean() == pytest.approx(0.524, abs=0.015)
     assert values[0.09].mean() == pytest.approx(0.513, abs=0.015)
     assert values[0.3].mean() - values[0.09].mean() == pytest.approx(0.011, abs=0.005)
-    measured = saliency_scores(
-        mask[None].float(), mask[None], counted[0], object_=truths[0], counted=torch.ones_like(truths[0])
-    )
+    measured = saliency_scores(mask[None].float(), mask[None], targets[0], torch.ones_like(targets[0]))
     assert measured.f[0] == pytest.approx(values[0.3][0].item())
