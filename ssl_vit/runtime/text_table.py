@@ -45,9 +45,9 @@ def format_table(
     r"""Lay out cells in aligned columns, without a newline at the end.
 
     Args:
-        rows: Cells; `Bold` ones stand out, `RULE` separates (not in Markdown), short rows are filled up. White space
-            within a cell becomes one space, leading spaces indent it (text only), and characters with a meaning in
-            the style are escaped.
+        rows: Cells; `Bold` ones stand out, `RULE` separates (not in Markdown), short rows are filled up, and in text
+            a row of one cell is a heading over all columns. White space within a cell becomes one space, leading spaces
+            indent it (text only), and characters with a meaning in the style are escaped.
         headers: Titles of the columns.
         style: Plain text, a Markdown pipe table, or a LaTeX tabular of the booktabs package.
         groups: A title above each header; equal neighbors are shown as one in LaTeX.
@@ -73,7 +73,11 @@ def format_table(
     if style == "markdown":
         rows = [row for row in rows if row]
     cells = [[_cell(cell, style) for cell in row] if row else SEPARATING_LINE for row in rows]
-    if style == "text":  # as a row: tabulate would make columns wider than their headers
+    headings = {}
+    if style == "text":
+        headings = {n - len(rows): row[0] for n, row in enumerate(rows) if len(row) == 1 and columns > 1}
+        cells = [[""] if n - len(rows) in headings else row for n, row in enumerate(cells)]
+        # Headers as a row: tabulate makes columns wider than their headers.
         cells, titles = [titles, *cells] if titles else cells, []
     table = tabulate(
         cells,
@@ -83,7 +87,10 @@ def format_table(
         disable_numparse=True,
         preserve_whitespace=True,
     )
-    return "\n".join(line.rstrip() for line in table.splitlines())
+    lines = table.splitlines()
+    for number, heading in headings.items():
+        lines[number] = heading
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def escape(text: str, style: TableStyle) -> str:

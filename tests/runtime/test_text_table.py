@@ -22,6 +22,17 @@ def test_format_table_aligns_columns():
     assert format_table([]) == ""
 
 
+def test_format_table_headings_do_not_widen_columns():
+    rows = [["first section of the table"], ["  a", "1"], ["second"], ["  b", "2"]]
+    assert format_table(rows, ["", "n"]).splitlines() == [
+        "     n",
+        "first section of the table",
+        "  a  1",
+        "second",
+        "  b  2",
+    ]
+
+
 def test_format_table_puts_groups_above_headers():
     head, _, *rows = format_table(ROWS, HEADERS, style="markdown", groups=GROUPS).splitlines()
     cells = [cell.strip() for cell in head.strip("|").split("|")]

@@ -32,8 +32,8 @@ def check_methods(model: LoadedBackbone, names: Sequence[str]) -> None:
     if needing and not model.backbone.has_cls:
         others = ",".join(name for name in METHODS if name not in NEED_CLS)
         raise UserError(
-            f"methods=[{','.join(names)}]: {' and '.join(needing)} need a class token, and "
-            f"{model.backbone.config.name} has none. Use methods=[{others}]"
+            f"methods=[{','.join(names)}]: {model.backbone.config.name} has no class token, which "
+            f"{' and '.join(needing)} cannot do without. Use methods=[{others}]"
         )
 
 

@@ -33,7 +33,7 @@ RULES = {
     "object": "masks of each object by itself",
 }
 HEADS = {"fixed head": "best fixed head", "mean": "mean of the heads", "oracle head": "each image's best head"}
-BASELINE_TITLES = dict(zip(BASELINES, ("center prior: average mask", "whole image", "patch ceiling"), strict=True))
+BASELINE_TITLES = dict(zip(BASELINES, ("center prior", "whole image", "patch ceiling"), strict=True))
 PROTOCOL = {
     "map": "[CLS] row of the last block's softmax over all tokens in float32; patches only, scaled to sum 1",
     "resize": "each side to the nearest multiple of the patch, bicubic, antialias; no crop, no padding",
@@ -219,4 +219,4 @@ def _mean(values: Tensor) -> str:
 
 def _cell(values: Tensor) -> str:
     metric = mean_metric("", values)
-    return f"{metric.value:.3f}" + (f" ± {(metric.high - metric.low) / 2:.3f}" if metric.n > 1 else " ±   -  ")
+    return f"{metric.value:.3f}" + (f" ± {(metric.high - metric.low) / 2:.3f}" if metric.n > 1 else " ± -")

@@ -138,7 +138,7 @@ def test_attention_scores_stand_beside_the_center_prior_and_say_what_they_know(c
     )
     assert "patch ceiling" not in line.baselines  # nothing to be above of
     assert f"more than {baselines['patch ceiling'][0]['value']:.2f}" in line.remark
-    assert "given mask" in line.remark
+    assert "ground-truth mask" in line.remark
     assert line.title == "masks with 60 % of the attention: each image's best head"
     ranks = {name: other.rank for name, other in shown.items() if "/" in name}
     assert {name for name, rank in ranks.items() if rank == Rank.MAIN} == {"mass/mean", "mass/fixed head"}
