@@ -169,7 +169,9 @@ class Evaluation:
         drawing.unlink(missing_ok=True)
         if confusion and by_class is not None and figure:
             heading = f"{record.model.name}: {self.task}, {confusion.metric}, on {record.data.name}"
-            plot_confusion(drawing, confusion, read_hardest_images(scores[0].predictions[by_class], self._asked()), heading)
+            plot_confusion(
+                drawing, confusion, read_hardest_images(scores[0].predictions[by_class], self._asked()), heading
+            )
         return record
 
     def _confusion(self, score: ModelScores, suffix: str | None) -> ConfusionSummary | None:
