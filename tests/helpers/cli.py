@@ -1,4 +1,4 @@
-"""Starting commands as a user does, and reading the runs that they leave behind."""
+"""Run commands as a user does, and read the runs that they write."""
 
 import csv
 import os
@@ -43,26 +43,26 @@ def load(command, *overrides):
 
 
 def environment(**more):
-    """Of a command of its own, which shares no service with what wandb did in this process."""
+    """The environment of a separate process, without the wandb service of this one."""
     inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     return {**inherited, "OMP_NUM_THREADS": "1", **more}
 
 
-def command(words, launcher=(), name="pretrain"):
-    return [sys.executable, *launcher, "-m", "ssl_vit", name, *words]
+def command(overrides, launcher=(), name="pretrain"):
+    return [sys.executable, *launcher, "-m", "ssl_vit", name, *overrides]
 
 
-def run_command(words, *, launcher=(), **more):
-    """To its end; `returncode`, `stdout` and `stderr`."""
+def run_command(overrides, *, launcher=(), **more):
+    """Run a command to its end, with `returncode`, `stdout` and `stderr`."""
     return subprocess.run(
-        command(words, launcher), capture_output=True, text=True, env=environment(**more), timeout=240
+        command(overrides, launcher), capture_output=True, text=True, env=environment(**more), timeout=240
     )
 
 
-def start_command(words, *, name="pretrain", **more):
-    """Running; both outputs together are its `stdout`, and its process group is its own."""
+def start_command(overrides, *, name="pretrain", **more):
+    """Start a command in a new process group, with both outputs in `stdout`."""
     return subprocess.Popen(
-        command(words, name=name),
+        command(overrides, name=name),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -72,12 +72,12 @@ def start_command(words, *, name="pretrain", **more):
 
 
 def wait_until(condition, process=None, *, seconds=120):
-    """Until the condition holds, or the process has ended."""
+    """Wait until the condition holds or the process has ended."""
     deadline = time.monotonic() + seconds
     while not condition():
         if process is not None and process.poll() is not None:
             return
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.01)
 
 
@@ -86,7 +86,7 @@ def checkpoint(run, name="last.ckpt"):
 
 
 def state(run, name="last.ckpt"):
-    """The weights and buffers, and the optimizer steps done."""
+    """The weights and buffers, and the number of optimizer steps."""
     content = checkpoint(run, name)
     return content["state_dict"], content["global_step"]
 
