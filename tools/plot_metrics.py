@@ -16,7 +16,7 @@ METRICS = [
     "online/knn@20",
     "online/linear",
     "train/effective_rank",
-    "train/spread",
+    "train/feature_std",
     "train/alignment",
     "train/uniformity",
     "schedule/lr",

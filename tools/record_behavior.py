@@ -134,7 +134,10 @@ RENAMED_FILES: dict[str, str] = {
     r"/panels/": "/images/",
     r"pictures\.safetensors": "image_list.safetensors",
 }  # parts of paths inside of OUT
-RENAMED_COLUMNS: dict[str, str] = {}  # of metrics.csv and other tables
+RENAMED_COLUMNS: dict[str, str] = {  # of metrics.csv and other tables
+    r"train/spread": "train/feature_std",
+    r"train/information": "train/assignment_mutual_information",
+}
 RENAMED_FIELDS: dict[str, str] = {
     "picture": "image",
     "network": "model",

@@ -1,1 +1,1 @@
-"""The formulas: tensors in, numbers out."""
+"""Loss functions: tensors in, scalars out."""

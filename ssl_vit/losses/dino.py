@@ -14,26 +14,26 @@ from ssl_vit.runtime.distributed import all_reduce_mean, all_reduce_sum, world_s
 
 
 class TeacherTargets(NamedTuple):
-    """What the teacher says: the probabilities q = softmax((logits - center) / temperature) over K prototypes."""
+    """Teacher targets q = softmax((logits - center) / temperature) over K prototypes."""
 
     logits: FactoredLogits  # (G·B, K), without gradient, one global view after the other
     center: Tensor  # (K,)
     temperature: float  # above 0
 
-    def columns(self, part: slice) -> Tensor:
-        """(logits - center) / temperature for some prototypes: (G·B, k) in float32 or more."""
-        return self.logits.columns(part).sub_(self.center[part]).div_(self.temperature)
+    def block(self, columns: slice) -> Tensor:
+        """Compute (logits - center) / temperature of some prototypes: (G·B, k) in float32 or float64."""
+        return self.logits.block(columns).sub_(self.center[columns]).div_(self.temperature)
 
 
 def dino_loss(student: FactoredLogits, targets: TeacherTargets, *, views: int, temperature: float) -> Tensor:
-    """Mean cross-entropy between the teacher's view i and the student's view v, over all pairs with i ≠ v.
+    """Compute the mean cross-entropy between the teacher's view i and the student's view v, over all pairs with i ≠ v.
 
-    With the student's logits s = z Wᵀ, the pairs' sum over teachers i comes apart into
+    With the student's logits s = z Wᵀ, the sum over the pairs can be written as
 
         Σ_v [ n_v · logsumexp(s_v / τ) - ⟨Σ_{i≠v} q_i W, z_v⟩ / τ ],   n_v = the number of i ≠ v,
 
-    so that logits are needed only inside of sums over K. Those are taken block by block, forward and again backward:
-    memory does not grow with K.
+    where logits occur only inside sums over K. These are computed block by block, in the forward and again in the
+    backward pass, so that memory does not grow with K.
 
     Args:
         student: (V·B, K), one view after the other, the global views first.
@@ -42,7 +42,7 @@ def dino_loss(student: FactoredLogits, targets: TeacherTargets, *, views: int, t
         temperature: τ, of the student, above 0.
 
     Returns:
-        Scalar, in float32 or more. With V views there are G·V - G pairs.
+        Scalar, in float32 or float64. With V views there are G·V - G pairs.
     """
     loss: Tensor = _CrossEntropy.apply(*student, targets, views, temperature)
     return loss
@@ -61,12 +61,12 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         student = FactoredLogits(z, v, scale)
         lse, target_lse = StreamingLogSumExp(len(z), scale), StreamingLogSumExp(len(targets.logits.z), scale)
-        expected = scale.new_zeros(len(targets.logits.z), z.shape[1])  # (G·B, D): Σ_k e^(target - top) W_k
+        expected = scale.new_zeros(len(targets.logits.z), z.shape[1])  # (G·B, D): Σ_k e^(target - maximum) W_k
         with torch.autocast(z.device.type, enabled=False):
-            for part in student.blocks():
-                lse.add(student.columns(part).div_(temperature))
-                weight, shrunk = target_lse.add(targets.columns(part))  # (G·B, k), (G·B,)
-                expected.mul_(shrunk[:, None]).add_(weight.mul_(scale[part]).to(v.dtype) @ v[part])
+            for columns in student.blocks():
+                lse.add(student.block(columns).div_(temperature))
+                weight, factor = target_lse.add(targets.block(columns))  # (G·B, k), (G·B,)
+                expected.mul_(factor[:, None]).add_(weight.mul_(scale[columns]).to(v.dtype) @ v[columns])
         batch = len(z) // views
         globals_ = len(expected) // batch
         expected.div_(target_lse.sum[:, None])
@@ -88,117 +88,114 @@ class _CrossEntropy(torch.autograd.Function):
         batch = len(z) // views
         factor = grad / (ctx.pairs * temperature)
         z_grad, v_grad, scale_grad = torch.zeros_like(z, dtype=scale.dtype), torch.empty_like(v), scale.clone()
-        for part in student.blocks():
-            cosines = (z @ v[part].T).to(scale.dtype)  # (V·B, k), not yet scaled
-            p = (cosines * (scale[part] / temperature)).sub_(lse[:, None]).exp_().view(views, batch, -1)
-            q = targets.columns(part).sub_(target_lse[:, None]).exp_().view(-1, batch, p.shape[-1])  # (G, B, k)
+        for columns in student.blocks():
+            cosines = (z @ v[columns].T).to(scale.dtype)  # (V·B, k), not yet scaled
+            p = (cosines * (scale[columns] / temperature)).sub_(lse[:, None]).exp_().view(views, batch, -1)
+            q = targets.block(columns).sub_(target_lse[:, None]).exp_().view(-1, batch, p.shape[-1])  # (G, B, k)
             slope = p.mul_(partners[..., None]).sub_(_others(q, views)).mul_(factor).flatten(0, 1)  # d loss / d logits
-            torch.linalg.vecdot(slope, cosines, dim=0, out=scale_grad[part])
-            slope = slope.mul_(scale[part]).to(v.dtype)
-            z_grad += slope @ v[part]
-            torch.mm(slope.T, z, out=v_grad[part])
+            torch.linalg.vecdot(slope, cosines, dim=0, out=scale_grad[columns])
+            slope = slope.mul_(scale[columns]).to(v.dtype)
+            z_grad += slope @ v[columns]
+            torch.mm(slope.T, z, out=v_grad[columns])
         return z_grad.to(z.dtype), v_grad, scale_grad, None, None, None
 
 
 class StreamingLogSumExp:
-    """The logarithm of a sum of exponentials over columns (N, k) that come block by block; nothing overflows."""
+    """Logarithm of a sum of exponentials over blocks (N, k) of columns, without overflow."""
 
     def __init__(self, rows: int, like: Tensor) -> None:
-        self.top = like.new_full((rows,), -math.inf)  # (N,)
-        self.sum = like.new_zeros(rows)  # (N,) of e^(column - top)
+        self.maximum = like.new_full((rows,), -math.inf)  # (N,)
+        self.sum = like.new_zeros(rows)  # (N,) of e^(column - maximum)
 
-    def add(self, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Take a block in: it becomes e^(columns - top). Also returns by what (N,) all before it have shrunk."""
-        top = torch.maximum(self.top, columns.amax(dim=1))
-        shrunk = (self.top - top).exp_()
-        columns.sub_(top[:, None]).exp_()
-        self.sum.mul_(shrunk).add_(columns.sum(dim=1))
-        self.top = top
-        return columns, shrunk
+    def add(self, block: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a block, in place: return it as e^(block - maximum), and the factor (N,) to rescale earlier blocks by."""
+        maximum = torch.maximum(self.maximum, block.amax(dim=1))
+        factor = (self.maximum - maximum).exp_()
+        block.sub_(maximum[:, None]).exp_()
+        self.sum.mul_(factor).add_(block.sum(dim=1))
+        self.maximum = maximum
+        return block, factor
 
     @property
     def value(self) -> Tensor:
-        """(N,)."""
-        return self.top + self.sum.log()
+        """The logarithm (N,) over the blocks so far."""
+        return self.maximum + self.sum.log()
 
 
 def _others(teachers: Tensor, views: int) -> Tensor:
-    """For each of V views the sum (V, B, ...) over the teachers (G, B, ...) that saw another view."""
+    """Sum the teachers (G, B, ...) of the other views for each of V views: (V, B, ...)."""
     total = teachers.sum(dim=0)
     return torch.cat([total - teachers, total.expand(views - len(teachers), *total.shape)])
 
 
 def _partners(globals_: int, views: int, like: Tensor) -> Tensor:
-    """How many teachers each view is compared with (V, 1)."""
+    """Count the teachers that each view is compared with: (V, 1)."""
     view = torch.arange(views, device=like.device)[:, None]
     return (globals_ - (view < globals_).to(like.dtype)).to(like.dtype)
 
 
 class Center(nn.Module):
-    """The running mean of the teacher's logits, which keeps any one prototype from taking over.
+    """Running mean of the teacher's logits, which prevents a single prototype from dominating.
 
     center ← momentum · center + (1 - momentum) · mean of the logits (G·B, K) over all processes, once per optimizer
-    step: `observe` adds up the logits of the micro-batches, `update` takes them in. The center of a step is that of
-    the steps before it.
+    step: `accumulate` adds the logits of a micro-batch, `update` moves the center. A step uses the center of the steps
+    before it.
     """
 
     value: Tensor
-    seen: Tensor
+    sum: Tensor
     count: Tensor
 
     def __init__(self, prototypes: int, momentum: float) -> None:
         super().__init__()
         self.momentum = momentum
         self.register_buffer("value", torch.zeros(prototypes))  # (K,)
-        self.register_buffer("seen", torch.zeros(prototypes), persistent=False)  # (K,) sum of logits since `update`
+        self.register_buffer("sum", torch.zeros(prototypes), persistent=False)  # (K,), of the logits since `update`
         self.register_buffer("count", torch.zeros(()), persistent=False)
 
     @torch.no_grad()
-    def observe(self, teacher: FactoredLogits) -> None:
-        """Add the logits (G·B, K) of a micro-batch; linear in z, they need not be multiplied out."""
-        total = teacher.z.sum(dim=0, dtype=self.seen.dtype)  # (D,)
-        with torch.autocast(self.seen.device.type, enabled=False):
-            for part in teacher.blocks():
-                self.seen[part] += (teacher.v[part].to(total.dtype) @ total) * teacher.scale[part]
+    def accumulate(self, teacher: FactoredLogits) -> None:
+        """Add the logits (G·B, K) of a micro-batch; they are linear in z and need not be multiplied out."""
+        total = teacher.z.sum(dim=0, dtype=self.sum.dtype)  # (D,)
+        with torch.autocast(self.sum.device.type, enabled=False):
+            for columns in teacher.blocks():
+                self.sum[columns] += (teacher.v[columns].to(total.dtype) @ total) * teacher.scale[columns]
         self.count += len(teacher.z)
 
     @torch.no_grad()
     def update(self, applied: Tensor) -> None:
-        """Move the center by what was observed since the last update, and forget that.
-
-        Where the optimizer step was not `applied`, () bool, it is only forgotten.
-        """
-        mean = all_reduce_sum(self.seen) / (self.count * world_size())
+        """Move the center by the logits since the last update, unless the optimizer step was not `applied`, () bool."""
+        mean = all_reduce_sum(self.sum) / (self.count * world_size())
         self.value.copy_(torch.where(applied, self.value.lerp(mean, 1 - self.momentum), self.value))
-        self.seen.zero_()
+        self.sum.zero_()
         self.count.zero_()
 
 
 class AssignmentStats(NamedTuple):
-    """How the teacher spreads images over prototypes, in nats; each a scalar."""
+    """Statistics of the teacher's assignment of images to prototypes, in nats; scalars."""
 
-    entropy: Tensor  # of one image's probabilities, mean; 0 = one prototype, ln K = uniform
+    entropy: Tensor  # of the probabilities of an image, mean over images; 0: one prototype, ln K: uniform
     kl_to_uniform: Tensor  # ln K - entropy
-    information: Tensor  # entropy of the mean assignment - entropy; 0 = the same answer for every image: collapse
+    mutual_information: Tensor  # entropy of the mean assignment - entropy; 0: all images are assigned alike, collapse
 
 
 @torch.no_grad()
 def assignment_stats(targets: TeacherTargets) -> AssignmentStats:
-    """Entropy of the teacher's probabilities (G·B, K) and the information that they carry about the image.
+    """Compute the entropy of the teacher's probabilities (G·B, K) and their mutual information with the image.
 
-    In both collapses, to the uniform answer and to a single prototype, the information goes to 0. It is at most
-    ln(G·B), because it is estimated on one batch, that of all processes together. Entropy and divergence are this
-    process's own: their mean over processes is that of the whole batch.
+    The mutual information is 0 in both collapses, to the uniform assignment and to a single prototype, and at most
+    ln(G·B), as it is estimated on one batch, of all processes together. Entropy and divergence are those of this
+    process: their mean over processes is that of the whole batch.
     """
     lse = StreamingLogSumExp(len(targets.logits.z), targets.logits.scale)
     with torch.autocast(targets.center.device.type, enabled=False):
-        for part in targets.logits.blocks():
-            lse.add(targets.columns(part))
+        for columns in targets.logits.blocks():
+            lse.add(targets.block(columns))
         mean, entropy = torch.empty_like(targets.logits.scale), lse.value.new_zeros(())
-        for part in targets.logits.blocks():
-            p = targets.columns(part).sub_(lse.value[:, None]).exp_()  # (G·B, k)
-            mean[part] = p.mean(dim=0)
+        for columns in targets.logits.blocks():
+            p = targets.block(columns).sub_(lse.value[:, None]).exp_()  # (G·B, k)
+            mean[columns] = p.mean(dim=0)
             entropy += torch.special.entr(p).sum()
     entropy /= len(targets.logits.z)
-    information = torch.special.entr(all_reduce_mean(mean)).sum() - entropy
-    return AssignmentStats(entropy, math.log(len(targets.center)) - entropy, information)
+    mutual_information = torch.special.entr(all_reduce_mean(mean)).sum() - entropy
+    return AssignmentStats(entropy, math.log(len(targets.center)) - entropy, mutual_information)

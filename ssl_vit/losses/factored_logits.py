@@ -1,4 +1,4 @@
-"""Logits over many prototypes, kept as factors and multiplied out a few columns at a time."""
+"""Logits over many prototypes, kept as factors and multiplied out block by block."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from torch import Tensor
 
 from ssl_vit.runtime.device import upcast
 
-_ENTRIES = {"cpu": 1 << 19}  # of a block: what fits a core's cache
-_ENTRIES_ELSEWHERE = 1 << 26  # 256 MiB of a GPU's memory
-_FEWEST_COLUMNS = 256
+_BLOCK_SIZE = {"cpu": 1 << 19}  # entries of a block, which fit a core's cache
+_DEFAULT_BLOCK_SIZE = 1 << 26  # 256 MiB of a GPU's memory
+_MIN_COLUMNS = 256
 
 
 class FactoredLogits(NamedTuple):
-    """The logits (N, K) = z vᵀ · scale. Multiplied out they may well be larger than all activations of the model."""
+    """Logits (N, K) = z vᵀ · scale, which multiplied out may need more memory than all activations of the model."""
 
-    z: Tensor  # (N, D), in the number format to multiply in
-    v: Tensor  # (K, D), likewise
+    z: Tensor  # (N, D), in the dtype of the product
+    v: Tensor  # (K, D), in the same dtype
     scale: Tensor  # (K,) float32 or more
 
-    def columns(self, part: slice) -> Tensor:
-        """The logits (N, k) of some prototypes, in float32 or more."""
-        return upcast(self.z @ self.v[part].T) * self.scale[part]
+    def block(self, columns: slice) -> Tensor:
+        """Compute the logits (N, k) of some prototypes, in float32 or float64."""
+        return upcast(self.z @ self.v[columns].T) * self.scale[columns]
 
     def blocks(self) -> Iterator[slice]:
-        """All prototypes, in blocks that are large enough to compute well and small enough to hold."""
-        entries = _ENTRIES.get(self.z.device.type, _ENTRIES_ELSEWHERE)
-        width = max(_FEWEST_COLUMNS, entries // len(self.z))
+        """Yield slices of the prototypes, in blocks of a size that computes fast and fits in memory."""
+        size = _BLOCK_SIZE.get(self.z.device.type, _DEFAULT_BLOCK_SIZE)
+        width = max(_MIN_COLUMNS, size // len(self.z))
         return (slice(start, start + width) for start in range(0, len(self.v), width))

@@ -1,4 +1,4 @@
-"""The reconstruction loss of SiT: L1 to the uncorrupted view."""
+"""L1 distance of reconstructions to the uncorrupted images, the reconstruction loss of SiT."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ssl_vit.runtime.distributed import all_reduce_sum, world_size
 
 
 def reconstruction_l1(reconstruction: Tensor, clean: Tensor, corrupted: Tensor | None = None) -> Tensor:
-    """Mean absolute difference over all pixels, or over the corrupted ones of all processes.
+    """Compute the mean absolute difference over all pixels, or over the corrupted pixels of all processes.
 
     Args:
         reconstruction: (B, C, H, W).
         clean: (B, C, H, W), the target.
-        corrupted: (B, 1, H, W) bool; None counts every pixel.
+        corrupted: (B, 1, H, W) bool; None: all pixels.
 
-    The corrupted pixels are counted over all processes, so that processes with more of them weigh more and the mean
-    over processes equals the mean of one process with the whole batch.
+    The sum is divided by the number of corrupted pixels per process, averaged over processes: the mean over processes
+    then equals that of one process with the whole batch.
     """
     difference = (upcast(reconstruction) - upcast(clean)).abs()
     if corrupted is None:

@@ -1,4 +1,4 @@
-"""How SiT adds its losses up: learned uncertainty weights or fixed ones."""
+"""Weighted sums of losses: learned uncertainty weights or fixed ones."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 
 class UncertaintyWeights(nn.Module):
-    """One learned log-variance s per loss (SiT v1.1; Kendall et al. 2018, arXiv 1705.07115).
+    """Learned weights from one log-variance s per loss (SiT v1.1; Kendall et al. 2018, arXiv 1705.07115).
 
     total = Σ over cross-entropies of e^{-s} L + s/2, plus for the L1 reconstruction e^{-s/2} L + s/2, the negative
     log-likelihood of a Laplace distribution of width e^{s/2}. s starts at 1 and is kept within [-4, 4]. The total may
-    be negative and its scale moves: watch the losses themselves.
+    be negative and its scale changes, so that only the losses themselves are comparable.
     """
 
     LIMIT = 4.0
@@ -21,27 +21,29 @@ class UncertaintyWeights(nn.Module):
         self.s = nn.ParameterDict({name: nn.Parameter(torch.ones(1)) for name in names})
 
     def forward(self, losses: dict[str, Tensor]) -> Tensor:
-        """The weighted total, shape (), of scalar losses by name."""
+        """Compute the weighted sum () of scalar losses by name."""
         terms = [self.weight(name) * loss + self._bounded(name) / 2 for name, loss in losses.items()]
         return torch.stack(terms).sum()
 
     def weight(self, name: str) -> Tensor:
-        """The factor on a loss, shape ()."""
+        """Compute the factor () of a loss."""
         return torch.exp(-self._bounded(name) / (2 if name == "reconstruction" else 1))
 
     def _bounded(self, name: str) -> Tensor:
         s: Tensor = self.s[name]
         s = s.squeeze()
-        return s + (s.clamp(-self.LIMIT, self.LIMIT) - s).detach()  # the gradient passes the limit: s may come back
+        return (
+            s + (s.clamp(-self.LIMIT, self.LIMIT) - s).detach()
+        )  # with a gradient beyond the limit, so that s can return
 
 
 class FixedWeights(nn.Module):
-    """Σ w L with given weights."""
+    """Sum Σ w L with given weights."""
 
     def __init__(self, weights: dict[str, float]) -> None:
         super().__init__()
         self.weights = weights
 
     def forward(self, losses: dict[str, Tensor]) -> Tensor:
-        """The weighted total, shape (), of scalar losses by name."""
+        """Compute the weighted sum () of scalar losses by name."""
         return torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum()

@@ -175,7 +175,7 @@ class SSLMethod(L.LightningModule):
         """Log means over all processes and over the micro-batches of the step so far, of which this is the `first`."""
         features = gather_from_ranks(result.features[0])
         logs = {"loss": result.loss.detach(), **result.logs}
-        logs |= {"spread": feature_std(features), "effective_rank": effective_rank(features)}
+        logs |= {"feature_std": feature_std(features), "effective_rank": effective_rank(features)}
         logs["uniformity"] = uniformity(features)
         if len(result.features) == 2:
             logs["alignment"] = alignment(*result.features)

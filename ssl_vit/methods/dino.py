@@ -23,7 +23,7 @@ from ssl_vit.runtime.rng import view_keys
 
 
 class DINOModel(nn.Module):
-    """Backbone and head; the head sees the [CLS] tokens of all resolutions in one pass."""
+    """Backbone and head; the head processes the [CLS] tokens of all resolutions in one pass."""
 
     def __init__(self, backbone: Backbone, config: DINOConfig) -> None:
         super().__init__()
@@ -31,9 +31,11 @@ class DINOModel(nn.Module):
         self.head = DINOHead(backbone.embed_dim, **config.head.model_dump())
 
     def forward(self, *resolutions: Tensor, key: Tensor | None = None) -> tuple[FactoredLogits, Tensor]:
-        """Logits (Σ V·B, K) and [CLS] tokens (Σ V·B, D) of images (V·B, C, H, W), one argument per resolution.
+        """Compute logits (Σ V·B, K) and [CLS] tokens (Σ V·B, D).
 
-        `key` (Σ V·B,) holds the keys of all images, from which drop path is drawn in training.
+        Args:
+            resolutions: Images (V·B, C, H, W) of one resolution each.
+            key: Sample keys (Σ V·B,) of all images, needed for drop path in training.
         """
         keys = [None] * len(resolutions) if key is None else torch.split(key, [len(images) for images in resolutions])
         cls = torch.cat([self.backbone(images, k).cls for images, k in zip(resolutions, keys, strict=True)])
@@ -41,7 +43,7 @@ class DINOModel(nn.Module):
 
 
 class DINO(SSLMethod):
-    """The student sees all views, the teacher the global ones; the teacher is the student's moving average."""
+    """The student gets all views, the teacher the global ones; the teacher is the student's moving average."""
 
     config: DINOConfig
 
@@ -77,7 +79,7 @@ class DINO(SSLMethod):
         with torch.no_grad():
             teacher, _ = self.teacher(images[0])
         student, _ = self.student(*images)
-        return [logits.columns(slice(None)) for logits in (teacher, student)]
+        return [logits.block(slice(None)) for logits in (teacher, student)]
 
     def step(self, global_views: Tensor, local_views: Tensor, batch: Batch) -> StepResult:
         views = global_views.shape[1] + local_views.shape[1]
@@ -85,7 +87,7 @@ class DINO(SSLMethod):
         with torch.no_grad():
             teacher, teacher_cls = self.teacher(images[0])  # (2·B, K), (2·B, D)
             targets = TeacherTargets(teacher, self.center.value, self.scheduled("teacher_temperature"))
-            self.center.observe(teacher)
+            self.center.accumulate(teacher)
         self.timer.mark("teacher")
 
         student, _ = self.student(*images, key=view_keys(batch.key, 0, views).T.flatten())  # (V·B, K)
@@ -94,11 +96,11 @@ class DINO(SSLMethod):
         self.timer.mark("loss")
         logs: dict[str, Tensor] = {}
         if self.should_log:
-            entropy, kl, information = assignment_stats(targets)
+            entropy, kl, mutual_information = assignment_stats(targets)
             logs = {
                 "teacher_entropy": entropy,
                 "teacher_kl_to_uniform": kl,
-                "information": information,
+                "assignment_mutual_information": mutual_information,
                 "center_norm": self.center.value.norm(),
                 "teacher_distance": relative_parameter_distance(self.teacher, self.student),
             }

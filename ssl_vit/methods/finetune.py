@@ -1,4 +1,4 @@
-"""Fine-tuning: the whole model learns from labels, the deeper its layers lie the slower."""
+"""Fine-tuning of the whole model on labels, with a lower learning rate for earlier layers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ssl_vit.runtime.device import upcast
 
 
 class Classifier(nn.Module):
-    """A backbone and a linear head on its [CLS] token."""
+    """Backbone with a linear head on its [CLS] token."""
 
     def __init__(self, backbone: Backbone, classes: int) -> None:
         super().__init__()
@@ -29,25 +29,23 @@ class Classifier(nn.Module):
         self.head = mlp([backbone.embed_dim, classes])
 
     def forward(self, images: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Logits (B, classes) and [CLS] tokens (B, D) of images (B, C, H, W); drop path is drawn from keys (B,)."""
+        """Compute logits (B, classes) and [CLS] tokens (B, D) of (B, C, H, W); sample keys (B,) are for drop path."""
         cls = self.backbone(images, key).cls
         return self.head(cls), cls
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """For timm, which parameters make up a layer: embeddings, each block, and what is left (final norm, head)."""
+        """Return the parameters of each layer for timm: embeddings, each block, and the rest (final norm, head)."""
         return self.backbone.layer_patterns("backbone.")
 
 
 class FineTune(SSLMethod):
-    """Cross-entropy with the targets that mixing and smoothing leave of the labels.
-
-    Not self-supervised, but trained as the others are, step by step.
+    """Supervised training with mixup, CutMix and label smoothing, by the same loop as the other methods.
 
     Args:
-        config: Of the augmentation and the optimizer.
-        views: As `single_view_config` makes them.
-        backbone: To be trained.
-        classes: That images are told apart by.
+        config: Augmentation and optimizer.
+        views: Result of `single_view_config`.
+        backbone: Model to train.
+        classes: Number of classes.
         plan: Length of the run.
     """
 
@@ -82,13 +80,13 @@ class FineTune(SSLMethod):
         return parameter.ndim > 1 and not name.endswith((".bias", "pos_embed", "cls_token", "reg_token"))
 
     def configure_optimizers(self) -> Optimizer:
-        """AdamW whose layer l of L learns at lr · layer_decay^(L - l); the head is layer L (BEiT, arXiv 2106.08254)."""
+        """Return AdamW with rate lr · layer_decay^(L - l) for layer l of L; the head is layer L (arXiv 2106.08254)."""
         kept = [
             name for name, parameter in self.student.named_parameters() if not self.has_weight_decay(name, parameter)
         ]
         groups = param_groups_layer_decay(
             self.student,
-            weight_decay=1.0,  # a mark; the schedule says how much
+            weight_decay=1.0,  # marks the groups; the value follows the schedule
             no_weight_decay_list=kept,
             layer_decay=self.config.layer_decay,
         )
@@ -103,7 +101,7 @@ class FineTune(SSLMethod):
 
 
 def prepare_for_finetuning(loaded: LoadedBackbone, *, image_size: int, drop_path: float) -> Backbone:
-    """The model as one that learns on images of this size: its position embeddings are resampled to it, once."""
+    """Return a trainable copy for images of this size, to which its position embeddings are resampled once."""
     backbone = Backbone(loaded.backbone.config.model_copy(update={"drop_path": drop_path}))
     backbone.load_state_dict(loaded.backbone.state_dict())
     backbone.resize(image_size)

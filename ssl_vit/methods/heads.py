@@ -1,4 +1,4 @@
-"""The heads that pretraining puts on the backbone and throws away afterwards."""
+"""Heads of the backbone that are used in pretraining only."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class Prototypes(nn.Module):
 
 
 class _Directions(torch.autograd.Function):
-    """v (K, D) in another number format, and what makes each row as long as g (K, 1) says: g / ‖v‖ (K,).
+    """Cast v (K, D) to another dtype, and compute the scale g / ‖v‖ (K,) that gives each row the norm g (K, 1).
 
-    As autograd would do it, but in two passes over v's gradient: there may be more weights here than in the backbone.
+    Equal to autograd's result, but with two passes over v's gradient: v may have more weights than the backbone.
     """
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # noqa: ANN401
         length = torch.linalg.vector_norm(v, dim=1)  # (K,)
         ctx.save_for_backward(v, g, length)
-        # A copy: sharded over processes, the weights are whole only until the model's forward pass is over.
+        # A copy: with FSDP the weights are complete only until the end of the model's forward pass.
         return v.to(dtype, copy=True), g.squeeze(1) / length
 
     @staticmethod
@@ -56,7 +56,7 @@ class _Directions(torch.autograd.Function):
 
 
 class DINOHead(nn.Module):
-    """MLP, L2 normalization, prototypes (DINO, `vision_transformer.DINOHead`, without batch norm).
+    """DINO's head: MLP, L2 normalization, prototypes (`vision_transformer.DINOHead` without batch norm).
 
     Names and shapes are the official ones: mlp.{0,2,4}.{weight,bias}, last_layer.weight_g, last_layer.weight_v.
     """
@@ -76,13 +76,13 @@ class DINOHead(nn.Module):
         self.last_layer = Prototypes(bottleneck_dim, prototypes, norm_last_layer=norm_last_layer)
 
     def forward(self, cls: Tensor) -> FactoredLogits:  # (B, D) -> (B, K)
-        bottleneck = upcast(self.mlp(cls))  # a norm in bfloat16 is off by up to 0.3 %, and the logits with it
+        bottleneck = upcast(self.mlp(cls))  # in bfloat16 the norm would be off by up to 0.3 %
         logits: FactoredLogits = self.last_layer(F.normalize(bottleneck, dim=-1))
         return logits
 
 
 def mlp(dims: list[int]) -> nn.Sequential:
-    """Linear layers through `dims` with GELU between them, weights truncated normal .02, biases 0."""
+    """Build linear layers of widths `dims` with GELU between them; weights are truncated normal (.02), biases 0."""
     layers: list[nn.Module] = []
     for inner, outer in itertools.pairwise(dims):
         linear = nn.Linear(inner, outer)
@@ -93,7 +93,7 @@ def mlp(dims: list[int]) -> nn.Sequential:
 
 
 class ReconstructionHead(nn.Module):
-    """Patch tokens back to pixels: one transposed convolution with kernel and stride of a patch (SiT v1)."""
+    """Head from patch tokens to pixels: a transposed convolution with kernel and stride of a patch (SiT v1)."""
 
     def __init__(self, embed_dim: int, *, patch_size: int, in_chans: int) -> None:
         super().__init__()

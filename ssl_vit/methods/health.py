@@ -28,11 +28,11 @@ HealthCheck = Callable[[Metrics], HealthWarning | None]
 
 def check_feature_std(metrics: Metrics) -> HealthWarning | None:
     """Return a warning if all images have nearly the same features."""
-    if metrics["train/spread"] >= MIN_FEATURE_STD:
+    if metrics["train/feature_std"] >= MIN_FEATURE_STD:
         return None
     return HealthWarning(
         "features-collapse",
-        f"the feature std is {metrics['train/spread']:.3f}, where 1 is uniform on the sphere and 0 means that all "
+        f"the feature std is {metrics['train/feature_std']:.3f}, where 1 is uniform on the sphere and 0 means that all "
         "images have the same features",
         "Try a lower method.optimizer.lr, a longer method.optimizer.warmup, or backbone.init=jax for a small ViT.",
     )
@@ -51,7 +51,7 @@ def check_teacher_distance(metrics: Metrics) -> HealthWarning | None:
 
 def check_assignments(metrics: Metrics, *, prototypes: int) -> HealthWarning | None:
     """Return a warning if the teacher assigns all images alike, evenly to all prototypes or to a single one."""
-    information, entropy = metrics["train/information"], metrics["train/teacher_entropy"]
+    information, entropy = metrics["train/assignment_mutual_information"], metrics["train/teacher_entropy"]
     if information >= MIN_INFORMATION:
         return None
     highest = math.log(prototypes)

@@ -32,10 +32,10 @@ def make_plan(config: TrainingConfig | FinetuneConfig, num_images: int) -> Train
 
 
 def cosine(start: float, end: float, total_steps: int, warmup_steps: int = 0) -> Schedule:
-    """Linear warm-up from 0 to `start`, then half a cosine from `start` to `end`.
+    """Return a linear warm-up from 0 to `start`, then half a cosine from `start` to `end`.
 
     The formula of DINO (`utils.cosine_scheduler`): with n steps after the warm-up, step i of them gets
-    end + (start - end) (1 + cos(pi i / n)) / 2, so `end` itself is approached and not reached. The first of several
+    end + (start - end) (1 + cos(pi i / n)) / 2, so `end` itself is not reached. The first of several
     warm-up steps has value 0 and the last one has `start`. From `total_steps` on the value stays at `end`.
 
     Raises:
@@ -56,9 +56,9 @@ def cosine(start: float, end: float, total_steps: int, warmup_steps: int = 0) ->
 
 
 def teacher_temperature(start: float, end: float, warmup_epochs: int, steps_per_epoch: int) -> Schedule:
-    """Linear from `start` to `end` over `warmup_epochs`, one value per epoch, both ends included; then constant.
+    """Return a linear schedule from `start` to `end` over `warmup_epochs`, one value per epoch; then constant.
 
-    Per epoch, not per step, as in DINO (`DINOLoss.teacher_temp_schedule`).
+    Both ends are included. As in DINO (`DINOLoss.teacher_temp_schedule`) it changes per epoch, not per step.
     """
 
     def value(step: int) -> float:

@@ -16,7 +16,7 @@ def test_a_run_leaves_what_its_user_needs(pretrain_config, method):
     assert {"config.yaml", "metrics.csv", "backbone.safetensors", "backbone.json"} <= {p.name for p in run.iterdir()}
     metrics = rows(run)
     assert [int(row["step"]) for row in metrics] == list(range(13))
-    for name in ("train/loss", "train/spread", "train/effective_rank", "schedule/lr", "speed/images_per_s"):
+    for name in ("train/loss", "train/feature_std", "train/effective_rank", "schedule/lr", "speed/images_per_s"):
         assert all(row[name] for row in metrics), name
     assert all(0 <= float(row["speed/data_wait"]) <= 1 for row in metrics)
     assert [row["step"] for row in metrics if row["online/knn@20"]] == ["0", "11", "12"]  # start, epoch 1, end

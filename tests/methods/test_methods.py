@@ -50,7 +50,7 @@ def stepped(method, batch):
 
 def dense(logits):
     """All logits (N, K)."""
-    return logits.columns(slice(None))
+    return logits.block(slice(None))
 
 
 @pytest.fixture(autouse=True)

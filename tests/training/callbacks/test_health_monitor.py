@@ -20,10 +20,10 @@ from tests.helpers.cli import rows, state
 
 HEALTHY = {
     "train/loss": 4.0,
-    "train/information": 2.0,
+    "train/assignment_mutual_information": 2.0,
     "train/teacher_entropy": 4.0,
     "train/teacher_distance": 0.1,
-    "train/spread": 0.8,
+    "train/feature_std": 0.8,
 }
 
 
@@ -79,9 +79,9 @@ def test_the_verdicts_stand_before_the_run(pretrain_config, capsys):
     ("numbers", "name"),
     [
         ({}, None),
-        ({"train/information": 0.01, "train/teacher_entropy": math.log(1024)}, "uniform-collapse"),
-        ({"train/information": 0.01, "train/teacher_entropy": 0.1}, "single-collapse"),
-        ({"train/spread": 0.001}, "features-collapse"),
+        ({"train/assignment_mutual_information": 0.01, "train/teacher_entropy": math.log(1024)}, "uniform-collapse"),
+        ({"train/assignment_mutual_information": 0.01, "train/teacher_entropy": 0.1}, "single-collapse"),
+        ({"train/feature_std": 0.001}, "features-collapse"),
         ({"train/teacher_distance": 0.0}, "teacher-is-student"),
         ({"train/loss": 6.1}, "diverging"),
         ({"train/loss": math.nan}, "diverging"),
@@ -98,11 +98,11 @@ def test_each_verdict_has_its_name(numbers, name):
 
 def test_a_method_without_prototypes_is_judged_by_its_features():
     checks = [check_feature_std]
-    assert check_metrics({"train/loss": 4.0, "train/spread": 0.9}, checks, first_loss=None) is None
-    verdict = check_metrics({"train/loss": 4.0, "train/spread": 0.0}, checks, first_loss=None)
+    assert check_metrics({"train/loss": 4.0, "train/feature_std": 0.9}, checks, first_loss=None) is None
+    verdict = check_metrics({"train/loss": 4.0, "train/feature_std": 0.0}, checks, first_loss=None)
     assert verdict.name == "features-collapse"
     # A loss with learned weights can be negative.
-    assert check_metrics({"train/loss": -1.0, "train/spread": 0.9}, checks, first_loss=-1.5) is None
+    assert check_metrics({"train/loss": -1.0, "train/feature_std": 0.9}, checks, first_loss=-1.5) is None
 
 
 DRIVEN = {
