@@ -1,4 +1,4 @@
-"""J and F, the measures of DAVIS: how well masks agree in region and in boundary, and how that changes over a video."""
+"""J and F of DAVIS: agreement of masks in region and in boundary, and its statistics over a video."""
 
 from __future__ import annotations
 
@@ -9,60 +9,60 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TOLERANCE = 0.008  # of the image's diagonal: boundaries that are so near agree
+TOLERANCE = 0.008  # of the image's diagonal: boundaries within this distance agree
 RECALL = 0.5  # frames above it count for the recall
 
 
 class SequenceStats(NamedTuple):
-    """What one object reached over the frames of a video by one measure."""
+    """Statistics of one object's metric over the frames of a video."""
 
     mean: float
     recall: float  # share of the frames above 0.5
     decay: float  # mean of the first quarter of the frames less that of the last
 
 
-def region_similarity(masks: Tensor, truths: Tensor) -> Tensor:
-    """J: intersection over union (...) float64 of masks (..., H, W) bool with given ones; 1 where both are empty.
+def region_similarity(masks: Tensor, targets: Tensor) -> Tensor:
+    """Compute J, the IoU (...) float64 of masks (..., H, W) bool with true ones; 1 where both are empty.
 
-    >>> region(torch.tensor([[True, True, False]]), torch.tensor([[False, True, True]]))
+    >>> region_similarity(torch.tensor([[True, True, False]]), torch.tensor([[False, True, True]]))
     tensor(0.3333, dtype=torch.float64)
     """
-    both, either = (pixels.sum((-2, -1)).double() for pixels in (masks & truths, masks | truths))
+    both, either = (pixels.sum((-2, -1)).double() for pixels in (masks & targets, masks | targets))
     return torch.where(either > 0, both / either.clamp_min(1), 1.0)
 
 
-def boundary_accuracy(masks: Tensor, truths: Tensor) -> Tensor:
-    """F: harmonic mean (...) float64 of precision and recall of the masks' boundaries, masks (..., H, W) bool.
+def boundary_accuracy(masks: Tensor, targets: Tensor) -> Tensor:
+    """Compute F, the harmonic mean (...) float64 of precision and recall of the boundaries of masks (..., H, W) bool.
 
     A boundary pixel is right if the other boundary passes within a distance of ceil(0.008 x diagonal) pixels
     (Perazzi et al. 2016, section 5; Martin et al. 2004; `f_measure` of the DAVIS-2017 evaluation). Two masks without a
     boundary agree; with one of them, F is 0.
     """
     radius = math.ceil(TOLERANCE * math.hypot(masks.shape[-2], masks.shape[-1]))
-    edges, true_edges = boundaries(masks), boundaries(truths)
-    right = (edges & dilated(true_edges, radius)).sum((-2, -1)).double()
-    found = (true_edges & dilated(edges, radius)).sum((-2, -1)).double()
-    count, true_count = (pixels.sum((-2, -1)).double() for pixels in (edges, true_edges))
-    precision, recall = right / count.clamp_min(1), found / true_count.clamp_min(1)
+    edges, target_edges = boundaries(masks), boundaries(targets)
+    right = (edges & dilate(target_edges, radius)).sum((-2, -1)).double()
+    found = (target_edges & dilate(edges, radius)).sum((-2, -1)).double()
+    count, target_count = (pixels.sum((-2, -1)).double() for pixels in (edges, target_edges))
+    precision, recall = right / count.clamp_min(1), found / target_count.clamp_min(1)
     harmonic = 2 * precision * recall / (precision + recall).clamp_min(1e-12)
-    return torch.where((count == 0) & (true_count == 0), 1.0, harmonic)
+    return torch.where((count == 0) & (target_count == 0), 1.0, harmonic)
 
 
 def boundaries(masks: Tensor) -> Tensor:
-    """Pixels (..., H, W) bool whose right, lower or lower right neighbor lies on the other side of a mask's edge."""
+    """Return the pixels (..., H, W) bool whose right, lower or lower right neighbor is across a mask's edge."""
     right = torch.cat([masks[..., 1:], masks[..., -1:]], dim=-1)
     below, below_right = (torch.cat([m[..., 1:, :], m[..., -1:, :]], dim=-2) for m in (masks, right))
     return (masks ^ right) | (masks ^ below) | (masks ^ below_right)
 
 
-def dilated(pixels: Tensor, radius: int) -> Tensor:
-    """Pixels (..., H, W) bool that lie within a distance of `radius` from one that is set."""
+def dilate(pixels: Tensor, radius: int) -> Tensor:
+    """Return the pixels (..., H, W) bool within a distance of `radius` from one that is set."""
     height, width = pixels.shape[-2:]
     reach = min(radius, height - 1)
     summed = F.pad(pixels.to(torch.int32), (radius + 1, radius)).cumsum(-1)  # along each row
     near = torch.zeros_like(pixels)
     for down in range(reach + 1):
-        half = math.isqrt(radius**2 - down**2)  # what of the disk lies so many rows away
+        half = math.isqrt(radius**2 - down**2)  # of the disk's row
         run = summed[..., radius + 1 + half :][..., :width] > summed[..., radius - half :][..., :width]
         near[..., down:, :] |= run[..., : height - down, :]
         near[..., : height - down, :] |= run[..., down:, :]
@@ -70,7 +70,7 @@ def dilated(pixels: Tensor, radius: int) -> Tensor:
 
 
 def sequence_stats(values: Tensor) -> SequenceStats:
-    """Mean, recall and decay of an object's values (frames,), as the DAVIS-2017 evaluation sums them up."""
+    """Compute mean, recall and decay of an object's values (frames,) as the DAVIS-2017 evaluation does."""
     frames = len(values)
     ends = [math.floor(1 + (frames - 1) * part / 4 + 0.5) - 1 for part in range(5)]  # of quarters that share their ends
     first, last = values[: ends[1] + 1].mean(), values[ends[3] : ends[4] + 1].mean()

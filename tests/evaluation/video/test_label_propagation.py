@@ -1,4 +1,4 @@
-"""`ssl-vit propagate`: labels carried as the textbook says, J and F as DAVIS defines them, whole folders scored."""
+"""`ssl-vit propagate`: label propagation, J and F against slow textbook forms; whole folders."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ from ssl_vit.data.dataset import UnreadableImageError
 from ssl_vit.evaluation.video.davis_metrics import (
     boundaries,
     boundary_accuracy,
-    dilated,
+    dilate,
     region_similarity,
     sequence_stats,
 )
@@ -23,15 +23,14 @@ from ssl_vit.evaluation.video.label_propagation import (
     LabelPropagator,
     PropagationConfig,
     Source,
-    fitted_size,
-    nearest,
+    input_size,
     propagate,
     to_classes,
 )
 from ssl_vit.models.checkpoint import load_backbone
 from tests.reference import propagation as slow
 
-RULE = PropagationConfig(side=480, context=7, radius=2, top_k=5, temperature=0.1)
+CONFIG = PropagationConfig(side=480, context=7, radius=2, top_k=5, temperature=0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -51,39 +50,39 @@ def source(rows: int, columns: int, seed: int, classes: int = 3) -> Source:
 @pytest.mark.parametrize("grid", [(5, 7), (7, 4), (1, 6)])
 @pytest.mark.parametrize("radius", [1, 2, None])
 @pytest.mark.parametrize("top_k", [1, 5, 1000])
-def test_labels_are_carried_as_the_textbook_says(grid, radius, top_k):
+def test_propagate_equals_the_textbook(grid, radius, top_k):
     sources = [source(*grid, seed) for seed in range(3)]
     features = source(*grid, 9).features
-    fast = propagate(features, sources, RULE._replace(radius=radius, top_k=top_k))
+    fast = propagate(features, sources, CONFIG._replace(radius=radius, top_k=top_k))
     pairs = [(each.features.double().numpy(), each.labels.double().numpy()) for each in sources]
     expected = slow.propagate(features.double().numpy(), pairs, radius=radius, top_k=top_k, temperature=0.1)
     assert fast.sum(-1).numpy() == pytest.approx(np.ones(grid), abs=1e-5)
     assert fast.numpy() == pytest.approx(expected, abs=1e-5)
 
 
-def test_patches_as_similar_as_the_last_one_all_count():
+def test_propagate_includes_ties():
     features = torch.ones(3, 3, 1)
     labels = torch.nn.functional.one_hot(torch.arange(9).view(3, 3) % 2, 2).float()
-    carried = propagate(features, [Source(features, labels)], RULE._replace(radius=1, top_k=1))
-    assert carried[1, 1].tolist() == pytest.approx([5 / 9, 4 / 9])
+    propagated = propagate(features, [Source(features, labels)], CONFIG._replace(radius=1, top_k=1))
+    assert propagated[1, 1].tolist() == pytest.approx([5 / 9, 4 / 9])
 
 
-def test_nothing_is_carried_from_beyond_the_radius():
+def test_propagate_is_limited_to_the_radius():
     features = torch.zeros(1, 9, 9)
-    features[0, range(9), range(9)] = 1  # each patch is like none but itself
+    features[0, range(9), range(9)] = 1  # each patch is similar to itself alone
     moved = features.roll(4, dims=1)
     labels = torch.nn.functional.one_hot(torch.tensor([[1, 0, 0, 0, 0, 0, 0, 0, 0]]), 2).float()
     within, beyond = (
-        propagate(moved, [Source(features, labels)], RULE._replace(radius=radius, top_k=1)) for radius in (4, 3)
+        propagate(moved, [Source(features, labels)], CONFIG._replace(radius=radius, top_k=1)) for radius in (4, 3)
     )
     assert within[0, 4].tolist() == [0, 1]
     assert beyond[0, 4].tolist() == [1, 0]
 
 
-def test_classes_are_stretched_before_the_largest_is_taken():
+def test_to_classes_scales_before_taking_the_largest():
     labels = torch.zeros(2, 2, 2)
     labels[..., 0] = torch.tensor([[0.9, 0.9], [0.9, 0.6]])
-    labels[..., 1] = 1 - labels[..., 0]  # at most 0.4: never the largest as it stands
+    labels[..., 1] = 1 - labels[..., 0]  # at most 0.4: never the largest without scaling
     classes = to_classes(labels, (32, 32), (33, 65))
     assert classes.shape == (33, 65)
     assert classes[-1, -1] == 1
@@ -102,13 +101,8 @@ def test_classes_are_stretched_before_the_largest_is_taken():
         ((50, 60), 32, 8, (32, 32)),
     ],
 )
-def test_frames_are_seen_at_the_sizes_of_the_official_protocol(size, side, patch, seen):
-    assert fitted_size(*size, side, patch) == seen
-
-
-def test_nearest_keeps_numbers():
-    assert nearest(torch.tensor([[1, 2], [3, 4]]), (4, 4)).tolist()[1] == [1, 1, 2, 2]
-    assert nearest(torch.arange(6)[None], (1, 3)).tolist() == [[1, 3, 5]]
+def test_input_size_is_that_of_the_official_protocol(size, side, patch, seen):
+    assert input_size(*size, side, patch) == seen
 
 
 # --- J and F ---
@@ -121,40 +115,40 @@ def blob(seed: int, height: int = 40, width: int = 60) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_j_and_f_equal_their_slow_definitions(seed):
-    mask, truth = blob(seed), blob(seed).roll(seed, dims=1) if seed % 2 else blob(seed + 50)
+def test_j_and_f_equal_their_slow_forms(seed):
+    mask, target = blob(seed), blob(seed).roll(seed, dims=1) if seed % 2 else blob(seed + 50)
     assert boundaries(mask).numpy().tolist() == slow.boundary(mask.numpy()).tolist()
-    assert region_similarity(mask, truth).item() == pytest.approx(slow.region(mask.numpy(), truth.numpy()))
-    assert boundary_accuracy(mask, truth).item() == pytest.approx(slow.boundary_f(mask.numpy(), truth.numpy()))
+    assert region_similarity(mask, target).item() == pytest.approx(slow.region(mask.numpy(), target.numpy()))
+    assert boundary_accuracy(mask, target).item() == pytest.approx(slow.boundary_f(mask.numpy(), target.numpy()))
 
 
-def test_j_and_f_of_cases_made_by_hand():
+def test_j_and_f_of_known_cases():
     square, empty = torch.zeros(100, 100, dtype=torch.bool), torch.zeros(100, 100, dtype=torch.bool)
     square[20:40, 20:40] = True
     far = square.roll((50, 50), dims=(0, 1))
     shifted = square.roll(1, dims=1)
-    masks, truths = (
+    masks, targets = (
         torch.stack([square, square, square, square, empty]),
         torch.stack([square, far, shifted, empty, empty]),
     )
-    assert region_similarity(masks, truths).tolist() == pytest.approx([1, 0, 380 / 420, 0, 1])
-    assert boundary_accuracy(masks, truths).tolist() == pytest.approx(
+    assert region_similarity(masks, targets).tolist() == pytest.approx([1, 0, 380 / 420, 0, 1])
+    assert boundary_accuracy(masks, targets).tolist() == pytest.approx(
         [1, 0, 1, 0, 1]
     )  # one pixel is within ceil(1.13) = 2
     assert boundary_accuracy(square, square.roll(3, dims=1)) < 1
 
 
 @pytest.mark.parametrize("radius", [1, 2, 5, 8])
-def test_dilation_is_by_a_disk(radius):
+def test_dilate_is_by_a_disk(radius):
     point = torch.zeros(2, 15, 21, dtype=torch.bool)
     point[0, 7, 10] = point[1, 0, 20] = True
     y, x = torch.meshgrid(torch.arange(15), torch.arange(21), indexing="ij")
     expected = torch.stack([(y - 7) ** 2 + (x - 10) ** 2 <= radius**2, y**2 + (x - 20) ** 2 <= radius**2])
-    assert (dilated(point, radius) == expected).all()
+    assert (dilate(point, radius) == expected).all()
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 23, 40, 66, 300])
-def test_mean_recall_and_decay_of_a_video(frames):
+def test_sequence_stats(frames):
     values = torch.rand(frames, dtype=torch.float64, generator=torch.Generator().manual_seed(frames))
     found = sequence_stats(values)
     assert found.mean == pytest.approx(values.mean().item())
@@ -165,7 +159,7 @@ def test_mean_recall_and_decay_of_a_video(frames):
 # --- masks ---
 
 
-def test_masks_keep_numbers_and_colors(tmp_path):
+def test_write_mask_keeps_ids_and_colors(tmp_path):
     numbers = torch.tensor([[0, 1, 2], [7, 254, 0]])
     palette = default_palette()[::-1]
     write_mask(tmp_path / "a" / "mask.png", numbers, palette)
@@ -175,7 +169,7 @@ def test_masks_keep_numbers_and_colors(tmp_path):
     assert Image.open(tmp_path / "a" / "mask.png").mode == "P"
 
 
-def test_255_is_void_beside_numbers_and_the_object_without(tmp_path):
+def test_read_mask_reads_255_as_void_beside_other_ids(tmp_path):
     Image.fromarray(np.array([[0, 255], [0, 255]], dtype=np.uint8)).save(tmp_path / "binary.png")
     Image.fromarray(np.array([[0, 255], [3, 255]], dtype=np.uint8)).save(tmp_path / "void.png")
     assert read_mask(tmp_path / "binary.png").ids.tolist() == [[0, 1], [0, 1]]
@@ -183,7 +177,7 @@ def test_255_is_void_beside_numbers_and_the_object_without(tmp_path):
     assert read_mask(tmp_path / "void.png").ids.tolist() == [[0, 255], [3, 255]]
 
 
-def test_a_mask_of_colors_or_too_many_objects_is_refused(tmp_path):
+def test_read_mask_refuses_colors_and_large_ids(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "rgb.png")
     with pytest.raises(UnreadableImageError, match="mode RGB"):
         read_mask(tmp_path / "rgb.png")
@@ -196,7 +190,7 @@ def test_a_mask_of_colors_or_too_many_objects_is_refused(tmp_path):
 
 
 def moving_squares(root: Path, name: str, frames: int = 9, *, first_id: int = 1) -> None:
-    """A red and a green square that move over gray noise, in the layout of DAVIS."""
+    """Write a red and a green square that move over gray noise, in the layout of DAVIS."""
     folders = [root / kind / "480p" / name for kind in ("JPEGImages", "Annotations")]
     for folder in folders:
         folder.mkdir(parents=True)
@@ -224,37 +218,37 @@ def davis(tmp_path) -> Path:
     return root
 
 
-def run(tiny_model, tmp_path, *words: str) -> int:
+def run(tiny_model, tmp_path, *overrides: str) -> int:
     small = ("side=96", "radius=3", "temperature=0.03")
-    return main(["propagate", f"checkpoint={tiny_model}", f"out={tmp_path / 'out'}", *small, *words])
+    return main(["propagate", f"checkpoint={tiny_model}", f"out={tmp_path / 'out'}", *small, *overrides])
 
 
-def test_objects_are_followed_better_than_by_keeping_them_still(davis, tiny_model, tmp_path, capsys):
+def test_propagate_beats_keeping_the_first_mask(davis, tiny_model, tmp_path, capsys):
     assert run(tiny_model, tmp_path, f"davis={davis}") == 0
-    told, out = capsys.readouterr().out, tmp_path / "out"
-    record = json.loads((out / "summary.json").read_text())
-    model, still = record["score"], record["baselines"][1]
+    output, out = capsys.readouterr().out, tmp_path / "out"
+    result = json.loads((out / "summary.json").read_text())
+    model, still = result["score"], result["baselines"][1]
     assert [metric["name"] for metric in model["metrics"]][:2] == ["J&F", "J-mean"]
-    values = {score["name"]: {m["name"]: m for m in score["metrics"]} for score in (model, *record["baselines"])}
+    values = {score["name"]: {m["name"]: m for m in score["metrics"]} for score in (model, *result["baselines"])}
     assert values["model"]["J-mean"]["value"] > values["first mask kept still"]["J-mean"]["value"] + 0.2
     assert values["model"]["J&F"]["n"] == 4
     assert 0 <= values["model"]["J&F"]["low"] < values["model"]["J&F"]["value"] < values["model"]["J&F"]["high"]
-    assert values["random model"]["J-mean"]["value"] < 1
-    assert record["data"]["objects"] == 4
-    assert record["data"]["scored_frames"] == 7 + 5  # without the first and the last of 9 and of 7
-    assert record["protocol"]["radius"] == 3
+    assert values["random init"]["J-mean"]["value"] < 1
+    assert result["data"]["objects"] == 4
+    assert result["data"]["scored_frames"] == 7 + 5  # without the first and the last of 9 and of 7
+    assert result["protocol"]["radius"] == 3
     assert still["name"] == "first mask kept still"
-    for text in ("squares", "more", "all objects", "random model", "± 95 % over objects", "J-decay"):
-        assert text in told
+    for text in ("squares", "more", "all objects", "random init", "± 95 % over objects", "J-decay"):
+        assert text in output
     rows = list(csv.DictReader((out / "objects.csv").open()))
     objects = {("squares", "1"), ("squares", "3"), ("more", "2"), ("more", "4")}
     assert {(row["video"], row["object"]) for row in rows} == objects
-    mean = np.mean([float(row["J-mean"]) for row in rows if row["by"] == "model"])
+    mean = np.mean([float(row["J-mean"]) for row in rows if row["tracker"] == "model"])
     assert values["model"]["J-mean"]["value"] == pytest.approx(mean, abs=1e-5)
     assert Image.open(out / "sheet.jpg").width > 1000
 
 
-def test_masks_are_written_like_the_given_ones_and_scored_by_them(davis, tiny_model, tmp_path):
+def test_propagate_writes_masks_and_scores_them(davis, tiny_model, tmp_path):
     assert run(tiny_model, tmp_path, f"davis={davis}", "baselines=false") == 0
     given = davis / "Annotations" / "480p" / "more"
     written = tmp_path / "out" / "masks" / "more"
@@ -276,7 +270,7 @@ def test_masks_are_written_like_the_given_ones_and_scored_by_them(davis, tiny_mo
         assert float(rows[object_]["J-mean"]) == pytest.approx(np.mean(by_hand, axis=0)[place], abs=1e-5)
 
 
-def test_void_pixels_count_neither_way(davis, tiny_model, tmp_path):
+def test_propagate_ignores_void_pixels(davis, tiny_model, tmp_path):
     def j_mean() -> float:
         assert run(tiny_model, tmp_path, f"davis={davis}", "limit=1", "baselines=false") == 0
         rows = list(csv.DictReader((tmp_path / "out" / "objects.csv").open()))
@@ -285,43 +279,43 @@ def test_void_pixels_count_neither_way(davis, tiny_model, tmp_path):
     before = j_mean()
     for number in range(1, 9):  # void wherever the prediction of object 1 is wrong: J becomes 1
         path = davis / "Annotations" / "480p" / "squares" / f"{number:05d}.png"
-        truth = read_mask(path)
-        wrong = (read_mask(tmp_path / "out" / "masks" / "squares" / path.name).ids == 1) != (truth.ids == 1)
-        write_mask(path, truth.ids.where(~wrong, 255), truth.palette)
+        target = read_mask(path)
+        wrong = (read_mask(tmp_path / "out" / "masks" / "squares" / path.name).ids == 1) != (target.ids == 1)
+        write_mask(path, target.ids.where(~wrong, 255), target.palette)
     assert before < 1
     assert j_mean() == 1
 
 
-def test_own_frames_with_their_first_mask_alone(davis, tiny_model, tmp_path, capsys):
+def test_propagate_custom_frames_with_the_first_mask_alone(davis, tiny_model, tmp_path, capsys):
     frames = davis / "JPEGImages" / "480p" / "squares"
     (frames / "00004.jpg").write_bytes(b"\xff\xd8 broken")
     first = read_mask(davis / "Annotations" / "480p" / "squares" / "00000.png").ids
     Image.fromarray(((first > 0) * 255).to(torch.uint8).numpy()).save(tmp_path / "first.png")
     assert run(tiny_model, tmp_path, f"frames={frames}", f"masks={tmp_path / 'first.png'}") == 0
-    told = capsys.readouterr().out
-    assert "8 frames of 1 videos" in told
-    assert "1 frames, masks or videos could not be used" in told
-    assert "all objects" not in told
+    output = capsys.readouterr().out
+    assert "8 frames of 1 videos" in output
+    assert "1 frames, masks or videos could not be used" in output
+    assert "all objects" not in output
     assert "squares/00004.jpg" in (tmp_path / "out" / "skipped_images.txt").read_text()
     assert len(list((tmp_path / "out" / "masks").glob("*.png"))) == 8
-    record = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert record["score"]["metrics"] == []
-    assert record["baselines"] == []
+    result = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert result["score"]["metrics"] == []
+    assert result["baselines"] == []
 
 
-def test_own_masks_score_the_frames_that_have_one(davis, tiny_model, tmp_path):
+def test_propagate_scores_the_frames_that_have_a_mask(davis, tiny_model, tmp_path):
     masks = davis / "Annotations" / "480p" / "squares"
     (masks / "00003.png").unlink()
     Image.new("L", (10, 10), 1).save(masks / "00005.png")
     frames = davis / "JPEGImages" / "480p" / "squares"
     assert run(tiny_model, tmp_path, f"frames={frames}", f"masks={masks}") == 0
-    record = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert record["data"]["scored_frames"] == 9 - 2 - 2
+    result = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert result["data"]["scored_frames"] == 9 - 2 - 2
     assert "10 x 10 pixels, its frame 160 x 96" in (tmp_path / "out" / "skipped_images.txt").read_text()
-    assert record["warnings"]
+    assert result["warnings"]
 
 
-def test_a_video_file_can_be_followed(tiny_model, tmp_path):
+def test_propagate_a_video_file(tiny_model, tmp_path):
     av = pytest.importorskip("av")
     with av.open(str(tmp_path / "clip.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=25)
@@ -339,47 +333,47 @@ def test_a_video_file_can_be_followed(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("overrides", "message"),
     [
         (["davis={root}", "split=test"], "there is no ImageSets/2017/test.txt"),
         (["davis={root}", "frames={root}"], "name the videos: davis=FOLDER, or frames=FOLDER masks=MASK"),
         (["frames={root}"], "frames and masks must be given together"),
         (["frames={root}/nowhere", "masks={root}"], "there is no such file or folder"),
-        (["frames={root}/JPEGImages/480p/more", "masks={root}/empty.png"], "holds no object"),
+        (["frames={root}/JPEGImages/480p/more", "masks={root}/empty.png"], "contains no object"),
         (["frames={root}/JPEGImages/480p/more", "masks={root}/small.png"], "small.png has 5 x 5 pixels"),
         (["frames={root}/JPEGImages/480p/more", "masks={root}/rgb.png"], "a mask of mode RGB"),
         (["frames={root}/JPEGImages/480p/more", "masks={root}/others"], "no mask with the name of the first frame"),
         (["davis={root}", "side=3"], "smaller than a patch of 8 pixels"),
     ],
 )
-def test_mistakes_are_told(davis, tiny_model, tmp_path, capsys, words, told):
+def test_propagate_explains_mistakes(davis, tiny_model, tmp_path, capsys, overrides, message):
     Image.new("L", (160, 96)).save(davis / "empty.png")
     Image.new("L", (5, 5), 1).save(davis / "small.png")
     Image.new("RGB", (160, 96)).save(davis / "rgb.png")
     (davis / "others").mkdir()
     Image.new("L", (160, 96), 1).save(davis / "others" / "77.png")
-    assert run(tiny_model, tmp_path, *(word.format(root=davis) for word in words)) == 2
-    assert told in capsys.readouterr().err
+    assert run(tiny_model, tmp_path, *(word.format(root=davis) for word in overrides)) == 2
+    assert message in capsys.readouterr().err
 
 
-def test_a_listed_video_that_is_missing_is_named(davis, tiny_model, tmp_path, capsys):
+def test_propagate_names_a_missing_video(davis, tiny_model, tmp_path, capsys):
     (davis / "ImageSets" / "2017" / "val.txt").write_text("squares\nlost\n")
     assert run(tiny_model, tmp_path, f"davis={davis}") == 2
     assert "JPEGImages/480p/lost is missing" in capsys.readouterr().err
 
 
-def test_a_video_that_cannot_be_followed_does_not_stop_the_others(davis, tiny_model, tmp_path, capsys):
+def test_propagate_skips_an_unusable_video(davis, tiny_model, tmp_path, capsys):
     (davis / "Annotations" / "480p" / "squares" / "00000.png").write_bytes(b"no mask")
     assert run(tiny_model, tmp_path, f"davis={davis}", "baselines=false") == 0
-    record = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert (record["data"]["videos"], record["data"]["objects"]) == (1, 2)
-    assert "1 frames, masks or videos could not be used" in record["warnings"][0]
+    result = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (result["data"]["videos"], result["data"]["objects"]) == (1, 2)
+    assert "1 frames, masks or videos could not be used" in result["warnings"][0]
     assert "squares\tthe whole video: " in (tmp_path / "out" / "skipped_images.txt").read_text()
     assert "more" in capsys.readouterr().out
 
 
-def test_frames_are_not_enlarged_unless_asked(tiny_model):
+def test_label_propagator_does_not_enlarge_frames_by_default(tiny_model):
     first, classes = torch.zeros(3, 64, 96, dtype=torch.uint8), torch.zeros(64, 96, dtype=torch.long)
     model = load_backbone(str(tiny_model))
-    assert LabelPropagator(model, RULE._replace(side=None), first, classes).fitted == (64, 64)
-    assert LabelPropagator(model, RULE._replace(side=128), first, classes).fitted == (128, 192)
+    assert LabelPropagator(model, CONFIG._replace(side=None), first, classes).input_size == (64, 64)
+    assert LabelPropagator(model, CONFIG._replace(side=128), first, classes).input_size == (128, 192)
