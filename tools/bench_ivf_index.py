@@ -19,7 +19,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from ssl_vit.evaluation.classification.ann_index import Index
+from ssl_vit.evaluation.classification.ann_index import IVFIndex
 
 CLASSES, DIRECTIONS, K = 20, 16, 10
 
@@ -30,7 +30,7 @@ def main(rows: int, dim: int) -> None:
     print(f"{rows:,} x {dim}, {torch.get_num_threads()} threads")
     print(f"{'wanted':>7}{'found':>8}{'lists searched':>17}{'build s':>9}{'query ms':>10}")
     for wanted in (0.9, 0.99):
-        quality = Index.build(features, k=K, recall=wanted, seed=0).quality
+        quality = IVFIndex.build(features, k=K, recall=wanted, seed=0).quality
         searched = f"{quality.probes:,} of {quality.lists:,}"
         print(f"{wanted:>7}{quality.recall:>8.3f}{searched:>17}{quality.build_seconds:>9.1f}{quality.query_ms:>10.2f}")
     times = []

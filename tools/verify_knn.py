@@ -36,7 +36,7 @@ def main(checkpoint: str, root: Path) -> None:
     print(f"{len(test.labels):,} test images, {len(train.labels):,} x {train.features.shape[1]}")
     print(f"{'engine':<8}{'k':>5}{'same answer':>14}{'accuracy':>10}{'in float64':>12}")
     for engine in ("torch", "faiss"):
-        found = search(train, test, most=max(KS), engine=engine)
+        found = search(train, test, max_k=max(KS), engine=engine)
         answers = classify(found, ks=KS, temperature=TEMPERATURE).predicted
         for k in KS:
             votes = plain_votes(cosines[:, :k], classes[:, :k], int(train.labels.max()) + 1)

@@ -11,7 +11,14 @@ from pathlib import Path
 from ssl_vit.commands.linear import split
 from ssl_vit.commands.log_results import report_result
 from ssl_vit.config.evaluate import FewshotConfig
-from ssl_vit.evaluation.classification.few_shot import NEAREST, RIDGE, FewShotResult, edge_warnings, few_shot, settings
+from ssl_vit.evaluation.classification.few_shot import (
+    NEAREST,
+    RIDGE,
+    FewShotResult,
+    edge_warnings,
+    few_shot,
+    few_shot_settings,
+)
 from ssl_vit.evaluation.classification.linear_classifier import FeatureVariant, split_rule
 from ssl_vit.evaluation.evaluator import MODEL, PIXELS, Evaluation
 from ssl_vit.evaluation.results.eval_result import EvalResult, ModelScores
@@ -35,12 +42,12 @@ def measure(config: FewshotConfig) -> tuple[EvalResult, Path]:
     scores = []
     for source in study.sources(blocks=variant.blocks):
         train, test = split(source, config.seed)
-        among, warnings = settings(train.labels, shots=config.shots, shares=config.shares)
+        settings, warnings = few_shot_settings(train.labels, shots=config.shots, shares=config.shares)
         outcomes = few_shot(
             train,
             test,
             variant=FeatureVariant(1, False) if source.name == PIXELS else variant,
-            among=among,
+            settings=settings,
             seeds=seeds,
             l2=config.l2,
             device=best_device(),
@@ -69,7 +76,7 @@ def measure(config: FewshotConfig) -> tuple[EvalResult, Path]:
         },
         train_labels=train.labels,
         test_labels=test.labels,
-        findings={"labeled": {setting.name: int(setting.counts.sum()) for setting in among}},
+        findings={"labeled": {setting.name: int(setting.counts.sum()) for setting in settings}},
         warnings=[*warnings, *edges],
         selection={"on": "leave-one-out within each subset", "chosen": chosen},
         seeds={"subsets": list(seeds)},
@@ -96,5 +103,5 @@ def _score(name: str, outcomes: list[FewShotResult]) -> ModelScores:
         name=name,
         metrics=[outcome.metric() for outcome in ordered],
         details=details,
-        predictions={outcome.suffix: outcome.answers for outcome in ordered},
+        predictions={outcome.suffix: outcome.predictions for outcome in ordered},
     )

@@ -56,7 +56,7 @@ def measure(config: KNNConfig, dataset: TrainTestSplit | None = None) -> tuple[E
     for source in study.sources(blocks=1):
         bank = _labeled(source.train, device)
         queries = None if source.test is None else _labeled(source.test, device)
-        found = search(bank, queries, most=asked[-1], engine=config.engine)
+        found = search(bank, queries, max_k=asked[-1], engine=config.engine)
         added = _fallback_k(asked, found.smallest_class())
         settings = Settings([*added, *asked], temperatures)
         results = [classify(found, ks=settings.ks, temperature=temperature) for temperature in temperatures]
@@ -78,7 +78,7 @@ def measure(config: KNNConfig, dataset: TrainTestSplit | None = None) -> tuple[E
         },
         train_labels=bank.labels,
         test_labels=bank.labels if queries is None else queries.labels,
-        findings=leak.findings(),
+        findings=leak.data_info(),
         engines={"knn": choose_engine(config.engine, device)},
         by_class=main,
         figure=config.figure,
@@ -97,10 +97,10 @@ def _fallback_k(asked: Sequence[int], smallest: int) -> list[int]:
 
 
 def _notes(score: ModelScores, added: Sequence[int], found: NeighborResult) -> list[str]:
-    size = f"the size of the smallest class{' without the image itself' if found.left_one_out else ''}"
+    size = f"the size of the smallest class{' without the image itself' if found.leave_one_out else ''}"
     texts = [f"k = {k} was added, {size}" for k in added]
     if not any(metric.name.startswith("top-5") for metric in score.metrics):
-        texts.append("top-5 needs six classes: it is left out")
+        texts.append("top-5 is skipped: it needs six classes")
     return texts
 
 

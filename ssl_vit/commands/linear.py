@@ -61,7 +61,7 @@ def measure(config: LinearConfig, dataset: TrainTestSplit | None = None) -> tupl
         protocol={
             "features": [str(variant) for variant in variants],
             "standardized": "by the training images",
-            **solver.describe(),
+            **solver.protocol(),
             "split": split_rule(source.test, config.seed),
         },
         train_labels=train.labels,
@@ -99,14 +99,18 @@ def _solver(config: LinearConfig) -> Solver:
 
 def _score(name: str, result: LinearResult, train: Features, test: Features) -> ModelScores:
     classes = len(torch.unique(torch.cat([train.labels, test.labels])))
-    chosen, *trials = (
+    chosen, *candidates = (
         {
-            "features": str(trial.variant),
-            **trial.settings,
-            **({"diverged": True} if math.isinf(trial.loss) else {"accuracy": trial.accuracy, "loss": trial.loss}),
+            "features": str(candidate.variant),
+            **candidate.settings,
+            **(
+                {"diverged": True}
+                if math.isinf(candidate.loss)
+                else {"accuracy": candidate.accuracy, "loss": candidate.loss}
+            ),
         }
-        for trial in (result.chosen, *result.trials)
+        for candidate in (result.chosen, *result.candidates)
     )
     answers = Predictions(test.index, test.labels, result.predicted, result.ranks)
-    metrics, details = topk_metrics(result.ranks, classes), {"chosen": chosen, "trials": trials}
+    metrics, details = topk_metrics(result.ranks, classes), {"chosen": chosen, "candidates": candidates}
     return ModelScores(name=name, metrics=metrics, details=details, predictions={"": answers})

@@ -19,7 +19,7 @@ from ssl_vit.data.dataset import ImageDataset, SkippedImageLog, Subset
 from ssl_vit.data.dataset_factory import TrainTestSplit, build_feature_splits
 from ssl_vit.data.sources.image_folder import load_images_at
 from ssl_vit.data.transforms.eval_transform import EvalTransform
-from ssl_vit.evaluation.classification.ann_index import Index, StaleIndexError
+from ssl_vit.evaluation.classification.ann_index import IVFIndex, StaleIndexError
 from ssl_vit.evaluation.classification.nearest_neighbors import Neighbors, choose_engine, exact_search
 from ssl_vit.evaluation.evaluator import BLOCKS, load_model, stored
 from ssl_vit.evaluation.features.extractor import (
@@ -131,7 +131,7 @@ def _search(
     bank, queries = known.features.cls[:, -1], asked.cls[:, -1]  # (N, D), (Q, D)
     if config.index == "ivf":
         index = _index(config, known.folder, bank, k)
-        return index.nearest(queries, k=k, own=own), {
+        return index.search(queries, k=k, exclude=own), {
             "index": "ivf",
             **index.quality._asdict(),
             "measured_on": "images of the set itself, each by the others",
@@ -139,21 +139,21 @@ def _search(
     device = best_device()
     bank, queries = (F.normalize(part.to(device).float(), dim=1) for part in (bank, queries))
     place = None if own is None else own.to(device)
-    found = exact_search(queries, bank, k=k, own=place, engine=choose_engine("auto", device))
-    return Neighbors(found.similarity.cpu(), found.place.cpu()), {"index": "exact", "k": k}
+    found = exact_search(queries, bank, k=k, exclude=place, engine=choose_engine("auto", device))
+    return Neighbors(found.similarity.cpu(), found.indices.cpu()), {"index": "exact", "k": k}
 
 
-def _index(config: NeighborsConfig, folder: Path, features: Tensor, k: int) -> Index:
+def _index(config: NeighborsConfig, folder: Path, features: Tensor, k: int) -> IVFIndex:
     """The index beside the features, built where there is none for this k and recall."""
     path = folder / f"nearest-{k}-{config.recall:g}.ivf"
     if path.exists():
         try:
-            index = Index.load(path, features)
+            index = IVFIndex.load(path, features)
         except StaleIndexError as reason:
             print(f"{reason}; it is built anew")
         else:
             return index
-    index = Index.build(features, k=k, recall=config.recall, seed=config.seed)
+    index = IVFIndex.build(features, k=k, recall=config.recall, seed=config.seed)
     index.save(path)
     return index
 
@@ -169,7 +169,7 @@ def _listed(known: FeatureSet, asked: FeatureSet, found: Neighbors) -> list[dict
                 for place, cosine in zip(places, cosines, strict=True)
             ],
         }
-        for row, (places, cosines) in enumerate(zip(found.place.tolist(), found.similarity.tolist(), strict=True))
+        for row, (places, cosines) in enumerate(zip(found.indices.tolist(), found.similarity.tolist(), strict=True))
     ]
 
 
@@ -177,7 +177,7 @@ def _tiles(known: FeatureSet, asked: FeatureSet, found: Neighbors) -> list[list[
     """The rows of the sheet, their images read again."""
     rows = []
     for row, (places, cosines) in enumerate(
-        zip(found.place[:DRAWN].tolist(), found.similarity[:DRAWN].tolist(), strict=True)
+        zip(found.indices[:DRAWN].tolist(), found.similarity[:DRAWN].tolist(), strict=True)
     ):
         wanted = asked.class_of(row) if asked.class_of(row) in known.dataset.classes else None
         tiles = [NeighborTile(asked.read(row), [asked.name(row), asked.class_of(row) or ""], None)]

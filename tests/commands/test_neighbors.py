@@ -11,7 +11,7 @@ from ssl_vit.cli import main
 from ssl_vit.data.dataset import SkippedImageLog
 from ssl_vit.data.sources.image_folder import scan_image_folder
 from ssl_vit.data.transforms.eval_transform import EvalTransform
-from ssl_vit.evaluation.classification.ann_index import Index
+from ssl_vit.evaluation.classification.ann_index import IVFIndex
 from ssl_vit.evaluation.features.extractor import extract
 from ssl_vit.models.checkpoint import load_backbone
 from ssl_vit.visualization.neighbor_figure import TILE_SIDE
@@ -102,12 +102,12 @@ def test_an_index_finds_the_same_and_is_used_again(words, sample, flat, tmp_path
     assert first["search"]["measured_on"] == "images of the set itself, each by the others"
     assert "100.0% of the true neighbors found" in capsys.readouterr().out
     with monkeypatch.context() as patch:
-        patch.setattr(Index, "build", lambda *_, **__: pytest.fail("it was built again"))
+        patch.setattr(IVFIndex, "build", lambda *_, **__: pytest.fail("it was built again"))
         assert found(words, *data, "index=ivf")["queries"] == first["queries"]
     (index,) = (tmp_path / "features").glob("*/*.ivf")
     index.write_bytes(b"damaged")
     assert found(words, *data, "index=ivf")["queries"] == first["queries"]
-    assert "holds no index" in capsys.readouterr().out
+    assert "is not an index" in capsys.readouterr().out
     content = found(words, f"data.root={flat}", *data[1:], "index=ivf")  # other images
     assert content["search"]["queries"] == 24  # of 48 in all
 

@@ -1,4 +1,4 @@
-"""A fitted probe as a file of its own, so that the classifier that a record speaks of can be used."""
+"""Write a fitted linear classifier to a file of its own, so that it can be applied elsewhere."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ from ssl_vit.evaluation.evaluator import Evaluation
 from ssl_vit.runtime.atomic_io import atomic_write, write_json
 
 
-def save_probe(study: Evaluation, probe: LinearClassifier, variant: FeatureVariant, classes: Sequence[str]) -> Path:
-    """Write `<record>.probe.safetensors`, and beside it a JSON that says how to apply it.
+def save_probe(
+    evaluation: Evaluation, probe: LinearClassifier, variant: FeatureVariant, classes: Sequence[str]
+) -> Path:
+    """Write `<result>.probe.safetensors`, and beside it a JSON that documents how to apply it.
 
     Args:
-        study: That the probe is of.
-        probe: On the CPU.
-        variant: The features that it sees.
+        evaluation: Evaluation of the probe.
+        probe: Classifier on the CPU.
+        variant: Its features.
         classes: Names of the C classes, in the order of its scores.
 
     Returns:
-        The file of weights: mean and scale (D,), weight (D, C), bias (C,), float32.
+        The weights file: mean and scale (D,), weight (D, C), bias (C,), float32.
     """
-    path = study.out.with_suffix(".probe.safetensors")
+    path = evaluation.out.with_suffix(".probe.safetensors")
     with atomic_write(path) as file:
         file.write(save({name: part.contiguous() for name, part in probe._asdict().items()}))
-    checkpoint = f"{study.config.checkpoint!r}, {study.config.weights!r}"
+    checkpoint = f"{evaluation.config.checkpoint!r}, {evaluation.config.weights!r}"
     patch_mean = " + [tokens[-1].patches.mean(dim=1)]" if variant.patch_mean else ""
-    about = {
+    description = {
         "apply": [
             "import torch",
             "from safetensors.torch import load_file",
@@ -39,11 +41,11 @@ def save_probe(study: Evaluation, probe: LinearClassifier, variant: FeatureVaria
             f"probe = load_file({path.name!r})",
             'scores = (x - probe["mean"]) * probe["scale"] @ probe["weight"] + probe["bias"]',
         ],
-        "images": "float (B, channels, image_size, image_size), cut and normalized as `transform` says",
-        "transform": study.transform.describe(),
+        "images": "float (B, channels, image_size, image_size), cropped and normalized as in `transform`",
+        "transform": evaluation.transform.describe(),
         "features": str(variant),
         "classes": list(classes),
-        "checkpoint": {"source": study.loaded.source, "sha256": study.loaded.sha256},
+        "checkpoint": {"source": evaluation.loaded.source, "sha256": evaluation.loaded.sha256},
     }
-    write_json(path.with_suffix(".json"), about)
+    write_json(path.with_suffix(".json"), description)
     return path

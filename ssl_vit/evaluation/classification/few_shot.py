@@ -1,4 +1,4 @@
-"""Accuracy with few labels: nested subsets of the training images, ridge probe and nearest neighbor on each."""
+"""Few-shot accuracy: nested subsets of the training images, with a ridge probe and a nearest neighbor on each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ssl_vit.evaluation.classification.knn import LabeledFeatures, knn
 from ssl_vit.evaluation.classification.linear_classifier import FeatureVariant, label_ranks
 from ssl_vit.evaluation.classification.nearest_neighbors import full_precision
-from ssl_vit.evaluation.classification.ridge_regression import left_out_score, ridge_path
+from ssl_vit.evaluation.classification.ridge_regression import leave_one_out, ridge_path
 from ssl_vit.evaluation.features.extractor import Features
 from ssl_vit.evaluation.results.eval_result import Metric, Predictions
 from ssl_vit.evaluation.results.statistics import OVER_SUBSETS, mean_interval, wilson
@@ -23,32 +23,32 @@ RIDGE, NEAREST = "ridge", "1-NN"
 
 
 class FewShotSetting(NamedTuple):
-    """How many labels there are."""
+    """A number of labels."""
 
     name: str
     counts: Tensor  # (C,) int64: images of each class, in the order of the labels
 
 
 class FewShotResult(NamedTuple):
-    """How one classifier did in one setting."""
+    """The accuracy of one classifier in one setting."""
 
     setting: str
     classifier: str
     accuracy: list[float]  # of each subset, in [0, 1]
-    answers: Predictions  # of the first subset
-    l2: list[float]  # chosen on each subset; empty for a classifier without a penalty
+    predictions: Predictions  # of the first subset
+    l2: list[float]  # selected on each subset; empty for a classifier without a penalty
 
     @property
     def suffix(self) -> str:
-        """What follows "top-1" in the name of the metric."""
+        """The part of the metric's name after "top-1"."""
         return f", {self.setting}, {self.classifier}"
 
     def metric(self) -> Metric:
-        """The mean over the subsets, its 95 % interval for other subsets: they all have the same test images.
+        """Return the mean over the subsets, with its 95 % interval over subsets; all have the same test images.
 
-        Of one subset the interval is for other test images.
+        For a single subset the interval is over test images.
         """
-        n, value = len(self.answers.indices), mean(self.accuracy)
+        n, value = len(self.predictions.indices), mean(self.accuracy)
         if len(self.accuracy) == 1:
             interval, (low, high) = "Wilson", wilson(round(value * n), n)
         else:
@@ -57,62 +57,58 @@ class FewShotResult(NamedTuple):
 
     @property
     def deviation(self) -> float | None:
-        """The sample standard deviation over the subsets; None of one."""
+        """The sample standard deviation over the subsets; None for a single one."""
         return stdev(self.accuracy) if len(self.accuracy) > 1 else None
 
 
-def settings(
+def few_shot_settings(
     labels: Tensor, *, shots: Sequence[int], shares: Sequence[float]
 ) -> tuple[list[FewShotSetting], list[str]]:
-    """What can be asked for of training images with labels (N,), and warnings of what cannot, or not quite.
+    """Return the settings for training images, by size, and warnings of those that are skipped or adjusted.
 
     Args:
-        labels: Of the training images.
-        shots: Images per class; numbers above the smallest class are left out.
-        shares: Of the images of each class, in (0, 1]; at least one image is taken.
+        labels: Labels (N,) of the training images.
+        shots: Images per class; numbers above the smallest class are skipped.
+        shares: Fractions of the images of each class, in (0, 1]; at least one image is used.
 
     Raises:
-        UserError: Nothing is left.
+        UserError: No setting remains.
     """
     sizes = torch.unique(labels, return_counts=True)[1]
     smallest = int(sizes.min())
-    wanted = [FewShotSetting(f"{shot} per class", torch.full_like(sizes, shot)) for shot in sorted(set(shots))]
-    found = [setting for setting in wanted if int(setting.counts[0]) <= smallest]
+    possible = [shot for shot in sorted(set(shots)) if shot <= smallest]
+    found = [FewShotSetting(f"{shot} per class", torch.full_like(sizes, shot)) for shot in possible]
     texts = []
-    if left_out := [str(int(setting.counts[0])) for setting in wanted[len(found) :]]:
-        texts.append(f"{', '.join(left_out)} per class: left out, the smallest class has {smallest} training images")
+    if skipped := [str(shot) for shot in sorted(set(shots)) if shot > smallest]:
+        texts.append(f"{', '.join(skipped)} per class: skipped, the smallest class has {smallest} training images")
     for share in sorted(set(shares)):
         counts = (share * sizes.double()).round().long().clamp(min=1)
         if share * smallest < 1:
-            texts.append(f"{100 * share:g} %: less than one image of the smallest class ({smallest}); one is taken")
+            texts.append(f"{100 * share:g} %: less than one image of the smallest class ({smallest}); one is used")
         found.append(FewShotSetting(f"{100 * share:g} %", counts))
     by_counts: dict[tuple[int, ...], list[FewShotSetting]] = {}
     for setting in found:
         by_counts.setdefault(tuple(setting.counts.tolist()), []).append(setting)
     if not by_counts:
-        raise UserError(f"few labels: {'; '.join(texts) or 'name some shots or shares'}")
-    different = [
-        FewShotSetting(" = ".join(same.name for same in group), group[0].counts) for group in by_counts.values()
-    ]
-    return sorted(different, key=lambda setting: int(setting.counts.sum())), texts
+        raise UserError(f"few labels: {'; '.join(texts) or 'set shots or shares'}")
+    merged = [FewShotSetting(" = ".join(same.name for same in group), group[0].counts) for group in by_counts.values()]
+    return sorted(merged, key=lambda setting: int(setting.counts.sum())), texts
 
 
 def draw_order(labels: Tensor, index: Tensor, *, seed: int) -> Tensor:
-    """The turn (N,) int64 at which each image is drawn from its class, from 0.
+    """Return the position (N,) int64, from 0, at which each image is drawn from its class.
 
-    The subset of n images per class is those with a turn below n, so smaller subsets lie within larger ones. It
-    depends on the images' labels and places `index` (N,) only, not on their order: features of all models get
-    the same subsets.
+    The subset of n images per class are those with a position below n, so smaller subsets are part of larger ones. The
+    order depends on the images' labels and indices `index` (N,) only: features of all models get the same subsets.
     """
     generator = torch.Generator().manual_seed(seed)
-    lot = torch.randperm(int(index.max()) + 1, generator=generator)[index]
-    order = lot.argsort()
-    order = order[labels[order].argsort(stable=True)]  # by class, then by lot
+    order = torch.randperm(int(index.max()) + 1, generator=generator)[index].argsort()
+    order = order[labels[order].argsort(stable=True)]  # by class, then random
     _, sizes = torch.unique(labels, return_counts=True)
     first = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
-    turn = torch.empty_like(order)
-    turn[order] = torch.arange(len(order)) - first
-    return turn
+    position = torch.empty_like(order)
+    position[order] = torch.arange(len(order)) - first
+    return position
 
 
 def few_shot(
@@ -120,65 +116,65 @@ def few_shot(
     test: Features,
     *,
     variant: FeatureVariant,
-    among: Sequence[FewShotSetting],
+    settings: Sequence[FewShotSetting],
     seeds: Sequence[int],
     l2: Sequence[float],
     device: torch.device,
 ) -> list[FewShotResult]:
-    """Classify the test images by what the labels of subsets tell; the penalty is chosen within the subset.
+    """Classify the test images from subsets of the training images; the penalty is selected within the subset.
 
     Args:
-        train: Where the subsets are drawn from.
-        test: What is measured on; nothing is chosen by it.
-        variant: The features of the ridge probe; the nearest neighbor has the cosine of the last block's [CLS].
-        among: The settings.
-        seeds: Of the subsets, one for each.
-        l2: Penalties to choose from, by the squared error of exact leave-one-out: of few images the accuracy is
-            too coarse, and where a class has but one it tells nothing.
-        device: Where to compute.
+        train: Images that the subsets are drawn from.
+        test: Test images; nothing is selected on them.
+        variant: Features of the ridge probe; the nearest neighbor uses the cosine of the last block's [CLS].
+        settings: Sizes of the subsets.
+        seeds: Seeds of the subsets, one for each.
+        l2: Candidate penalties, selected by the squared error of exact leave-one-out: for few images the accuracy is
+            too coarse, and with one image per class it is not informative.
+        device: Device of the computation.
     """
-    classes, places = torch.unique(train.labels, return_inverse=True)
-    asked = variant.of(test).to(device)
+    classes, encoded = torch.unique(train.labels, return_inverse=True)
+    test_features = variant.of(test).to(device)
     queries = LabeledFeatures(test.cls[:, -1].float().to(device), test.labels.to(device))
-    turns = [draw_order(train.labels, train.index, seed=seed) for seed in seeds]
-    outcomes = []
-    with full_precision(), progress_bar(total=len(among) * len(seeds), desc="few labels", unit="") as bar:
-        for setting in among:
-            ridge, nearest, chosen = [], [], []
-            for turn in turns:
-                rows = (turn < setting.counts[places]).nonzero().squeeze(1)
-                subset, labels = train.take(rows), places[rows].to(device)
+    orders = [draw_order(train.labels, train.index, seed=seed) for seed in seeds]
+    results = []
+    with full_precision(), progress_bar(total=len(settings) * len(seeds), desc="few labels", unit="") as bar:
+        for setting in settings:
+            ridge, nearest, selected = [], [], []
+            for order in orders:
+                rows = (order < setting.counts[encoded]).nonzero().squeeze(1)
+                subset, labels = train.take(rows), encoded[rows].to(device)
                 fits = ridge_path(variant.of(subset).to(device), labels, classes=len(classes), l2=l2)
-                best = min(fits, key=lambda fit: left_out_score(fit, labels).error)
-                chosen.append(best.l2)
-                logits = best.probe.logits(asked).cpu()
+                best = min(fits, key=lambda fit: leave_one_out(fit, labels).error)
+                selected.append(best.l2)
+                logits = best.probe.logits(test_features).cpu()
                 rank = label_ranks(logits, classes, test.labels)
                 ridge.append(Predictions(test.index, test.labels, classes[logits.argmax(dim=1)], rank))
-                bank = LabeledFeatures(subset.cls[:, -1].float().to(device), subset.labels.to(device))
-                found = knn(bank, queries, ks=[1], temperature=1.0)
+                shots = LabeledFeatures(subset.cls[:, -1].float().to(device), subset.labels.to(device))
+                found = knn(shots, queries, ks=[1], temperature=1.0)
                 nearest.append(Predictions(test.index, test.labels, found.predicted[1].cpu(), found.ranks[1].cpu()))
                 bar.update()
-            outcomes.append(FewShotResult(setting.name, RIDGE, _accuracy(ridge), ridge[0], chosen))
-            outcomes.append(FewShotResult(setting.name, NEAREST, _accuracy(nearest), nearest[0], []))
-    return outcomes
+            results.append(FewShotResult(setting.name, RIDGE, _accuracy(ridge), ridge[0], selected))
+            results.append(FewShotResult(setting.name, NEAREST, _accuracy(nearest), nearest[0], []))
+    return results
 
 
-def edge_warnings(outcomes: Sequence[FewShotResult], l2: Sequence[float]) -> list[str]:
-    """In one line the settings in which an end of the offered penalties was chosen."""
+def edge_warnings(results: Sequence[FewShotResult], l2: Sequence[float]) -> list[str]:
+    """Return one warning that lists the settings in which the smallest or largest penalty was selected."""
     ends = {name: value for name, value in (("smallest", min(l2)), ("largest", max(l2))) if len(set(l2)) > 1}
     texts = [
-        f"{outcome.setting} (the {name} {count} of {len(outcome.l2)} times)"
-        for outcome in outcomes
+        f"{result.setting} (the {name} {count} of {len(result.l2)} times)"
+        for result in results
         for name, value in ends.items()
-        if (count := outcome.l2.count(value))
+        if (count := result.l2.count(value))
     ]
     if not texts:
         return []
     return [
-        f"the chosen l2 is an end of what was offered: {', '.join(texts)}; widen l2, but where each class has one "
-        "image, leaving it out always asks for the largest"
+        f"the selected l2 is an end of the candidates: {', '.join(texts)}; extend l2, except where each class has one "
+        "image: there leave-one-out always selects the largest"
     ]
 
 
-def _accuracy(answers: Sequence[Predictions]) -> list[float]:
-    return [float((one.rank == 0).double().mean()) for one in answers]
+def _accuracy(predictions: Sequence[Predictions]) -> list[float]:
+    return [float((one.rank == 0).double().mean()) for one in predictions]

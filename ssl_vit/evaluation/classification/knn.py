@@ -9,102 +9,103 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_vit.evaluation.classification.nearest_neighbors import Neighbors, Wanted, choose_engine, exact_search
+from ssl_vit.evaluation.classification.nearest_neighbors import EngineChoice, Neighbors, choose_engine, exact_search
+from ssl_vit.runtime.text import pluralize
 
 NEAR_DUPLICATE = 0.9999  # cosine above which two images count as the same
 _VOTES = 1 << 24  # entries of a block of votes: 64 MB
 
 
 class LabeledFeatures(NamedTuple):
-    """Features and the classes of their images."""
+    """Features of N images and their labels."""
 
     features: Tensor  # (N, D) float
     labels: Tensor  # (N,) int64, any numbers
 
 
 class NeighborResult(NamedTuple):
-    """The neighbors of Q queries, and the classes that they vote for."""
+    """The nearest training images of Q queries, with the labels that they vote for."""
 
     similarity: Tensor  # (Q, k) float32: cosine, the largest first
-    place: Tensor  # (Q, k) int64, rows of the bank
-    bank_labels: Tensor  # (N,) int64
-    truth: Tensor  # (Q,) int64: the queries' own labels
-    available: int  # neighbors that there are: N, or all others of one set
+    indices: Tensor  # (Q, k) int64, of training images
+    train_labels: Tensor  # (N,) int64
+    target: Tensor  # (Q,) int64: labels of the queries
+    available: int  # number of possible neighbors: N, or N - 1 with leave-one-out
 
     def near_duplicates(self) -> Tensor:
-        """Pairs (P, 2) of a query and a row of the bank whose cosine is above NEAR_DUPLICATE."""
+        """Return pairs (P, 2) of a query and a training image whose cosine is above NEAR_DUPLICATE."""
         query, column = (self.similarity > NEAR_DUPLICATE).nonzero(as_tuple=True)
-        return torch.stack([query, self.place[query, column]], dim=1)
+        return torch.stack([query, self.indices[query, column]], dim=1)
 
     @property
-    def left_one_out(self) -> bool:
-        """Whether the queries are the bank itself: an image has no vote on itself."""
-        return self.available < len(self.bank_labels)
+    def leave_one_out(self) -> bool:
+        """Whether the queries are the training images themselves, so that an image does not vote for itself."""
+        return self.available < len(self.train_labels)
 
     def voters(self) -> Tensor:
-        """Images (C,) of each class of the bank that can vote for it."""
-        counts: Tensor = torch.unique(self.bank_labels, return_counts=True)[1]
-        return counts - int(self.left_one_out)
+        """Count the possible voters (C,) of each training class for an image of that class."""
+        counts: Tensor = torch.unique(self.train_labels, return_counts=True)[1]
+        return counts - int(self.leave_one_out)
 
     def smallest_class(self) -> int:
-        """The fewest voters of a class that has some: with a larger k, votes of other classes fill up; 0 without."""
+        """Return the smallest positive number of voters of a class, or 0: with a larger k other classes vote, too."""
         voters = self.voters()
         return int(voters[voters > 0].min()) if voters.any() else 0
 
 
 class KNNResult(NamedTuple):
-    """How kNN classified Q queries, for each k that was asked for."""
+    """The classification of Q queries, for each k."""
 
-    ranks: dict[int, Tensor]  # (Q,) int64: how many classes came before the true one; 0 is right
-    predicted: dict[int, Tensor]  # (Q,) int64: the labels with most votes; of equal ones the lowest
-    k_effective: dict[int, int]  # the neighbors that voted: k, or all there were
-    near_duplicates: int  # queries with a neighbor of cosine above NEAR_DUPLICATE
+    ranks: dict[int, Tensor]  # (Q,) int64: number of classes ranked before the true one; 0 is right
+    predicted: dict[int, Tensor]  # (Q,) int64: the label with most votes; among equals the lowest
+    k_effective: dict[int, int]  # number of neighbors that voted: k, or all that are available
+    near_duplicates: int  # number of queries with a neighbor of cosine above NEAR_DUPLICATE
     warnings: list[str]
 
 
 def knn(
-    bank: LabeledFeatures,
+    train: LabeledFeatures,
     queries: LabeledFeatures | None,
     *,
     ks: Sequence[int],
     temperature: float,
-    engine: Wanted = "auto",
+    engine: EngineChoice = "auto",
 ) -> KNNResult:
-    """Classify queries by the votes of their k nearest in the bank (Wu et al. 2018; DINO's `eval_knn.py`).
+    """Classify queries by the votes of their k nearest training images (Wu et al. 2018; DINO's `eval_knn.py`).
 
-    Neighbors are those of largest cosine s, and each votes exp(s / temperature) for its class. Without queries the
-    bank classifies itself, each image by the others (leave-one-out).
+    Neighbors are those of largest cosine s, and each votes exp(s / temperature) for its class. Without queries each
+    training image is classified by the others (leave-one-out).
     """
-    return classify(search(bank, queries, most=max(ks), engine=engine), ks=ks, temperature=temperature)
+    return classify(search(train, queries, max_k=max(ks), engine=engine), ks=ks, temperature=temperature)
 
 
 def search(
-    bank: LabeledFeatures, queries: LabeledFeatures | None, *, most: int, engine: Wanted = "auto"
+    train: LabeledFeatures, queries: LabeledFeatures | None, *, max_k: int, engine: EngineChoice = "auto"
 ) -> NeighborResult:
-    """The `most` nearest in the bank to each query, or all there are; without queries, to each image of the bank."""
-    normalized = F.normalize(bank.features.float(), dim=1)
+    """Find the `max_k` nearest training images of each query, or all; without queries, of each training image."""
+    features = F.normalize(train.features.float(), dim=1)
     if queries is None:
-        available = len(normalized) - 1
-        asking, own = normalized, torch.arange(len(normalized), device=normalized.device)
+        available = len(features) - 1
+        vectors, exclude = features, torch.arange(len(features), device=features.device)
     else:
-        available = len(normalized)
-        asking, own = F.normalize(queries.features.float(), dim=1), None
-    chosen = choose_engine(engine, normalized.device)
-    found = exact_search(asking, normalized, k=min(most, available), own=own, engine=chosen)
-    return NeighborResult(*found, bank.labels, (bank if queries is None else queries).labels, available)
+        available = len(features)
+        vectors, exclude = F.normalize(queries.features.float(), dim=1), None
+    chosen = choose_engine(engine, features.device)
+    found = exact_search(vectors, features, k=min(max_k, available), exclude=exclude, engine=chosen)
+    return NeighborResult(*found, train.labels, (train if queries is None else queries).labels, available)
 
 
 def classify(found: NeighborResult, *, ks: Sequence[int], temperature: float) -> KNNResult:
-    """The votes of the first k neighbors, for each k; none above the `most` that were searched for."""
+    """Classify by the votes of the first k neighbors, for each k up to the `max_k` of the search."""
     k_effective = {k: min(k, found.available) for k in sorted(set(ks))}
-    classes, places = torch.unique(torch.cat([found.bank_labels, found.truth]), return_inverse=True)
-    bank_classes, true_classes = places[: len(found.bank_labels)], places[len(found.bank_labels) :]
+    classes, encoded = torch.unique(torch.cat([found.train_labels, found.target]), return_inverse=True)
+    train_classes, true_classes = encoded[: len(found.train_labels)], encoded[len(found.train_labels) :]
     ranks: dict[int, list[Tensor]] = {k: [] for k in k_effective}
     predicted: dict[int, list[Tensor]] = {k: [] for k in k_effective}
     step = max(1, _VOTES // len(classes))
-    for rows in (slice(start, start + step) for start in range(0, len(found.truth), step)):
-        part = Neighbors(found.similarity[rows], found.place[rows])
-        counts = votes(part, bank_classes, len(classes), ks=list(k_effective.values()), temperature=temperature)
+    for rows in (slice(start, start + step) for start in range(0, len(found.target), step)):
+        part = Neighbors(found.similarity[rows], found.indices[rows])
+        counts = votes(part, train_classes, len(classes), ks=list(k_effective.values()), temperature=temperature)
         for k, count in zip(k_effective, counts, strict=True):
             ranks[k].append(rank_of_true_class(true_classes[rows], count))
             predicted[k].append(classes[count.argmax(dim=1)])
@@ -120,44 +121,43 @@ def classify(found: NeighborResult, *, ks: Sequence[int], temperature: float) ->
 def votes(
     neighbors: Neighbors, labels: Tensor, classes: int, *, ks: Sequence[int], temperature: float
 ) -> Iterator[Tensor]:
-    """The votes (Q, classes) float32 of the first k neighbors for each of the ascending `ks`, as running sums.
+    """Yield the votes (Q, classes) float32 of the first k neighbors for each of the ascending `ks`, as running sums.
 
-    A neighbor of similarity s votes exp((s - largest s) / temperature): the shift changes no comparison within a
-    row, and nothing overflows. `labels` (N,) are the bank's, in [0, classes).
+    A neighbor of similarity s votes exp((s - largest s) / temperature): the shift does not change the order within a
+    row, and nothing overflows. `labels` (N,) are those of the training images, in [0, classes).
     """
     similarity = neighbors.similarity
     weight = ((similarity - similarity[:, :1]) / temperature).exp()
-    voted = labels[neighbors.place]  # (Q, k)
+    voted = labels[neighbors.indices]  # (Q, k)
     total = similarity.new_zeros(len(similarity), classes)
     for start, stop in zip([0, *ks], ks, strict=False):
         total = total.scatter_add(1, voted[:, start:stop], weight[:, start:stop])
         yield total
 
 
-def rank_of_true_class(truth: Tensor, scores: Tensor) -> Tensor:
-    """How many classes come before the true one (Q,) by scores (Q, C); of equal scores the lower class comes first."""
-    true_score = scores.gather(1, truth[:, None])
-    lower = torch.arange(scores.shape[1], device=scores.device) < truth[:, None]
+def rank_of_true_class(target: Tensor, scores: Tensor) -> Tensor:
+    """Count the classes (Q,) ranked before the target by scores (Q, C); among equal scores the lower class is first."""
+    true_score = scores.gather(1, target[:, None])
+    lower = torch.arange(scores.shape[1], device=scores.device) < target[:, None]
     return ((scores > true_score) | ((scores == true_score) & lower)).sum(dim=1)
 
 
 def _warnings(k_effective: dict[int, int], found: NeighborResult) -> list[str]:
     clamped = [k for k, used in k_effective.items() if used < k]
-    smallest, alone = found.smallest_class(), int((found.voters() == 0).sum())
+    smallest, single = found.smallest_class(), int((found.voters() == 0).sum())
     above = [k for k, used in k_effective.items() if used > smallest]
     texts = []
     if clamped:
-        texts.append(f"k = {_listed(clamped)}: there are only {k_effective[clamped[0]]} neighbors, all of them vote")
+        texts.append(f"k = {_join(clamped)}: there are only {k_effective[clamped[0]]} neighbors, all of them vote")
     if above and smallest:
-        size = f"{smallest} {'others beside a image' if found.left_one_out else 'pictures'}"
+        size = f"{smallest} others beside an image" if found.leave_one_out else pluralize(smallest, "image")
         texts.append(
-            f"k = {_listed(above)} exceeds the smallest class ({size}): "
-            "votes of other classes fill up; prefer a smaller k"
+            f"k = {_join(above)} exceeds the smallest class ({size}): votes of other classes are added; use a smaller k"
         )
-    if alone:
-        texts.append(f"classes of a single image: {alone:,}; left out, that image can never be classified rightly")
+    if single:
+        texts.append(f"{pluralize(single, 'class', 'classes')} of a single image: leave-one-out cannot predict it")
     return texts
 
 
-def _listed(numbers: Sequence[int]) -> str:
+def _join(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))

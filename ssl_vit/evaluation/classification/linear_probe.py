@@ -1,4 +1,4 @@
-"""Linear probe on frozen features, chosen by training images alone; the test images are looked at once."""
+"""Linear probe on frozen features, selected on training images alone; the test images are evaluated once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ssl_vit.evaluation.classification.linear_classifier import (
 )
 from ssl_vit.evaluation.classification.logistic_regression import FINAL_TOLERANCE, logistic_path, standard_space
 from ssl_vit.evaluation.classification.nearest_neighbors import full_precision
-from ssl_vit.evaluation.classification.ridge_regression import left_out_score, ridge_path, selection_score
+from ssl_vit.evaluation.classification.ridge_regression import leave_one_out, ridge_path, selection_score
 from ssl_vit.evaluation.classification.sgd_classifiers import MOMENTUM, Head, Schedule, train_heads
 from ssl_vit.evaluation.features.extractor import Features
 from ssl_vit.runtime.errors import UserError
@@ -27,16 +27,16 @@ from ssl_vit.runtime.progress import progress_bar
 
 
 class Candidate(NamedTuple):
-    """One probe of the choice, judged by images that it has not seen."""
+    """A choice of features and settings, evaluated on images that it was not fitted to."""
 
     variant: FeatureVariant
-    settings: Mapping[str, float]  # by the names of their keys
+    settings: Mapping[str, float]  # by config key
     accuracy: float  # in [0, 1]
-    loss: float  # mean cross-entropy, of ridge the squared error; infinite where the probe has diverged
+    loss: float  # mean cross-entropy, for ridge the squared error; infinite if the training diverged
 
 
 class ProbeData(NamedTuple):
-    """The N images to learn from."""
+    """The N training images."""
 
     features: Features
     labels: Tensor  # (N,) int64 in [0, classes), on the device
@@ -44,186 +44,185 @@ class ProbeData(NamedTuple):
     device: torch.device
 
     def of(self, variant: FeatureVariant) -> Tensor:
-        """The features (N, D) float32 of a variant, on the device."""
-        return _finite(variant.of(self.features)).to(self.device)
+        """Return the features (N, D) float32 of a variant, on the device."""
+        return _check_finite(variant.of(self.features)).to(self.device)
 
 
 class SelectedProbe(NamedTuple):
-    """The probe that was chosen, fitted to all training images."""
+    """The selected probe, fitted to all training images."""
 
     probe: LinearClassifier
     chosen: Candidate
-    trials: list[Candidate]
+    candidates: list[Candidate]
 
 
 class Solver(Protocol):
-    """A way from features to a probe, with what is to be chosen on the way."""
+    """Interface of solvers: fit probes to features and select one of them."""
 
-    def choose(self, training: ProbeData, variants: Sequence[FeatureVariant]) -> SelectedProbe:
-        """The best probe of all variants and settings.
+    def select(self, data: ProbeData, variants: Sequence[FeatureVariant]) -> SelectedProbe:
+        """Return the best probe over all variants and settings.
 
         Raises:
-            UserError: The training images allow no choice.
+            UserError: The training images do not allow a selection.
         """
         ...
 
-    def describe(self) -> dict[str, Any]:
-        """What decides over the numbers, for the record."""
+    def protocol(self) -> dict[str, Any]:
+        """Return everything that determines the numbers, for the result."""
         ...
 
     def selection(self) -> dict[str, Any]:
-        """By which images it chooses (`on`); where a part is held out, its `fraction` of each class and `seed`."""
+        """Return the images of the selection (`on`); for a val split also its `fraction` of each class and `seed`."""
         ...
 
 
 class LinearResult(NamedTuple):
-    """How the chosen probe classified Q test images."""
+    """The classification of Q test images by the selected probe."""
 
-    ranks: Tensor  # (Q,) int64: how many classes came before the true one; 0 is right
-    predicted: Tensor  # (Q,) int64: the labels of highest score
+    ranks: Tensor  # (Q,) int64: number of classes ranked before the true one; 0 is right
+    predicted: Tensor  # (Q,) int64: labels with the highest score
     probe: LinearClassifier  # on the CPU
-    classes: Tensor  # (C,) int64: the labels that its scores stand for
+    classes: Tensor  # (C,) int64: labels of its scores
     chosen: Candidate
-    trials: list[Candidate]
+    candidates: list[Candidate]
     warnings: list[str]
 
 
 def linear_probe(
     train: Features, test: Features, *, variants: Sequence[FeatureVariant], solver: Solver, device: torch.device
 ) -> LinearResult:
-    """Choose features and settings by the training images, fit to all of them, test once.
+    """Select features and settings on the training images, fit to all of them, test once.
 
     Args:
-        train: The images to learn from.
-        test: The images to be measured on; nothing is chosen by them.
-        variants: Features to choose from.
-        solver: How to fit, and what else to choose.
-        device: Where to compute.
+        train: Training images.
+        test: Test images; nothing is selected on them.
+        variants: Candidate features.
+        solver: Fits the probes, and selects the settings.
+        device: Device of the computation.
 
     Raises:
-        UserError: The training images allow no choice, or features are not finite.
+        UserError: The training images do not allow a selection, or features are not finite.
     """
     classes, labels = torch.unique(train.labels, return_inverse=True)
     with full_precision():
-        training = ProbeData(train, labels.to(device), len(classes), device)
-        probe, chosen, trials = solver.choose(training, variants)
-        asked = _finite(chosen.variant.of(test)).to(device)
-        logits = probe.logits(asked).cpu()
+        data = ProbeData(train, labels.to(device), len(classes), device)
+        probe, chosen, candidates = solver.select(data, variants)
+        logits = probe.logits(_check_finite(chosen.variant.of(test)).to(device)).cpu()
     return LinearResult(
         label_ranks(logits, classes, test.labels),
         classes[logits.argmax(dim=1)],
         LinearClassifier(*(part.cpu() for part in probe)),
         classes,
         chosen,
-        trials,
-        _warnings(chosen, trials),
+        candidates,
+        _warnings(chosen, candidates),
     )
 
 
 class Logistic(NamedTuple):
-    """Multinomial logistic regression by L-BFGS, chosen on a held-out share of each class."""
+    """Multinomial logistic regression by L-BFGS, selected on a val split."""
 
     l2: Sequence[float]
-    held_out: float
-    seed: int  # of the held-out share
+    val_fraction: float
+    seed: int  # of the val split
 
-    def choose(self, training: ProbeData, variants: Sequence[FeatureVariant]) -> SelectedProbe:
-        """Judge by the held-out images, then fit the best to all."""
-        held = _held(training, self.held_out, self.seed)
-        labels, classes = training.labels, training.classes
-        trials: list[Candidate] = []
+    def select(self, data: ProbeData, variants: Sequence[FeatureVariant]) -> SelectedProbe:
+        """Evaluate on the val split, then fit the best to all."""
+        val = _val_mask(data, self.val_fraction, self.seed)
+        labels, classes = data.labels, data.classes
+        candidates: list[Candidate] = []
         with progress_bar(total=len(variants) * len(self.l2), desc="linear probe", unit="") as bar:
             for variant in variants:
-                features = training.of(variant)
-                space, asked = standard_space(features), features[held]
+                features = data.of(variant)
+                space, val_features = standard_space(features), features[val]
                 del features
-                for l2, probe in logistic_path(space, labels, classes=classes, l2=self.l2, dataset=~held):
-                    trials.append(_judged(variant, {"l2": l2}, probe.logits(asked), labels[held]))
+                for l2, probe in logistic_path(space, labels, classes=classes, l2=self.l2, mask=~val):
+                    candidates.append(_evaluate(variant, {"l2": l2}, probe.logits(val_features), labels[val]))
                     bar.update()
-                if (best := max(trials, key=_merit)).variant == variant:
-                    chosen, its_space = best, space
+                if (best := max(candidates, key=_selection_key)).variant == variant:
+                    chosen, chosen_space = best, space
         best_l2 = [chosen.settings["l2"]]
-        _, probe = next(logistic_path(its_space, labels, classes=classes, l2=best_l2, tolerance=FINAL_TOLERANCE))
-        return SelectedProbe(probe, chosen, trials)
+        _, probe = next(logistic_path(chosen_space, labels, classes=classes, l2=best_l2, tolerance=FINAL_TOLERANCE))
+        return SelectedProbe(probe, chosen, candidates)
 
-    def describe(self) -> dict[str, Any]:
-        """What decides over the numbers."""
+    def protocol(self) -> dict[str, Any]:
+        """Return everything that determines the numbers."""
         return {
             "solver": "logistic regression",
-            "objective": "mean cross-entropy + l2 / 2 |W|^2, bias free",
+            "objective": "mean cross-entropy + l2 / 2 |W|^2, bias not penalized",
             "l2": sorted(set(self.l2)),
             "selection": self.selection()["on"],
         }
 
     def selection(self) -> dict[str, Any]:
-        """By which images it chooses."""
-        return _held_out_selection(self.held_out, self.seed)
+        """Return the images of the selection."""
+        return _val_selection(self.val_fraction, self.seed)
 
 
 class Ridge(NamedTuple):
-    """Ridge regression in closed form, chosen by exact leave-one-out, so that nothing is fitted twice."""
+    """Ridge regression in closed form, selected by exact leave-one-out, so that nothing is fitted twice."""
 
     l2: Sequence[float]
 
-    def choose(self, training: ProbeData, variants: Sequence[FeatureVariant]) -> SelectedProbe:
-        """Judge each image by the probe fitted without it."""
-        trials: list[Candidate] = []
+    def select(self, data: ProbeData, variants: Sequence[FeatureVariant]) -> SelectedProbe:
+        """Evaluate each image by the probe fitted without it."""
+        candidates: list[Candidate] = []
         best: tuple[float, float] | None = None
         for variant in progress_bar(variants, desc="ridge probe", unit=""):
-            for fit in ridge_path(training.of(variant), training.labels, classes=training.classes, l2=self.l2):
-                score = left_out_score(fit, training.labels)
-                trials.append(Candidate(variant, {"l2": fit.l2}, score.accuracy, score.error))
-                if best is None or selection_score(score, training.labels) > best:
-                    best, probe, chosen = selection_score(score, training.labels), fit.probe, trials[-1]
-        return SelectedProbe(probe, chosen, trials)
+            for fit in ridge_path(data.of(variant), data.labels, classes=data.classes, l2=self.l2):
+                score = leave_one_out(fit, data.labels)
+                candidates.append(Candidate(variant, {"l2": fit.l2}, score.accuracy, score.error))
+                if best is None or selection_score(score, data.labels) > best:
+                    best, probe, chosen = selection_score(score, data.labels), fit.probe, candidates[-1]
+        return SelectedProbe(probe, chosen, candidates)
 
-    def describe(self) -> dict[str, Any]:
-        """What decides over the numbers."""
+    def protocol(self) -> dict[str, Any]:
+        """Return everything that determines the numbers."""
         return {
             "solver": "ridge regression",
-            "objective": "mean squared error to -1 and 1 per class / 2 + l2 / 2 |W|^2, bias free",
+            "objective": "mean squared error to -1 and 1 per class / 2 + l2 / 2 |W|^2, bias not penalized",
             "l2": sorted(set(self.l2)),
             "selection": self.selection()["on"],
         }
 
     def selection(self) -> dict[str, Any]:
-        """By which images it chooses."""
+        """Return the images of the selection."""
         return {"on": "exact leave-one-out over the training images, standardized by all; tested once"}
 
 
 class SGD(NamedTuple):
-    """A grid of heads trained by SGD at once, chosen on a held-out share of each class."""
+    """A grid of heads trained simultaneously by SGD, selected on a val split."""
 
     lr: Sequence[float]
     weight_decay: Sequence[float]
     schedule: Schedule
-    held_out: float
+    val_fraction: float
 
-    def choose(self, training: ProbeData, variants: Sequence[FeatureVariant]) -> SelectedProbe:
-        """Judge by the held-out images, then train the best on all."""
-        held = _held(training, self.held_out, self.schedule.seed)
+    def select(self, data: ProbeData, variants: Sequence[FeatureVariant]) -> SelectedProbe:
+        """Evaluate on the val split, then train the best on all."""
+        val = _val_mask(data, self.val_fraction, self.schedule.seed)
         widest = FeatureVariant(max(v.blocks for v in variants), any(v.patch_mean for v in variants))
-        features, labels = training.of(widest), training.labels
+        features, labels = data.of(widest), data.labels
         grid = list(product(variants, sorted(self.lr), sorted(self.weight_decay)))
-        heads = [Head(v.columns(widest, training.features), lr, decay) for v, lr, decay in grid]
-        probes = train_heads(
-            features, labels, classes=training.classes, heads=heads, schedule=self.schedule, dataset=~held
-        )
-        asked = features[held]
-        trials = [
-            _judged(variant, {"lr": lr, "weight_decay": decay}, probe.logits(asked[:, head.columns]), labels[held])
+        heads = [Head(v.columns(widest, data.features), lr, decay) for v, lr, decay in grid]
+        probes = train_heads(features, labels, classes=data.classes, heads=heads, schedule=self.schedule, mask=~val)
+        val_features = features[val]
+        candidates = [
+            _evaluate(
+                variant, {"lr": lr, "weight_decay": decay}, probe.logits(val_features[:, head.columns]), labels[val]
+            )
             for (variant, lr, decay), head, probe in zip(grid, heads, probes, strict=True)
         ]
-        for place in sorted(range(len(grid)), key=lambda place: _merit(trials[place]), reverse=True):
-            if math.isfinite(trials[place].loss):
-                one = [heads[place]]
-                (probe,) = train_heads(features, labels, classes=training.classes, heads=one, schedule=self.schedule)
+        ranking = sorted(zip(candidates, heads, strict=True), key=lambda pair: _selection_key(pair[0]), reverse=True)
+        for candidate, head in ranking:
+            if math.isfinite(candidate.loss):
+                (probe,) = train_heads(features, labels, classes=data.classes, heads=[head], schedule=self.schedule)
                 if all(part.isfinite().all() for part in probe):
-                    return SelectedProbe(probe, trials[place], trials)
-        raise UserError(f"no head has kept finite weights: lower sgd.lr (the smallest was {min(self.lr):g})")
+                    return SelectedProbe(probe, candidate, candidates)
+        raise UserError(f"all heads diverged; lower sgd.lr (the smallest was {min(self.lr):g})")
 
-    def describe(self) -> dict[str, Any]:
-        """What decides over the numbers."""
+    def protocol(self) -> dict[str, Any]:
+        """Return everything that determines the numbers."""
         return {
             "solver": f"SGD from zero, momentum {MOMENTUM:g}, learning rate to 0 by half a cosine per step",
             "objective": "mean cross-entropy, weight decay on weights only",
@@ -235,52 +234,52 @@ class SGD(NamedTuple):
         }
 
     def selection(self) -> dict[str, Any]:
-        """By which images it chooses."""
-        return _held_out_selection(self.held_out, self.schedule.seed)
+        """Return the images of the selection."""
+        return _val_selection(self.val_fraction, self.schedule.seed)
 
 
-def _held(training: ProbeData, share: float, seed: int) -> Tensor:
-    """A mask (N,) of the images that a choice is made on."""
-    held = stratified(training.labels.cpu(), share, seed=seed)
-    if not held.any():
+def _val_mask(data: ProbeData, fraction: float, seed: int) -> Tensor:
+    """Draw the val split as a mask (N,)."""
+    val = stratified(data.labels.cpu(), fraction, seed=seed)
+    if not val.any():
         raise UserError(
-            "no class has two training images: nothing can be held out to choose a probe on; "
-            "solver=ridge chooses by leave-one-out"
+            "no class has two training images, so there is no val split to select a probe on; "
+            "use solver=ridge, which selects by leave-one-out"
         )
-    return held.to(training.device)
+    return val.to(data.device)
 
 
-def _held_out_selection(share: float, seed: int) -> dict[str, Any]:
-    on = f"{share:g} of the training images of each class, refit on all, tested once"
-    return {"on": on, "fraction": share, "seed": seed}
+def _val_selection(fraction: float, seed: int) -> dict[str, Any]:
+    on = f"{fraction:g} of the training images of each class, refit on all, tested once"
+    return {"on": on, "fraction": fraction, "seed": seed}
 
 
-def _finite(features: Tensor) -> Tensor:
+def _check_finite(features: Tensor) -> Tensor:
     if not features.isfinite().all():
-        raise UserError("features are not finite numbers: they exceed the type that they were stored in")
+        raise UserError("features are not finite: they exceed the range of the dtype that they were stored in")
     return features
 
 
-def _judged(variant: FeatureVariant, settings: Mapping[str, float], logits: Tensor, labels: Tensor) -> Candidate:
+def _evaluate(variant: FeatureVariant, settings: Mapping[str, float], logits: Tensor, labels: Tensor) -> Candidate:
     loss = float(F.cross_entropy(logits, labels))
     if not math.isfinite(loss):
         return Candidate(variant, settings, 0.0, math.inf)
     return Candidate(variant, settings, float((logits.argmax(dim=1) == labels).float().mean()), loss)
 
 
-def _merit(trial: Candidate) -> tuple[float, float]:
-    """The more right the better; of equals the one with the lower loss."""
-    return trial.accuracy, -trial.loss
+def _selection_key(candidate: Candidate) -> tuple[float, float]:
+    """Return the key by which a candidate is selected: the accuracy, then the lower loss."""
+    return candidate.accuracy, -candidate.loss
 
 
-def _warnings(chosen: Candidate, trials: Sequence[Candidate]) -> list[str]:
+def _warnings(chosen: Candidate, candidates: Sequence[Candidate]) -> list[str]:
     texts = []
     for name, value in chosen.settings.items():
-        offered = {trial.settings[name] for trial in trials}
+        offered = {candidate.settings[name] for candidate in candidates}
         for end, extreme in (("smallest", min(offered)), ("largest", max(offered))):
             if value == extreme != 0 and len(offered) > 1:
-                texts.append(f"the chosen {name} = {value:g} is the {end} that was offered: widen {name}")
-    if diverged := [trial for trial in trials if math.isinf(trial.loss)]:
-        least = min(trial.settings["lr"] for trial in diverged)
-        texts.append(f"{len(diverged)} of {len(trials)} heads have diverged, all with lr {least:g} or more")
+                texts.append(f"the selected {name} = {value:g} is the {end} candidate; extend the range of {name}")
+    if diverged := [candidate for candidate in candidates if math.isinf(candidate.loss)]:
+        least = min(candidate.settings["lr"] for candidate in diverged)
+        texts.append(f"{len(diverged)} of {len(candidates)} heads diverged, all with lr {least:g} or more")
     return texts

@@ -1,4 +1,4 @@
-"""Multinomial logistic regression along a path of penalties, each started from the one before."""
+"""Multinomial logistic regression along a path of penalties."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor
 from ssl_vit.evaluation.classification.linear_classifier import LinearClassifier, Standardizer
 
 PATH_TOLERANCE, FINAL_TOLERANCE = 1e-7, 1e-8  # change of the loss per step at which the solver stops
-_MOST_STEPS = 500
-_LEFT_OUT = -100  # the label that `F.cross_entropy` leaves out of its mean
+_MAX_STEPS = 500
+_IGNORED = -100  # label that `F.cross_entropy` ignores
 
 
 class StandardizedSpace(NamedTuple):
-    """Standardized features of N images along their R principal axes, in which probes are sought."""
+    """Standardized features of N images along their R principal axes, in which the solver works."""
 
     standard: Standardizer  # float32
     axes: Tensor  # (D, R), orthonormal columns
     variance: Tensor  # (R,), along the axes
-    x: Tensor  # (R, N): in this layout both products of a solver's step run along rows
+    x: Tensor  # (R, N): in this layout both products of a solver step run along rows
 
 
 def standard_space(features: Tensor) -> StandardizedSpace:
-    """The space of features (N, D), of any floating type; it is computed in float32."""
+    """Compute the standardized space of features (N, D), of any floating dtype, in float32."""
     count, dim = features.shape
     standard = Standardizer.of(features).to(torch.float32)
     if dim <= count:
@@ -34,7 +34,7 @@ def standard_space(features: Tensor) -> StandardizedSpace:
         for rows in standard.rows(features):
             products += rows.T @ rows
         variance, axes = torch.linalg.eigh(products / count)
-    else:  # the few images span all that a probe can use, and their products tell the axes
+    else:  # the images span all directions that a classifier can use; compute the axes from their products
         x = torch.cat(list(standard.rows(features))).double()
         products, vectors = torch.linalg.eigh(x @ x.T)
         spanned = products > 1e-10 * products[-1]
@@ -54,41 +54,41 @@ def logistic_path(
     *,
     classes: int,
     l2: Sequence[float],
-    dataset: Tensor | None = None,
+    mask: Tensor | None = None,
     tolerance: float = PATH_TOLERANCE,
 ) -> Iterator[tuple[float, LinearClassifier]]:
-    """Multinomial logistic regression for each penalty, from strong to weak, each started from the one before.
+    """Fit multinomial logistic regression for each penalty, from strong to weak, each starting from the previous one.
 
-    Minimises mean cross-entropy + l2 / 2 · |W|² over the weights W of standardized features and a free bias, by
+    Minimizes mean cross-entropy + l2 / 2 · |W|² over the weights W of standardized features and a free bias, by
     full-batch L-BFGS. The solver works on the principal axes, each divided by the square root of the loss's curvature
-    at W = 0, which is variance / classes + l2: the minimum is the same, the steps to it are five times fewer.
+    at W = 0, which is variance / classes + l2: the minimum is the same, with five times fewer steps.
 
     Args:
-        space: To learn in.
-        labels: Of its N images, int64 in [0, classes).
+        space: Standardized space of N images.
+        labels: Labels (N,) int64 in [0, classes).
         classes: Number of classes C.
         l2: Penalties, in any order.
-        dataset: A mask (N,) of those to learn from; None: all.
+        mask: Images (N,) to train on; None: all.
         tolerance: Change of the loss per step at which to stop.
     """
     x = space.x
-    if dataset is not None:
-        labels = labels.masked_fill(~dataset, _LEFT_OUT)
+    if mask is not None:
+        labels = labels.masked_fill(~mask, _IGNORED)
     weight, bias = x.new_zeros(classes, len(x)), x.new_zeros(classes, 1)
     for penalty in sorted(l2, reverse=True):
         step = (space.variance / classes + penalty).rsqrt()
-        weight, bias = _minimise(x, labels, step, penalty, weight, bias, tolerance)
+        weight, bias = _minimize(x, labels, step, penalty, weight, bias, tolerance)
         yield penalty, LinearClassifier(*space.standard, space.axes @ weight.T, bias.squeeze(1))
 
 
-def _minimise(
+def _minimize(
     x: Tensor, labels: Tensor, step: Tensor, l2: float, weight: Tensor, bias: Tensor, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """Weights (C, D) and bias (C, 1) of least loss on x (D, N), searched in the coordinates weight / step (D,)."""
+    """Find the weights (C, D) and bias (C, 1) of least loss on x (D, N), in the coordinates weight / step (D,)."""
     scaled, bias = (weight / step).requires_grad_(), bias.clone().requires_grad_()
     solver = torch.optim.LBFGS(
         [scaled, bias],
-        max_iter=_MOST_STEPS,
+        max_iter=_MAX_STEPS,
         tolerance_grad=0,
         tolerance_change=tolerance,
         line_search_fn="strong_wolfe",
@@ -97,7 +97,7 @@ def _minimise(
     def loss() -> Tensor:
         solver.zero_grad()
         weight = scaled * step
-        value = F.cross_entropy((weight @ x + bias).T, labels, ignore_index=_LEFT_OUT) + l2 / 2 * weight.square().sum()
+        value = F.cross_entropy((weight @ x + bias).T, labels, ignore_index=_IGNORED) + l2 / 2 * weight.square().sum()
         value.backward()  # type: ignore[no-untyped-call]
         return value
 

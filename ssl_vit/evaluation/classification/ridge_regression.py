@@ -1,4 +1,4 @@
-"""Ridge regression onto the classes: closed form, all penalties from one eigendecomposition, exact leave-one-out."""
+"""Ridge regression onto the classes in closed form, with exact leave-one-out; one eigendecomposition for all l2."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ from ssl_vit.runtime.device import upcast
 
 
 class RidgeFit(NamedTuple):
-    """The probe of one penalty."""
+    """The classifier of one penalty."""
 
     l2: float
-    probe: LinearClassifier  # logits(features) -> (N, C): 1 for its class, -1 for the others, as far as features tell
-    left_out: Tensor  # (N, C) float64: scores of each image by the probe fitted without it; NaN if it is the only one
+    probe: LinearClassifier  # its logits (N, C) approximate 1 for the image's class and -1 for the others
+    loo_scores: Tensor  # (N, C) float64: scores of each image by the classifier fitted without it; NaN for N = 1
 
 
 class LeaveOneOut(NamedTuple):
-    """How the images are answered by the probes that were fitted without them."""
+    """Leave-one-out metrics of a fit."""
 
     accuracy: float  # in [0, 1]
-    error: float  # mean over the images of the squared distance to the targets
+    error: float  # mean squared distance to the targets
 
 
 class _Problem(NamedTuple):
-    """What to solve for, in float64."""
+    """A regression problem, in float64."""
 
-    features: Tensor  # (N, D), of any floating type
+    features: Tensor  # (N, D), of any floating dtype
     standard: Standardizer
     targets: Tensor  # (N, C), of mean 0
     l2: Tensor  # (penalties,)
 
     def rows(self) -> Iterator[Tensor]:
-        """The features standardized, some thousand rows at a time."""
+        """Yield the standardized features in chunks of rows."""
         return self.standard.rows(self.features)
 
 
 def ridge_path(features: Tensor, labels: Tensor, *, classes: int, l2: Sequence[float]) -> Iterator[RidgeFit]:
-    """Least squares onto the classes for each penalty, from strong to weak, with exact leave-one-out.
+    """Fit least squares onto the classes for each penalty, from strong to weak, with exact leave-one-out.
 
-    Minimises 1 / (2 N) Σ |yᵢ - Wᵀzᵢ - b|² + l2 / 2 |W|² over weights W and a free bias b. yᵢ is 1 for the class of the
+    Minimizes 1 / (2 N) Σ |yᵢ - Wᵀzᵢ - b|² + l2 / 2 |W|² over weights W and a free bias b. yᵢ is 1 for the class of the
     image and -1 for the others, zᵢ its features minus their mean over their standard deviation (of all N images).
 
-    Leave-one-out holds fixed the standardization, the targets' coding and the weight N · l2 of the penalty beside the
-    sum of squares; W and b are fitted anew. No fit is needed for it: with the hat matrix H of the fit, bias included,
-    the image's score is yᵢ - (yᵢ - ŷᵢ) / (1 - hᵢᵢ) (Allen 1974). All is computed in float64, from the eigenvectors
-    of ZᵀZ (D, D) or, where there are fewer images than features, of ZZᵀ (N, N).
+    Leave-one-out keeps the standardization, the target coding and the weight N · l2 of the penalty relative to the sum
+    of squares; W and b are refitted. No refit is computed: with the hat matrix H of the fit, bias included, the
+    image's score is yᵢ - (yᵢ - ŷᵢ) / (1 - hᵢᵢ) (Allen 1974). Everything is computed in float64, from the eigenvectors
+    of ZᵀZ (D, D) or, for fewer images than features, of ZZᵀ (N, N).
 
     Args:
-        features: (N, D) as they come, any floating type; constant ones get no say.
+        features: (N, D) not standardized, of any floating dtype; constant ones get weight 0.
         labels: (N,) int64 in [0, classes).
         classes: Number of classes C; those without images score -1.
         l2: Penalties above 0, in any order.
@@ -70,31 +70,31 @@ def ridge_path(features: Tensor, labels: Tensor, *, classes: int, l2: Sequence[f
         yield RidgeFit(penalty, LinearClassifier(*(part.to(dtype) for part in parts)), targets - missed)
 
 
-def left_out_score(fit: RidgeFit, labels: Tensor) -> LeaveOneOut:
-    """Accuracy and squared error of a fit's left-out scores."""
-    right = fit.left_out.argmax(dim=1) == labels
-    # |s - y|² with y = -1 but for 1 in the image's class
-    own = fit.left_out.gather(1, labels[:, None]).squeeze(1)
-    error = (fit.left_out + 1).square().sum(dim=1) - 4 * own
+def leave_one_out(fit: RidgeFit, labels: Tensor) -> LeaveOneOut:
+    """Compute the leave-one-out accuracy and squared error of a fit."""
+    right = fit.loo_scores.argmax(dim=1) == labels
+    # |s - y|² with y = 1 for the image's class and -1 for the others
+    own = fit.loo_scores.gather(1, labels[:, None]).squeeze(1)
+    error = (fit.loo_scores + 1).square().sum(dim=1) - 4 * own
     return LeaveOneOut(float(right.double().mean()), float(error.mean()))
 
 
 def selection_score(score: LeaveOneOut, labels: Tensor) -> tuple[float, float]:
-    """What to choose a penalty by, the larger the better: accuracy, then the error.
+    """Return the key by which a penalty is selected, the larger the better: the accuracy, then the negative error.
 
-    Where a class has one image the error alone: without that image its class is unknown.
+    If a class has a single image, only the error counts: without that image its class is unknown.
     """
-    lonely = bool((torch.bincount(labels) == 1).any())
-    return 0.0 if lonely else score.accuracy, -score.error
+    single = bool((torch.bincount(labels) == 1).any())
+    return 0.0 if single else score.accuracy, -score.error
 
 
 def best_ridge(fits: Iterable[RidgeFit], labels: Tensor) -> RidgeFit:
-    """The fit of largest merit; of equal ones the first."""
-    return max(fits, key=lambda fit: selection_score(left_out_score(fit, labels), labels))
+    """Return the fit with the best selection score; among equals the first."""
+    return max(fits, key=lambda fit: selection_score(leave_one_out(fit, labels), labels))
 
 
 def _by_features(problem: _Problem) -> Iterator[tuple[Tensor, Tensor]]:
-    """Weights (D, C) for each penalty, and by how much left-out scores miss the targets (N, C); from ZᵀZ (D, D)."""
+    """Yield weights (D, C) and leave-one-out residuals (N, C) for each penalty, from ZᵀZ (D, D)."""
     (count, dim), targets, l2 = problem.features.shape, problem.targets, problem.l2
     products, coded = targets.new_zeros(dim, dim), targets.new_zeros(dim, targets.shape[1])
     done = 0
@@ -106,19 +106,19 @@ def _by_features(problem: _Problem) -> Iterator[tuple[Tensor, Tensor]]:
     variance, coded = variance.clamp(min=0), axes.T @ coded / count
     damped = 1 / (variance[:, None] + l2)  # (D, penalties)
     free = 1 - 1 / count - torch.cat([(rows @ axes).square_() @ damped for rows in problem.rows()]) / count  # 1 - hᵢᵢ
-    # Less than this no image has; where it stands alone, the difference is but rounding errors.
+    # The lower bound of 1 - hᵢᵢ: below it the difference consists of rounding errors.
     free = torch.maximum(free, (1 - 1 / count) * l2 / (variance[-1] + l2))
-    for place in range(len(l2)):
-        weight = axes @ (coded * damped[:, place, None])
+    for column in range(len(l2)):
+        weight = axes @ (coded * damped[:, column, None])
         residual = targets - torch.cat([rows @ weight for rows in problem.rows()])
-        yield weight, residual / free[:, place, None]
+        yield weight, residual / free[:, column, None]
 
 
 def _by_images(problem: _Problem) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same from ZZᵀ (N, N).
+    """Yield the same from ZZᵀ (N, N).
 
     With its eigenvectors U without their means, I - H is l2 · U (variance + l2)⁻¹ Uᵀ: residuals and 1 - hᵢᵢ are sums
-    that lose nothing to rounding however small they are.
+    without cancellation, exact however small they are.
     """
     z, targets = torch.cat(list(problem.rows())), problem.targets
     variance, vectors = torch.linalg.eigh(z @ z.T / len(z))
@@ -126,5 +126,5 @@ def _by_images(problem: _Problem) -> Iterator[tuple[Tensor, Tensor]]:
     coded = vectors.T @ targets
     for l2 in problem.l2:
         damped = 1 / (variance + l2)
-        residual = vectors @ (coded * damped[:, None])  # over l2, and so is what it is divided by
+        residual = vectors @ (coded * damped[:, None])  # divided by l2, as is its divisor below
         yield z.T @ residual / len(z), residual / (vectors.square() @ damped)[:, None]

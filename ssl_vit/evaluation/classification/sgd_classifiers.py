@@ -1,4 +1,4 @@
-"""A grid of linear heads trained by SGD all at once, on the same batches of cached features."""
+"""A grid of linear classifiers trained simultaneously by SGD, on the same batches of cached features."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ MOMENTUM = 0.9
 
 
 class Schedule(NamedTuple):
-    """The batches that heads are trained on."""
+    """The batches of the training."""
 
-    epochs: int  # passes over the images, each in another order
-    batch_size: int  # at most; the batches of an epoch differ by one image at most
+    epochs: int  # passes over the images, each in a new order
+    batch_size: int  # maximum; the batches of an epoch differ by at most one image
     seed: int  # of the orders
 
 
 class Head(NamedTuple):
     """One linear classifier of the grid."""
 
-    columns: slice  # of the features that it sees
-    lr: float  # at the start; it falls to 0 along half a cosine
+    columns: slice  # of the features
+    lr: float  # initial value; decays to 0 along half a cosine
     weight_decay: float  # of the weights, not of the bias
 
 
@@ -41,46 +41,46 @@ def train_heads(
     classes: int,
     heads: Sequence[Head],
     schedule: Schedule,
-    dataset: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> list[LinearClassifier]:
     """Train all heads by SGD with momentum on mean cross-entropy, from zero, on standardized features.
 
-    Each head becomes what it would alone: the sum of the losses has no other gradients, and neither a large learning
-    rate nor the NaN that it may end in reaches another head. Neighbors with the same columns are one matrix.
+    Each head gets the weights that it would get alone: the gradients of the summed losses are independent, and neither
+    a large learning rate nor its NaN reaches another head. Consecutive heads with the same columns share a matrix.
 
     Args:
-        features: (N, D) as they come, any floating type; standardized by their mean and standard deviation.
+        features: (N, D) of any floating dtype; standardized by their mean and standard deviation.
         labels: (N,) int64 in [0, classes).
         classes: Number of classes C.
         heads: The grid.
-        schedule: Which images when; the same for all heads.
-        dataset: A mask (N,) of those to learn from; None: all. All are standardized by.
+        schedule: Batches, the same for all heads.
+        mask: Images (N,) to train on; None: all. The standardization uses all.
     """
     dtype = upcast(features).dtype
     standard = Standardizer.of(features).to(dtype)
-    stacks = [
-        HeadGroup.of(list(alike), features.new_zeros(0, dtype=dtype), dim=features.shape[1], classes=classes)
-        for _, alike in groupby(heads, key=lambda head: (head.columns.start, head.columns.stop))
+    groups = [
+        HeadGroup.of(list(group), features.new_zeros(0, dtype=dtype), dim=features.shape[1], classes=classes)
+        for _, group in groupby(heads, key=lambda head: (head.columns.start, head.columns.stop))
     ]
-    widths = [len(stack.bias) for stack in stacks]
-    known = torch.arange(len(features)) if dataset is None else dataset.nonzero().squeeze(1).cpu()
-    batches = math.ceil(len(known) / schedule.batch_size)
+    widths = [len(group.bias) for group in groups]
+    train = torch.arange(len(features)) if mask is None else mask.nonzero().squeeze(1).cpu()
+    batches = math.ceil(len(train) / schedule.batch_size)
     steps = schedule.epochs * batches
     generator = torch.Generator().manual_seed(schedule.seed)
     for epoch in progress_bar(range(schedule.epochs), desc=f"{len(heads)} heads", unit=" epochs"):
-        order = known[torch.randperm(len(known), generator=generator)].to(features.device)
-        for step, places in enumerate(order.tensor_split(batches), start=epoch * batches):
-            x = standard.apply(features[places].to(dtype))  # (B, D)
-            logits = torch.cat([stack.logits(x) for stack in stacks], dim=1)
-            errors = _errors(logits, labels[places], len(heads), classes)
-            for stack, error in zip(stacks, torch.split(errors, widths, dim=1), strict=True):
-                stack.step(x, error, (1 + math.cos(math.pi * step / steps)) / 2)
-    return [probe for stack in stacks for probe in stack.probes(standard, classes)]
+        order = train[torch.randperm(len(train), generator=generator)].to(features.device)
+        for step, indices in enumerate(order.tensor_split(batches), start=epoch * batches):
+            x = standard.apply(features[indices].to(dtype))  # (B, D)
+            logits = torch.cat([group.logits(x) for group in groups], dim=1)
+            errors = _logit_gradients(logits, labels[indices], len(heads), classes)
+            for group, error in zip(groups, torch.split(errors, widths, dim=1), strict=True):
+                group.step(x, error, (1 + math.cos(math.pi * step / steps)) / 2)
+    return [probe for group in groups for probe in group.probes(standard, classes)]
 
 
 @dataclass(frozen=True)
 class HeadGroup:
-    """H heads of the same columns: all their weights side by side in one matrix."""
+    """H heads with the same columns: their weights side by side in one matrix."""
 
     columns: slice
     weight: Tensor  # (D', H·C)
@@ -92,6 +92,7 @@ class HeadGroup:
 
     @classmethod
     def of(cls, heads: Sequence[Head], like: Tensor, *, dim: int, classes: int) -> HeadGroup:
+        """Initialize the group with zeros, with the dtype and device of `like`."""
         columns = heads[0].columns
         width, total = len(range(*columns.indices(dim))), len(heads) * classes
         lr, decay = (
@@ -103,11 +104,11 @@ class HeadGroup:
         return cls(columns, weight, bias, weight_velocity, bias_velocity, lr, decay)
 
     def logits(self, x: Tensor) -> Tensor:
-        """(B, H·C) of features (B, D)."""
+        """Compute the logits (B, H·C) of features (B, D)."""
         return torch.addmm(self.bias, x[:, self.columns], self.weight)
 
     def step(self, x: Tensor, error: Tensor, anneal: float) -> None:
-        """One step of SGD as `torch.optim.SGD` defines it, by the gradient `error` (B, H·C) of the logits."""
+        """Take one step of SGD as in `torch.optim.SGD`, from the gradient `error` (B, H·C) of the logits."""
         gradient = (x[:, self.columns].T @ error).addcmul_(self.weight, self.decay)
         self.weight_velocity.mul_(MOMENTUM).add_(gradient)
         self.bias_velocity.mul_(MOMENTUM).add_(error.sum(dim=0))
@@ -116,13 +117,14 @@ class HeadGroup:
         self.bias.addcmul_(self.bias_velocity, lr, value=-1)
 
     def probes(self, standard: Standardizer, classes: int) -> list[LinearClassifier]:
+        """Return the classifier of each head."""
         mean, scale = (part[self.columns] for part in standard)
         parts = zip(torch.split(self.weight, classes, dim=1), torch.split(self.bias, classes), strict=True)
         return [LinearClassifier(mean, scale, weight.contiguous(), bias) for weight, bias in parts]
 
 
-def _errors(logits: Tensor, labels: Tensor, heads: int, classes: int) -> Tensor:
-    """The gradients (B, H·C) of every head's mean cross-entropy with respect to its logits."""
+def _logit_gradients(logits: Tensor, labels: Tensor, heads: int, classes: int) -> Tensor:
+    """Compute the gradients (B, H·C) of every head's mean cross-entropy with respect to its logits."""
     errors = logits.view(-1, heads, classes).softmax(dim=2)
     errors[torch.arange(len(labels), device=labels.device), :, labels] -= 1
     return errors.view_as(logits).div_(len(labels))

@@ -1,4 +1,4 @@
-"""Test images that stand among the training images: they flatter every score."""
+"""Test images that are also among the training images: they inflate every score."""
 
 from __future__ import annotations
 
@@ -10,47 +10,48 @@ from ssl_vit.data.dataset_factory import TrainTestSplit
 from ssl_vit.data.duplicates import exact_duplicates
 from ssl_vit.evaluation.classification.knn import NEAR_DUPLICATE, NeighborResult
 from ssl_vit.evaluation.evaluator import FeatureSource
+from ssl_vit.runtime.text import pluralize
 
-_NAMED = 8  # pairs that the record names
+_MAX_PAIRS = 8  # named in the result
 
 
 class TrainTestOverlap(NamedTuple):
-    """Test images that are the same as a training image; in a single set, as another image."""
+    """Test images that equal a training image, or with leave-one-out another image."""
 
     near: int  # by their features: a cosine above NEAR_DUPLICATE
-    files: int  # those of them that are stored byte for byte alike
-    names: list[tuple[str, str]]  # the first of these, each with what it is the same as
-    one_set: bool
+    files: int  # of them, those with identical bytes
+    names: list[tuple[str, str]]  # the first of these, each with its duplicate
+    leave_one_out: bool
 
-    def findings(self) -> dict[str, Any]:
-        """For the record."""
+    def data_info(self) -> dict[str, Any]:
+        """Return the counts for the result."""
         return {"near_duplicates": self.near, "identical_files": {"count": self.files, "names": self.names}}
 
     def warnings(self) -> list[str]:
-        """For the reader of the scores."""
+        """Return a warning if there is an overlap."""
         if not self.near:
             return []
-        where = "another image" if self.one_set else "a training image"
-        text = f"{self.near:,} test images are nearly the same as {where} (cosine > {NEAR_DUPLICATE})"
+        other = "another image" if self.leave_one_out else "a training image"
+        text = f"{pluralize(self.near, 'test image')} nearly equal to {other} (cosine > {NEAR_DUPLICATE})"
         if self.files:
-            text += f", {self.files:,} of them byte for byte: {' = '.join(self.names[0])}, for one"
+            text += f", {self.files:,} of them byte for byte, for example {' = '.join(self.names[0])}"
         return [text]
 
 
-def find_overlap(source: FeatureSource, found: NeighborResult, dataset: TrainTestSplit) -> TrainTestOverlap:
-    """Look for copies among the neighbors that a search has found.
+def find_overlap(source: FeatureSource, found: NeighborResult, split: TrainTestSplit) -> TrainTestOverlap:
+    """Find duplicates among the neighbors of a search.
 
-    What is stored alike has the same features but for rounding, so that only near duplicates are read again.
+    Identical files have the same features up to rounding, so that only the files of near duplicates are compared.
     """
     pairs = found.near_duplicates().cpu()  # (P, 2)
-    asked = source.train if source.test is None else source.test
-    test = dataset.train if dataset.test is None else dataset.test
-    places = torch.stack([asked.index[pairs[:, 0]], source.train.index[pairs[:, 1]]], dim=1)
-    same = exact_duplicates(test, dataset.train, places)
-    copies = dict(reversed(same.tolist()))  # of each image its nearest copy
+    queries = source.train if source.test is None else source.test
+    test = split.train if split.test is None else split.test
+    indices = torch.stack([queries.index[pairs[:, 0]], source.train.index[pairs[:, 1]]], dim=1)
+    same = exact_duplicates(test, split.train, indices)
+    duplicates = dict(reversed(same.tolist()))  # of each image its nearest duplicate
     return TrainTestOverlap(
         near=len(torch.unique(pairs[:, 0])),
-        files=len(copies),
-        names=[(test.name(a), dataset.train.name(copies[a])) for a in sorted(copies)[:_NAMED]],
-        one_set=source.test is None,
+        files=len(duplicates),
+        names=[(test.name(a), split.train.name(duplicates[a])) for a in sorted(duplicates)[:_MAX_PAIRS]],
+        leave_one_out=source.test is None,
     )

@@ -47,7 +47,7 @@ def neighbor_rows(known: FeatureImages, k: int) -> Rows:
     if k < 1:
         raise UserError("One image has no neighbors.")
     found = _search(queries.cls[:, -1], bank.cls[:, -1], k, own)
-    right = (bank.labels[found.place] == queries.labels[:, None]) & (queries.labels[:, None] >= 0)  # (Q, k)
+    right = (bank.labels[found.indices] == queries.labels[:, None]) & (queries.labels[:, None] >= 0)  # (Q, k)
     labeled = bool(known.bank.dataset.classes)
     even = evenly_spaced(len(right), EVEN)
     chosen = [*even.tolist(), *(_wrong(right, found, even) if labeled else [])]
@@ -79,8 +79,8 @@ def _search(queries: Tensor, bank: Tensor, k: int, own: Tensor | None) -> Neighb
     device = best_device()
     asking, known = (F.normalize(part.to(device).float(), dim=1) for part in (queries, bank))
     place = None if own is None else own.to(device)
-    found = exact_search(asking, known, k=k, own=place, engine=choose_engine("auto", device))
-    return Neighbors(found.similarity.cpu(), found.place.cpu())
+    found = exact_search(asking, known, k=k, exclude=place, engine=choose_engine("auto", device))
+    return Neighbors(found.similarity.cpu(), found.indices.cpu())
 
 
 def _wrong(right: Tensor, found: Neighbors, taken: Tensor) -> list[int]:
@@ -95,7 +95,7 @@ def _row(queries: FeatureSplit, bank: FeatureSplit, found: Neighbors, row: int) 
     tiles: list[tuple[FeatureSplit, int, float | None]] = [(queries, row, None)]
     tiles += [
         (bank, place, similarity)
-        for place, similarity in zip(found.place[row].tolist(), found.similarity[row].tolist(), strict=True)
+        for place, similarity in zip(found.indices[row].tolist(), found.similarity[row].tolist(), strict=True)
     ]
     nears: list[Near] = []
     for part, place, similarity in tiles:

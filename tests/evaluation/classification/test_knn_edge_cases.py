@@ -1,13 +1,4 @@
-"""Every row of the table of kNN's corner cases, by its name.
-
-Rows that tests/test_knn.py has: fewer than 100 test images, labels with gaps and classes missing from the test or
-training images (`test_equals_the_textbook_image_by_image`), k above the number of images and above the smallest
-class, one folder left one out by index (`test_leave_one_out_finds_exact_copies_but_never_the_image_itself`), ties
-(`test_equally_near_neighbors_come_in_the_banks_order`, `test_of_equally_voted_classes_the_lower_is_answered`), halves
-(`test_stored_halves_are_compared_in_float32`), votes that do not overflow, blocks that change nothing. Rows that
-tests/test_evaluation_commands.py has: near duplicates, k beyond the data, collapsed and diverged models. That several
-processes describe each image once is for the tests of features to say.
-"""
+"""Corner cases of the `knn` command and of kNN classification beyond test_knn.py."""
 
 import json
 import shutil
@@ -24,7 +15,7 @@ from ssl_vit.data.sources.image_folder import scan_image_folder
 from ssl_vit.data.sources.tar_shards import load_shards
 from ssl_vit.data.sources.torchvision_datasets import ArrayDataset
 from ssl_vit.data.transforms.eval_transform import EvalTransform
-from ssl_vit.evaluation.classification import knn as voting
+from ssl_vit.evaluation.classification import knn as knn_module
 from ssl_vit.evaluation.classification.knn import LabeledFeatures, classify, knn, search
 from ssl_vit.evaluation.classification.nearest_neighbors import exact_search
 from ssl_vit.evaluation.features.extractor import extract
@@ -34,8 +25,8 @@ from tests.reference import probes
 HALF = [0.5, 0.5, 0.5]
 
 
-def record_of(model, root, out, *words):
-    """The record of a kNN evaluation."""
+def run_knn(model, root, out, *overrides):
+    """Run `knn` and return its result."""
     command = [
         "knn",
         f"checkpoint={model}",
@@ -44,26 +35,26 @@ def record_of(model, root, out, *words):
         f"out={out}",
         "baselines=false",
     ]
-    assert main([*command, *words]) == 0
+    assert main([*command, *overrides]) == 0
     return json.loads(out.read_text())
 
 
-def shares(record):
-    return {metric["name"]: metric["value"] for metric in record["score"]["metrics"]}
+def accuracies(result):
+    return {metric["name"]: metric["value"] for metric in result["score"]["metrics"]}
 
 
 def noise(count, classes, seed, *, dim=24):
-    """Labeled features without any structure."""
+    """Return labeled random features."""
     g = torch.Generator().manual_seed(seed)
     return LabeledFeatures(torch.randn(count, dim, generator=g), torch.randint(classes, (count,), generator=g))
 
 
-def textbook(bank, queries, k, temperature):
-    """The class that comes first, of each query, in float64."""
+def textbook(train, queries, k, temperature):
+    """Return the class of each query, in float64."""
     return [
-        answer[0]
-        for answer in probes.knn_classes(
-            queries.features.double().numpy(), bank.features.double().numpy(), bank.labels.tolist(), k, temperature
+        voted[0]
+        for voted in probes.knn_classes(
+            queries.features.double().numpy(), train.features.double().numpy(), train.labels.tolist(), k, temperature
         )
     ]
 
@@ -80,102 +71,102 @@ def pixels(seed, *shape):
 # --- labels >= 1000, or fewer than five classes ---
 
 
-def test_labels_above_999_and_any_number_of_classes():
-    bank, queries = noise(150, 3, 0), noise(40, 3, 1)
+def test_knn_accepts_any_labels():
+    train, queries = noise(150, 3, 0), noise(40, 3, 1)
     labels = torch.tensor([1000, 7, 123_456])
-    named = [LabeledFeatures(part.features, labels[part.labels]) for part in (bank, queries)]
+    named = [LabeledFeatures(part.features, labels[part.labels]) for part in (train, queries)]
     result = knn(*named, ks=[7], temperature=0.07)
     assert result.predicted[7].tolist() == textbook(*named, 7, 0.07)
     assert result.ranks[7].max() < 3
 
 
-@pytest.mark.parametrize(("classes", "said"), [(4, True), (6, False)])
-def test_fewer_than_six_classes_have_no_top_5_as_the_table_says(classes, said, tiny_model, sample, tmp_path, capsys):
+@pytest.mark.parametrize(("classes", "warned"), [(4, True), (6, False)])
+def test_knn_skips_top_5_below_six_classes_and_warns(classes, warned, tiny_model, sample, tmp_path, capsys):
     for folder in sorted((sample / "train").iterdir())[:classes]:
         shutil.copytree(folder, tmp_path / "set" / folder.name)
-    record = record_of(tiny_model, tmp_path / "set", tmp_path / "record.json", "k=[3]")
-    assert ("top-5, k=3" in shares(record)) != said
-    assert ("top-5 needs six classes" in capsys.readouterr().out) == said
+    result = run_knn(tiny_model, tmp_path / "set", tmp_path / "result.json", "k=[3]")
+    assert ("top-5, k=3" in accuracies(result)) != warned
+    assert ("top-5 is skipped" in capsys.readouterr().out) == warned
 
 
 # --- a class that is missing among the test images ---
 
 
-def test_a_class_whose_test_images_are_all_broken_still_counts(tiny_model, sample, tmp_path):
+def test_knn_counts_a_class_without_readable_test_images(tiny_model, sample, tmp_path):
     shutil.copytree(sample / "train", tmp_path / "set" / "train")
     shutil.copytree(sample / "test", tmp_path / "set" / "test")
     first = min((tmp_path / "set" / "test").iterdir())
     for file in first.iterdir():
         file.write_bytes(b"no image")
-    record = record_of(tiny_model, tmp_path / "set", tmp_path / "record.json")
-    assert record["data"]["n_classes"] == 12
-    assert record["data"]["n_test"] == 44
+    result = run_knn(tiny_model, tmp_path / "set", tmp_path / "result.json")
+    assert result["data"]["n_classes"] == 12
+    assert result["data"]["n_test"] == 44
 
 
 # --- k above the smallest class ---
 
 
-def test_where_every_k_exceeds_the_smallest_class_its_size_is_measured_too(tiny_model, sample, tmp_path, capsys):
-    record = record_of(tiny_model, sample, tmp_path / "record.json", "k=[20,100]")  # 16 training images a class
-    assert list(shares(record))[:3] == ["top-1, k=16", "top-1, k=20", "top-1, k=100"]
-    assert record["protocol"]["k"] == [20, 100]
+def test_knn_adds_the_size_of_the_smallest_class_to_k(tiny_model, sample, tmp_path, capsys):
+    result = run_knn(tiny_model, sample, tmp_path / "result.json", "k=[20,100]")  # 16 training images a class
+    assert list(accuracies(result))[:3] == ["top-1, k=16", "top-1, k=20", "top-1, k=100"]
+    assert result["protocol"]["k"] == [20, 100]
     assert "k = 16 was added, the size of the smallest class" in capsys.readouterr().out
-    alone = record_of(tiny_model, sample, tmp_path / "alone.json", "k=[16]")
-    assert shares(alone).items() <= shares(record).items()
+    alone = run_knn(tiny_model, sample, tmp_path / "alone.json", "k=[16]")
+    assert accuracies(alone).items() <= accuracies(result).items()
     assert "was added" not in capsys.readouterr().out
 
 
-def test_in_one_folder_the_image_itself_is_not_counted_in_its_class(tiny_model, sample, tmp_path, capsys):
+def test_knn_with_leave_one_out_excludes_the_image_from_its_class(tiny_model, sample, tmp_path, capsys):
     shutil.copytree(sample / "train", tmp_path / "set")
     first, *others = sorted((tmp_path / "set").iterdir())
     for file in sorted(first.iterdir())[1:]:
         file.unlink()
-    record = record_of(tiny_model, tmp_path / "set", tmp_path / "record.json", "k=[20]")
-    assert list(shares(record))[:2] == ["top-1, k=15", "top-1, k=20"]  # of 16 images a class
+    result = run_knn(tiny_model, tmp_path / "set", tmp_path / "result.json", "k=[20]")
+    assert list(accuracies(result))[:2] == ["top-1, k=15", "top-1, k=20"]  # of 16 images a class
     printed = capsys.readouterr().out
     assert "k = 15 was added, the size of the smallest class without the image itself" in printed
-    assert "classes of a single image: 1;" in printed
+    assert "1 class of a single image" in printed
     for other in others:
         for file in sorted(other.iterdir())[1:]:
             file.unlink()
-    record = record_of(tiny_model, tmp_path / "set", tmp_path / "singles.json", "k=[20]")
-    assert shares(record)["top-1, k=20"] == 0
-    assert not any(name.endswith("k=0") for name in shares(record))
+    result = run_knn(tiny_model, tmp_path / "set", tmp_path / "singles.json", "k=[20]")
+    assert accuracies(result)["top-1, k=20"] == 0
+    assert not any(name.endswith("k=0") for name in accuracies(result))
 
 
 # --- duplicates between training and test images ---
 
 
-def test_files_that_are_the_same_are_counted_and_named(tiny_model, sample, tmp_path, capsys):
+def test_knn_counts_and_names_identical_files(tiny_model, sample, tmp_path, capsys):
     shutil.copytree(sample / "train", tmp_path / "set" / "train")
     shutil.copytree(sample / "test", tmp_path / "set" / "test")
     train, test = tmp_path / "set" / "train" / "blue-dots", tmp_path / "set" / "test" / "red-dots"
     shutil.copy(train / "0002.png", test / "copy.png")
     with Image.open(train / "0003.png") as image:  # the same pixels in another file
         image.save(test / "again.bmp")
-    record = record_of(tiny_model, tmp_path / "set", tmp_path / "record.json")
-    assert record["data"]["near_duplicates"] == 2
-    assert record["data"]["identical_files"] == {
+    result = run_knn(tiny_model, tmp_path / "set", tmp_path / "result.json")
+    assert result["data"]["near_duplicates"] == 2
+    assert result["data"]["identical_files"] == {
         "count": 1,
         "names": [["red-dots/copy.png", "blue-dots/0002.png"]],
     }
-    said = "1 of them byte for byte: red-dots/copy.png = blue-dots/0002.png"
-    assert said in capsys.readouterr().out
+    message = "1 of them byte for byte, for example red-dots/copy.png = blue-dots/0002.png"
+    assert message in capsys.readouterr().out
 
 
-def test_in_one_folder_a_file_is_no_copy_of_itself(tiny_model, sample, tmp_path):
+def test_knn_with_leave_one_out_excludes_the_image_from_duplicates(tiny_model, sample, tmp_path):
     shutil.copytree(sample / "test", tmp_path / "set")
     folder = tmp_path / "set" / "red-dots"
-    for number in range(10):  # more than the record names
+    for number in range(10):  # more than the result lists
         shutil.copy(folder / "0000.png", folder / f"copy{number}.png")
-    record = record_of(tiny_model, tmp_path / "set", tmp_path / "record.json", "k=[5]")
-    found = record["data"]["identical_files"]
-    assert found["count"] == record["data"]["near_duplicates"] == 11
+    result = run_knn(tiny_model, tmp_path / "set", tmp_path / "result.json", "k=[5]")
+    found = result["data"]["identical_files"]
+    assert found["count"] == result["data"]["near_duplicates"] == 11
     assert len(found["names"]) == 8
     assert all(one != other for one, other in found["names"])
 
 
-def test_only_pairs_with_the_same_content_are_left(tmp_path):
+def test_exact_duplicates_returns_pairs_of_equal_content(tmp_path):
     for name, content in {"a.png": b"one", "b.png": b"two", "c.png": b"one"}.items():
         (tmp_path / name).write_bytes(content)
     dataset = scan_image_folder(tmp_path)
@@ -184,11 +175,11 @@ def test_only_pairs_with_the_same_content_are_left(tmp_path):
     (tmp_path / "c.png").unlink()
     assert exact_duplicates(dataset, dataset, pairs).tolist() == []
     assert exact_duplicates(dataset, dataset, pairs[:0]).shape == (0, 2)
-    turned = Subset(dataset, torch.tensor([1, 0]))
-    assert exact_duplicates(turned, dataset, torch.tensor([[1, 0], [0, 0]])).tolist() == [[1, 0]]
+    reversed_dataset = Subset(dataset, torch.tensor([1, 0]))
+    assert exact_duplicates(reversed_dataset, dataset, torch.tensor([[1, 0], [0, 0]])).tolist() == [[1, 0]]
 
 
-def test_images_in_shards_and_arrays_are_compared_too(sample, tmp_path):
+def test_exact_duplicates_compares_shards_and_arrays(sample, tmp_path):
     assert main(["shard", f"data.root={sample / 'test'}", f"out={tmp_path / 'shards'}"]) == 0
     files, shards = scan_image_folder(sample / "test"), load_shards(tmp_path / "shards")
     pairs = torch.tensor([[0, 0], [0, 1], [1, 1], [2, 1], [47, 47]])
@@ -203,41 +194,41 @@ def test_images_in_shards_and_arrays_are_compared_too(sample, tmp_path):
 # --- ties ---
 
 
-def test_of_equal_neighbors_the_first_votes_and_of_equal_votes_the_lower_class_wins():
-    bank = LabeledFeatures(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]), torch.tensor([5, 3, 1]))
+def test_knn_breaks_ties_by_index_and_class():
+    train = LabeledFeatures(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]), torch.tensor([5, 3, 1]))
     query = LabeledFeatures(torch.tensor([[3.0, 0.0]]), torch.tensor([3]))
-    result = knn(bank, query, ks=[1, 2], temperature=0.07)
+    result = knn(train, query, ks=[1, 2], temperature=0.07)
     assert {k: answer.tolist() for k, answer in result.predicted.items()} == {1: [5], 2: [3]}
     assert {k: rank.tolist() for k, rank in result.ranks.items()} == {1: [2], 2: [0]}
 
 
-# --- halves: exp(cosine / temperature) overflows float16 above a cosine of 0.776 ---
+# --- half precision: exp(cosine / temperature) overflows float16 above a cosine of 0.776 ---
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.01])
-def test_halves_of_large_cosines_vote_as_in_float64(temperature):
-    bank, queries = noise(300, 7, 0), noise(60, 7, 1)
-    bank, queries = (LabeledFeatures((part.features + 4).half(), part.labels) for part in (bank, queries))
-    found = search(bank, queries, most=50)
+def test_classify_half_precision_equals_float64(temperature):
+    train, queries = noise(300, 7, 0), noise(60, 7, 1)
+    train, queries = (LabeledFeatures((part.features + 4).half(), part.labels) for part in (train, queries))
+    found = search(train, queries, max_k=50)
     assert found.similarity.min() > 0.776
     for k in (5, 50):
         result = classify(found, ks=[k], temperature=temperature)
-        assert result.predicted[k].tolist() == textbook(bank, queries, k, temperature)
+        assert result.predicted[k].tolist() == textbook(train, queries, k, temperature)
 
 
 # --- votes of many classes ---
 
 
-def test_memory_does_not_grow_with_neighbors_times_classes(monkeypatch):
-    """A table of neighbors by classes would take 20,000 x 200 entries a query; what is held is classes a query."""
-    bank, queries = noise(5000, 20_000, 0), noise(30, 20_000, 1)
-    classes = len(torch.cat([bank.labels, queries.labels]).unique())
-    monkeypatch.setattr(voting, "_VOTES", 8 * classes)
+def test_classify_memory_does_not_grow_with_k_times_classes(monkeypatch):
+    """A table of neighbors by classes would have 20,000 x 200 entries per query; only classes are held."""
+    train, queries = noise(5000, 20_000, 0), noise(30, 20_000, 1)
+    classes = len(torch.cat([train.labels, queries.labels]).unique())
+    monkeypatch.setattr(knn_module, "_VOTES", 8 * classes)
     sizes = []
-    monkeypatch.setattr(voting, "rank_of_true_class", lambda truth, scores: sizes.append(scores.shape) or truth)
-    result = knn(bank, queries, ks=[10, 200], temperature=0.07)
+    monkeypatch.setattr(knn_module, "rank_of_true_class", lambda target, scores: sizes.append(scores.shape) or target)
+    result = knn(train, queries, ks=[10, 200], temperature=0.07)
     assert set(sizes) == {(8, classes), (6, classes)}
-    assert result.predicted[200].tolist() == textbook(bank, queries, 200, 0.07)
+    assert result.predicted[200].tolist() == textbook(train, queries, 200, 0.07)
 
 
 # --- gray, RGBA and 16-bit images ---
@@ -256,30 +247,28 @@ def as_16_bits(gray):
 
 
 @pytest.mark.parametrize("kind", [Image.fromarray, as_rgba, as_16_bits])
-def test_images_of_other_modes_get_the_answers_of_the_same_in_rgb(kind, tiny_model, tmp_path):
+def test_knn_of_other_image_modes_equals_rgb(kind, tiny_model, tmp_path):
     for split, count in {"train": 8, "test": 4}.items():
         for label in range(3):
             for number in range(count):
                 gray = pixels([label, number, count], 40, 40)
-                gray[0, :2] = 0, 255  # 16 bits are stretched from the least to the largest value
+                gray[0, :2] = 0, 255  # 16 bits are scaled from the minimum to the maximum
                 name = f"{split}/{label}/{number}.png"
                 write(tmp_path / "rgb", name, as_rgb(gray))
                 write(tmp_path / "other", name, kind(gray) if number % 2 else as_rgb(gray))
-    records = [
-        record_of(tiny_model, tmp_path / name, tmp_path / f"{name}.json", "k=[1,3]") for name in ("rgb", "other")
-    ]
-    assert records[0]["score"] == records[1]["score"]
-    assert records[1]["data"]["skipped"] == 0
-    crossed = tmp_path / "crossed"  # an image of the other mode finds itself in RGB
+    results = [run_knn(tiny_model, tmp_path / name, tmp_path / f"{name}.json", "k=[1,3]") for name in ("rgb", "other")]
+    assert results[0]["score"] == results[1]["score"]
+    assert results[1]["data"]["skipped"] == 0
+    crossed = tmp_path / "crossed"  # an image of the other mode is nearest to itself in RGB
     shutil.copytree(tmp_path / "rgb" / "train", crossed / "train")
     shutil.copytree(tmp_path / "other" / "train", crossed / "test")
-    assert shares(record_of(tiny_model, crossed, tmp_path / "crossed.json", "k=[1]")) == {"top-1, k=1": 1.0}
+    assert accuracies(run_knn(tiny_model, crossed, tmp_path / "crossed.json", "k=[1]")) == {"top-1, k=1": 1.0}
 
 
-# --- the bank is made as the queries are; batches do not matter ---
+# --- features of train and test images ---
 
 
-def test_another_batch_size_gives_the_same_features(tiny_model, cifar, tmp_path):
+def test_extract_does_not_depend_on_the_batch_size(tiny_model, cifar, tmp_path):
     loaded = load_backbone(str(tiny_model))
     dataset = scan_image_folder(cifar / "test")
     parts = []
@@ -295,46 +284,46 @@ def test_another_batch_size_gives_the_same_features(tiny_model, cifar, tmp_path)
     assert cosine.min() > 0.99999
 
 
-def test_training_images_are_described_as_test_images_are(tiny_model, cifar, tmp_path):
-    """The same folder as both sets: each image is its own nearest, which no augmentation would let it be."""
-    words = ["k=[1]", f"data.test={cifar / 'test'}", "data.root=null", f"data.train={cifar / 'test'}"]
-    record = record_of(tiny_model, "unused", tmp_path / "record.json", *words)
-    assert shares(record)["top-1, k=1"] == 1
-    assert record["data"]["near_duplicates"] == record["data"]["n_test"] == 200
+def test_knn_extracts_train_and_test_images_equally(tiny_model, cifar, tmp_path):
+    """With the same folder as both sets each image is its own nearest, which augmentation would prevent."""
+    overrides = ["k=[1]", f"data.test={cifar / 'test'}", "data.root=null", f"data.train={cifar / 'test'}"]
+    result = run_knn(tiny_model, "unused", tmp_path / "result.json", *overrides)
+    assert accuracies(result)["top-1, k=1"] == 1
+    assert result["data"]["near_duplicates"] == result["data"]["n_test"] == 200
 
 
 # --- all k and temperatures from one search ---
 
 
-def test_one_search_serves_all_temperatures():
-    bank, queries = noise(400, 7, 0), noise(80, 7, 1)
-    found = search(bank, queries, most=100)
+def test_classify_serves_all_temperatures_from_one_search():
+    train, queries = noise(400, 7, 0), noise(80, 7, 1)
+    found = search(train, queries, max_k=100)
     for temperature in (0.02, 0.07, 1.0):
         together = classify(found, ks=[5, 20, 100], temperature=temperature)
         for k in (5, 20, 100):
-            assert together.predicted[k].tolist() == textbook(bank, queries, k, temperature)
+            assert together.predicted[k].tolist() == textbook(train, queries, k, temperature)
 
 
-def test_several_temperatures_stand_in_the_names_of_the_metrics(tiny_model, sample, tmp_path, monkeypatch):
+def test_knn_names_metrics_by_temperature(tiny_model, sample, tmp_path, monkeypatch):
     searches = []
     monkeypatch.setattr(
-        voting, "exact_search", lambda *words, **more: searches.append(1) or exact_search(*words, **more)
+        knn_module, "exact_search", lambda *args, **kwargs: searches.append(1) or exact_search(*args, **kwargs)
     )
-    both = record_of(tiny_model, sample, tmp_path / "both.json", "k=[10,15]", "temperature=[0.1,0.07]")
+    both = run_knn(tiny_model, sample, tmp_path / "both.json", "k=[10,15]", "temperature=[0.1,0.07]")
     assert len(searches) == 1
     names = [f"top-1, k={k}, T={temperature}" for temperature in (0.07, 0.1) for k in (10, 15)]
-    assert list(shares(both))[:4] == names
+    assert list(accuracies(both))[:4] == names
     for temperature in (0.07, 0.1):
-        alone = record_of(tiny_model, sample, tmp_path / "one.json", "k=[10,15]", f"temperature=[{temperature}]")
-        named = {f"{name}, T={temperature}": value for name, value in shares(alone).items()}
-        assert named.items() <= shares(both).items()
+        alone = run_knn(tiny_model, sample, tmp_path / "one.json", "k=[10,15]", f"temperature=[{temperature}]")
+        named = {f"{name}, T={temperature}": value for name, value in accuracies(alone).items()}
+        assert named.items() <= accuracies(both).items()
 
 
 # --- real images, against plain float64 ---
 
 
 @pytest.mark.parametrize("engine", ["torch", "faiss"])
-def test_answers_on_real_images_are_those_of_plain_float64(engine, tiny_model, cifar, tmp_path):
+def test_knn_of_real_images_equals_float64(engine, tiny_model, cifar, tmp_path):
     loaded = load_backbone(str(tiny_model))
     skipped = SkippedImageLog(tmp_path / "skipped_images.txt")
     parts = []

@@ -1,4 +1,4 @@
-"""Logistic probes reach the minimum of their loss, whatever the features are like."""
+"""Logistic regression reaches the minimum of its loss, also on badly conditioned features."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from ssl_vit.config.pretrain import BackboneConfig
 from ssl_vit.data.dataset import SkippedImageLog
 from ssl_vit.data.sources.image_folder import scan_image_folder
 from ssl_vit.data.transforms.eval_transform import EvalTransform
-from ssl_vit.evaluation.classification import linear_classifier as module
+from ssl_vit.evaluation.classification import linear_classifier
 from ssl_vit.evaluation.classification.linear_classifier import FeatureVariant
 from ssl_vit.evaluation.classification.logistic_regression import FINAL_TOLERANCE, logistic_path, standard_space
 from ssl_vit.evaluation.features.extractor import extract
@@ -18,7 +18,7 @@ from tests.reference import probes
 
 
 def correlated(count, *, dim=6, classes=4, seed=0):
-    """Features like a model's: one direction carries nearly all variance, means far from zero, classes overlap."""
+    """Return features like a model's: one direction has nearly all variance, means are not zero, classes overlap."""
     g = torch.Generator().manual_seed(seed)
     mixing = torch.randn(dim, dim, generator=torch.Generator().manual_seed(7)) * torch.logspace(0, -2, dim)[:, None]
     labels = torch.randint(classes, (count,), generator=g)
@@ -28,7 +28,7 @@ def correlated(count, *, dim=6, classes=4, seed=0):
 
 
 @pytest.mark.parametrize(("count", "dim", "classes"), [(300, 6, 4), (60, 10, 2), (40, 12, 5), (20, 30, 3)])
-def test_losses_along_the_path_equal_newtons(count, dim, classes):
+def test_logistic_path_losses_equal_newtons_method(count, dim, classes):
     x, labels = correlated(count, dim=dim, classes=classes)
     standard = (x - x.mean(0)) / x.std(0, correction=0)
     for l2, found in logistic_path(standard_space(x), labels, classes=classes, l2=[1e-5, 1e-1, 1e-3]):
@@ -37,7 +37,7 @@ def test_losses_along_the_path_equal_newtons(count, dim, classes):
         torch.testing.assert_close(found.logits(x), standard @ found.weight + found.bias, rtol=1e-3, atol=1e-3)
 
 
-def test_path_goes_from_strong_to_weak_penalties():
+def test_logistic_path_goes_from_strong_to_weak_penalties():
     x, labels = correlated(50)
     assert [l2 for l2, _ in logistic_path(standard_space(x), labels, classes=4, l2=[1e-5, 1e-1, 1e-3])] == [
         1e-1,
@@ -46,7 +46,7 @@ def test_path_goes_from_strong_to_weak_penalties():
     ]
 
 
-def test_constant_features_have_no_say():
+def test_logistic_path_ignores_constant_features():
     x, labels = correlated(200)
     padded = torch.cat([x, torch.full((200, 2), 5.0)], dim=1)
     ((_, plain),) = logistic_path(standard_space(x), labels, classes=4, l2=[1e-3])
@@ -55,8 +55,8 @@ def test_constant_features_have_no_say():
     torch.testing.assert_close(found.logits(elsewhere), plain.logits(x), rtol=1e-3, atol=1e-3)
 
 
-def scikit_learns(x, labels, l2):
-    """The least loss that scikit-learn finds on standardized features, in float64."""
+def scikit_learn_loss(x, labels, l2):
+    """Return the minimum that scikit-learn finds on standardized features, in float64."""
     linear_model = pytest.importorskip("sklearn.linear_model")
     std = x.std(0, correction=0)
     z = torch.where(std > 1e-6 * x.mean(0).abs(), (x - x.mean(0)) / std, 0)
@@ -77,7 +77,7 @@ def assert_as_good_as_scikit_learn(x, labels, *, tolerance=1e-4):
     classes = int(labels.max()) + 1
     space = standard_space(x)
     for l2, probe in logistic_path(space, labels, classes=classes, l2=[1e-1, 1e-3, 1e-5]):
-        best = scikit_learns(x.double(), labels, l2)
+        best = scikit_learn_loss(x.double(), labels, l2)
         assert loss_of(probe, x, labels, l2) == pytest.approx(best, abs=tolerance)
         ((_, alone),) = logistic_path(space, labels, classes=classes, l2=[l2], tolerance=FINAL_TOLERANCE)
         assert loss_of(alone, x, labels, l2) == pytest.approx(best, abs=tolerance / 10)  # without the warm start
@@ -91,12 +91,12 @@ def collinear():
     ), labels
 
 
-def unlike_scales():
+def different_scales():
     x, labels = correlated(200, dim=12)
     return (x - x.mean(0)) * torch.logspace(-8, 8, 12), labels
 
 
-def twins():
+def duplicates():
     x, labels = correlated(40)
     return x.repeat(5, 1), labels.repeat(5)
 
@@ -108,55 +108,55 @@ def constants():
 
 BADLY_CONDITIONED = {
     "collinear": collinear(),
-    "unlike scales": unlike_scales(),
+    "different scales": different_scales(),
     "fewer images than features": correlated(40, dim=90),
     "one image per class": (correlated(4, dim=30)[0], torch.arange(4)),
     "two classes": correlated(100, classes=2),
-    "twins": twins(),
+    "duplicates": duplicates(),
     "constants": constants(),
 }
 
 
 @pytest.mark.parametrize("data", BADLY_CONDITIONED.values(), ids=BADLY_CONDITIONED.keys())
-def test_loss_is_scikit_learns_on_badly_conditioned_features(data):
+def test_logistic_path_equals_scikit_learn_on_badly_conditioned_features(data):
     assert_as_good_as_scikit_learn(*data)
 
 
-def test_loss_is_scikit_learns_on_features_of_real_images(cifar, tmp_path):
+def test_logistic_path_equals_scikit_learn_on_real_images(cifar, tmp_path):
     torch.manual_seed(0)
     sizes = {"img_size": 32, "patch_size": 8, "in_chans": 3, "reg_tokens": 0, "embed_dim": 48, "depth": 2}
     config = BackboneConfig(name="vit_tiny_patch16_224", drop_path=0.0, num_heads=2, init="jax", **sizes)
     half = [0.5, 0.5, 0.5]
     loaded = LoadedBackbone(Backbone(config).requires_grad_(False).eval(), half, half, "a model", None, None)
     dataset, transform = scan_image_folder(cifar / "train"), EvalTransform(32, 0.875, half, half)
-    how = {
+    settings = {
         "batch_size": 256,
         "num_workers": 0,
         "skipped": SkippedImageLog(tmp_path / "skipped_images.txt"),
         "show": False,
     }
-    features = extract(loaded, dataset, transform, blocks=1, **how)
+    features = extract(loaded, dataset, transform, blocks=1, **settings)
     assert_as_good_as_scikit_learn(FeatureVariant(1, True).of(features), features.labels)
 
 
-def test_images_left_out_have_no_say():
-    """But in the standardization: it is of all."""
+def test_logistic_path_ignores_masked_images():
+    """Except in the standardization, which uses all images."""
     x, labels = correlated(200)
-    known = torch.arange(200) % 3 > 0
+    mask = torch.arange(200) % 3 > 0
     space = standard_space(x)
-    ((_, found),) = logistic_path(space, labels, classes=4, l2=[1e-3], dataset=known)
-    ((_, other),) = logistic_path(space, torch.where(known, labels, 0), classes=4, l2=[1e-3], dataset=known)
+    ((_, found),) = logistic_path(space, labels, classes=4, l2=[1e-3], mask=mask)
+    ((_, other),) = logistic_path(space, torch.where(mask, labels, 0), classes=4, l2=[1e-3], mask=mask)
     assert torch.equal(found.weight, other.weight)
     z = ((x - x.mean(0)) / x.std(0, correction=0)).double()
     linear_model = pytest.importorskip("sklearn.linear_model")
-    theirs = linear_model.LogisticRegression(C=1 / (int(known.sum()) * 1e-3), tol=1e-9, max_iter=9999)
-    theirs.fit(z[known], labels[known])
+    theirs = linear_model.LogisticRegression(C=1 / (int(mask.sum()) * 1e-3), tol=1e-9, max_iter=9999)
+    theirs.fit(z[mask], labels[mask])
     expected = torch.from_numpy(theirs.predict_proba(z))
     torch.testing.assert_close(found.logits(x).softmax(dim=1).double(), expected, rtol=0.01, atol=0.01)
 
 
 @pytest.mark.parametrize("dim", [6, 60])
-def test_narrow_features_are_those_values_in_float32(dim):
+def test_logistic_path_computes_half_precision_in_float32(dim):
     x, labels = correlated(50, dim=dim)
     paths = (logistic_path(standard_space(f), labels, classes=4, l2=[1e-2]) for f in (x.half(), x.half().float()))
     ((_, narrow),), ((_, wide),) = paths
@@ -164,10 +164,10 @@ def test_narrow_features_are_those_values_in_float32(dim):
 
 
 @pytest.mark.parametrize("dim", [6, 60])
-def test_features_taken_some_rows_at_a_time_give_the_same(dim, monkeypatch):
+def test_standard_space_does_not_depend_on_the_chunk_size(dim, monkeypatch):
     x, _ = correlated(50, dim=dim)
     space = standard_space(x)
-    monkeypatch.setattr(module, "_ROWS", 7)
-    pieces = standard_space(x)
-    assert torch.equal(pieces.standard.mean, space.standard.mean)
-    torch.testing.assert_close(pieces.axes @ pieces.x, space.axes @ space.x, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(linear_classifier, "_ROWS", 7)
+    chunks = standard_space(x)
+    assert torch.equal(chunks.standard.mean, space.standard.mean)
+    torch.testing.assert_close(chunks.axes @ chunks.x, space.axes @ space.x, rtol=1e-4, atol=1e-4)
