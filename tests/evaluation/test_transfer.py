@@ -46,8 +46,8 @@ def test_table_has_a_row_per_model_and_a_column_per_data_set():
 
 
 def test_table_says_where_images_were_held_out():
-    text = table(["a"], ["birds", "cars"], {("a", "birds"): cell(split="0.2 of each class held out to test")})
-    assert "birds: 0.2 of each class held out to test." in text
+    text = table(["a"], ["birds", "cars"], {("a", "birds"): cell(split="0.2 of each class held out as test images")})
+    assert "birds: 0.2 of each class held out as test images." in text
     assert "cars:" not in text
     assert "bold" not in text
 
@@ -142,7 +142,7 @@ def test_each_model_on_each_data_set_resumes_and_computes_what_changed(models, s
     lines = text.splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:5]] == rows
     assert [line.count("**") for line in lines[2:5]] == [2, 0, 0]  # the diagonal: the run on what it was pretrained on
-    assert "one-folder: 0.2 of each class held out to test, seed 0." in text
+    assert "one-folder: 0.2 of each class held out as test images, seed 0." in text
     cells = json.loads((out / "transfer.json").read_text())["cells"]
     for found in cells:
         metric = json.loads((out / found["record"]).read_text())["score"]["metrics"][0]
