@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 
 from ssl_vit.commands import load_config as configuration
 from ssl_vit.commands.finetune import finetune as run_finetune
-from ssl_vit.commands.knn import measure as evaluate_knn
-from ssl_vit.commands.linear import measure as evaluate_linear
+from ssl_vit.commands.knn import evaluate as evaluate_knn
+from ssl_vit.commands.linear import evaluate as evaluate_linear
 from ssl_vit.commands.pretrain import pretrain as run_pretrain
 from ssl_vit.config.evaluate import FinetuneConfig, KNNConfig, LinearConfig
 from ssl_vit.config.pretrain import PretrainConfig

@@ -43,8 +43,8 @@ def main(config: DemoConfig) -> None:
         return
 
     labeled = [f"checkpoint={folder}", f"data.train={images / 'train'}", f"data.test={images / 'test'}"]
-    knn_result, _ = knn.measure(load_config("knn", [*labeled, "k=[20]"], KNNConfig))
-    linear_result, _ = linear.measure(load_config("linear", labeled, LinearConfig))
+    knn_result, _ = knn.evaluate(load_config("knn", [*labeled, "k=[20]"], KNNConfig))
+    linear_result, _ = linear.evaluate(load_config("linear", labeled, LinearConfig))
     segmentation = attention.run_attention(
         load_config(
             "attention",

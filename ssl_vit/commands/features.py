@@ -1,4 +1,4 @@
-"""`ssl-vit features`: describe images once, for every evaluation and for other tools.
+"""`ssl-vit features`: extract features once, for every evaluation and for other tools.
 
 ssl-vit features checkpoint=runs/photos data.root=labeled
 ssl-vit features checkpoint=runs/photos data.train=unlabeled to=npz out=features.npz
@@ -11,13 +11,14 @@ from __future__ import annotations
 from ssl_vit.config.evaluate import FeaturesConfig
 from ssl_vit.data.dataset import escape_path
 from ssl_vit.data.dataset_factory import TrainTestSplit, build_feature_splits
-from ssl_vit.evaluation.evaluator import load_model, stored
+from ssl_vit.evaluation.evaluator import fill_caches, load_model
 from ssl_vit.evaluation.features.cache_writer import FillResult
 from ssl_vit.evaluation.features.extractor import BackboneExtractor, on_best_device, subsample, validate_features
 from ssl_vit.evaluation.features.feature_export import FeatureSplit, check_pyarrow, write_npz, write_parquet
 from ssl_vit.models.feature_statistics import effective_rank, feature_std
 from ssl_vit.runtime.errors import RankFinished
 from ssl_vit.runtime.launch import torchrun_rank
+from ssl_vit.runtime.text import pluralize
 
 
 def main(config: FeaturesConfig) -> None:
@@ -27,34 +28,34 @@ def main(config: FeaturesConfig) -> None:
     loaded, transform = load_model(config)
     dataset = build_feature_splits(config.data)
     blocks = min(config.blocks, loaded.backbone.num_blocks)
-    describe = BackboneExtractor(on_best_device(loaded), transform, blocks=blocks)
-    sets = stored(describe, dataset, config=config, run=loaded.run)
+    extractor = BackboneExtractor(on_best_device(loaded), transform, blocks=blocks)
+    filled = fill_caches(extractor, dataset, config=config, run=loaded.run)
     if torchrun_rank()[0]:
         raise RankFinished
-    parts = []
-    for name, found in zip(TrainTestSplit._fields, sets, strict=False):
-        features = found.cache.features(blocks=blocks)
+    splits = []
+    for name, result in zip(TrainTestSplit._fields, filled, strict=False):
+        features = result.cache.features(blocks=blocks)
         validate_features(features, loaded.source)
-        parts.append(FeatureSplit(name, found.cache.dataset, features))
-        print(_report(parts[-1], found))
-    if config.out is not None and config.to == "npz":
-        write_npz(config.out, parts)
-    elif config.out is not None:
-        write_parquet(config.out, parts, pca=config.pca)
+        splits.append(FeatureSplit(name, result.cache.dataset, features))
+        print(_summary(splits[-1], result))
     if config.out is not None:
+        if config.to == "npz":
+            write_npz(config.out, splits)
+        else:
+            write_parquet(config.out, splits, pca=config.pca)
         print(f"\n{escape_path(config.out)}: {config.out.stat().st_size / 1e6:,.1f} MB")
 
 
-def _report(part: FeatureSplit, found: FillResult) -> str:
-    """What there is of one dataset."""
-    folder, last = found.cache.folder, subsample(part.features.cls[:, -1], 25_600)
+def _summary(split: FeatureSplit, result: FillResult) -> str:
+    """Describe the cached features of one dataset."""
+    folder, last = result.cache.folder, subsample(split.features.cls[:, -1], 25_600)
     lines = [
-        f"{part.name}: {part.dataset.describe()}",
-        f"extracted at {found.new / found.seconds:,.0f} images/s" if found.new else "all from the cache",
-        f"[CLS] of the last {part.features.cls.shape[1]} blocks and mean patch, {last.shape[1]} numbers each, float16",
-        f"spread {float(feature_std(last)):.3f}, effective rank {float(effective_rank(last)):.1f} (last [CLS])",
+        f"{split.name}: {split.dataset.describe()}",
+        f"extracted at {result.new / result.seconds:,.0f} images/s" if result.new else "all from the cache",
+        f"[CLS] of the last {split.features.cls.shape[1]} blocks and mean patch, {last.shape[1]} numbers each, float16",
+        f"feature std {float(feature_std(last)):.3f}, effective rank {float(effective_rank(last)):.1f} (last [CLS])",
         f"{sum(file.stat().st_size for file in folder.iterdir()) / 1e6:,.1f} MB in {escape_path(folder)}",
     ]
-    if missing := len(part.dataset) - len(part.features.index):
-        lines.append(f"{missing:,} images could not be read: {escape_path(found.cache.skipped.path)}")
+    if missing := len(split.dataset) - len(split.features.index):
+        lines.append(f"{pluralize(missing, 'image')} could not be read: {escape_path(result.cache.skipped.path)}")
     return "\n  ".join(lines)

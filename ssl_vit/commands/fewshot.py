@@ -1,14 +1,14 @@
-"""`ssl-vit fewshot`: what the frozen features are worth where few images have labels.
+"""`ssl-vit fewshot`: accuracy of the frozen features with few labeled images.
 
 ssl-vit fewshot checkpoint=runs/photos data.root=labeled
-ssl-vit fewshot checkpoint=runs/photos labeled=cifar10 data.root=data 'shots=[1,5]' 'shares=[]'
+ssl-vit fewshot checkpoint=runs/photos eval_data=cifar10 data.root=data 'shots=[1,5]' 'shares=[]'
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ssl_vit.commands.linear import split
+from ssl_vit.commands.linear import split_source
 from ssl_vit.commands.log_results import report_result
 from ssl_vit.config.evaluate import FewshotConfig
 from ssl_vit.evaluation.classification.few_shot import (
@@ -27,23 +27,23 @@ from ssl_vit.runtime.device import best_device
 
 def main(config: FewshotConfig) -> None:
     """Run the command."""
-    report_result(*measure(config), config)
+    report_result(*evaluate(config), config)
 
 
-def measure(config: FewshotConfig) -> tuple[EvalResult, Path]:
-    """The record of the evaluation, and the file that it was written to.
+def evaluate(config: FewshotConfig) -> tuple[EvalResult, Path]:
+    """Evaluate, write the result, and return it with its file.
 
     Raises:
-        UserError: Model and labeled images are not there, do not fit, or allow no evaluation.
+        UserError: Model or labeled images are missing, do not fit each other, or allow no evaluation.
     """
-    study = Evaluation.begin("fewshot", config)
-    variant = FeatureVariant(min(config.blocks, study.loaded.backbone.num_blocks), config.patch_mean)
+    evaluation = Evaluation.start("fewshot", config)
+    variant = FeatureVariant(min(config.blocks, evaluation.loaded.backbone.num_blocks), config.patch_mean)
     seeds = range(config.seed, config.seed + config.subsets)
     scores = []
-    for source in study.sources(blocks=variant.blocks):
-        train, test = split(source, config.seed)
+    for source in evaluation.feature_sources(blocks=variant.blocks):
+        train, test = split_source(source, config.seed)
         settings, warnings = few_shot_settings(train.labels, shots=config.shots, shares=config.shares)
-        outcomes = few_shot(
+        results = few_shot(
             train,
             test,
             variant=FeatureVariant(1, False) if source.name == PIXELS else variant,
@@ -52,12 +52,12 @@ def measure(config: FewshotConfig) -> tuple[EvalResult, Path]:
             l2=config.l2,
             device=best_device(),
         )
-        scores.append(_score(source.name, outcomes))
+        scores.append(_to_scores(source.name, results))
         if source.name == MODEL:
-            edges = edge_warnings(outcomes, config.l2)
-            chosen = {outcome.setting: {"l2": outcome.l2} for outcome in outcomes if outcome.l2}
+            edges = edge_warnings(results, config.l2)
+            chosen = {result.setting: {"l2": result.l2} for result in results if result.l2}
     ridge = [metric.name for metric in scores[0].metrics if metric.name.endswith(f", {RIDGE}")]
-    record = study.finish(
+    result = evaluation.write_result(
         scores,
         title="Few labels",
         main_metrics=[ridge[0], ridge[-1]],
@@ -70,38 +70,36 @@ def measure(config: FewshotConfig) -> tuple[EvalResult, Path]:
             "selection": "l2 by the squared error of exact leave-one-out within the subset",
             "shots": sorted(set(config.shots)),
             "shares": sorted(set(config.shares)),
-            "subsets": f"{config.subsets} per setting, nested, drawn by label and place, seeds from {config.seed} on",
-            "answers": "of the first subset",
+            "subsets": f"{config.subsets} per setting, nested, drawn by label and index, seeds from {config.seed} on",
+            "predictions": "of the first subset",
             "split": split_rule(source.test, config.seed),
         },
         train_labels=train.labels,
         test_labels=test.labels,
-        findings={"labeled": {setting.name: int(setting.counts.sum()) for setting in settings}},
+        data_info={"labeled": {setting.name: int(setting.counts.sum()) for setting in settings}},
         warnings=[*warnings, *edges],
         selection={"on": "leave-one-out within each subset", "chosen": chosen},
         seeds={"subsets": list(seeds)},
     )
-    return record, study.out
+    return result, evaluation.out
 
 
-def _score(name: str, outcomes: list[FewShotResult]) -> ModelScores:
-    """The ridge probe in all settings, then the nearest neighbor."""
-    ordered = sorted(outcomes, key=lambda outcome: outcome.classifier != RIDGE)
-    details = {
-        "subsets": [
-            {
-                "setting": outcome.setting,
-                "classifier": outcome.classifier,
-                "accuracy": outcome.accuracy,
-                "standard_deviation": outcome.deviation,
-            }
-            | ({"l2": outcome.l2} if outcome.l2 else {})
-            for outcome in ordered
-        ]
-    }
+def _to_scores(name: str, results: list[FewShotResult]) -> ModelScores:
+    """Return the metrics of the ridge probe in all settings, then those of the nearest neighbor."""
+    ordered = sorted(results, key=lambda result: result.classifier != RIDGE)
+    subsets = [
+        {
+            "setting": result.setting,
+            "classifier": result.classifier,
+            "accuracy": result.accuracy,
+            "standard_deviation": result.deviation,
+        }
+        | ({"l2": result.l2} if result.l2 else {})
+        for result in ordered
+    ]
     return ModelScores(
         name=name,
-        metrics=[outcome.metric() for outcome in ordered],
-        details=details,
-        predictions={outcome.suffix: outcome.predictions for outcome in ordered},
+        metrics=[result.metric() for result in ordered],
+        details={"subsets": subsets},
+        predictions={result.suffix: result.predictions for result in ordered},
     )

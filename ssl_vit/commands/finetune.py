@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save
 
-from ssl_vit.commands.log_results import format_result
+from ssl_vit.commands.log_results import draw_confusion, format_result
 from ssl_vit.commands.pretrain import make_loggers
 from ssl_vit.config.evaluate import FinetuneConfig
 from ssl_vit.config.pretrain import PretrainDataConfig
@@ -73,7 +73,7 @@ def finetune(config: FinetuneConfig) -> Path:
     silence_lightning()
     config = apply_extension(config)
     out = config.out or config.run.path / "eval" / f"finetune-{data_name(config.data)}.json"
-    study = Evaluation.begin("finetune", config.model_copy(update={"out": out}))
+    study = Evaluation.start("finetune", config.model_copy(update={"out": out}))
     parts = split_dataset(config, study.dataset.train, study.dataset.test)
     plan = make_plan(config, len(parts.learned))
     method = build_method(config, study, plan)
@@ -231,7 +231,7 @@ def test(config: FinetuneConfig, study: Evaluation, parts: Splits, method: FineT
     metrics = topk_metrics(ranks, len(study.dataset.train.classes))
     plan = method.plan
     details = {"run": str(folder), "steps": plan.total_steps}
-    record = study.finish(
+    record = study.write_result(
         [ModelScores(name=MODEL, metrics=metrics, details=details, predictions={"": answers})],
         title="Fine-tuning",
         protocol={
@@ -245,9 +245,10 @@ def test(config: FinetuneConfig, study: Evaluation, parts: Splits, method: FineT
         },
         train_labels=parts.learned.labels,
         test_labels=labels,
-        findings={"skipped": sum(part.count() for part in skipped)},
+        data_info={"skipped": sum(part.count() for part in skipped)},
         warnings=[f"{n:,} images could not be read: {part.path}" for part in skipped if (n := part.count())],
-        by_class="",
+        confusion_of="",
         figure=config.figure,
     )
+    draw_confusion(record, study)
     print(format_result(record, study.out))

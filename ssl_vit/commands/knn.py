@@ -1,8 +1,8 @@
-"""`ssl-vit knn`: what the frozen features are worth, by exact kNN classification.
+"""`ssl-vit knn`: exact kNN accuracy of the frozen features.
 
 ssl-vit knn checkpoint=runs/photos data.root=labeled
 ssl-vit knn checkpoint=timm:vit_small_patch16_224.dino data.train=labeled/train data.test=labeled/val
-ssl-vit knn checkpoint=runs/photos labeled=cifar10 data.root=data 'k=[20]' 'temperature=[0.07,0.1]'
+ssl-vit knn checkpoint=runs/photos eval_data=cifar10 data.root=data 'k=[20]' 'temperature=[0.07,0.1]'
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from ssl_vit.commands.log_results import report_result
+from ssl_vit.commands.log_results import draw_confusion, report_result
 from ssl_vit.config.evaluate import KNNConfig
 from ssl_vit.data.dataset_factory import TrainTestSplit
 from ssl_vit.evaluation.classification.knn import KNNResult, LabeledFeatures, NeighborResult, classify, search
@@ -24,7 +24,7 @@ from ssl_vit.evaluation.features.extractor import Features
 from ssl_vit.evaluation.results.eval_result import EvalResult, ModelScores, Predictions, topk_metrics
 from ssl_vit.runtime.device import best_device
 
-DEFAULT_K = 20  # k that is mostly best (DINO), so the one whose mistakes are told class by class
+DEFAULT_K = 20  # mostly the best k (DINO), so its metric is the main one
 
 
 class Settings(NamedTuple):
@@ -34,66 +34,88 @@ class Settings(NamedTuple):
     temperatures: list[float]
 
     def suffix(self, k: int, temperature: float) -> str:
-        """What follows "top-1" in the name of a metric; the temperature where there are several."""
+        """Return the part of a metric's name after "top-1"; the temperature only if there are several."""
         return f", k={k}" + (f", T={temperature:g}" if len(self.temperatures) > 1 else "")
+
+    @property
+    def main(self) -> str:
+        """The suffix of the main metric."""
+        return self.suffix(DEFAULT_K if DEFAULT_K in self.ks else self.ks[0], self.temperatures[0])
 
 
 def main(config: KNNConfig) -> None:
     """Run the command."""
-    report_result(*measure(config), config)
+    report_result(*evaluate(config), config)
 
 
-def measure(config: KNNConfig, dataset: TrainTestSplit | None = None) -> tuple[EvalResult, Path]:
-    """The record of the evaluation, and the file that it was written to.
+def evaluate(config: KNNConfig, dataset: TrainTestSplit | None = None) -> tuple[EvalResult, Path]:
+    """Evaluate, write the result, and return it with its file.
 
     Raises:
-        UserError: Model and labeled images are not there, do not fit, or allow no evaluation.
+        UserError: Model or labeled images are missing, do not fit each other, or allow no evaluation.
     """
-    study = Evaluation.begin("knn", config, dataset)
+    evaluation = Evaluation.start("knn", config, dataset)
     device = best_device()
-    asked, temperatures = sorted(set(config.k)), sorted(set(config.temperature))
+    ks, temperatures = sorted(set(config.k)), sorted(set(config.temperature))
     scores = []
-    for source in study.sources(blocks=1):
-        bank = _labeled(source.train, device)
+    for source in evaluation.feature_sources(blocks=1):
+        train = _labeled(source.train, device)
         queries = None if source.test is None else _labeled(source.test, device)
-        found = search(bank, queries, max_k=asked[-1], engine=config.engine)
-        added = _fallback_k(asked, found.smallest_class())
-        settings = Settings([*added, *asked], temperatures)
+        found = search(train, queries, max_k=ks[-1], engine=config.engine)
+        added = _fallback_k(ks, found.smallest_class())
+        settings = Settings([*added, *ks], temperatures)
         results = [classify(found, ks=settings.ks, temperature=temperature) for temperature in temperatures]
         scores.append(to_scores(source, results, settings))
         if source.name == MODEL:
-            leak = find_overlap(source, found, study.dataset)
-            warnings = [*results[0].warnings, *_notes(scores[0], added, found), *leak.warnings()]
-    main = settings.suffix(DEFAULT_K if DEFAULT_K in settings.ks else settings.ks[0], settings.temperatures[0])
-    record = study.finish(
+            overlap = find_overlap(source, found, evaluation.dataset)
+            warnings = [*results[0].warnings, *_notes(scores[0], added, found), *overlap.warnings()]
+    result = evaluation.write_result(
         scores,
         title="Nearest neighbors (kNN)",
-        main_metrics=[f"top-1{main}"],
+        main_metrics=[f"top-1{settings.main}"],
         protocol={
             "features": "[CLS] of the last block after the final norm",
             "similarity": "cosine",
-            "k": asked,
+            "k": ks,
             "temperature": temperatures,
             "split": "leave-one-out" if queries is None else "train and test",
         },
-        train_labels=bank.labels,
-        test_labels=bank.labels if queries is None else queries.labels,
-        findings=leak.data_info(),
+        train_labels=train.labels,
+        test_labels=train.labels if queries is None else queries.labels,
+        data_info=overlap.data_info(),
         engines={"knn": choose_engine(config.engine, device)},
-        by_class=main,
+        confusion_of=settings.main,
         figure=config.figure,
         warnings=warnings,
     )
-    return record, study.out
+    draw_confusion(result, evaluation)
+    return result, evaluation.out
+
+
+def to_scores(source: FeatureSource, results: Sequence[KNNResult], settings: Settings) -> ModelScores:
+    """Return the metrics of one source, all top-1 first, from the results of each temperature."""
+    queries = source.train if source.test is None else source.test
+    classes = len(torch.unique(torch.cat([source.train.labels, queries.labels])))
+    predictions = {
+        settings.suffix(k, temperature): Predictions(
+            queries.index, queries.labels, result.predicted[k].cpu(), result.ranks[k].cpu()
+        )
+        for temperature, result in zip(settings.temperatures, results, strict=True)
+        for k in settings.ks
+    }
+    by_setting = [topk_metrics(each.rank, classes, suffix) for suffix, each in predictions.items()]
+    metrics = [metric for depth in zip(*by_setting, strict=True) for metric in depth]
+    details = {"k_effective": results[0].k_effective}
+    return ModelScores(name=source.name, metrics=metrics, details=details, predictions=predictions)
 
 
 def _labeled(features: Features, device: torch.device) -> LabeledFeatures:
     return LabeledFeatures(features.cls[:, -1].to(device), features.labels.to(device))
 
 
-def _fallback_k(asked: Sequence[int], smallest: int) -> list[int]:
-    """The largest k for which no class is too small, where all that were asked for are larger."""
-    return [smallest] if 0 < smallest < min(asked) else []
+def _fallback_k(ks: Sequence[int], smallest: int) -> list[int]:
+    """Return the size of the smallest class if all k exceed it."""
+    return [smallest] if 0 < smallest < min(ks) else []
 
 
 def _notes(score: ModelScores, added: Sequence[int], found: NeighborResult) -> list[str]:
@@ -102,19 +124,3 @@ def _notes(score: ModelScores, added: Sequence[int], found: NeighborResult) -> l
     if not any(metric.name.startswith("top-5") for metric in score.metrics):
         texts.append("top-5 is skipped: it needs six classes")
     return texts
-
-
-def to_scores(source: FeatureSource, results: Sequence[KNNResult], settings: Settings) -> ModelScores:
-    asked = source.train if source.test is None else source.test
-    classes = len(torch.unique(torch.cat([source.train.labels, asked.labels])))
-    answers = {
-        settings.suffix(k, temperature): Predictions(
-            asked.index, asked.labels, result.predicted[k].cpu(), result.ranks[k].cpu()
-        )
-        for temperature, result in zip(settings.temperatures, results, strict=True)
-        for k in settings.ks
-    }
-    found = [topk_metrics(answer.rank, classes, suffix) for suffix, answer in answers.items()]
-    metrics = [metric for same_depth in zip(*found, strict=True) for metric in same_depth]  # top-1 of all first
-    details = {"k_effective": results[0].k_effective}
-    return ModelScores(name=source.name, metrics=metrics, details=details, predictions=answers)

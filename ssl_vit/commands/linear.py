@@ -1,8 +1,8 @@
-"""`ssl-vit linear`: what the frozen features are worth, by a linear probe chosen on held-out training images.
+"""`ssl-vit linear`: accuracy of a linear probe on the frozen features, selected on held-out training images.
 
 ssl-vit linear checkpoint=runs/photos data.root=labeled
 ssl-vit linear checkpoint=timm:vit_small_patch16_224.dino data.train=labeled/train data.test=labeled/val
-ssl-vit linear checkpoint=runs/photos labeled=cifar10 data.root=data 'blocks=[1]'
+ssl-vit linear checkpoint=runs/photos eval_data=cifar10 data.root=data 'blocks=[1]'
 ssl-vit linear checkpoint=runs/photos data.root=labeled solver=sgd sgd.epochs=30
 ssl-vit linear checkpoint=runs/photos data.root=labeled protocol=dino
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ssl_vit.commands.log_results import report_result
+from ssl_vit.commands.log_results import draw_confusion, report_result
 from ssl_vit.config.evaluate import LinearConfig
 from ssl_vit.data.dataset_factory import TrainTestSplit
 from ssl_vit.evaluation.classification.classifier_file import save_probe
@@ -31,31 +31,35 @@ from ssl_vit.training.published_linear import published_probe
 
 def main(config: LinearConfig) -> None:
     """Run the command."""
-    report_result(*measure(config), config)
+    report_result(*evaluate(config), config)
 
 
-def measure(config: LinearConfig, dataset: TrainTestSplit | None = None) -> tuple[EvalResult, Path]:
-    """The record of the evaluation, and the file that it was written to.
+def evaluate(config: LinearConfig, dataset: TrainTestSplit | None = None) -> tuple[EvalResult, Path]:
+    """Evaluate, write the result, and return it with its file.
 
     Raises:
-        UserError: Model and labeled images are not there, do not fit, or allow no evaluation.
+        UserError: Model or labeled images are missing, do not fit each other, or allow no evaluation.
     """
-    if config.protocol != "held-out":
-        return published_probe(config)
+    result, evaluation = published_probe(config) if config.protocol != "held-out" else _evaluate(config, dataset)
+    draw_confusion(result, evaluation)
+    return result, evaluation.out
+
+
+def _evaluate(config: LinearConfig, dataset: TrainTestSplit | None) -> tuple[EvalResult, Evaluation]:
     task = "linear" if config.solver == "logistic" else f"linear-{config.solver}"
-    study = Evaluation.begin(task, config, dataset)
-    depth = study.loaded.backbone.num_blocks
+    evaluation = Evaluation.start(task, config, dataset)
+    depth = evaluation.loaded.backbone.num_blocks
     blocks = sorted({min(count, depth) for count in config.blocks})
     variants = [FeatureVariant(count, patch_mean) for count in blocks for patch_mean in (False, True)]
     solver = _solver(config)
     results, scores = [], []
-    for source in study.sources(blocks=max(blocks)):
-        train, test = split(source, config.seed)
-        offered = [FeatureVariant(1, False)] if source.name == PIXELS else variants
-        result = linear_probe(train, test, variants=offered, solver=solver, device=best_device())
-        results.append(result)
-        scores.append(_score(source.name, result, train, test))
-    record = study.finish(
+    for source in evaluation.feature_sources(blocks=max(blocks)):
+        train, test = split_source(source, config.seed)
+        candidates = [FeatureVariant(1, False)] if source.name == PIXELS else variants
+        found = linear_probe(train, test, variants=candidates, solver=solver, device=best_device())
+        results.append(found)
+        scores.append(_to_scores(source.name, found, train, test))
+    result = evaluation.write_result(
         scores,
         title="Linear classifier on frozen features",
         protocol={
@@ -66,24 +70,23 @@ def measure(config: LinearConfig, dataset: TrainTestSplit | None = None) -> tupl
         },
         train_labels=train.labels,
         test_labels=test.labels,
-        findings={},
         warnings=results[0].warnings,
         selection={**solver.selection(), "chosen": scores[0].details["chosen"]},
-        by_class="",
+        confusion_of="",
         figure=config.figure,
     )
-    names, found = study.dataset.train.classes, results[0]
-    save_probe(study, found.probe, found.chosen.variant, [names[label] for label in found.classes])
-    return record, study.out
+    names, found = evaluation.dataset.train.classes, results[0]
+    save_probe(evaluation, found.probe, found.chosen.variant, [names[label] for label in found.classes])
+    return result, evaluation
 
 
-def split(source: FeatureSource, seed: int) -> tuple[Features, Features]:
-    """The two sets that there are, or a part of each class of the only one held out to test on."""
+def split_source(source: FeatureSource, seed: int) -> tuple[Features, Features]:
+    """Return the train and test features; of a single dataset a fraction of each class is the test split."""
     if source.test is not None:
         return source.train, source.test
     test = stratified(source.train.labels, TEST_SHARE, seed=seed)
     if not test.any():
-        raise UserError("no class has two images: none can be held out to test on")
+        raise UserError("no class has two images, so there is no test split; add images, or set data.test")
     return source.train.take(~test), source.train.take(test)
 
 
@@ -97,20 +100,16 @@ def _solver(config: LinearConfig) -> Solver:
     return solvers[config.solver]
 
 
-def _score(name: str, result: LinearResult, train: Features, test: Features) -> ModelScores:
+def _to_scores(name: str, result: LinearResult, train: Features, test: Features) -> ModelScores:
     classes = len(torch.unique(torch.cat([train.labels, test.labels])))
     chosen, *candidates = (
         {
-            "features": str(candidate.variant),
-            **candidate.settings,
-            **(
-                {"diverged": True}
-                if math.isinf(candidate.loss)
-                else {"accuracy": candidate.accuracy, "loss": candidate.loss}
-            ),
+            "features": str(each.variant),
+            **each.settings,
+            **({"diverged": True} if math.isinf(each.loss) else {"accuracy": each.accuracy, "loss": each.loss}),
         }
-        for candidate in (result.chosen, *result.candidates)
+        for each in (result.chosen, *result.candidates)
     )
-    answers = Predictions(test.index, test.labels, result.predicted, result.ranks)
+    predictions = Predictions(test.index, test.labels, result.predicted, result.ranks)
     metrics, details = topk_metrics(result.ranks, classes), {"chosen": chosen, "candidates": candidates}
-    return ModelScores(name=name, metrics=metrics, details=details, predictions={"": answers})
+    return ModelScores(name=name, metrics=metrics, details=details, predictions={"": predictions})

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ssl_vit.config.evaluate import EvaluationConfig
+from ssl_vit.evaluation.evaluator import Evaluation
+from ssl_vit.evaluation.results.confusion_matrix import ConfusionSummary
 from ssl_vit.evaluation.results.eval_result import EvalResult
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.visualization.confusion_figure import plot_confusion, read_hardest_images
 
 
 def report_result(result: EvalResult, path: Path, config: EvaluationConfig) -> None:
@@ -23,6 +26,18 @@ def report_result(result: EvalResult, path: Path, config: EvaluationConfig) -> N
     print(format_result(result, path))
     if config.logger.name == "wandb":
         _send(result, path, config)
+
+
+def draw_confusion(result: EvalResult, evaluation: Evaluation) -> None:
+    """Draw the confusions of a written result into the figure that it names, if it names one."""
+    path = _figure(result, evaluation.out)
+    if path is None or result.by_class is None:
+        return
+    metric = result.by_class["metric"]
+    predictions = result.score.predictions[metric.removeprefix("top-1")]
+    confusion = ConfusionSummary.of(metric, evaluation.test_images.classes, predictions)
+    title = f"{result.model.name}: {result.task}, {metric}, on {result.data.name}"
+    plot_confusion(path, confusion, read_hardest_images(predictions, evaluation.test_images), title)
 
 
 def format_result(result: EvalResult, path: Path) -> str:

@@ -21,7 +21,7 @@ from ssl_vit.data.sources.image_folder import load_images_at
 from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.classification.ann_index import IVFIndex, StaleIndexError
 from ssl_vit.evaluation.classification.nearest_neighbors import Neighbors, choose_engine, exact_search
-from ssl_vit.evaluation.evaluator import BLOCKS, load_model, stored
+from ssl_vit.evaluation.evaluator import BLOCKS, fill_caches, load_model
 from ssl_vit.evaluation.features.extractor import (
     BackboneExtractor,
     Features,
@@ -96,7 +96,7 @@ def _known(config: NeighborsConfig, loaded: LoadedBackbone, transform: EvalTrans
     """The images to search among, and their features, stored now or before."""
     dataset = build_feature_splits(config.data).train
     describe = BackboneExtractor(loaded, transform, blocks=min(BLOCKS, loaded.backbone.num_blocks))
-    (found,) = stored(describe, TrainTestSplit(dataset, None), config=config, run=loaded.run)
+    (found,) = fill_caches(describe, TrainTestSplit(dataset, None), config=config, run=loaded.run)
     return FeatureSet(dataset, found.cache.features(blocks=1), found.cache.skipped, found.cache.folder)
 
 

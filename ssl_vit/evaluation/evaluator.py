@@ -1,4 +1,4 @@
-"""A model, the labeled images that it is measured on, and the baselines beside it."""
+"""Evaluation of a model on labeled images: feature sources, baselines, and the result."""
 
 from __future__ import annotations
 
@@ -42,23 +42,23 @@ from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone, random_init
 from ssl_vit.runtime.device import best_device, set_local_device
 from ssl_vit.runtime.errors import RankFinished, UserError
 from ssl_vit.runtime.launch import torchrun_rank
-from ssl_vit.visualization.confusion_figure import plot_confusion, read_hardest_images
+from ssl_vit.runtime.text import pluralize
 
-BLOCKS = 4  # last blocks whose [CLS] is stored at least, so that all evaluations share one pass
+BLOCKS = 4  # minimum number of last blocks in the feature cache, so that all evaluations share one pass
 MODEL, RANDOM, PIXELS = "model", "random init", "raw pixels"
 
 
 class FeatureSource(NamedTuple):
-    """Features of one origin, of all images that could be read."""
+    """Features of all readable images from the model or a baseline."""
 
     name: str
     train: Features
-    test: Features | None  # None: there is but one dataset
+    test: Features | None  # None: there is only one dataset
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation from its start to its record."""
+    """One evaluation from its start to its result."""
 
     task: str
     config: LabeledEvalConfig
@@ -66,135 +66,131 @@ class Evaluation:
     dataset: TrainTestSplit
     transform: EvalTransform
     out: Path
-    started: float  # seconds of the process's clock
+    started: float  # by `time.perf_counter`
 
     @classmethod
-    def begin(cls, task: str, config: LabeledEvalConfig, dataset: TrainTestSplit | None = None) -> Evaluation:
+    def start(cls, task: str, config: LabeledEvalConfig, dataset: TrainTestSplit | None = None) -> Evaluation:
         """Load the model and find the images.
 
         Raises:
-            UserError: Either is not there, or they do not fit each other.
+            UserError: One of them is missing, or they do not fit each other.
         """
         started = time.perf_counter()
         loaded, transform = load_model(config)
         out = config.out or result_path(task, config, loaded)
         for path in (out, sibling_path(out, ".npz"), sibling_path(out, ".png")):
             if path.exists() and not path.is_file():
-                raise UserError(f"out={out}: {path} is no file that could be replaced; name another record")
+                raise UserError(f"out={out}: {path} is not a file and cannot be replaced; use another name")
         return cls(task, config, loaded, dataset or build_labeled_splits(config.data), transform, out, started)
 
-    def sources(self, *, blocks: int) -> Iterator[FeatureSource]:
-        """The model's features with [CLS] of some last blocks; with baselines then its random-init model's, and raw pixels.
+    @property
+    def test_images(self) -> ImageDataset:
+        """The images that predictions refer to."""
+        return self.dataset.train if self.dataset.test is None else self.dataset.test
 
-        What is stored already is taken, all else stored. The float16 features are mapped from files: take what you
-        need, then its `.float()`, and never write into them.
+    def feature_sources(self, *, blocks: int) -> Iterator[FeatureSource]:
+        """Yield the features of the model with the [CLS] of the last blocks, then those of the baselines.
+
+        Features are read from the cache, or extracted into it. They are float16, mapped from files: select what you
+        need before `.float()`, and never write into them.
 
         Raises:
-            UserError: The model's features have diverged or collapsed, or fewer than two classes can be read.
-            RankFinished: Another process of this launch goes on to the evaluation.
+            UserError: The model's features have diverged or collapsed, or fewer than two classes are readable.
+            RankFinished: This process is not rank 0, which alone continues with the evaluation.
         """
         assert isinstance(self.config, EvaluationConfig)  # fine-tuning has no frozen features
-        if torchrun_rank()[0]:
-            for _, describe in self._describers(blocks):
-                stored(describe, self.dataset, config=self.config, run=self.loaded.run)
-            raise RankFinished
-        for name, describe in self._describers(blocks):
-            sets = stored(describe, self.dataset, config=self.config, run=self.loaded.run)
-            stores = [found.cache for found in sets]
-            train, *rest = (store.features(blocks=min(blocks, describe.blocks)) for store in stores)
+        rank = torchrun_rank()[0]
+        for name, extractor in self._extractors(blocks):
+            filled = fill_caches(extractor, self.dataset, config=self.config, run=self.loaded.run)
+            if rank:
+                continue
+            caches = [result.cache for result in filled]
+            train, *rest = (cache.features(blocks=min(blocks, extractor.blocks)) for cache in caches)
             test = rest[0] if rest else None
             if name == MODEL:
-                self._list_skipped(stores)
-                self._check(train, test)
+                self._list_skipped(caches)
+                self._validate(train, test)
             if name == PIXELS:
                 mean = mean_cls(train)
                 train, test = center_cls(train, mean), None if test is None else center_cls(test, mean)
             yield FeatureSource(name, train, test)
+        if rank:
+            raise RankFinished
 
-    def finish(
+    def write_result(
         self,
         scores: Sequence[ModelScores],
         *,
         protocol: dict[str, Any],
         train_labels: Tensor,
         test_labels: Tensor,
-        findings: dict[str, Any],
-        warnings: Sequence[str],
         title: str = "",
+        data_info: Mapping[str, Any] | None = None,
+        warnings: Sequence[str] = (),
         engines: dict[str, str] | None = None,
         selection: dict[str, Any] | None = None,
         seeds: Mapping[str, int | list[int]] | None = None,
         main_metrics: Sequence[str] = (),
-        by_class: str | None = None,
+        confusion_of: str | None = None,
         figure: bool = False,
     ) -> EvalResult:
-        """Write the record to `out`.
+        """Write the result to `out`.
 
         Args:
-            scores: The model's, then those of the baselines.
+            scores: Scores of the model, then those of the baselines.
+            protocol: Everything that determines the numbers, except model, images and transform.
+            train_labels: Labels of the training images.
+            test_labels: Labels of the test images.
             title: The task in words; by default its name.
-            protocol: All that decides over the numbers, but model, images and transform.
-            train_labels: Of the images that were learned from.
-            test_labels: Of those that were tested on.
-            findings: What else was found out about the images.
+            data_info: Further information about the images.
             warnings: What a reader of the numbers must know.
-            engines: Which of several ways to the same numbers was taken, by what for.
-            selection: What was chosen (`chosen`), and by which images (`on`); None: nothing was.
-            seeds: Beside those of the pretraining and of the evaluation.
-            main_metrics: Names of those that a summary shows; by default all but details.
-            by_class: What follows "top-1" in the metric whose mistakes are told class by class.
-            figure: Also draw them, as a PNG beside the record.
+            engines: Implementations that were used, where several give the same numbers.
+            selection: What was selected (`chosen`), and on which images (`on`); None: nothing.
+            seeds: Seeds in addition to those of the pretraining and the evaluation.
+            main_metrics: Names of the metrics that a summary shows; by default all but details.
+            confusion_of: Suffix after "top-1" of the metric that is reported class by class.
+            figure: Whether the caller draws the confusions, as a PNG beside the result.
         """
-        confusion = self._confusion(scores[0], by_class)
-        drawing = sibling_path(self.out, ".png")
-        record = EvalResult(
+        confusion = None
+        if confusion_of is not None:
+            predictions = scores[0].predictions[confusion_of]
+            confusion = ConfusionSummary.of(f"top-1{confusion_of}", self.test_images.classes, predictions)
+        image = sibling_path(self.out, ".png")
+        # The normalization belongs to the model.
+        transform = {key: value for key, value in self.transform.describe().items() if key not in ("mean", "std")}
+        result = EvalResult(
             task=self.task,
             title=title or self.task,
             main_metrics=list(main_metrics),
-            protocol={**protocol, "transform": self._resizing()},
+            protocol={**protocol, "transform": transform},
             model=ModelInfo(**provenance.model_metadata(self.loaded, self.config.checkpoint, self.config.weights)),
-            data=DataInfo(**{**self._data(train_labels, test_labels), **findings}),
-            seeds={**self._seeds(), **(seeds or {})},
+            data=DataInfo(**{**self._data(train_labels, test_labels), **(data_info or {})}),
+            seeds={
+                "pretrain": provenance.pretraining_seed(self.loaded.run),
+                "evaluation": self.config.seed,
+                **(seeds or {}),
+            },
             score=scores[0],
             baselines=list(scores[1:]),
             cost=provenance.runtime_cost(self.started, best_device()),
             environment={**provenance.environment(best_device()), **(engines or {})},
-            warnings=[*self._skip_warnings(), *_classes_apart(train_labels, test_labels), *warnings],
+            warnings=[*self._skip_warnings(), *_class_warnings(train_labels, test_labels), *warnings],
             selection=Selection(**selection) if selection else None,
             config=self.config.model_dump(mode="json", exclude={"out"}),
-            by_class=confusion and {**confusion.to_dict(), "figure": drawing.name if figure else None},
+            by_class=confusion and {**confusion.to_dict(), "figure": image.name if figure else None},
         )
-        archive_previous_result(self.out, record)
-        record.write(self.out)
-        drawing.unlink(missing_ok=True)
-        if confusion and by_class is not None and figure:
-            heading = f"{record.model.name}: {self.task}, {confusion.metric}, on {record.data.name}"
-            plot_confusion(
-                drawing, confusion, read_hardest_images(scores[0].predictions[by_class], self._asked()), heading
-            )
-        return record
-
-    def _confusion(self, score: ModelScores, suffix: str | None) -> ConfusionSummary | None:
-        """Return the confusions of the metric with this suffix."""
-        if suffix is None:
-            return None
-        predictions = score.predictions[suffix]
-        return ConfusionSummary(f"top-1{suffix}", self._asked().classes, predictions.target, predictions.predicted)
-
-    def _resizing(self) -> dict[str, Any]:
-        """Describe the transform without the normalization, which belongs to the model."""
-        return {key: value for key, value in self.transform.describe().items() if key not in ("mean", "std")}
-
-    def _seeds(self) -> dict[str, int | None]:
-        return {"pretrain": provenance.pretraining_seed(self.loaded.run), "evaluation": self.config.seed}
+        archive_previous_result(self.out, result)
+        result.write(self.out)
+        image.unlink(missing_ok=True)
+        return result
 
     def _data(self, train_labels: Tensor, test_labels: Tensor) -> dict[str, Any]:
-        """What a record says of the images; their folders as they were named."""
-        given = self.config.data
+        """Return information about the images, with the folders as in the config."""
+        data = self.config.data
         return {
-            "name": data_name(given),
-            "root": str(given.root or given.train),
-            **({} if given.test is None else {"test": str(given.test)}),
+            "name": data_name(data),
+            "root": str(data.root or data.train),
+            **({} if data.test is None else {"test": str(data.test)}),
             "n_train": len(train_labels),
             "n_test": len(test_labels),
             "n_classes": len(torch.unique(torch.cat([train_labels, test_labels]))),
@@ -202,55 +198,48 @@ class Evaluation:
             "skipped": sum(part.count() for part in self._skipped()),
         }
 
-    def _asked(self) -> ImageDataset:
-        """The images that answers are of."""
-        return self.dataset.train if self.dataset.test is None else self.dataset.test
-
-    def _describers(self, blocks: int) -> Iterator[tuple[str, FeatureExtractor]]:
-        """What says something of the images, made when it is its turn."""
+    def _extractors(self, blocks: int) -> Iterator[tuple[str, FeatureExtractor]]:
+        """Yield the feature extractors of the model and the baselines, created one at a time."""
         assert isinstance(self.config, EvaluationConfig)
-        network = on_best_device(self.loaded)
-        blocks = max(blocks, min(BLOCKS, network.backbone.num_blocks))
-        yield MODEL, BackboneExtractor(network, self.transform, blocks=blocks)
+        loaded = on_best_device(self.loaded)
+        blocks = max(blocks, min(BLOCKS, loaded.backbone.num_blocks))
+        yield MODEL, BackboneExtractor(loaded, self.transform, blocks=blocks)
         if self.config.baselines:
-            twin = on_best_device(random_init_like(self.loaded, self.config.seed))
-            yield RANDOM, BackboneExtractor(twin, self.transform, blocks=blocks)
+            random_init = on_best_device(random_init_like(self.loaded, self.config.seed))
+            yield RANDOM, BackboneExtractor(random_init, self.transform, blocks=blocks)
             yield PIXELS, RawPixelExtractor(self.transform, channels=self.loaded.backbone.config.in_chans)
 
-    def _list_skipped(self, stores: Sequence[FeatureCache]) -> None:
-        """List the images that cannot be read beside the record, whether they were found now or long ago."""
-        for part in self._skipped():
-            part.path.unlink(missing_ok=True)
-        for part, store in zip(self._skipped(), stores, strict=False):
-            for broken in store.broken():
-                part.record(broken)
+    def _list_skipped(self, caches: Sequence[FeatureCache]) -> None:
+        """List the unreadable images beside the result, whether they were found now or earlier."""
+        for log in self._skipped():
+            log.path.unlink(missing_ok=True)
+        for log, cache in zip(self._skipped(), caches, strict=False):
+            for error in cache.broken():
+                log.record(error)
 
-    def _check(self, train: Features, test: Features | None) -> None:
-        """Refuse features and labels that no evaluation can say anything of."""
+    def _validate(self, train: Features, test: Features | None) -> None:
+        """Check that features and labels are usable."""
         validate_features(train, self.loaded.source)
         if test is not None:
             validate_features(test, self.loaded.source)
         if len(torch.unique(train.labels)) < 2:
-            raise UserError(
-                f"{data_name(self.config.data)}: all images that can be read are of one class; two are needed"
-            )
+            raise UserError(f"{data_name(self.config.data)}: all readable images are of one class; two are needed")
 
     def _skipped(self) -> tuple[SkippedImageLog, SkippedImageLog]:
-        """The lists of the images that could not be read, beside the record."""
+        """Return the lists of the unreadable train and test images, beside the result."""
         train, test = (self.out.with_name(f"{self.out.stem}-skipped-{part}.txt") for part in ("train", "test"))
         return SkippedImageLog(train), SkippedImageLog(test)
 
     def _skip_warnings(self) -> list[str]:
-        return [
-            f"{count:,} images could not be read: {part.path}" for part in self._skipped() if (count := part.count())
-        ]
+        counts = {log.path: log.count() for log in self._skipped()}
+        return [f"{pluralize(count, 'image')} could not be read: {path}" for path, count in counts.items() if count]
 
 
 def load_model(config: LabeledEvalConfig | FeatureCommandConfig) -> tuple[LoadedBackbone, EvalTransform]:
-    """The model, and what images go through before it.
+    """Load the model and build the transform of its images.
 
     Raises:
-        UserError: There is none, or the size of the images does not fit it.
+        UserError: There is no such model, or the size of the images does not fit it.
     """
     set_local_device()
     loaded = load_backbone(config.checkpoint, config.weights)
@@ -259,34 +248,34 @@ def load_model(config: LabeledEvalConfig | FeatureCommandConfig) -> tuple[Loaded
     return loaded, EvalTransform(image_size, config.data.crop_ratio, loaded.mean, loaded.std)
 
 
-def stored(
-    describe: FeatureExtractor,
-    dataset: TrainTestSplit,
+def fill_caches(
+    extractor: FeatureExtractor,
+    split: TrainTestSplit,
     *,
     config: EvaluationConfig | FeatureCommandConfig,
     run: Path | None,
 ) -> list[FillResult]:
-    """What is said of the images to learn from, and of those to test on if there are such: stored now or before."""
+    """Return the filled feature caches of the train images, and of the test images if there are any."""
     folder, name = features_folder(config.features, run), data_name(config.data)
     return [
         fill_cache(
-            candidate_caches(describe, some, folder=folder, name=f"{name}-{part}"),
+            candidate_caches(extractor, dataset, folder=folder, name=f"{name}-{part}"),
             batch_size=config.data.batch_size,
             num_workers=config.data.num_workers,
         )
-        for part, some in zip(TrainTestSplit._fields, dataset, strict=True)
-        if some is not None
+        for part, dataset in zip(TrainTestSplit._fields, split, strict=True)
+        if dataset is not None
     ]
 
 
-def _classes_apart(train_labels: Tensor, test_labels: Tensor) -> list[str]:
-    """Warnings of classes that stand on one side only."""
-    known = torch.unique(train_labels)
-    strangers = int((~torch.isin(test_labels, known)).sum())
-    untested = int((~torch.isin(known, test_labels)).sum())
+def _class_warnings(train_labels: Tensor, test_labels: Tensor) -> list[str]:
+    """Return warnings of classes that have only train or only test images."""
+    classes = torch.unique(train_labels)
+    unknown = int((~torch.isin(test_labels, classes)).sum())
+    untested = int((~torch.isin(classes, test_labels)).sum())
     texts = []
-    if strangers:
-        texts.append(f"{strangers:,} test images are of classes without training images: they count as wrong")
+    if unknown:
+        texts.append(f"{pluralize(unknown, 'test image')} of classes without training images: they count as wrong")
     if untested:
-        texts.append(f"{untested:,} of {len(known):,} classes have no test images: nothing is said of them")
+        texts.append(f"{untested:,} of {len(classes):,} classes have no test images and are not evaluated")
     return texts

@@ -36,7 +36,7 @@ _LAST = ", last epoch"  # how the metrics are called that nothing was chosen for
 _MEMORY_GB = 2.0  # data sets that fit into this stay in memory
 
 
-def published_probe(config: LinearConfig) -> tuple[EvalResult, Path]:
+def published_probe(config: LinearConfig) -> tuple[EvalResult, Evaluation]:
     """Train the heads of `config.protocol`, or go on where they stand; the record, and its file.
 
     The same command goes on from the state that is saved after every epoch, in a folder per seed beside the record.
@@ -47,7 +47,7 @@ def published_probe(config: LinearConfig) -> tuple[EvalResult, Path]:
     """
     if torchrun_rank()[0]:
         raise RankFinished
-    study = Evaluation.begin(f"linear-{config.protocol}", config)
+    study = Evaluation.start(f"linear-{config.protocol}", config)
     dataset, test = study.dataset
     if test is None:
         raise UserError(
@@ -84,18 +84,18 @@ def published_probe(config: LinearConfig) -> tuple[EvalResult, Path]:
     ]
     if unread := sum(part.count() for part in skipped):
         warnings.append(f"{unread:,} images could not be read: {folder / 'skipped*.txt'}")
-    record = study.finish(
+    record = study.write_result(
         [score],
         protocol=protocol,
         train_labels=dataset.labels,
         test_labels=labels,
-        findings={"skipped": unread},
+        data_info={"skipped": unread},
         warnings=warnings,
         selection={"on": "test images", "chosen": {"epoch": score.details["best_epoch"]}},
-        by_class=next(suffix for suffix in score.predictions if suffix.endswith(_LAST)),
+        confusion_of=next(suffix for suffix in score.predictions if suffix.endswith(_LAST)),
         figure=config.figure,
     )
-    return record, study.out
+    return record, study
 
 
 def _learn(

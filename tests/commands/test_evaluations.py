@@ -158,7 +158,12 @@ def test_linear_splits_a_single_folder(run, sample):
 
 def test_knn_of_two_folders_writes_to_the_current_folder(sample, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    overrides = [f"data.train={sample / 'train'}", f"data.test={sample / 'test'}", "data.image_size=32", "baselines=false"]
+    overrides = [
+        f"data.train={sample / 'train'}",
+        f"data.test={sample / 'test'}",
+        "data.image_size=32",
+        "baselines=false",
+    ]
     evaluate("knn", "checkpoint=random:vit_tiny_patch16_224", *overrides)
     result = json.loads((tmp_path / f"knn-{sample.name}-random-vit_tiny_patch16_224.json").read_text())
     assert result["model"]["sha256"] is None
@@ -301,7 +306,7 @@ def test_saved_probe_reproduces_the_predictions(solver, run, sample, tmp_path, m
     out = tmp_path / "out.json"
     monkeypatch.chdir(tmp_path)
     overrides = [f"checkpoint={run}", f"data.root={sample}", f"out={out}", "data.num_workers=0", "baselines=false"]
-    result, _ = linear.measure(load_config("linear", [*overrides, *SOLVERS[solver]], LinearConfig))
+    result, _ = linear.evaluate(load_config("linear", [*overrides, *SOLVERS[solver]], LinearConfig))
     description = json.loads((tmp_path / "out.probe.json").read_text())
     predictions = result.score.predictions[""]
     transform = EvalTransform(*(description["transform"][name] for name in ("image_size", "crop_ratio", "mean", "std")))

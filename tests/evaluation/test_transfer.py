@@ -1,4 +1,4 @@
-"""The table of domain transfer: every model on every data set, resumed, with what it is held against."""
+"""Transfer: the table, names, and the `transfer` command with its cached results."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from ssl_vit.commands import linear
 from ssl_vit.commands.load_config import load_config
 from ssl_vit.config.evaluate import TransferConfig
 from ssl_vit.config.pretrain import BackboneConfig
-from ssl_vit.evaluation.transfer import TransferResult, pretrained_on, short_names, table
+from ssl_vit.evaluation.transfer import TransferResult, pretraining_images, short_names, transfer_table
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.checkpoint import export_backbone
 from ssl_vit.runtime.errors import UserError
@@ -21,39 +21,41 @@ from tests.data.test_dataset_factory import make_cifar
 QUICK = ("data.num_workers=0", "linear=[blocks=[1],l2=[1e-1,1e-3],solver=ridge]")
 
 
-def cell(value=0.5, *, own=False, n=100, split="train and test", warnings=()):
-    return TransferResult(value, value - 0.1, value + 0.1, n, split, list(warnings), own)
+def cell(value=0.5, *, in_domain=False, n=100, split="train and test", warnings=()):
+    return TransferResult(value, value - 0.1, value + 0.1, n, split, list(warnings), in_domain)
 
 
-# --- the table ---
+# --- table ---
 
 
-def test_table_has_a_row_per_model_and_a_column_per_data_set():
+def test_transfer_table_has_a_row_per_model_and_a_column_per_dataset():
     cells = {
-        ("a", "birds"): cell(0.9, own=True),
+        ("a", "birds"): cell(0.9, in_domain=True),
         ("a", "cars"): cell(0.25, n=1200),
         ("random-init", "birds"): cell(0.1, warnings=["look out"]),
     }
-    text = table(["a", "random-init"], ["birds", "cars"], cells)
+    text = transfer_table(["a", "random-init"], ["birds", "cars"], cells)
     assert text.splitlines()[:4] == [
-        "| accuracy in % | birds (n = 100) | cars (n = 1,200) |",
-        "| :------------ | --------------: | ---------------: |",
-        "| a             | **90.0 ± 10.0** |      25.0 ± 10.0 |",
-        "| random-init   |     10.0 ± 10.0 |                – |",
+        "| accuracy in %   |   birds (n = 100) |   cars (n = 1,200) |",
+        "|:----------------|------------------:|-------------------:|",
+        "| a               |   **90.0 ± 10.0** |        25.0 ± 10.0 |",
+        "| random-init     |       10.0 ± 10.0 |                  – |",
     ]
     assert "**bold**: images that the model was pretrained on" in text
     assert "warning: random-init on birds: look out" in text
 
 
-def test_table_says_where_images_were_held_out():
-    text = table(["a"], ["birds", "cars"], {("a", "birds"): cell(split="0.2 of each class held out as test images")})
+def test_transfer_table_notes_the_split():
+    text = transfer_table(
+        ["a"], ["birds", "cars"], {("a", "birds"): cell(split="0.2 of each class held out as test images")}
+    )
     assert "birds: 0.2 of each class held out as test images." in text
     assert "cars:" not in text
     assert "bold" not in text
 
 
 @pytest.mark.parametrize(
-    ("places", "names"),
+    ("paths", "names"),
     [
         ([("x", "runs", "a"), ("x", "runs", "b")], ["a", "b"]),
         ([("x", "a"), ("y", "a"), ("y", "b")], ["x-a", "y-a", "y-b"]),
@@ -61,34 +63,37 @@ def test_table_says_where_images_were_held_out():
         ([("a",), ("b", "a")], ["a", "b-a"]),
     ],
 )
-def test_names_are_as_short_as_they_can_be_told_apart(places, names):
-    assert short_names(places) == names
+def test_short_names_are_distinct(paths, names):
+    assert short_names(paths) == names
 
 
-def test_the_same_named_twice_is_refused():
-    with pytest.raises(UserError, match="x-a is named twice"):
+def test_short_names_rejects_duplicates():
+    with pytest.raises(UserError, match="x-a occurs twice"):
         short_names([("x", "a"), ("x", "a")])
 
 
-@pytest.mark.parametrize("config", [None, [], {}, {"data": None}, {"data": {"root": "x"}}, {"seed": 0}])
-def test_pretraining_images_are_unknown_where_no_configuration_names_them(config):
-    assert pretrained_on(config) is None
+@pytest.mark.parametrize("config", ["", "[]", "{}", "data: null", "data: {root: x}", "seed: 0", "[", None])
+def test_pretraining_images_are_none_if_the_config_does_not_name_them(config, tmp_path):
+    if config is not None:
+        (tmp_path / "config.yaml").write_text(config)
+    assert pretraining_images(tmp_path) is None
+    assert pretraining_images(None) is None
 
 
-# --- words ---
+# --- config ---
 
 
-def test_lists_of_paths_are_taken_literally():
-    words = [
+def test_transfer_config_takes_lists_of_paths_literally():
+    overrides = [
         "checkpoints=[runs/a=1, my runs/b,2024,timm:vit_tiny_patch16_224]",
         "data.roots=[cifar10:my data,it's,[x]]",
     ]
-    config = load_config("transfer", words, TransferConfig)
+    config = load_config("transfer", overrides, TransferConfig)
     assert config.checkpoints == ["runs/a=1", "my runs/b", "2024", "timm:vit_tiny_patch16_224"]
     assert config.data.roots == ["cifar10:my data", "it's", "[x]"]
 
 
-# --- the command ---
+# --- command ---
 
 
 def export(backbone, path):
@@ -101,7 +106,7 @@ def config_of(path):
 
 @pytest.fixture
 def models(sample, tmp_path):
-    """A run that was pretrained on the sample, and an exported file of the same architecture."""
+    """Return a run that was pretrained on the sample, and an exported file of the same architecture."""
     sizes = {"img_size": 48, "patch_size": 16, "in_chans": 3, "reg_tokens": 0, "embed_dim": 32, "depth": 2}
     config = BackboneConfig(name="vit_tiny_patch16_224", drop_path=0.0, num_heads=2, init="jax", **sizes)
     paths = [tmp_path / "my runs" / "lr=1" / "backbone.safetensors", tmp_path / "other.safetensors"]
@@ -113,30 +118,30 @@ def models(sample, tmp_path):
 
 
 @pytest.fixture
-def measured(monkeypatch):
-    """The names of the records that are computed, in their order."""
-    names, measure = [], linear.measure
+def evaluated(monkeypatch):
+    """Record the names of the results that are computed, in order."""
+    names, evaluate = [], linear.evaluate
 
     def counted(config):
         names.append(config.out.name)
-        return measure(config)
+        return evaluate(config)
 
-    monkeypatch.setattr(linear, "measure", counted)
+    monkeypatch.setattr(linear, "evaluate", counted)
     return names
 
 
-def transfer(out, checkpoints, roots, *words):
+def transfer(out, checkpoints, roots, *overrides):
     lists = (f"checkpoints=[{','.join(map(str, checkpoints))}]", f"data.roots=[{','.join(map(str, roots))}]")
-    return main(["transfer", *QUICK, f"out={out}", *lists, *words])
+    return main(["transfer", *QUICK, f"out={out}", *lists, *overrides])
 
 
-def test_each_model_on_each_data_set_resumes_and_computes_what_changed(models, sample, tmp_path, measured, capsys):
+def test_transfer_computes_only_what_changed(models, sample, tmp_path, evaluated, capsys):
     shutil.copytree(sample / "test", tmp_path / "one folder")
     roots, out = [sample, tmp_path / "one folder"], tmp_path / "out"
     assert transfer(out, models, roots) == 0
     name = sample.name
     rows = ["lr-1", "other", "random-init"]
-    assert measured == [f"{row}-{data}.json" for row in rows for data in (name, "one-folder")]
+    assert evaluated == [f"{row}-{data}.json" for row in rows for data in (name, "one-folder")]
     text = (out / "transfer.md").read_text()
     assert text in capsys.readouterr().out.replace(f"\n{out / 'transfer.md'}\n", "")
     lines = text.splitlines()
@@ -145,44 +150,44 @@ def test_each_model_on_each_data_set_resumes_and_computes_what_changed(models, s
     assert "one-folder: 0.2 of each class held out as test images, seed 0." in text
     cells = json.loads((out / "transfer.json").read_text())["cells"]
     for found in cells:
-        metric = json.loads((out / found["record"]).read_text())["score"]["metrics"][0]
+        metric = json.loads((out / found["result"]).read_text())["score"]["metrics"][0]
         assert [found[key] for key in ("value", "low", "high", "n")] == [
             metric[key] for key in ("value", "low", "high", "n")
         ]
-        assert found["own"] == (found["model"] == "lr-1" and found["data"] == name)
+        assert found["in_domain"] == (found["model"] == "lr-1" and found["data"] == name)
 
-    measured.clear()  # all is there
+    evaluated.clear()  # all are cached
     assert transfer(out, models, roots) == 0
-    assert measured == []
-    assert "6 pairs, 6 of them there already" in capsys.readouterr().out
+    assert evaluated == []
+    assert "6 pairs, 6 of them already evaluated" in capsys.readouterr().out
     assert (out / "transfer.md").read_text() == text
 
-    (out / f"other-{name}.json").unlink()  # one is gone, one damaged, one of other images
+    (out / f"other-{name}.json").unlink()  # one deleted, one damaged, one of other images
     (out / f"random-init-{name}.json").write_text("{")
     next((tmp_path / "one folder" / "red-dots").iterdir()).unlink()
     assert transfer(out, models, roots) == 0
-    assert set(measured) == {
+    assert set(evaluated) == {
         f"other-{name}.json",
         f"random-init-{name}.json",
         *(f"{row}-one-folder.json" for row in rows),
     }
 
-    measured.clear()  # other weights under the same name
+    evaluated.clear()  # other weights under the same name
     torch.manual_seed(7)
     export(Backbone(config_of(models[1])), models[1])
     assert transfer(out, models, roots) == 0
-    assert set(measured) == {f"other-{name}.json", "other-one-folder.json"}
+    assert set(evaluated) == {f"other-{name}.json", "other-one-folder.json"}
 
-    measured.clear()  # another probe
+    evaluated.clear()  # another probe
     assert transfer(out, models[:1], roots[:1], "linear=[blocks=[2],l2=[1e-2],solver=ridge]") == 0
-    assert measured == [f"lr-1-{name}.json", f"random-init-{name}.json"]
+    assert evaluated == [f"lr-1-{name}.json", f"random-init-{name}.json"]
 
 
-def test_a_cell_is_the_record_of_the_linear_command(models, sample, tmp_path):
+def test_transfer_cell_equals_the_linear_command(models, sample, tmp_path):
     assert transfer(tmp_path / "out", models[1:], [sample]) == 0
-    words = ["blocks=[1]", "l2=[1e-1,1e-3]", "solver=ridge", "data.num_workers=0", f"data.root={sample}"]
-    words.append(f"out={tmp_path / 'linear.json'}")
-    assert main(["linear", f"checkpoint={models[1]}", "baselines=false", *words]) == 0
+    overrides = ["blocks=[1]", "l2=[1e-1,1e-3]", "solver=ridge", "data.num_workers=0", f"data.root={sample}"]
+    overrides.append(f"out={tmp_path / 'linear.json'}")
+    assert main(["linear", f"checkpoint={models[1]}", "baselines=false", *overrides]) == 0
     cell, alone = (
         json.loads(file.read_text())
         for file in (tmp_path / "out" / f"other-{sample.name}.json", tmp_path / "linear.json")
@@ -191,7 +196,7 @@ def test_a_cell_is_the_record_of_the_linear_command(models, sample, tmp_path):
     assert cell["protocol_hash"] == alone["protocol_hash"]
 
 
-def test_each_architecture_has_its_random_model_and_torchvision_sets_are_columns(models, tmp_path, monkeypatch):
+def test_transfer_adds_a_random_model_per_architecture(models, tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     make_cifar(tmp_path / "data", CIFAR10, monkeypatch)
     export(Backbone(config_of(models[1]).model_copy(update={"depth": 1})), tmp_path / "shallow.safetensors")
@@ -203,56 +208,57 @@ def test_each_architecture_has_its_random_model_and_torchvision_sets_are_columns
     ]
 
 
-def test_a_pair_that_fails_leaves_the_others(models, sample, tmp_path, capsys):
+def test_transfer_continues_after_a_failed_pair(models, sample, tmp_path, capsys):
     (tmp_path / "flat").mkdir()
     flat = Backbone(config_of(models[1]))
     flat.vit.patch_embed.proj.weight.data.zero_()
     export(flat, tmp_path / "flat" / "x.safetensors")
     assert transfer(tmp_path / "out", [tmp_path / "flat" / "x.safetensors", models[0]], [sample]) == 2
-    told = capsys.readouterr()
-    assert "these pairs failed, all others are stored" in told.err
-    assert f"x on {sample.name}: " in told.err
-    assert "collapsed" in told.err
+    error = capsys.readouterr().err
+    assert "these pairs failed, all others are written" in error
+    assert f"x on {sample.name}: " in error
+    assert "collapsed" in error
     rows = (tmp_path / "out" / "transfer.md").read_text().splitlines()
     assert rows[2].split()[-2] == "–"
     assert "**" in rows[3]
 
 
 @pytest.mark.parametrize(
-    ("checkpoints", "roots", "told"),
+    ("checkpoints", "roots", "message"),
     [
         (["{run}", "nowhere"], ["{sample}"], "checkpoint=nowhere: there is no such file or folder"),
         (["{run}"], ["{sample}", "nowhere"], "nowhere"),
         (["{run}"], ["{sample}/train/red-dots"], "labels are the names of two or more class folders"),
         (["{run}"], ["cifar10:"], "cifar10: needs a folder, as cifar10:FOLDER"),
         (["{run}"], ["cifar10:{sample}"], "cifar-10-batches-py lacks"),
-        (["{run}", "{run}/."], ["{sample}"], "is named twice"),
-        (["{run}"], ["{sample}", "{sample}"], "is named twice"),
+        (["{run}", "{run}/."], ["{sample}"], "occurs twice"),
+        (["{run}"], ["{sample}", "{sample}"], "occurs twice"),
         (["{run}"], [], "data.roots"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_computed(
-    models, sample, tmp_path, measured, capsys, checkpoints, roots, told
+def test_transfer_reports_user_errors_before_it_starts(
+    models, sample, tmp_path, evaluated, capsys, checkpoints, roots, message
 ):
     filled = [[text.format(run=models[0], sample=sample) for text in texts] for texts in (checkpoints, roots)]
     assert transfer(tmp_path / "out", *filled) == 2
     error = capsys.readouterr().err
-    assert told in error
+    assert message in error
     assert "Traceback" not in error
-    assert measured == []
+    assert evaluated == []
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "told"), [("[blocks=[0]]", "blocks.0"), ("[seed=3]", "linear=[seed=3]: this key"), ("[l3=1]", "l3")]
+    ("overrides", "message"),
+    [("[blocks=[0]]", "blocks.0"), ("[seed=3]", "linear=[seed=3]: set this key"), ("[l3=1]", "l3")],
 )
-def test_mistakes_in_the_keys_of_the_probe_are_told(models, sample, tmp_path, capsys, words, told):
-    assert transfer(tmp_path / "out", models, [sample], f"linear={words}") == 2
-    assert told in capsys.readouterr().err
+def test_transfer_reports_invalid_keys_of_the_probe(models, sample, tmp_path, capsys, overrides, message):
+    assert transfer(tmp_path / "out", models, [sample], f"linear={overrides}") == 2
+    assert message in capsys.readouterr().err
 
 
-def test_several_processes_are_refused_in_one_line(models, sample, tmp_path, monkeypatch, capsys):
+def test_transfer_rejects_several_processes(models, sample, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert transfer(tmp_path / "out", models[:1], [sample]) == 2
-    assert "transfer is one process" in capsys.readouterr().err
+    assert "transfer runs in one process" in capsys.readouterr().err
