@@ -37,7 +37,7 @@ from ssl_vit.evaluation.results.eval_result import (
     archive_previous_result,
     sibling_path,
 )
-from ssl_vit.evaluation.results.provenance import data_name, result_path
+from ssl_vit.evaluation.results.provenance import data_name, pretraining_seed, result_path
 from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone, random_init_like
 from ssl_vit.runtime.device import best_device, set_local_device
 from ssl_vit.runtime.errors import RankFinished, UserError
@@ -119,7 +119,7 @@ class Evaluation:
 
     def write_result(
         self,
-        scores: Sequence[ModelScores],
+        scores: list[ModelScores],
         *,
         protocol: dict[str, Any],
         train_labels: Tensor,
@@ -127,8 +127,8 @@ class Evaluation:
         title: str = "",
         data_info: Mapping[str, Any] | None = None,
         warnings: Sequence[str] = (),
-        engines: dict[str, str] | None = None,
-        selection: dict[str, Any] | None = None,
+        engines: Mapping[str, str] | None = None,
+        selection: Mapping[str, Any] | None = None,
         seeds: Mapping[str, int | list[int]] | None = None,
         main_metrics: Sequence[str] = (),
         confusion_of: str | None = None,
@@ -145,49 +145,48 @@ class Evaluation:
             data_info: Further information about the images.
             warnings: What a reader of the numbers must know.
             engines: Implementations that were used, where several give the same numbers.
-            selection: What was selected (`chosen`), and on which images (`on`); None: nothing.
+            selection: What was selected (`chosen`), and on which images (`on`).
             seeds: Seeds in addition to those of the pretraining and the evaluation.
             main_metrics: Names of the metrics that a summary shows; by default all but details.
             confusion_of: Suffix after "top-1" of the metric that is reported class by class.
             figure: Whether the caller draws the confusions, as a PNG beside the result.
         """
-        confusion = None
-        if confusion_of is not None:
-            predictions = scores[0].predictions[confusion_of]
-            confusion = ConfusionSummary.of(f"top-1{confusion_of}", self.test_images.classes, predictions)
         image = sibling_path(self.out, ".png")
-        # The normalization belongs to the model.
-        transform = {key: value for key, value in self.transform.describe().items() if key not in ("mean", "std")}
+        by_class = None if confusion_of is None else self._confusion(scores[0], confusion_of).to_dict()
         result = EvalResult(
             task=self.task,
             title=title or self.task,
             main_metrics=list(main_metrics),
-            protocol={**protocol, "transform": transform},
+            protocol={**protocol, "transform": self._transform_protocol()},
             model=ModelInfo(**provenance.model_metadata(self.loaded, self.config.checkpoint, self.config.weights)),
-            data=DataInfo(**{**self._data(train_labels, test_labels), **(data_info or {})}),
-            seeds={
-                "pretrain": provenance.pretraining_seed(self.loaded.run),
-                "evaluation": self.config.seed,
-                **(seeds or {}),
-            },
+            data=self._data(train_labels, test_labels, data_info or {}),
+            seeds={"pretrain": pretraining_seed(self.loaded.run), "evaluation": self.config.seed, **(seeds or {})},
             score=scores[0],
-            baselines=list(scores[1:]),
+            baselines=scores[1:],
             cost=provenance.runtime_cost(self.started, best_device()),
             environment={**provenance.environment(best_device()), **(engines or {})},
             warnings=[*self._skip_warnings(), *_class_warnings(train_labels, test_labels), *warnings],
             selection=Selection(**selection) if selection else None,
             config=self.config.model_dump(mode="json", exclude={"out"}),
-            by_class=confusion and {**confusion.to_dict(), "figure": image.name if figure else None},
+            by_class=by_class and {**by_class, "figure": image.name if figure else None},
         )
         archive_previous_result(self.out, result)
         result.write(self.out)
-        image.unlink(missing_ok=True)
+        image.unlink(missing_ok=True)  # of an earlier result
         return result
 
-    def _data(self, train_labels: Tensor, test_labels: Tensor) -> dict[str, Any]:
+    def _confusion(self, score: ModelScores, suffix: str) -> ConfusionSummary:
+        """Return the confusions of the metric with this suffix."""
+        return ConfusionSummary.of(f"top-1{suffix}", self.test_images.classes, score.predictions[suffix])
+
+    def _transform_protocol(self) -> dict[str, Any]:
+        """Return the transform without the normalization, which belongs to the model."""
+        return {key: value for key, value in self.transform.describe().items() if key not in ("mean", "std")}
+
+    def _data(self, train_labels: Tensor, test_labels: Tensor, data_info: Mapping[str, Any]) -> DataInfo:
         """Return information about the images, with the folders as in the config."""
         data = self.config.data
-        return {
+        info = {
             "name": data_name(data),
             "root": str(data.root or data.train),
             **({} if data.test is None else {"test": str(data.test)}),
@@ -197,6 +196,7 @@ class Evaluation:
             "fingerprints": [part.fingerprint(sizes=True) for part in self.dataset if part is not None],
             "skipped": sum(part.count() for part in self._skipped()),
         }
+        return DataInfo(**{**info, **data_info})
 
     def _extractors(self, blocks: int) -> Iterator[tuple[str, FeatureExtractor]]:
         """Yield the feature extractors of the model and the baselines, created one at a time."""

@@ -10,6 +10,7 @@ from timm.scheduler import CosineLRScheduler
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from ssl_vit.cli import main
+from ssl_vit.commands.linear import evaluate as published_probe
 from ssl_vit.commands.load_config import load_config
 from ssl_vit.config.evaluate import LinearConfig
 from ssl_vit.config.pretrain import BackboneConfig
@@ -18,7 +19,6 @@ from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.checkpoint import export_backbone, load_backbone
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.training import published_linear as published
-from ssl_vit.training.published_linear import published_probe
 from ssl_vit.training.published_protocols import dino_probe, sit_probe
 
 
