@@ -1,8 +1,8 @@
-"""`ssl-vit neighbors`: the images whose features are nearest to those of an image, drawn and listed.
+"""`ssl-vit neighbors`: find the images with the most similar features, draw and list them.
 
 ssl-vit neighbors checkpoint=runs/photos data.root=photos images=photo.jpg
-ssl-vit neighbors checkpoint=runs/photos data.root=photos index=ivf out=sheets/nearest.png
-ssl-vit neighbors checkpoint=timm:vit_small_patch16_224.dino labeled=cifar10 data.root=data limit=20
+ssl-vit neighbors checkpoint=runs/photos data.root=photos index=ivf out=figures/nearest.png
+ssl-vit neighbors checkpoint=timm:vit_small_patch16_224.dino eval_data=cifar10 data.root=data limit=20
 """
 
 from __future__ import annotations
@@ -33,174 +33,165 @@ from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.atomic_io import atomic_write, write_json
 from ssl_vit.runtime.device import best_device
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.text import pluralize
 from ssl_vit.visualization.neighbor_figure import NeighborTile, neighbor_figure
 
-DRAWN = 100  # rows of a sheet; the JSON has all queries
+MAX_ROWS = 100  # of the figure; the JSON has all queries
 
 
 class FeatureSet(NamedTuple):
-    """Images and the features of those that can be read."""
+    """A dataset with the features of its readable images."""
 
     dataset: ImageDataset
     features: Features
     skipped: SkippedImageLog
-    folder: Path  # of what is kept about them
+    folder: Path  # of the feature cache
 
     def class_of(self, row: int) -> str | None:
-        """The name of an image's class, where it is known."""
+        """Return the name of an image's class, if it is known."""
         label = int(self.features.labels[row])
         return self.dataset.classes[label] if label >= 0 else None
 
     def name(self, row: int) -> str:
-        """As the dataset names it."""
+        """Return the name of an image in its dataset."""
         return self.dataset.name(int(self.features.index[row]))
 
     def read(self, row: int) -> Tensor:
-        """The image (3, H, W) uint8."""
+        """Read an image (3, H, W) uint8."""
         return self.dataset.read(int(self.features.index[row]), 3)
 
 
 def main(config: NeighborsConfig) -> None:
-    """Search, draw the sheet, and write the JSON beside it.
+    """Search, draw the figure, and write the JSON beside it.
 
     Raises:
-        UserError: Model or images are not there, do not fit, or leave nothing to search for.
+        UserError: Model or images are missing, do not fit each other, or there is only one image.
     """
     loaded, transform = load_model(config)
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    known = _known(config, on_best_device(loaded), transform)
-    validate_features(known.features, loaded.source)
-    asked, own = _queries(config, loaded, transform, known)
-    k = min(config.k, len(known.features.index) - (own is not None))
+    index_set = _index_set(config, on_best_device(loaded), transform)
+    validate_features(index_set.features, loaded.source)
+    queries, exclude = _queries(config, loaded, transform, index_set)
+    k = min(config.k, len(index_set.features.index) - (exclude is not None))
     if not k:
-        raise UserError("only one image can be read: it has no neighbors")
-    found, how = _search(config, known, asked.features, own, k)
-    rows = _listed(known, asked, found)
-    skipped = {"images": known.skipped.count(), "queries": 0 if own is not None else asked.skipped.count()}
+        raise UserError("only one image can be read, so it has no neighbors")
+    found, method = _search(config, index_set, queries.features, exclude, k)
+    rows = _to_rows(index_set, queries, found)
+    skipped = {"images": index_set.skipped.count(), "queries": 0 if exclude is not None else queries.skipped.count()}
     content = {
         "model": {"source": loaded.source, "sha256": loaded.sha256},
-        "dataset": known.dataset.describe(),
+        "dataset": index_set.dataset.describe(),
         "images": None if config.images is None else str(config.images),
-        "search": how,
+        "search": method,
         "skipped": skipped,
         "queries": rows,
     }
     write_json(config.out.with_suffix(".json"), content)
     with atomic_write(config.out) as file:
-        sheet = neighbor_figure(_tiles(known, asked, found))
-        sheet.save(file, format="PNG" if config.out.suffix == ".png" else "JPEG", quality=90)
-    print(_report(config, rows, how, {part.skipped.path: part.skipped.count() for part in (known, asked)}))
+        figure = neighbor_figure(_to_tiles(index_set, queries, found))
+        figure.save(file, format="PNG" if config.out.suffix == ".png" else "JPEG", quality=90)
+    print(_summary(config, rows, method, {part.skipped.path: part.skipped.count() for part in (index_set, queries)}))
 
 
-def _known(config: NeighborsConfig, loaded: LoadedBackbone, transform: EvalTransform) -> FeatureSet:
-    """The images to search among, and their features, stored now or before."""
+def _index_set(config: NeighborsConfig, loaded: LoadedBackbone, transform: EvalTransform) -> FeatureSet:
+    """Return the images to search, with their cached features."""
     dataset = build_feature_splits(config.data).train
-    describe = BackboneExtractor(loaded, transform, blocks=min(BLOCKS, loaded.backbone.num_blocks))
-    (found,) = fill_caches(describe, TrainTestSplit(dataset, None), config=config, run=loaded.run)
-    return FeatureSet(dataset, found.cache.features(blocks=1), found.cache.skipped, found.cache.folder)
+    extractor = BackboneExtractor(loaded, transform, blocks=min(BLOCKS, loaded.backbone.num_blocks))
+    (filled,) = fill_caches(extractor, TrainTestSplit(dataset, None), config=config, run=loaded.run)
+    return FeatureSet(dataset, filled.cache.features(blocks=1), filled.cache.skipped, filled.cache.folder)
 
 
 def _queries(
-    config: NeighborsConfig, loaded: LoadedBackbone, transform: EvalTransform, known: FeatureSet
+    config: NeighborsConfig, loaded: LoadedBackbone, transform: EvalTransform, index_set: FeatureSet
 ) -> tuple[FeatureSet, Tensor | None]:
-    """What to search for; where that is some of the known images, their rows (Q,) too."""
+    """Return the queries; if they are drawn from the index set, also their rows (Q,) in it."""
     if config.images is None:
         generator = torch.Generator().manual_seed(config.seed)
-        rows = torch.randperm(len(known.features.index), generator=generator)[: config.limit].sort().values
-        return known._replace(features=known.features.take(rows)), rows
-    given = load_images_at(config.images)
-    first = Subset(given, torch.arange(min(config.limit, len(given))))
+        rows = torch.randperm(len(index_set.features.index), generator=generator)[: config.limit].sort().values
+        return index_set._replace(features=index_set.features.take(rows)), rows
+    dataset = load_images_at(config.images)
+    first = Subset(dataset, torch.arange(min(config.limit, len(dataset))))
     skipped = SkippedImageLog(config.out.with_name(f"{config.out.stem}-skipped_images.txt"))
     skipped.path.unlink(missing_ok=True)
-    features = extract(
-        loaded,
-        first,
-        transform,
-        blocks=1,
-        batch_size=config.data.batch_size,
-        num_workers=config.data.num_workers,
-        skipped=skipped,
-    )
+    size, num_workers = config.data.batch_size, config.data.num_workers
+    features = extract(loaded, first, transform, blocks=1, batch_size=size, num_workers=num_workers, skipped=skipped)
     return FeatureSet(first, features, skipped, config.out.parent), None
 
 
 def _search(
-    config: NeighborsConfig, known: FeatureSet, asked: Features, own: Tensor | None, k: int
+    config: NeighborsConfig, index_set: FeatureSet, queries: Features, exclude: Tensor | None, k: int
 ) -> tuple[Neighbors, dict[str, Any]]:
-    """The k nearest known images to each that is asked for, and how they were searched for."""
-    bank, queries = known.features.cls[:, -1], asked.cls[:, -1]  # (N, D), (Q, D)
+    """Find the k nearest images of each query, and describe the method."""
+    features, vectors = index_set.features.cls[:, -1], queries.cls[:, -1]  # (N, D), (Q, D)
     if config.index == "ivf":
-        index = _index(config, known.folder, bank, k)
-        return index.search(queries, k=k, exclude=own), {
-            "index": "ivf",
-            **index.quality._asdict(),
-            "measured_on": "images of the set itself, each by the others",
-        }
+        index = _load_or_build_index(config, index_set.folder, features, k)
+        description = {"index": "ivf", **index.quality._asdict(), "measured_on": "images of the index, leave-one-out"}
+        return index.search(vectors, k=k, exclude=exclude), description
     device = best_device()
-    bank, queries = (F.normalize(part.to(device).float(), dim=1) for part in (bank, queries))
-    place = None if own is None else own.to(device)
-    found = exact_search(queries, bank, k=k, exclude=place, engine=choose_engine("auto", device))
+    features, vectors = (F.normalize(part.to(device).float(), dim=1) for part in (features, vectors))
+    excluded = None if exclude is None else exclude.to(device)
+    found = exact_search(vectors, features, k=k, exclude=excluded, engine=choose_engine("auto", device))
     return Neighbors(found.similarity.cpu(), found.indices.cpu()), {"index": "exact", "k": k}
 
 
-def _index(config: NeighborsConfig, folder: Path, features: Tensor, k: int) -> IVFIndex:
-    """The index beside the features, built where there is none for this k and recall."""
+def _load_or_build_index(config: NeighborsConfig, folder: Path, features: Tensor, k: int) -> IVFIndex:
+    """Return the index of the features, from its file if there is one for this k and recall."""
     path = folder / f"nearest-{k}-{config.recall:g}.ivf"
     if path.exists():
         try:
-            index = IVFIndex.load(path, features)
+            return IVFIndex.load(path, features)
         except StaleIndexError as reason:
-            print(f"{reason}; it is built anew")
-        else:
-            return index
+            print(f"{reason}; building it again")
     index = IVFIndex.build(features, k=k, recall=config.recall, seed=config.seed)
     index.save(path)
     return index
 
 
-def _listed(known: FeatureSet, asked: FeatureSet, found: Neighbors) -> list[dict[str, Any]]:
-    """Each query with its neighbors, as plain containers."""
+def _to_rows(index_set: FeatureSet, queries: FeatureSet, found: Neighbors) -> list[dict[str, Any]]:
+    """Return each query with its neighbors, as plain containers."""
     return [
         {
-            "name": asked.name(row),
-            "class": asked.class_of(row),
+            "name": queries.name(row),
+            "class": queries.class_of(row),
             "neighbors": [
-                {"name": known.name(place), "class": known.class_of(place), "cosine": round(cosine, 6)}
-                for place, cosine in zip(places, cosines, strict=True)
+                {"name": index_set.name(index), "class": index_set.class_of(index), "cosine": round(cosine, 6)}
+                for index, cosine in zip(indices, cosines, strict=True)
             ],
         }
-        for row, (places, cosines) in enumerate(zip(found.indices.tolist(), found.similarity.tolist(), strict=True))
+        for row, (indices, cosines) in enumerate(zip(found.indices.tolist(), found.similarity.tolist(), strict=True))
     ]
 
 
-def _tiles(known: FeatureSet, asked: FeatureSet, found: Neighbors) -> list[list[NeighborTile]]:
-    """The rows of the sheet, their images read again."""
+def _to_tiles(index_set: FeatureSet, queries: FeatureSet, found: Neighbors) -> list[list[NeighborTile]]:
+    """Return the rows of the figure, with their images."""
     rows = []
-    for row, (places, cosines) in enumerate(
-        zip(found.indices[:DRAWN].tolist(), found.similarity[:DRAWN].tolist(), strict=True)
-    ):
-        wanted = asked.class_of(row) if asked.class_of(row) in known.dataset.classes else None
-        tiles = [NeighborTile(asked.read(row), [asked.name(row), asked.class_of(row) or ""], None)]
-        for place, cosine in zip(places, cosines, strict=True):
-            named = known.class_of(place)
-            lines = [f"{cosine:.3f}", named or known.name(place)]
-            tiles.append(NeighborTile(known.read(place), lines, named == wanted if named and wanted else None))
+    first = zip(found.indices[:MAX_ROWS].tolist(), found.similarity[:MAX_ROWS].tolist(), strict=True)
+    for row, (indices, cosines) in enumerate(first):
+        name = queries.class_of(row)
+        target = name if name in index_set.dataset.classes else None
+        tiles = [NeighborTile(queries.read(row), [queries.name(row), name or ""], None)]
+        for index, cosine in zip(indices, cosines, strict=True):
+            label = index_set.class_of(index)
+            lines = [f"{cosine:.3f}", label or index_set.name(index)]
+            tiles.append(NeighborTile(index_set.read(index), lines, label == target if label and target else None))
         rows.append(tiles)
     return rows
 
 
-def _report(config: NeighborsConfig, rows: list[dict[str, Any]], how: dict[str, Any], skipped: dict[Path, int]) -> str:
-    """What was done and where it lies."""
+def _summary(
+    config: NeighborsConfig, rows: list[dict[str, Any]], method: dict[str, Any], skipped: dict[Path, int]
+) -> str:
+    """Return what was found and where it was written."""
     k = len(rows[0]["neighbors"])
-    lines = [f"The {k} nearest to each of {len(rows):,} images: {config.out}, {config.out.with_suffix('.json')}"]
-    if len(rows) > DRAWN:
-        lines.append(f"the first {DRAWN} are drawn")
+    lines = [f"{k} neighbors of {pluralize(len(rows), 'image')}: {config.out}, {config.out.with_suffix('.json')}"]
+    if len(rows) > MAX_ROWS:
+        lines.append(f"the figure shows the first {MAX_ROWS} queries")
     if k < config.k:
-        lines.append(f"k={config.k}: there are only {k} others")
-    if how["index"] == "ivf":
+        lines.append(f"k={config.k}: there are only {k} other images")
+    if method["index"] == "ivf":
         lines.append(
-            f"{how['recall']:.1%} of the true neighbors found, in {how['probes']:,} of {how['lists']:,} lists; "
-            f"{how['query_ms']:.2f} ms a query, built in {how['build_seconds']:.1f} s"
+            f"{method['recall']:.1%} of the true neighbors found in {method['probes']:,} of {method['lists']:,} lists; "
+            f"{method['query_ms']:.2f} ms per query, built in {method['build_seconds']:.1f} s"
         )
-    lines += [f"{count:,} could not be read: {path}" for path, count in skipped.items() if count]
+    lines += [f"{pluralize(count, 'image')} could not be read: {path}" for path, count in skipped.items() if count]
     return "\n".join(lines)
