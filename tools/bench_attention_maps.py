@@ -1,13 +1,14 @@
-"""Measure what `ssl-vit attention` costs: exactness, share of a forward pass, images per second, peak memory.
+"""Benchmark `ssl-vit attention`: exactness, share of a forward pass, images per second, peak memory.
 
     python tools/bench_attention_maps.py FOLDER [CHECKPOINT=random:vit_small_patch16_224] [ROUNDS=9]
-    python tools/bench_attention_maps.py memory FOLDER [CHECKPOINT=random:vit_tiny_patch16_224] [WORDS of the command]
+    python tools/bench_attention_maps.py memory FOLDER [CHECKPOINT=random:vit_tiny_patch16_224] [OVERRIDES]
 
-FOLDER holds real images. Exactness: the largest difference of any block's [CLS] row to the softmax that timm forms
-without fused attention. Cost: processor time of a forward pass that hands out the [CLS] rows of all blocks, over that
-of a plain one, pass by pass in turn; the median of the rounds' ratios. Images per second of processor time: `look`,
-and with it each method. Memory: peak of the whole command, masks given, over 100 and over 1,000 images (the folder's,
-linked as often as needed; a box in the middle is the mask), in a process of its own each. WORDS are those of
+FOLDER holds real images. Exactness: the largest difference of any block's [CLS] row to the softmax that timm computes
+without fused attention. Cost: processor time of a forward pass that captures the [CLS] rows of all blocks, over that
+of a plain one, alternating pass by pass; the median of the rounds' ratios. Images per second of processor time:
+`extract_last_block`, and with it each method. Memory: peak of the whole command, with masks, over 100 and over 1,000
+images (the folder's,
+linked as often as needed; a box in the middle is the mask), in a process of its own each. OVERRIDES are those of
 `ssl-vit attention`, such as methods=[attention,lost,tokencut,pca,found] refine=guided max_side=112.
 """
 
@@ -39,16 +40,16 @@ BATCH = 4
 
 
 def main() -> None:
-    """Read the words of the command line."""
+    """Run one of the two benchmarks."""
     torch.set_num_threads(1)
-    words = sys.argv[1:]
-    if words[0] == "memory":
-        memory(Path(words[1]), words[2] if len(words) > 2 else "random:vit_tiny_patch16_224", words[3:])
+    args = sys.argv[1:]
+    if args[0] == "memory":
+        memory(Path(args[1]), args[2] if len(args) > 2 else "random:vit_tiny_patch16_224", args[3:])
         return
-    checkpoint = words[1] if len(words) > 1 else "random:vit_small_patch16_224"
-    rounds = int(words[2]) if len(words) > 2 else 9
+    checkpoint = args[1] if len(args) > 1 else "random:vit_small_patch16_224"
+    rounds = int(args[2]) if len(args) > 2 else 9
     backbone = load_backbone(checkpoint).backbone
-    images = read(scan_image_folder(Path(words[0])), SIDE)
+    images = read(scan_image_folder(Path(args[0])), SIDE)
     print(f"{checkpoint}, {BATCH} images of {SIDE} pixels, {torch.get_num_threads()} thread")
     print(f"largest difference to unfused attention, all blocks: {difference(backbone, images[:1]):.1e}")
     for side in (224, SIDE):
@@ -57,17 +58,17 @@ def main() -> None:
 
 
 def read(dataset: ImageFolder, side: int) -> Tensor:
-    """The first images, squashed to a square and roughly normalized (B, 3, side, side)."""
+    """Read the first images, resized to a square and roughly normalized (B, 3, side, side)."""
     resized = [
-        F.interpolate(dataset.read(place, 3)[None].float(), (side, side), mode="bilinear", antialias=True)
-        for place in range(BATCH)
+        F.interpolate(dataset.read(index, 3)[None].float(), (side, side), mode="bilinear", antialias=True)
+        for index in range(BATCH)
     ]
     return (torch.cat(resized) / 255 - 0.45) / 0.25
 
 
 @torch.no_grad()
 def difference(backbone: Backbone, images: Tensor) -> float:
-    """The largest absolute difference of any [CLS] row, scaled to sum 1 over the patches, to timm's own softmax."""
+    """Compute the largest absolute difference of any [CLS] row, scaled to sum 1 over the patches, to timm's softmax."""
     blocks = range(backbone.num_blocks)
     ours = cls_attention(backbone, images, blocks=blocks).flatten(3)  # (blocks, B, heads, N)
     seen: list[Tensor] = []
@@ -88,19 +89,19 @@ def difference(backbone: Backbone, images: Tensor) -> float:
 
 @torch.no_grad()
 def cost(backbone: Backbone, images: Tensor, rounds: int) -> None:
-    """Ratios of a pass with all blocks' [CLS] rows to a plain one, each pair in turn, the order alternating."""
-    ways: dict[str, Callable[[], object]] = {
+    """Print the ratios of a pass with all blocks' [CLS] rows to a plain one, in pairs of alternating order."""
+    passes: dict[str, Callable[[], object]] = {
         "plain": lambda: backbone.tokens(images),
         "rows": lambda: cls_attention(backbone, images, blocks=range(backbone.num_blocks)),
     }
-    for way in ways.values():
-        way()
+    for run in passes.values():
+        run()
     ratios, plain = [], []
-    for place in range(rounds):
+    for number in range(rounds):
         spent = {}
-        for name in list(ways) if place % 2 else reversed(ways):
+        for name in list(passes) if number % 2 else reversed(passes):
             start = time.process_time()
-            ways[name]()
+            passes[name]()
             spent[name] = time.process_time() - start
         ratios.append(spent["rows"] / spent["plain"])
         plain.append(spent["plain"])
@@ -113,25 +114,25 @@ def cost(backbone: Backbone, images: Tensor, rounds: int) -> None:
 
 @torch.no_grad()
 def rates(backbone: Backbone, images: Tensor) -> None:
-    """Images per second of processor time of one look, and of one look and each method."""
+    """Print images per second of processor time of the attention maps, and with each method."""
     start = time.process_time()
-    sights = extract_last_block(backbone, images)
-    looked = (time.process_time() - start) / len(images)
-    print(f"{SIDE} pixels: {1 / looked:.2f} images/s, forward pass and attention maps")
-    for name, segment in build_segmenters(METHODS, sights).items():
+    images_features = extract_last_block(backbone, images)
+    extraction = (time.process_time() - start) / len(images)
+    print(f"{SIDE} pixels: {1 / extraction:.2f} images/s, forward pass and attention maps")
+    for name, segment in build_segmenters(METHODS, images_features).items():
         start = time.process_time()
-        for sight in sights:
-            segment(sight)
+        for features in images_features:
+            segment(features)
         spent = (time.process_time() - start) / len(images)
-        print(f"  {name}: {spent * 1000:.0f} ms more an image, {1 / (looked + spent):.2f} images/s")
+        print(f"  {name}: {spent * 1000:.0f} ms more an image, {1 / (extraction + spent):.2f} images/s")
 
 
-def memory(folder: Path, checkpoint: str, further: list[str]) -> None:
-    """Peak resident memory of the command over few and over many images."""
+def memory(folder: Path, checkpoint: str, overrides: list[str]) -> None:
+    """Print the peak resident memory of the command for few and for many images."""
     dataset = scan_image_folder(folder)
     for count in (100, 1000):
-        with tempfile.TemporaryDirectory() as place:
-            root = Path(place)
+        with tempfile.TemporaryDirectory() as folder_name:
+            root = Path(folder_name)
             (root / "images").mkdir()
             (root / "masks").mkdir()
             for number, index in enumerate(islice(cycle(range(len(dataset))), count)):
@@ -140,15 +141,15 @@ def memory(folder: Path, checkpoint: str, further: list[str]) -> None:
                 mask = Image.new("L", (width, height))
                 mask.paste(255, (width // 4, height // 4, width // 2, height // 2))
                 mask.save(root / "masks" / f"{number}.png")
-            words = [
+            args = [
                 f"checkpoint={checkpoint}",
                 f"images={root / 'images'}",
                 f"masks={root / 'masks'}",
                 f"out={root}/o",
-                *([] if any(word.startswith("max_side=") for word in further) else ["max_side=224"]),
+                *([] if any(word.startswith("max_side=") for word in overrides) else ["max_side=224"]),
             ]
             process = subprocess.Popen(
-                [sys.executable, "-m", "ssl_vit", "attention", *words, *further],
+                [sys.executable, "-m", "ssl_vit", "attention", *args, *overrides],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )

@@ -1,14 +1,14 @@
-"""Measure the methods that find an object without labels: seconds, memory, and IoU on images with masks.
+"""Benchmark the segmentation methods without labels: seconds, memory, and IoU on images with masks.
 
     python tools/bench_segmentation.py time
     python tools/bench_segmentation.py iou CHECKPOINT images masks [max_side]
 
 `time`: processor seconds of one image, one thread, on keys of two kinds of patches with noise (six heads of 64, 30 %
-of the pairs joined), median of three; beside them the dense generalised eigensolution that TokenCut's authors use. Each
+of the pairs joined), median of three; beside them the dense generalized eigensolution that TokenCut's authors use. Each
 in a process of its own, for its peak memory above that of the keys.
 
 `iou`: mean IoU, and its 95 % interval over images, of the model and of one with random weights, at the images'
-own sizes; of the masks, and of the masks refined. The sign that pca is given is chosen by no mask.
+own sizes; of the masks, and of the refined masks. The sign of pca's component is chosen without masks.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ from ssl_vit.evaluation.segmentation.mask_methods import METHODS, build_segmente
 from ssl_vit.evaluation.segmentation.patch_mask import concatenated_keys
 from ssl_vit.models.attention_maps import LastBlockFeatures, upsample_mask
 from ssl_vit.models.checkpoint import load_backbone, random_init_like
+from ssl_vit.runtime.text_table import format_table
 
 GRIDS = {450: (18, 25), 900: (30, 30), 3600: (60, 60), 7500: (75, 100)}
 DENSE = "dense eigh"
 
 
 def main() -> None:
-    """One of the two tables, or, in a process of its own, one of the measurements."""
+    """Print one of the two tables or, in a process of its own, run one of the measurements."""
     torch.set_num_threads(1)
     if sys.argv[1] == "time":
         times()
@@ -53,34 +54,35 @@ def main() -> None:
 
 
 def times() -> None:
-    """A row per method, a column per number of patches."""
-    print("seconds (MB)".ljust(14) + "".join(f"{count:>20}" for count in GRIDS))
+    """Print a row per method and a column per number of patches."""
+    rows = []
     for name in (*METHODS, DENSE):
         cells = [
             subprocess.run([sys.executable, __file__, "one", name, str(count)], capture_output=True, check=True).stdout
             for count in GRIDS
         ]
-        print(name.ljust(14) + "".join(f"{cell.decode().strip():>20}" for cell in cells), flush=True)
+        rows.append([name, *(cell.decode().strip() for cell in cells)])
+    print(format_table(rows, ["seconds (MB)", *map(str, GRIDS)]))
 
 
 def measure(name: str, count: int) -> None:
-    """Seconds and megabytes of one method at one number of patches."""
-    sight = synthetic(GRIDS[count])
+    """Print seconds and megabytes of one method at one number of patches."""
+    features = synthetic(GRIDS[count])
     small = synthetic((8, 8))
-    method = dense if name == DENSE else build_segmenters([name], [sight])[name]
-    method(small)  # libraries are loaded
+    method = dense if name == DENSE else build_segmenters([name], [features])[name]
+    method(small)  # loads libraries
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []
     for _ in range(1 if name == DENSE else 3):
         start = time.process_time()
-        method(sight)
+        method(features)
         seconds.append(time.process_time() - start)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(f"{median(seconds):.4f} ({grown:.0f})")
 
 
 def synthetic(grid: tuple[int, int]) -> LastBlockFeatures:
-    """An image with an object in its middle."""
+    """Make features of an image with an object in its middle."""
     random = torch.Generator().manual_seed(0)
     rows, columns = grid
     inside = torch.zeros(grid)
@@ -91,48 +93,49 @@ def synthetic(grid: tuple[int, int]) -> LastBlockFeatures:
     return LastBlockFeatures(attention / attention.sum((1, 2), keepdim=True), keys, keys.permute(1, 2, 0, 3).flatten(2))
 
 
-def dense(sight: LastBlockFeatures) -> None:
-    """TokenCut's eigenvector by the dense solver."""
-    unit = torch.nn.functional.normalize(concatenated_keys(sight), dim=-1)
+def dense(features: LastBlockFeatures) -> None:
+    """Compute TokenCut's eigenvector by the dense solver."""
+    unit = torch.nn.functional.normalize(concatenated_keys(features), dim=-1)
     weights = np.where((unit @ unit.T).numpy() > 0.2, 1.0, 1e-5)
     degrees = np.diag(weights.sum(1))
     eigh(degrees - weights, degrees, subset_by_index=[1, 2])
 
 
 def scores(checkpoint: str, images: str, masks: str, max_side: str = "") -> None:
-    """A row per method and model; two passes over the images, as pca needs them."""
+    """Print a row per method and model, from two passes over the images, which pca needs."""
     model = load_backbone(checkpoint, require_cls=False)
     models = [model, random_init_like(model, 0)]
-    dataset, truths = load_images_at(Path(images)), MaskFolder(Path(masks))
+    dataset, targets = load_images_at(Path(images)), MaskFolder(Path(masks))
     skipped = SkippedImageLog(Path("skipped_images.txt"))
-    places = range(len(dataset))
+    indices = range(len(dataset))
     side = int(max_side) if max_side else None
     names = METHODS if model.backbone.has_cls else tuple(name for name in METHODS if name != "found")
 
     def stream() -> Iterator[ImageOutputs]:
-        return run_backbone(dataset, places, models=models, max_side=side, skipped=skipped)
+        return run_backbone(dataset, indices, models=models, max_side=side, skipped=skipped)
 
-    segmenters = [build_segmenters(names, (seen.features[index] for seen in stream())) for index in range(2)]
+    segmenters = [build_segmenters(names, (outputs.features[index] for outputs in stream())) for index in range(2)]
     found: dict[tuple[str, str], list[Tensor]] = {}
-    outlines = []
-    for seen in stream():
-        size = (seen.image.shape[-2], seen.image.shape[-1])
-        truth = truths.read(dataset.name(seen.image_index), size)
-        outlines.append(downsample_mask(truth))
-        for title, methods, sight in zip(("model", "random"), segmenters, seen.features, strict=True):
+    prior_masks = []
+    for outputs in stream():
+        size = (outputs.image.shape[-2], outputs.image.shape[-1])
+        target = targets.read(dataset.name(outputs.image_index), size)
+        prior_masks.append(downsample_mask(target))
+        for title, methods, features in zip(("model", "random"), segmenters, outputs.features, strict=True):
             for name, segment in methods.items():
-                mask = segment(sight).mask
-                for way, pixels in (("", upsample_mask(mask, size)), (" refined", refine(mask, seen.image))):
-                    union = (pixels | truth).sum().clamp_min(1)
-                    found.setdefault((name + way, title), []).append((pixels & truth).sum() / union)
-    prior, _ = center_prior(torch.stack(outlines))
-    print(f"{len(outlines)} images, center prior {cell(list(prior))}")
-    for name in dict.fromkeys(name for name, _ in found):
-        print(f"{name:<20}" + "".join(f"{title:>10} {cell(found[name, title])}" for title in ("model", "random")))
+                mask = segment(features).mask
+                for suffix, pixels in (("", upsample_mask(mask, size)), (" refined", refine(mask, outputs.image))):
+                    union = (pixels | target).sum().clamp_min(1)
+                    found.setdefault((name + suffix, title), []).append((pixels & target).sum() / union)
+    prior, _ = center_prior(torch.stack(prior_masks))
+    print(f"{len(prior_masks)} images, center prior {cell(list(prior))}")
+    names = dict.fromkeys(name for name, _ in found)
+    rows = [[name, *(cell(found[name, title]) for title in ("model", "random"))] for name in names]
+    print(format_table(rows, ["IoU", "model", "random"]))
 
 
 def cell(values: list[Tensor]) -> str:
-    """A mean with its 95 % interval."""
+    """Format a mean with its 95 % interval."""
     ious = torch.stack(values)
     return f"{ious.mean():.3f} ± {1.96 * ious.std() / len(ious) ** 0.5:.3f}"
 

@@ -1,4 +1,4 @@
-"""`ssl-vit attention` on a folder as people have them: odd sizes, odd modes, broken files, masks that do not fit."""
+"""`ssl-vit attention` on a folder of odd sizes and modes, corrupt files, and masks that do not fit."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Six usable images of four sizes, one smaller than a patch, two broken; masks of which some do not serve."""
+    """Write six usable images of four sizes, one smaller than a patch, two corrupt ones; masks, some unusable."""
     images, masks = tmp_path / "images", tmp_path / "masks"
     (images / "deep").mkdir(parents=True)
     (masks / "deep").mkdir(parents=True)
@@ -52,11 +52,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, *words: str) -> int:
-    return main(["attention", CHECKPOINT, f"images={folder / 'images'}", f"out={folder / 'out'}", *words])
+def run(folder: Path, *overrides: str) -> int:
+    return main(["attention", CHECKPOINT, f"images={folder / 'images'}", f"out={folder / 'out'}", *overrides])
 
 
-def test_every_usable_image_gets_its_files_at_its_own_size(folder, capsys):
+def test_attention_writes_files_of_each_image_at_its_own_size(folder, capsys):
     assert run(folder) == 0
     out = folder / "out"
     sizes = {
@@ -87,7 +87,7 @@ def test_every_usable_image_gets_its_files_at_its_own_size(folder, capsys):
     assert "3 images could not be used" in printed
 
 
-def test_masks_add_scores_beside_the_baselines(folder, capsys):
+def test_attention_with_masks_prints_scores_and_baselines(folder, capsys):
     assert run(folder, f"masks={folder / 'masks'}") == 0
     unscored = dict(line.split("\t") for line in (folder / "out" / "unscored_images.txt").read_text().splitlines())
     assert unscored == {
@@ -102,21 +102,21 @@ def test_masks_add_scores_beside_the_baselines(folder, capsys):
     assert (folder / "out" / "overlays" / "unmasked.jpg").exists()
 
 
-def test_the_record_says_what_was_measured_and_how(folder):
+def test_attention_result_has_counts_and_scores_of_every_image(folder):
     assert run(folder, f"masks={folder / 'masks'}") == 0
-    record = json.loads((folder / "out" / "summary.json").read_text())
-    assert record["task"] == "attention"
-    assert record["protocol"]["attention_mass"] == 0.6
-    assert {key: record["data"][key] for key in ("num_images", "skipped", "unscored")} == {
+    result = json.loads((folder / "out" / "summary.json").read_text())
+    assert result["task"] == "attention"
+    assert result["protocol"]["attention_mass"] == 0.6
+    assert {key: result["data"][key] for key in ("num_images", "skipped", "unscored")} == {
         "num_images": 6,
         "skipped": 3,
         "unscored": 2,
     }
-    names = [record["score"]["name"], *(baseline["name"] for baseline in record["baselines"])]
+    names = [result["score"]["name"], *(baseline["name"] for baseline in result["baselines"])]
     assert names == ["model", "random init", "center prior", "all foreground", "patch ceiling"]
     with np.load(folder / "out" / "ious.npz") as ious:
         assert sorted(ious["images"]) == ["deep/rgba.png", "gray.jpg", "gray.png", "odd.png"]
-        for score in (record["score"], *record["baselines"]):
+        for score in (result["score"], *result["baselines"]):
             for metric in score["metrics"]:
                 values = ious[f"{score['name']}/{metric['name']}"]
                 assert metric["n"] == len(values) == 4
@@ -125,7 +125,7 @@ def test_the_record_says_what_was_measured_and_how(folder):
         assert (ious["model/mass/oracle head"] >= ious["model/mass/fixed head"]).all()
 
 
-def test_the_record_can_be_shown_as_a_table(folder, capsys):
+def test_attention_result_can_be_compared(folder, capsys):
     assert run(folder, f"masks={folder / 'masks'}") == 0
     capsys.readouterr()
     assert main(["compare", str(folder / "out"), "format=markdown"]) == 0
@@ -134,22 +134,22 @@ def test_the_record_can_be_shown_as_a_table(folder, capsys):
     assert "| center prior" in table
 
 
-def test_running_again_replaces_the_lists(folder):
+def test_attention_replaces_the_lists_of_an_earlier_run(folder):
     assert run(folder) == run(folder, "limit=5") == 0
     assert (folder / "out" / "skipped_images.txt").read_text().count("broken.jpg") == 1
 
 
-def test_one_image_and_a_limit_on_its_size(folder):
+def test_attention_of_one_image_with_max_side(folder):
     image = folder / "images" / "odd.png"
-    words = ["attention", CHECKPOINT, f"images={image}", f"out={folder / 'one'}", "max_side=32"]
-    assert main(words) == 0
+    overrides = ["attention", CHECKPOINT, f"images={image}", f"out={folder / 'one'}", "max_side=32"]
+    assert main(overrides) == 0
     assert Image.open(folder / "one" / "overlays" / "odd.jpg").size == (50, 33)
     with np.load(folder / "one" / "maps" / "odd.npz") as arrays:
         assert arrays["maps"].shape == (4, 1, 2)
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
         (["images={folder}/nowhere"], "does not exist"),
         (["masks={folder}/nowhere"], "there is no such folder"),
@@ -164,8 +164,8 @@ def test_one_image_and_a_limit_on_its_size(folder):
         (["masks={folder}/empty"], "no image in this folder"),
     ],
 )
-def test_mistakes_get_a_clear_word(folder, capsys, words, message):
-    assert run(folder, *(word.format(folder=folder) for word in words)) == 2
+def test_attention_explains_mistakes(folder, capsys, overrides, message):
+    assert run(folder, *(override.format(folder=folder) for override in overrides)) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
@@ -174,9 +174,9 @@ def test_mistakes_get_a_clear_word(folder, capsys, words, message):
 METHODS = ["lost", "tokencut", "pca", "found"]
 
 
-def test_every_method_gets_its_masks_scores_and_drawings(folder, tiny_model, capsys):
-    words = ["methods=[attention,lost,tokencut,pca,found]", "refine=guided", f"masks={folder / 'masks'}"]
-    assert run(folder, f"checkpoint={tiny_model}", *words) == 0
+def test_attention_writes_masks_and_scores_of_every_method(folder, tiny_model, capsys):
+    overrides = ["methods=[attention,lost,tokencut,pca,found]", "refine=guided", f"masks={folder / 'masks'}"]
+    assert run(folder, f"checkpoint={tiny_model}", *overrides) == 0
     out = folder / "out"
     refined = [f"{name}+guided" for name in ("mean", *METHODS)]
     for name in ("mean", "head0", "head2", *METHODS, *refined):
@@ -187,9 +187,9 @@ def test_every_method_gets_its_masks_scores_and_drawings(folder, tiny_model, cap
         for name in METHODS:
             assert arrays[f"{name}/mask"].shape == arrays[f"{name}/score_map"].shape == arrays["maps"].shape[1:]
         assert arrays["lost+guided/mask"].shape == (33, 50)
-    record = json.loads((out / "summary.json").read_text())
-    assert record["protocol"]["refine"] == "guided"
-    for score in (record["score"], record["baselines"][0]):  # the model and its random-init model
+    result = json.loads((out / "summary.json").read_text())
+    assert result["protocol"]["refine"] == "guided"
+    for score in (result["score"], result["baselines"][0]):  # the model and its random-init model
         values = {metric["name"]: metric for metric in score["metrics"]}
         for rule in ("mass/mean", "mass/fixed head", "mass/oracle head", *METHODS, *refined):
             for name in (rule, *(f"{rule} {measure}" for measure in MEASURES)):
@@ -200,7 +200,7 @@ def test_every_method_gets_its_masks_scores_and_drawings(folder, tiny_model, cap
         assert curve["mean"][11] == pytest.approx(values["mass/mean"]["value"])  # of .60
         assert curve["oracle head"][11] == pytest.approx(values["mass/oracle head"]["value"])
         assert curve["fixed head"][11] == pytest.approx(values["mass/fixed head"]["value"])
-    for score in record["baselines"][1:]:
+    for score in result["baselines"][1:]:
         assert {metric["name"] for metric in score["metrics"]} == {"IoU", *MEASURES}
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("  tokencut+guided ") for line in lines)
@@ -209,20 +209,20 @@ def test_every_method_gets_its_masks_scores_and_drawings(folder, tiny_model, cap
     assert Image.open(out / "sheet.jpg").width > 1200
 
 
-def test_written_masks_give_the_scores_that_are_told(folder, tiny_model):
+def test_attention_scores_equal_those_of_the_written_masks(folder, tiny_model):
     run(folder, f"checkpoint={tiny_model}", f"masks={folder / 'masks'}", "methods=[attention,lost]")
     with np.load(folder / "out" / "ious.npz") as scores:
-        for place, name in enumerate(scores["images"]):
+        for row, name in enumerate(scores["images"]):
             stem = name if name.startswith("gray") else name.rpartition(".")[0]
-            given = np.asarray(Image.open(folder / "masks" / f"{name.rpartition('.')[0]}.png")) > 0
+            target = np.asarray(Image.open(folder / "masks" / f"{name.rpartition('.')[0]}.png")) > 0
             for rule, kind in (("mass/mean", "mean"), ("lost", "lost")):
                 mask = np.asarray(Image.open(folder / "out" / "masks" / kind / f"{stem}.png")) > 0
-                assert scores[f"model/{rule}"][place] == pytest.approx((mask & given).sum() / (mask | given).sum())
-                assert scores[f"model/{rule} acc"][place] == pytest.approx((mask == given).mean())
-                assert scores[f"model/{rule} F@0.3"][place] == pytest.approx(slow_f(mask, given, 0.3))
+                assert scores[f"model/{rule}"][row] == pytest.approx((mask & target).sum() / (mask | target).sum())
+                assert scores[f"model/{rule} acc"][row] == pytest.approx((mask == target).mean())
+                assert scores[f"model/{rule} F@0.3"][row] == pytest.approx(slow_f(mask, target, 0.3))
 
 
-def test_a_model_without_class_token_is_told_what_works(folder, tmp_path, capsys):
+def test_attention_without_class_token_names_other_methods(folder, tmp_path, capsys):
     sizes = {"img_size": 32, "patch_size": 16, "in_chans": 3, "reg_tokens": 0, "embed_dim": 48, "depth": 2}
     config = BackboneConfig(name="vit_medium_patch16_gap_256", drop_path=0.0, num_heads=3, init="jax", **sizes)
     export_backbone(
@@ -235,8 +235,8 @@ def test_a_model_without_class_token_is_told_what_works(folder, tmp_path, capsys
         assert "no class token" in error
         assert needing in error
         assert "Use methods=[lost,tokencut,pca]" in error
-    words = [gap, "methods=[lost,pca]", f"masks={folder / 'masks'}", "baselines=false", "max_side=32"]
-    assert run(folder, *words) == 0
+    overrides = [gap, "methods=[lost,pca]", f"masks={folder / 'masks'}", "baselines=false", "max_side=32"]
+    assert run(folder, *overrides) == 0
     out = folder / "out"
     assert sorted(path.name for path in (out / "masks").iterdir()) == ["lost", "pca"]
     assert (out / "overlays" / "odd.jpg").exists()
@@ -247,20 +247,20 @@ def test_a_model_without_class_token_is_told_what_works(folder, tmp_path, capsys
     assert "random init" not in printed
 
 
-def test_void_is_told(folder, tiny_model, capsys):
+def test_attention_reports_void_pixels(folder, tiny_model, capsys):
     mask = np.zeros((33, 50), dtype=np.uint8)
     mask[5:20, 5:30], mask[6:19, 6:29] = 255, 1
     Image.fromarray(mask).save(folder / "masks" / "odd.png")
     assert run(folder, f"checkpoint={tiny_model}", f"masks={folder / 'masks'}") == 0
-    said = "255 is void and excluded in 1 label mask"
-    assert said in capsys.readouterr().out
-    assert said in " ".join(json.loads((folder / "out" / "summary.json").read_text())["warnings"])
+    note = "255 is void and excluded in 1 label mask"
+    assert note in capsys.readouterr().out
+    assert note in " ".join(json.loads((folder / "out" / "summary.json").read_text())["warnings"])
     with np.load(folder / "out" / "ious.npz") as scores:
         whole = scores["all foreground/IoU"][list(scores["images"]).index("odd.png")]
     assert whole == pytest.approx((mask == 1).sum() / (mask != 255).sum())
 
 
-def test_one_scored_image_has_no_interval_and_a_second_run_is_told_of_the_first(folder, capsys):
+def test_attention_of_one_scored_image_has_no_interval(folder, capsys):
     one = [f"images={folder / 'images' / 'odd.png'}", f"masks={folder / 'masks'}", f"out={folder / 'out'}"]
     assert main(["attention", CHECKPOINT, *one]) == 0
     first = capsys.readouterr().out

@@ -6,9 +6,9 @@ import numpy as np
 
 
 def propagate(features, sources, *, radius, top_k, temperature):
-    """Labels (rows, columns, classes) from sources, pairs of features (rows, columns, D) and labels."""
+    """Return labels (rows, columns, classes) from sources, pairs of features (rows, columns, D) and labels."""
     rows, columns, _ = features.shape
-    carried = np.zeros(sources[0][1].shape)
+    propagated = np.zeros(sources[0][1].shape)
     for row in range(rows):
         for column in range(columns):
             found = [  # similarity and label of each patch within the radius
@@ -21,12 +21,12 @@ def propagate(features, sources, *, radius, top_k, temperature):
             least = sorted((similar for similar, _ in found), reverse=True)[:top_k][-1]
             chosen = [(math.exp(similar / temperature), label) for similar, label in found if similar >= least]
             total = sum(weight for weight, _ in chosen)
-            carried[row, column] = sum(weight / total * label for weight, label in chosen)
-    return carried
+            propagated[row, column] = sum(weight / total * label for weight, label in chosen)
+    return propagated
 
 
 def boundary(mask):
-    """Pixels whose right, lower or lower right neighbor differs."""
+    """Return the pixels whose right, lower or lower right neighbor differs."""
     height, width = mask.shape
     edge = np.zeros_like(mask)
     for y in range(height):
@@ -37,26 +37,26 @@ def boundary(mask):
     return edge
 
 
-def boundary_f(mask, truth):
+def boundary_f(mask, target):
     height, width = mask.shape
     radius = math.ceil(0.008 * math.sqrt(height**2 + width**2))
-    points, true_points = np.argwhere(boundary(mask)), np.argwhere(boundary(truth))
-    if len(points) == 0 and len(true_points) == 0:
+    points, target_points = np.argwhere(boundary(mask)), np.argwhere(boundary(target))
+    if len(points) == 0 and len(target_points) == 0:
         return 1.0
-    if len(points) == 0 or len(true_points) == 0:
+    if len(points) == 0 or len(target_points) == 0:
         return 0.0
-    precision = np.mean([any(((p - t) ** 2).sum() <= radius**2 for t in true_points) for p in points])
-    recall = np.mean([any(((p - t) ** 2).sum() <= radius**2 for p in points) for t in true_points])
+    precision = np.mean([any(((p - t) ** 2).sum() <= radius**2 for t in target_points) for p in points])
+    recall = np.mean([any(((p - t) ** 2).sum() <= radius**2 for p in points) for t in target_points])
     return 0.0 if precision + recall == 0 else 2 * precision * recall / (precision + recall)
 
 
-def region(mask, truth):
-    either = sum(m or t for m, t in zip(mask.flat, truth.flat, strict=True))
-    both = sum(m and t for m, t in zip(mask.flat, truth.flat, strict=True))
+def region(mask, target):
+    either = sum(m or t for m, t in zip(mask.flat, target.flat, strict=True))
+    both = sum(m and t for m, t in zip(mask.flat, target.flat, strict=True))
     return both / either if either else 1.0
 
 
 def decay(values):
-    """As the DAVIS evaluation: quarters between rounded places, both ends included."""
+    """Compute the decay as the DAVIS evaluation does: quarters between rounded indices, both ends included."""
     ids = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(int) - 1
     return values[ids[0] : ids[1] + 1].mean() - values[ids[3] : ids[4] + 1].mean()

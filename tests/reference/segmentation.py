@@ -1,4 +1,4 @@
-"""Slow textbook forms of the methods that find an object without labels: loops, numpy, float64."""
+"""Slow textbook forms of the segmentation methods without labels: loops, numpy, float64."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from scipy.linalg import eigh
 
 
 def rows_of_keys(keys: np.ndarray) -> list[np.ndarray]:
-    """keys (heads, rows, columns, d) -> one long vector per patch."""
+    """Return one long vector per patch from keys (heads, rows, columns, d)."""
     heads, rows, columns, _ = keys.shape
     return [np.concatenate([keys[h, r, c] for h in range(heads)]) for r in range(rows) for c in range(columns)]
 
 
 def component(mask: np.ndarray, start: tuple[int, int]) -> np.ndarray:
-    """What is reached from a patch over the sides of patches of the mask."""
+    """Return the patches of the mask that are reached from one of them over sides of patches."""
     reached = np.zeros_like(mask)
     waiting = [start] if mask[start] else []
     while waiting:
@@ -30,7 +30,7 @@ def component(mask: np.ndarray, start: tuple[int, int]) -> np.ndarray:
 
 
 def lost(keys: np.ndarray, k: int = 100) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of similarities to the seed's set, and the mask."""
+    """Return the sums of similarities to the seed's set, and the mask."""
     vectors, grid = rows_of_keys(keys), keys.shape[1:3]
     n = len(vectors)
     degree = [sum(1 for q in range(n) if q != p and vectors[p] @ vectors[q] > 0) for p in range(n)]
@@ -42,7 +42,7 @@ def lost(keys: np.ndarray, k: int = 100) -> tuple[np.ndarray, np.ndarray]:
 
 
 def tokencut(keys: np.ndarray, tau: float = 0.2, weak: float = 1e-5) -> tuple[np.ndarray, np.ndarray]:
-    """The second generalised eigenvector of (D - A, D), positive on the object's side, and the mask."""
+    """Return the second generalized eigenvector of (D - A, D), positive on the object's side, and the mask."""
     vectors, grid = [v / np.linalg.norm(v) for v in rows_of_keys(keys)], keys.shape[1:3]
     n = len(vectors)
     a = np.array([[1.0 if vectors[p] @ vectors[q] > tau else weak for q in range(n)] for p in range(n)])
@@ -55,7 +55,7 @@ def tokencut(keys: np.ndarray, tau: float = 0.2, weak: float = 1e-5) -> tuple[np
 
 
 def found(attention: np.ndarray, keys: np.ndarray, threshold: float = 0.3) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines with the background's seed, and the mask of all else; of at least two heads."""
+    """Return the cosines with the background's seed, and the mask of all other patches; for at least two heads."""
     heads, rows, columns = attention.shape
     mean = attention.mean()
     shares = []
@@ -73,7 +73,7 @@ def found(attention: np.ndarray, keys: np.ndarray, threshold: float = 0.3) -> tu
 
 
 def principal_components(dataset: list[np.ndarray], count: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, unit components that point away from the borders' mean, and deviations along them."""
+    """Return the mean, unit components that point away from the borders' mean, and deviations along them."""
     tokens = np.array([token for image in dataset for row in image for token in row])
     border = [
         image[r, c]
