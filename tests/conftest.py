@@ -18,7 +18,7 @@ from ssl_vit.commands.load_config import load_config
 from ssl_vit.config.pretrain import BackboneConfig, PretrainConfig
 from ssl_vit.data.sources.synthetic import make_synthetic_dataset
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.checkpoint import export_backbone
+from ssl_vit.models.export import export_backbone
 from ssl_vit.training.callbacks.preemption import PreemptionHandler
 
 CIFAR_PER_CLASS = {"train": 60, "test": 20}

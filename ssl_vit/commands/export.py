@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 from ssl_vit.config.pretrain import ExportConfig
-from ssl_vit.models.checkpoint import export_backbone, load_backbone
+from ssl_vit.models.checkpoint import load_backbone
+from ssl_vit.models.export import export_backbone
 from ssl_vit.runtime.errors import UserError
 
 

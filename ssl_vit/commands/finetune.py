@@ -29,7 +29,7 @@ from ssl_vit.evaluation.results.eval_result import ModelScores, Predictions, top
 from ssl_vit.evaluation.results.provenance import data_name
 from ssl_vit.methods.finetune import FineTune, prepare_for_finetuning
 from ssl_vit.methods.schedules import TrainingPlan, make_plan
-from ssl_vit.models.checkpoint import export_backbone
+from ssl_vit.models.export import export_backbone
 from ssl_vit.runtime.atomic_io import atomic_write, write_json
 from ssl_vit.runtime.device import best_device
 from ssl_vit.runtime.distributed import shutdown_process_group

@@ -14,7 +14,8 @@ from ssl_vit.data.loading.loader import build_train_loader
 from ssl_vit.data.transforms.multicrop import MultiCrop
 from ssl_vit.methods.base import SSLMethod
 from ssl_vit.methods.schedules import TrainingPlan, make_plan
-from ssl_vit.models.checkpoint import export_backbone, load_backbone
+from ssl_vit.models.checkpoint import load_backbone
+from ssl_vit.models.export import export_backbone
 from ssl_vit.runtime.atomic_io import atomic_write
 from ssl_vit.runtime.distributed import shutdown_process_group
 from ssl_vit.runtime.jsonl import JSONLWriter

@@ -24,7 +24,7 @@ from ssl_vit.methods.gradient_clipping import FiniteCheck, clip_grad_per_paramet
 from ssl_vit.methods.health import HealthCheck, check_feature_std
 from ssl_vit.methods.schedules import Schedule, TrainingPlan, cosine
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.checkpoint import CHECKPOINT_KEY
+from ssl_vit.models.checkpoint_file import CHECKPOINT_KEY
 from ssl_vit.models.feature_statistics import alignment, effective_rank, feature_std, uniformity
 from ssl_vit.models.fsdp import apply_fsdp
 from ssl_vit.runtime.distributed import all_reduce_mean, gather_from_ranks, norms

@@ -1,1 +1,1 @@
-"""The timm backbone, its attention, checkpoints in and out."""
+"""Backbones on timm: their attention, checkpoints in and out, EMA, drop path."""

@@ -1,4 +1,4 @@
-"""Less memory for activations: blocks keep what their linear layers gave, and compute the rest again when needed."""
+"""Activation checkpointing that keeps the outputs of linear layers and recomputes the rest in the backward pass."""
 
 from __future__ import annotations
 
@@ -26,30 +26,32 @@ _KEPT = {torch.ops.aten.addmm.default, torch.ops.aten.mm.default}
 
 
 def enable_activation_checkpointing(blocks: Iterable[Block], *, whole_blocks: bool) -> None:
-    """Change blocks so that their backward pass computes norms, attention and GELU again; in place.
+    """Change blocks in place to recompute norms, attention and GELU in the backward pass.
 
     Args:
-        blocks: To be changed. Their results stay the same.
-        whole_blocks: Compute the linear layers again as well: compiled blocks can only be computed again as a whole.
+        blocks: Blocks to change; their results stay the same.
+        whole_blocks: Recompute the linear layers as well, which compiled blocks need.
     """
     contexts: Contexts = (
         noop_context_fn if whole_blocks else partial(create_selective_checkpoint_contexts, _keep_linear_layers)
     )
     for block in blocks:
         paths = [module for module in block.modules() if isinstance(module, DropPath)]
-        block.forward = partial(_recomputing, block.forward, paths, contexts)
+        block.forward = partial(_checkpointed_forward, block.forward, paths, contexts)
 
 
-def _recomputing(forward: Callable[[Tensor], Tensor], paths: list[DropPath], contexts: Contexts, x: Tensor) -> Tensor:
+def _checkpointed_forward(
+    forward: Callable[[Tensor], Tensor], paths: list[DropPath], contexts: Contexts, x: Tensor
+) -> Tensor:
     if not torch.is_grad_enabled():
         return forward(x)
 
     def run(x: Tensor, *scales: Tensor) -> Tensor:
         for path, scale in zip(paths, scales, strict=True):
-            path.scale = scale  # by then a later pass may have chosen other paths
+            path.scale = scale  # a later pass may have sampled other paths by then
         device = x.device.type
         dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        # Weights that autocast had cast for an earlier pass would be missing when this one is computed again.
+        # Weights that autocast has cached for an earlier pass would be missing in the recomputation.
         with torch.autocast(device, dtype, enabled=enabled, cache_enabled=False):
             return forward(x)
 

@@ -1,4 +1,4 @@
-"""Self-attention as plain matrix products, for CPUs: with its own backward pass, which copies and keeps less."""
+"""Self-attention as plain matrix products, for CPUs, with a backward pass that copies and keeps less."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 
 
 def set_attention_impl(attention: Attention, *, fused: bool) -> None:
-    """Let timm's attention compute by torch's fused kernel, or by `attend` unless it has parts of its own; in place."""
-    vars(attention).pop("forward", None)  # of an earlier choice
+    """Let timm's attention use torch's fused kernel, or `matmul_attention` if it has no extra parts; in place."""
+    vars(attention).pop("forward", None)  # of an earlier call
     attention.fused_attn = fused
     if not fused and type(attention) is Attention and _has_no_extras(attention):
         attention.forward = partial(_forward, attention)
@@ -37,14 +37,14 @@ def _forward(attention: Attention, x: Tensor, attn_mask: None = None, is_causal:
 
 
 def matmul_attention(qkv: Tensor, scale: float) -> Tensor:
-    """softmax(scale · q kᵀ) v of every head (Vaswani et al. 2017, equation 1).
+    """Compute softmax(scale · q kᵀ) v of every head (Vaswani et al. 2017, equation 1).
 
     Args:
         qkv: Queries, keys and values (B, N, 3, H, d).
         scale: d^-1/2.
 
     Returns:
-        The heads side by side, (B, N, H·d).
+        (B, N, H·d), the heads concatenated.
     """
     result: Tensor = _Attend.apply(qkv, scale)
     return result
@@ -55,7 +55,7 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, scale: float) -> Tensor:  # noqa: ANN401 - torch's, which takes any attribute
         batch, tokens, _, heads, width = qkv.shape
         q, k, v = qkv.permute(2, 0, 3, 1, 4).reshape(3, batch * heads, tokens, width).unbind()  # (B·H, N, d) each
-        with torch.autocast(qkv.device.type, enabled=False):  # on a GPU it would take the softmax in float32
+        with torch.autocast(qkv.device.type, enabled=False):  # on a GPU it would compute the softmax in float32
             weights = torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=scale).softmax(dim=-1)  # (B·H, N, N)
         ctx.save_for_backward(q, k, v, weights)
         ctx.scale, ctx.shape = scale, qkv.shape

@@ -1,4 +1,4 @@
-"""A timm vision transformer that hands its tokens on by name."""
+"""Backbone: a timm vision transformer with named tokens."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ from ssl_vit.models.attention import set_attention_impl
 from ssl_vit.models.drop_path import replace_drop_path, sample_drop_paths
 from ssl_vit.runtime.errors import UserError
 
-_MOST_GRAPHS = 64  # of all blocks of a process: a model in training has five, and a process may build several
+_MAX_GRAPHS = 64  # of all blocks of a process: a model in training has five, and a process may build several
 
-
-UNSUPPORTED_MESSAGE = "not a plain ViT (hybrids and ViTs with rotary position embeddings are not supported yet)"
+UNSUPPORTED_MESSAGE = "not a plain ViT: hybrids and ViTs with rotary position embeddings are not supported"
 
 
 class Tokens(NamedTuple):
-    """What the backbone says of B images, after its final norm."""
+    """Backbone output for B images, after the final norm."""
 
     cls: Tensor  # (B, D)
     registers: Tensor  # (B, R, D)
@@ -37,13 +36,13 @@ class Tokens(NamedTuple):
 
 
 class Backbone(nn.Module):
-    """A plain timm ViT; images may have any size that is a multiple of the patch.
+    """Plain timm ViT, for images of any size that is a multiple of the patch size.
 
-    Initialization and interpolation of the position embeddings are timm's. DINO's own differ a little: its class token
-    starts at std .02 instead of 1e-6, and it interpolates without antialias.
+    Initialization and interpolation of the position embeddings are timm's. DINO's differ slightly: its class token is
+    initialized with std .02 instead of 1e-6, and it interpolates without antialiasing.
 
     Args:
-        config: Name, sizes and initialization; `drop_path` included.
+        config: Name, sizes, initialization and drop path.
 
     Raises:
         UserError: timm does not know the name, or it is not a plain ViT, or it has batch norm.
@@ -55,7 +54,7 @@ class Backbone(nn.Module):
         self.vit = _create(config)
         self.drop_paths = replace_drop_path(self.vit)
         self.compiled = False
-        # Plain attributes: an error inside a property of a module would be reported as "no attribute".
+        # Attributes, not properties: nn.Module hides an AttributeError inside a property.
         self.embed_dim = int(self.vit.embed_dim)  # D
         self.patch_size = config.patch_size  # pixels
         self.num_blocks = len(self.vit.blocks)
@@ -80,11 +79,11 @@ class Backbone(nn.Module):
         return self
 
     def forward(self, images: Tensor, key: Tensor | None = None) -> Tokens:
-        """Tokens of the last block, after the final norm.
+        """Compute the tokens of the last block, after the final norm.
 
         Args:
             images: (B, C, H, W) float.
-            key: The images' keys (B,) int64, from which drop path is drawn; only needed for it, in training.
+            key: Sample keys (B,) int64, needed for drop path in training.
         """
         if self.training and self.drop_paths:
             sample_drop_paths(self.drop_paths, key, images.device)
@@ -113,16 +112,16 @@ class Backbone(nn.Module):
         return Tokens(tokens[:, 0], tokens[:, 1:prefix], tokens[:, prefix:], grid)
 
     def set_fused_attention(self, fused: bool) -> None:
-        """Choose between torch's fused attention and plain matrix products; both compute the same."""
+        """Choose between torch's fused attention and plain matrix products, which give the same result."""
         for block in self.vit.blocks:
             set_attention_impl(block.attn, fused=fused)
 
     def compile_blocks(self) -> None:
-        """Let torch compile each block, once per shape of its input; the weights keep their names.
+        """Compile each block, once per input shape; the weights keep their names.
 
-        For training. Where shapes vary, as in evaluation, `torch.compiler.set_stance("force_eager")` leaves it out.
+        For training. Where shapes vary, as in evaluation, `torch.compiler.set_stance("force_eager")` disables it.
         """
-        torch._dynamo.config.recompile_limit = _MOST_GRAPHS
+        torch._dynamo.config.recompile_limit = _MAX_GRAPHS
         for block in self.vit.blocks:
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
         self.compiled = True
@@ -169,7 +168,7 @@ class Backbone(nn.Module):
         return state_sha256(self.vit.state_dict())
 
     def train(self, mode: bool = True) -> Backbone:
-        """As `nn.Module.train`; a frozen backbone stays in evaluation mode."""
+        """Set the mode as `nn.Module.train`, but keep a frozen backbone in evaluation mode."""
         return super().train(mode and any(p.requires_grad for p in self.parameters()))
 
 
@@ -183,7 +182,7 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
 
 
 def timm_kwargs(config: BackboneConfig) -> dict[str, Any]:
-    """The keywords of `timm.create_model` that rebuild the architecture, without training-only ones."""
+    """Return the keywords of `timm.create_model` for the architecture, without those that matter only in training."""
     sizes = {"embed_dim": config.embed_dim, "depth": config.depth, "num_heads": config.num_heads}
     return {
         "num_classes": 0,
@@ -205,8 +204,8 @@ def _create(config: BackboneConfig) -> VisionTransformer:
     try:
         with _quiet_timm():
             vit = timm.create_model(config.name, pretrained=False, **arguments)
-    except TypeError as error:
-        raise UserError(f"backbone.name={config.name} is {UNSUPPORTED_MESSAGE}: {error}") from None
+    except TypeError:  # of a class without these arguments
+        raise UserError(f"backbone.name={config.name} is {UNSUPPORTED_MESSAGE}") from None
     if type(vit) is not VisionTransformer:
         raise UserError(f"backbone.name={config.name} is {UNSUPPORTED_MESSAGE}")
     if any(isinstance(module, _BatchNorm) for module in vit.modules()):
@@ -219,7 +218,7 @@ def _create(config: BackboneConfig) -> VisionTransformer:
 
 @contextmanager
 def _quiet_timm() -> Iterator[None]:
-    """Without timm's warnings of settings that differ from its own of that name: here they are meant to."""
+    """Suppress timm's warnings about settings that differ from those of the model's name, as they do on purpose."""
     logger = logging.getLogger("timm")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Stochastic depth (Huang et al. 2016, arXiv 1603.09382) that an image's key decides, not the process's randomness."""
+"""Stochastic depth (Huang et al. 2016, arXiv 1603.09382) sampled from keys of the images."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ssl_vit.runtime.rng import RNGStream, fold_in, uniform
 
 
 class DropPath(nn.Module):
-    """In training leaves a residual branch out for some images, and scales it up for the others.
+    """Skip of a residual branch for some images in training; for the others it is scaled up.
 
-    `sample_drop_paths` says for which, before every pass.
+    `sample_drop_paths` chooses the images before every pass.
     """
 
     def __init__(self, drop_prob: float) -> None:
@@ -27,7 +27,7 @@ class DropPath(nn.Module):
 
 
 def replace_drop_path(vit: VisionTransformer) -> list[DropPath]:
-    """Put a `DropPath` in the place of each of timm's, with the same probability; two per block, in their order."""
+    """Replace each drop path of timm by a `DropPath` of the same probability; return them, two per block, in order."""
     paths = []
     for block in vit.blocks:
         if isinstance(block.drop_path1, TimmDropPath):  # timm has none where the probability is 0
@@ -38,20 +38,20 @@ def replace_drop_path(vit: VisionTransformer) -> list[DropPath]:
 
 
 def sample_drop_paths(paths: list[DropPath], key: Tensor | None, device: torch.device) -> None:
-    """Draw for each image of the next training pass which branches it goes without.
+    """Sample the branches that each image skips in the next training pass.
 
     Args:
-        paths: Of one model.
-        key: The images' keys (B,) int64.
-        device: Where the images are. The draws are made on the CPU, which does not wait for a GPU.
+        paths: All drop paths of a model.
+        key: Sample keys (B,) int64.
+        device: Of the images. Sampling takes place on the CPU, which does not wait for a GPU.
 
     Raises:
-        ValueError: There is no key.
+        ValueError: The key is None.
     """
     if key is None:
-        raise ValueError("in training with drop_path above 0 the backbone needs the images' keys: forward(x, key)")
-    draws = uniform(fold_in(key.cpu(), RNGStream.DROP_PATH), len(paths)).T  # (2 x blocks, B)
+        raise ValueError("drop_path above 0 needs the sample keys in training: forward(images, key)")
+    samples = uniform(fold_in(key.cpu(), RNGStream.DROP_PATH), len(paths)).T  # (2 x blocks, B)
     drop_prob = torch.tensor([path.drop_prob for path in paths])[:, None]
-    scales = to_device_async((draws >= drop_prob) / (1 - drop_prob), device)
+    scales = to_device_async((samples >= drop_prob) / (1 - drop_prob), device)
     for path, scale in zip(paths, scales, strict=True):
         path.scale = scale

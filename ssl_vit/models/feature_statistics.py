@@ -1,4 +1,4 @@
-"""How features lie on the sphere, without labels: whether images are told apart, and views of one are not."""
+"""Statistics of features on the unit sphere that need no labels."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ssl_vit.runtime.device import upcast
 
 @torch.no_grad()
 def feature_std(features: Tensor) -> Tensor:
-    """√D · mean over dimensions of the standard deviation of the L2-normalized features (B, D).
+    """Compute √D · mean over dimensions of the standard deviation of the L2-normalized features (B, D).
 
-    1 for features spread evenly over the sphere, 0 when all are the same (SimSiam, arXiv 2011.10566, section 4.1).
+    1 for features uniform on the sphere, 0 if all are equal (SimSiam, arXiv 2011.10566, section 4.1).
     """
     unit = F.normalize(upcast(features), dim=-1)
     return unit.std(dim=0).mean() * math.sqrt(features.shape[1])
@@ -23,21 +23,21 @@ def feature_std(features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def effective_rank(features: Tensor) -> Tensor:
-    """The exponential of the entropy of the normalized singular values of (B, D): between 1 and min(B, D).
+    """Compute the exponential of the entropy of the normalized singular values of (B, D): from 1 to min(B, D).
 
-    RankMe (Garrido et al. 2023, arXiv 2210.02885, equation 2), uncenterd; compare it only within one run. NaN where a
-    feature is not finite: the decomposition would raise.
+    RankMe (Garrido et al. 2023, arXiv 2210.02885, equation 2), not centered; comparable only within one run. NaN if a
+    feature is not finite, for which the decomposition would raise an error.
     """
     if not features.isfinite().all():
         return features.new_full((), math.nan, dtype=torch.float32)
     singular = torch.linalg.svdvals(upcast(features))
-    share = singular / singular.sum() + 1e-7
-    return torch.exp(-(share * share.log()).sum())
+    p = singular / singular.sum() + 1e-7
+    return torch.exp(-(p * p.log()).sum())
 
 
 @torch.no_grad()
 def alignment(one: Tensor, other: Tensor) -> Tensor:
-    """E |z - z⁺|² of the L2-normalized features (B, D) of two views: 0 where an image's are the same, and 4 at most.
+    """Compute E |z - z⁺|² of the L2-normalized features (B, D) of two views: 0 if they are equal, at most 4.
 
     Wang & Isola 2020 (arXiv 2005.10242), section 4.1 with α = 2.
     """
@@ -47,11 +47,11 @@ def alignment(one: Tensor, other: Tensor) -> Tensor:
 
 @torch.no_grad()
 def uniformity(features: Tensor) -> Tensor:
-    """The logarithm of E exp(-2 |z - z'|²) over all pairs of the L2-normalized features (B, D), B of 2 and more.
+    """Compute ln E exp(-2 |z - z'|²) over all pairs of the L2-normalized features (B, D), B of 2 and more.
 
-    0 when all are the same, about -4 when spread evenly over a sphere of many dimensions (Wang & Isola 2020, arXiv
+    0 if all are equal, about -4 for features uniform on a sphere of many dimensions (Wang & Isola 2020, arXiv
     2005.10242, section 4.1 with t = 2).
     """
     unit = F.normalize(upcast(features), dim=-1)
     squared = torch.pdist(unit).square()  # (B·(B-1)/2,)
-    return torch.expm1(-2 * squared).mean().log1p()  # of exp and log little would be left where all are nearly the same
+    return torch.expm1(-2 * squared).mean().log1p()  # precise where all features are nearly equal

@@ -1,4 +1,4 @@
-"""A model whose weights, gradients and optimizer state are spread over the processes (FSDP2). Experimental."""
+"""Sharding of weights, gradients and optimizer state over processes (FSDP2). Experimental."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch.distributed.fsdp import fully_shard
 
 
 def apply_fsdp(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Spread a model block by block, then what is outside its blocks; in place.
+    """Shard a model block by block, then the rest, in place.
 
-    Weights are whole only while their part computes. Outside of `forward` the parameters are this process's parts. What
-    has no blocks is small: it stays whole from its forward to its backward pass.
+    Weights are gathered only while their part computes; outside `forward`, parameters are the shards of this process.
+    A model without blocks is small and stays gathered from its forward to its backward pass.
     """
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     for block in blocks:

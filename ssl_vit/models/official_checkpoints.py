@@ -1,4 +1,4 @@
-"""The official DINO and SiT v1 weight files, their layouts turned into timm's."""
+"""Conversion of official DINO and SiT v1 checkpoints to timm's parameter names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ssl_vit.runtime.errors import UserError
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
-# Beside the backbone, a file may hold DINO's head, a classifier, or SiT's heads and loss weights.
+# Besides the backbone a file may contain DINO's head, a classifier, or SiT's heads and loss weights.
 _NOT_BACKBONE = (
     "head.",
     "projection_head.",
@@ -32,17 +32,17 @@ _NOT_BACKBONE = (
 def convert_official_checkpoint(
     content: dict[str, Any], weights: str, origin: str
 ) -> tuple[BackboneConfig, dict[str, Tensor], str]:
-    """The architecture, read off the shapes; the weights under timm's names; and which model they are.
+    """Return the architecture, inferred from shapes; the weights under timm's names; and which model they are.
 
     DINO: a full checkpoint (`teacher`, `student`) or a flat backbone. SiT v1: `model`, or flat. Prefixes `module.` and
-    `backbone.` are taken off.
+    `backbone.` are removed.
 
     Raises:
         UserError: The keys are not those of a ViT.
     """
     nested = next((key for key in (weights, "model", "state_dict") if isinstance(content.get(key), dict)), None)
     state = content[nested] if nested else content
-    state = {_stripped(key): value for key, value in state.items() if isinstance(value, Tensor)}
+    state = {_strip_prefixes(key): value for key, value in state.items() if isinstance(value, Tensor)}
     state = {key: value for key, value in state.items() if not key.startswith(_NOT_BACKBONE)}
     if "contrastive_token" in state:
         state = _sit_to_timm(state)
@@ -52,12 +52,12 @@ def convert_official_checkpoint(
     return _architecture(state, origin), state, nested or "backbone"
 
 
-def _stripped(key: str) -> str:
+def _strip_prefixes(key: str) -> str:
     return key.removeprefix("module.").removeprefix("backbone.")
 
 
 def _sit_to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """SiT's tokens [rotation, contrastive, patches] as timm's [class, register, patches]."""
+    """Reorder SiT's tokens [rotation, contrastive, patches] to timm's [class, register, patches]."""
     state = dict(state)
     position = state.pop("pos_embed")  # (1, 2 + N, D)
     state["pos_embed"] = torch.cat([position[:, 1:2], position[:, 0:1], position[:, 2:]], dim=1)

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from ssl_vit.models.checkpoint import LAST
-from ssl_vit.models.torch_load import torch_load_weights_only
+from ssl_vit.models.checkpoint_file import LAST, torch_load_weights_only
 from ssl_vit.runtime.atomic_io import atomic_write, fsync_dir
 from ssl_vit.runtime.errors import UserError
 

@@ -12,7 +12,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ssl_vit.models.torch_load import torch_load_weights_only
+from ssl_vit.models.checkpoint_file import torch_load_weights_only
 from ssl_vit.runtime.atomic_io import atomic_write
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.training.published_protocols import Probe

@@ -18,7 +18,7 @@ from ssl_vit.data.dataset import ImageDataset, escape_path
 from ssl_vit.data.sources.image_folder import ImageFolder
 from ssl_vit.data.sources.packed_paths import PackedPaths
 from ssl_vit.methods.schedules import make_plan
-from ssl_vit.models.checkpoint import LAST
+from ssl_vit.models.checkpoint_file import LAST
 from ssl_vit.runtime.atomic_io import atomic_write, write_json
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.launch import is_rank_zero

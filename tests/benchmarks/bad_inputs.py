@@ -25,7 +25,7 @@ import torch
 from ssl_vit.cli import main as ssl_vit
 from ssl_vit.data.dataset import escape_path
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.checkpoint import export_backbone
+from ssl_vit.models.export import export_backbone
 from tests.conftest import SHRUNK, SHRUNK_DINO
 from tests.models.test_backbone import tiny
 from tests.reference.bad_files import CHECKPOINTS, CONFIGS, RECIPES, SAFETENSORS, SIDECARS, Mark

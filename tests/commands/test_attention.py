@@ -12,7 +12,7 @@ from ssl_vit.cli import main
 from ssl_vit.config.pretrain import BackboneConfig
 from ssl_vit.evaluation.segmentation.segmentation_evaluator import MEASURES
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.checkpoint import export_backbone
+from ssl_vit.models.export import export_backbone
 from tests.reference.saliency import slow_f
 
 CHECKPOINT = "checkpoint=random:vit_tiny_patch16_224"

@@ -17,7 +17,7 @@ from ssl_vit.config.pretrain import BackboneConfig
 from ssl_vit.data.sources.image_folder import scan_image_folder
 from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.checkpoint import export_backbone
+from ssl_vit.models.export import export_backbone
 
 
 @pytest.fixture(scope="module")

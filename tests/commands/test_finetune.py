@@ -30,7 +30,8 @@ from ssl_vit.data.transforms.mixup import MixupCutmix, RandAugment, single_view_
 from ssl_vit.methods.finetune import FineTune, prepare_for_finetuning
 from ssl_vit.methods.schedules import TrainingPlan
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.checkpoint import export_backbone, load_backbone
+from ssl_vit.models.checkpoint import load_backbone
+from ssl_vit.models.export import export_backbone
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.rng import RNGStream, fold_in, sample_keys, seeded_global_rng
 from tests.helpers.cli import assert_same_run, rows, start_command, state, wait_until

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from ssl_vit.cli import main
 from ssl_vit.config.pretrain import BackboneConfig
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.checkpoint import export_backbone
+from ssl_vit.models.export import export_backbone
 
 IMAGE_FIGURES = ["rollout", "distance", "entropy", "prefix", "diversity", "norms", "spectrum", "layers"]
 WEIGHT_FIGURES = ["positions", "filters"]

@@ -23,7 +23,8 @@ from ssl_vit.data.sources.decode import decode
 from ssl_vit.data.sources.image_folder import ImageFolder
 from ssl_vit.data.transforms.random_resized_crop import sample_crop_boxes
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.checkpoint import export_backbone, load_backbone
+from ssl_vit.models.checkpoint import load_backbone
+from ssl_vit.models.export import export_backbone
 from tests.models.test_backbone import tiny
 from tests.reference.bad_files import CHECKPOINTS, CONFIGS, RECIPES, SAFETENSORS, SIDECARS, Mark
 from tests.reference.bad_images import BROKEN, READABLE, image, pixels, put_hostile

@@ -14,7 +14,7 @@ from ssl_vit.config.evaluate import TransferConfig
 from ssl_vit.config.pretrain import BackboneConfig
 from ssl_vit.evaluation.transfer import TransferResult, pretraining_images, short_names, transfer_table
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.checkpoint import export_backbone
+from ssl_vit.models.export import export_backbone
 from ssl_vit.runtime.errors import UserError
 from tests.data.test_dataset_factory import make_cifar
 

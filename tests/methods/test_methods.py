@@ -64,7 +64,7 @@ def at_step_zero(monkeypatch):
 # --- parts -----------------------------------------------------------------------------------------------------
 
 
-def test_clipping_is_per_parameter():
+def test_clip_grad_per_parameter_equals_dinos_loop():
     """The official loop: every tensor's own norm against the limit."""
     generator = torch.Generator().manual_seed(0)
     parameters = [torch.nn.Parameter(torch.zeros(n, 3)) for n in (1, 4, 50)]
@@ -81,7 +81,7 @@ def test_clipping_is_per_parameter():
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.996, 1.0])
-def test_the_teacher_follows_by_the_formula(momentum):
+def test_update_ema_equals_the_formula(momentum):
     student = torch.nn.Linear(5, 3)
     teacher = init_teacher(torch.nn.Linear(5, 3), student)
     torch.testing.assert_close(teacher.weight, student.weight)
@@ -96,7 +96,7 @@ def test_the_teacher_follows_by_the_formula(momentum):
     assert not teacher.weight.requires_grad
 
 
-def test_prototypes_equal_torchs_weight_norm():
+def test_prototypes_equal_weight_norm():
     """Old-style weight normalization with g = 1: the official last layer, without its trouble with deepcopy."""
     torch.manual_seed(0)
     ours = Prototypes(8, 5, norm_last_layer=False)
@@ -109,7 +109,7 @@ def test_prototypes_equal_torchs_weight_norm():
     torch.testing.assert_close(dense(copy.deepcopy(ours)(z)), official(z))
 
 
-def test_head_has_the_official_names_and_gives_cosines():
+def test_dino_head_has_the_official_names_and_returns_cosines():
     head = DINOHead(16, prototypes=7, hidden_dim=12, bottleneck_dim=4, layers=3, norm_last_layer=True)
     shapes = {name: tuple(value.shape) for name, value in head.state_dict().items()}
     assert shapes == {
@@ -138,7 +138,7 @@ def test_reconstruction_head_is_a_linear_layer_per_patch():
         torch.testing.assert_close(patch, tokens[:, 3 * row + column] @ weight + bias)
 
 
-def test_views_are_stacked_view_by_view():
+def test_stack_views_orders_by_view():
     views = torch.arange(6).view(3, 2, 1, 1, 1)  # image, view
     assert stack_views(views).flatten().tolist() == [0, 2, 4, 1, 3, 5]
 
@@ -146,7 +146,7 @@ def test_views_are_stacked_view_by_view():
 # --- DINO ------------------------------------------------------------------------------------------------------
 
 
-def test_dino_groups_as_the_official_code(build):
+def test_dino_has_weight_decay_as_the_official_code(build):
     """No decay on biases and one-dimensional parameters; positions, tokens and prototypes do decay."""
     method = build("method.head.norm_last_layer=false")
     decayed = {n for n, p in method.student.named_parameters() if p.requires_grad and method.has_weight_decay(n, p)}
@@ -200,7 +200,7 @@ def test_dino_step_equals_the_algorithm_written_out(build):
     np.testing.assert_allclose(method.center.value, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_dino_last_layer_stands_still_while_frozen(build):
+def test_dino_last_layer_is_constant_while_frozen(build):
     for steps, frozen in (("0steps", False), ("5steps", True)):
         method = build(f"method.freeze_last_layer={steps}")
         stepped(method, batch_of(method.config.views)).loss.backward()
@@ -216,7 +216,7 @@ def test_dino_without_local_crops(build):
     assert 0 < loss.item() < 2 * np.log(64)
 
 
-def test_every_trained_parameter_gets_a_gradient(build):
+def test_dino_gives_every_trained_parameter_a_gradient(build):
     """DDP hangs otherwise."""
     for words in ((), ("method=sit",), ("method=sit", "method.tokens=shared")):
         method = build(*words)
@@ -251,7 +251,7 @@ def test_sit_shared_tokens_load_into_a_vanilla_vit(build):
     assert method.eval_backbone.config.reg_tokens == 0
 
 
-def test_sit_decays_neither_tokens_nor_positions_nor_weights(build):
+def test_sit_has_no_weight_decay_on_tokens_positions_and_loss_weights(build):
     method = build("method=sit")
     decayed = {name for name, parameter in method.named_parameters() if method.has_weight_decay(name, parameter)}
     undecayed = {name for name, _ in method.named_parameters()} - decayed
@@ -261,7 +261,7 @@ def test_sit_decays_neither_tokens_nor_positions_nor_weights(build):
     assert "student.backbone.vit.patch_embed.proj.weight" in decayed
 
 
-def test_sit_target_is_the_rotated_clean_view_and_the_model_sees_the_corrupted_one(build, monkeypatch):
+def test_sit_target_is_the_rotated_view_and_input_the_corrupted_one(build, monkeypatch):
     method = build("method=sit")
     batch = batch_of(method.config.views)
     views = method.color_augmentation(batch.global_views, batch.key)
@@ -288,7 +288,7 @@ def test_sit_rotations_are_balanced_and_independent_between_views(build):
     assert (joint - 1 / 16).abs().max() < 0.02
 
 
-def test_sit_overfits_a_handful_of_images(build):
+def test_sit_overfits_a_few_images(build):
     """Rotation is learned and the reconstruction gets better: the three heads are wired to the right tokens."""
     method = build("method=sit", "backbone.embed_dim=64", "method.views.jitter.p=0.0")
     batch = batch_of(method.config.views, count=8)
@@ -318,7 +318,7 @@ def test_sit_noise_differs_between_the_micro_batches_of_a_step(build):
     assert (first == other)[noisy].float().mean() < 0.01
 
 
-def test_clipping_with_a_loss_scale_measures_the_unscaled_gradients(build):
+def test_configure_gradient_clipping_uses_unscaled_gradients(build):
     """In 16-mixed the gradients arrive multiplied by the loss scale, which fused AdamW takes out after clipping."""
     method = build("method.optimizer.grad_clip=1.0")
     optimizer = method.configure_optimizers()
@@ -331,7 +331,7 @@ def test_clipping_with_a_loss_scale_measures_the_unscaled_gradients(build):
     scaler.step(optimizer)
 
 
-def test_the_bottleneck_has_norm_one_under_autocast():
+def test_dino_head_normalizes_in_float32_under_autocast():
     head = DINOHead(64, prototypes=8, hidden_dim=32, bottleneck_dim=256, layers=3, norm_last_layer=True)
     seen = []
     head.last_layer.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
@@ -344,8 +344,8 @@ def test_the_bottleneck_has_norm_one_under_autocast():
 
 
 @pytest.mark.parametrize("name", ["dino", "sit"])
-def test_no_part_of_a_step_waits_for_the_gpu(build, monkeypatch, name):
-    """From the batch to the teacher's move; the CPU may run ahead of the GPU through all of it."""
+def test_training_step_never_waits_for_the_gpu(build, monkeypatch, name):
+    """From the batch to the update of the teacher the CPU may run ahead of the GPU."""
     from ssl_vit.methods.base import SSLMethod
     from tests.reference.fake_gpu import FakeGPU
 

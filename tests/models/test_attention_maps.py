@@ -54,7 +54,7 @@ def plain_attention(backbone: Backbone, images: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("registers", [0, 4])
 @pytest.mark.parametrize("size", [(32, 32), (24, 72), (8, 8), (80, 40)])
-def test_equals_the_unfused_softmax(size, registers):
+def test_cls_attention_equals_the_unfused_softmax(size, registers):
     backbone = make_backbone(registers)
     images = torch.randn(2, 3, *size)
     maps = cls_attention(backbone, images)[0]
@@ -63,7 +63,7 @@ def test_equals_the_unfused_softmax(size, registers):
     torch.testing.assert_close(maps.sum((-2, -1)), torch.ones(2, 3))
 
 
-def test_query_and_key_norms_are_respected():
+def test_cls_attention_applies_query_and_key_norms():
     backbone = make_backbone()
     attention = backbone.vit.blocks[-1].attn
     attention.q_norm, attention.k_norm = torch.nn.LayerNorm(16), torch.nn.LayerNorm(16)
@@ -72,7 +72,7 @@ def test_query_and_key_norms_are_respected():
     torch.testing.assert_close(cls_attention(backbone, images)[0].flatten(2), expected, atol=1e-6, rtol=0)
 
 
-def test_a_class_token_that_looks_at_itself_alone_still_leaves_a_map():
+def test_cls_attention_is_defined_when_cls_attends_only_to_itself():
     """In float32 the softmax over all tokens is then exactly zero on every patch."""
     backbone = make_backbone()
     queries, keys = torch.randn(2, 1, 3, 17, 16).unbind()
@@ -84,7 +84,7 @@ def test_a_class_token_that_looks_at_itself_alone_still_leaves_a_map():
     torch.testing.assert_close(row.double(), expected, atol=1e-5, rtol=0)
 
 
-def test_leaves_the_model_as_it_was():
+def test_capture_qk_removes_its_hooks():
     backbone = make_backbone()
     images = torch.randn(1, 3, 32, 32)
     before = backbone(images).cls
@@ -96,7 +96,7 @@ def test_leaves_the_model_as_it_was():
     torch.testing.assert_close(backbone(images).cls, before)
 
 
-def test_softmax_stays_float32_under_bfloat16_autocast():
+def test_cls_attention_is_float32_under_autocast():
     backbone = make_backbone(scale=1.5)
     images = torch.randn(2, 3, 32, 64)
     exact = cls_attention(backbone, images)[0]
@@ -110,7 +110,7 @@ def test_softmax_stays_float32_under_bfloat16_autocast():
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_every_block_is_seen_in_one_pass(fused):
+def test_cls_attention_of_all_blocks_needs_one_pass(fused):
     backbone = make_backbone(registers=2)
     images = torch.randn(2, 3, 32, 40)
     backbone.set_fused_attention(fused)
@@ -122,7 +122,7 @@ def test_every_block_is_seen_in_one_pass(fused):
 
 
 @pytest.mark.parametrize("registers", [0, 3])
-def test_a_look_tells_images_and_patches_apart(registers):
+def test_extract_last_block_separates_images_and_patches(registers):
     backbone = make_backbone(registers)
     images = torch.randn(2, 3, 16, 40)
     sights = extract_last_block(backbone, images)
@@ -137,7 +137,7 @@ def test_a_look_tells_images_and_patches_apart(registers):
         torch.testing.assert_close(sight.keys[:, 1, 2], keys[0][place, :, 1 + registers + 7])
 
 
-def test_without_a_class_token_there_are_keys_and_patches():
+def test_extract_last_block_without_a_class_token():
     config = make_backbone().config
     gap = Backbone(config.model_copy(update={"name": "vit_medium_patch16_gap_256"})).eval()
     (sight,) = extract_last_block(gap, torch.randn(1, 3, 16, 24))
@@ -148,7 +148,7 @@ def test_without_a_class_token_there_are_keys_and_patches():
         gap.require_cls()
 
 
-def test_other_attention_is_refused_by_name():
+def test_capture_qk_rejects_other_attention():
     backbone = make_backbone()
     backbone.vit.blocks[-1].attn = torch.nn.Identity()
     with pytest.raises(UserError, match=r"vit_tiny_patch16_224.*softmax attention"):
@@ -166,7 +166,7 @@ def test_other_attention_is_refused_by_name():
         ((300, 400), 500, (304, 400)),
     ],
 )
-def test_sides_become_the_nearest_multiple_of_the_patch(size, max_side, fitted):
+def test_resize_to_patch_multiple_rounds_to_the_nearest(size, max_side, fitted):
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
     result = resize_to_patch_multiple(image, 16, max_side)
     assert result.shape == (3, *fitted)
@@ -176,6 +176,6 @@ def test_sides_become_the_nearest_multiple_of_the_patch(size, max_side, fitted):
 
 
 @pytest.mark.parametrize(("size", "max_side"), [((15, 40), None), ((200, 40), 60)])
-def test_an_image_smaller_than_a_patch_is_refused(size, max_side):
+def test_resize_to_patch_multiple_rejects_images_smaller_than_a_patch(size, max_side):
     with pytest.raises(UserError, match=r"40 x .*smaller than one patch of 16 pixels"):
         resize_to_patch_multiple(torch.zeros(3, *size, dtype=torch.uint8), 16, max_side)

@@ -1,4 +1,4 @@
-"""Weights come in from every layout that people have, strictly, and go out so that bare timm loads them."""
+"""Loading backbones from all supported files, and exports that bare timm loads."""
 
 import argparse
 import json
@@ -11,7 +11,8 @@ import torch
 
 from ssl_vit.cli import main
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.checkpoint import export_backbone, load_backbone, random_init_like
+from ssl_vit.models.checkpoint import load_backbone, random_init_like
+from ssl_vit.models.export import export_backbone
 from ssl_vit.runtime.errors import UserError
 from tests.models.test_backbone import tiny
 
@@ -44,13 +45,13 @@ def prefixed(state, prefix):
 DINO_HEAD = {"mlp.0.weight": torch.zeros(8, 64), "last_layer.weight_g": torch.ones(16, 1)}
 
 
-def test_official_dino_backbone_file(plain, tmp_path):
+def test_load_backbone_reads_an_official_dino_backbone(plain, tmp_path):
     torch.save(plain.state_dict(), tmp_path / "dino.pth")
     assert_same_tokens(load_backbone(str(tmp_path / "dino.pth")), plain)
 
 
 @pytest.mark.parametrize("which", ["teacher", "student"])
-def test_official_dino_full_checkpoint(plain, tmp_path, which):
+def test_load_backbone_reads_an_official_dino_checkpoint(plain, tmp_path, which):
     """Both models, prefixes `module.` and `backbone.`, the head, the center and an argparse.Namespace."""
     other = {key: torch.zeros_like(value) for key, value in plain.state_dict().items()}
     states = {name: plain.state_dict() if name == which else other for name in ("teacher", "student")}
@@ -68,7 +69,7 @@ def test_official_dino_full_checkpoint(plain, tmp_path, which):
 
 
 @pytest.mark.parametrize("nested", [True, False])
-def test_official_sit_v1_file(tmp_path, nested):
+def test_load_backbone_reads_an_official_sit_v1_file(tmp_path, nested):
     """[rotation, contrastive, patches] becomes timm's [class, register, patches], position rows included."""
     torch.manual_seed(1)
     vit = timm.create_model(
@@ -100,7 +101,7 @@ def test_official_sit_v1_file(tmp_path, nested):
     assert_same_tokens(load_backbone(str(tmp_path / "sit.pth")), vit)
 
 
-def test_export_loads_in_bare_timm_by_its_own_two_lines(tmp_path, monkeypatch):
+def test_export_backbone_writes_the_lines_that_load_it_in_bare_timm(tmp_path, monkeypatch):
     torch.manual_seed(2)
     backbone = Backbone(tiny(reg_tokens=1, init="jax")).eval()
     export_backbone(backbone, tmp_path / "w.safetensors", mean=[0.5] * 3, std=[0.2] * 3, source="a test")
@@ -117,7 +118,7 @@ def test_export_loads_in_bare_timm_by_its_own_two_lines(tmp_path, monkeypatch):
     assert (loaded.mean, loaded.std) == ([0.5] * 3, [0.2] * 3)
 
 
-def test_export_command_from_an_official_file(plain, tmp_path, capsys):
+def test_export_command_converts_an_official_file(plain, tmp_path, capsys):
     torch.save(plain.state_dict(), tmp_path / "dino.pth")
     out = tmp_path / "new" / "backbone.safetensors"
     assert main(["export", f"checkpoint={tmp_path / 'dino.pth'}", f"out={out}"]) == 0
@@ -125,8 +126,8 @@ def test_export_command_from_an_official_file(plain, tmp_path, capsys):
     assert_same_tokens(load_backbone(str(out)), plain)
 
 
-def test_timm_weights_go_through_timm_itself(tmp_path, monkeypatch, plain):
-    """`timm:` asks timm for pretrained weights; here they come from a file instead of the model."""
+def test_load_backbone_gets_pretrained_weights_from_timm(tmp_path, monkeypatch, plain):
+    """The pretrained weights come from a file instead of the hub."""
     torch.manual_seed(3)
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=1000).eval()
     safetensors.torch.save_file(vit.state_dict(), tmp_path / "model.safetensors")
@@ -144,7 +145,7 @@ def test_timm_weights_go_through_timm_itself(tmp_path, monkeypatch, plain):
 
 
 @pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "resnet18", "vit_small_r26_s32_224"])
-def test_a_timm_model_of_another_kind_is_refused_before_its_weights_are_fetched(name, monkeypatch):
+def test_load_backbone_rejects_other_timm_models_before_the_download(name, monkeypatch):
     original = timm.create_model
 
     def without_model(name, pretrained=False, **kwargs):
@@ -152,16 +153,16 @@ def test_a_timm_model_of_another_kind_is_refused_before_its_weights_are_fetched(
         return original(name, **kwargs)
 
     monkeypatch.setattr(timm, "create_model", without_model)
-    with pytest.raises(UserError, match=f"timm:{name} is not a plain ViT"):
+    with pytest.raises(UserError, match=f"checkpoint=timm:{name}: {name} is not a plain ViT"):
         load_backbone(f"timm:{name}")
 
 
-def test_a_timm_tag_that_is_not_there_gets_a_clear_word():
-    with pytest.raises(UserError, match=r"224\.snow cannot be loaded here: Invalid pretrained tag"):
+def test_load_backbone_rejects_an_unknown_pretrained_tag():
+    with pytest.raises(UserError, match=r"224\.snow cannot be loaded: Invalid pretrained tag"):
         load_backbone("timm:vit_tiny_patch16_224.snow")
 
 
-def test_random_weights_follow_their_seed_and_leave_the_global_generator_alone(plain, tmp_path):
+def test_random_init_like_depends_on_the_seed_and_keeps_the_global_generator(plain, tmp_path):
     torch.save(plain.state_dict(), tmp_path / "dino.pth")
     loaded = load_backbone(str(tmp_path / "dino.pth"))
     before = torch.get_rng_state()
@@ -190,12 +191,12 @@ def write(name, content):
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (lambda folder: folder / "nothing.ckpt", "there is no such file"),
         (lambda folder: folder, "no checkpoints/last.ckpt"),
         (write("empty.pth", b""), "not a checkpoint"),
-        (write("text.pth", b"hello, I am no checkpoint"), "not a checkpoint"),
+        (write("text.pth", b"some text"), "not a checkpoint"),
         (write("code.pth", Bomb()), "could run code"),
         (write("code.ckpt", {"teacher": {}, "callback": Bomb()}), "could run code"),
         (write("list.pth", [1, 2]), "not a checkpoint"),
@@ -203,14 +204,14 @@ def write(name, content):
         (write("alone.safetensors", safetensors.torch.save({"a": torch.zeros(1)})), "alone.json is missing"),
     ],
 )
-def test_what_is_no_checkpoint_is_refused_without_running_it(make, says, tmp_path, monkeypatch):
+def test_load_backbone_rejects_other_files_without_running_code(make, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         load_backbone(str(make(tmp_path)))
     assert not (tmp_path / "exploded").exists()
 
 
-def test_keys_that_do_not_fit_are_listed(plain, tmp_path):
+def test_load_backbone_lists_keys_that_do_not_match(plain, tmp_path):
     state = plain.state_dict()
     del state["blocks.1.attn.qkv.bias"]
     state["blocks.0.extra"] = torch.zeros(1)
@@ -220,17 +221,18 @@ def test_keys_that_do_not_fit_are_listed(plain, tmp_path):
         load_backbone(str(tmp_path / "odd.pth"))
     text = str(error.value)
     assert "missing: blocks.1.attn.qkv.bias" in text
-    assert "left over: blocks.0.extra" in text
+    assert "unexpected: blocks.0.extra" in text
     assert "norm.weight (3,) instead of (64,)" in text
 
 
 @pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224", "vit_small_patch16_dinov3"])
-def test_another_architecture_of_timm_is_refused(name):
-    with pytest.raises(UserError, match="not a plain ViT"):
+def test_load_backbone_names_the_random_source_in_its_message(name):
+    with pytest.raises(UserError, match=f"checkpoint=random:{name}: {name} is not a plain ViT") as error:
         load_backbone(f"random:{name}")
+    assert "timm:" not in str(error.value)
 
 
-def test_a_model_without_a_class_token_loads_where_none_is_needed():
+def test_load_backbone_requires_a_class_token_by_default():
     name = "random:vit_medium_patch16_gap_256"
     with pytest.raises(UserError, match="no class token"):
         load_backbone(name)
@@ -238,8 +240,8 @@ def test_a_model_without_a_class_token_loads_where_none_is_needed():
 
 
 @pytest.mark.parametrize("text", ["nonsense", "{}", "[1]", '{"backbone": {"name": "vit"}, "normalization": {}}'])
-def test_a_json_of_another_tool_is_refused(text, tmp_path):
+def test_load_backbone_rejects_a_json_file_of_another_tool(text, tmp_path):
     (tmp_path / "other.safetensors").write_bytes(safetensors.torch.save({"a": torch.zeros(1)}))
     (tmp_path / "other.json").write_text(text)
-    with pytest.raises(UserError, match="not what `ssl-vit export` writes"):
+    with pytest.raises(UserError, match="not a file of `ssl-vit export`"):
         load_backbone(str(tmp_path / "other.safetensors"))

@@ -49,7 +49,7 @@ def dataset():
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
 )
-def test_attention_and_its_gradient_equal_the_formula(batch, tokens, heads, width, dtype, tolerance):
+def test_matmul_attention_and_its_gradient_equal_the_formula(batch, tokens, heads, width, dtype, tolerance):
     generator = torch.Generator().manual_seed(tokens)
     qkv = torch.randn(batch, tokens, 3, heads, width, generator=generator, dtype=torch.float64, requires_grad=True)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -64,7 +64,7 @@ def test_attention_and_its_gradient_equal_the_formula(batch, tokens, heads, widt
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_plain_attention_in_a_model_equals_timms(dataset, autocast):
+def test_set_attention_impl_computes_as_timm(dataset, autocast):
     ours, timms = (Backbone(tiny()).train() for _ in range(2))
     timms.load_state_dict(ours.state_dict())
     ours.set_fused_attention(False)
@@ -80,7 +80,7 @@ def test_plain_attention_in_a_model_equals_timms(dataset, autocast):
         assert (gradients[name] - gradient).abs().max() <= tolerance * gradient.abs().max().clamp(min=1e-3), name
 
 
-def test_plain_attention_works_in_one_number_format_on_a_gpu_too():
+def test_matmul_attention_keeps_its_dtype_under_gpu_autocast():
     """There autocast takes a softmax in float32."""
     from tests.reference.fake_gpu import FakeGPU
 
@@ -92,7 +92,7 @@ def test_plain_attention_works_in_one_number_format_on_a_gpu_too():
 
 
 @pytest.mark.parametrize("extra", [{"qk_norm": True, "norm_layer": torch.nn.LayerNorm}, {"gated": True}])
-def test_attention_with_parts_of_its_own_keeps_them(extra):
+def test_set_attention_impl_keeps_attention_with_extra_parts(extra):
     attention = Attention(16, num_heads=2, **extra).eval()
     x = torch.randn(2, 5, 16)
     before = attention(x)
@@ -100,7 +100,7 @@ def test_attention_with_parts_of_its_own_keeps_them(extra):
     torch.testing.assert_close(attention(x), before)
 
 
-def test_the_choice_can_be_taken_back():
+def test_set_attention_impl_can_be_reversed():
     backbone = Backbone(tiny())
     images = torch.randn(2, 3, 32, 32)
     backbone.set_fused_attention(True)
@@ -116,7 +116,7 @@ def test_the_choice_can_be_taken_back():
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
-def test_recomputed_activations_give_the_same_gradients(dataset, autocast, drop_path):
+def test_activation_checkpointing_gives_the_same_gradients(dataset, autocast, drop_path):
     """Drop path too: what a later pass drops is not dropped in the recomputation of an earlier one."""
     plain = Backbone(tiny(drop_path=drop_path)).train()
     plain.set_fused_attention(False)
@@ -132,7 +132,7 @@ def test_recomputed_activations_give_the_same_gradients(dataset, autocast, drop_
     assert saving.state_dict().keys() == plain.state_dict().keys()
 
 
-def test_recomputed_activations_are_not_kept(dataset):
+def test_activation_checkpointing_keeps_fewer_activations(dataset):
     def kept(backbone):
         """Bytes that a forward pass leaves behind."""
         images, keys = dataset
@@ -154,7 +154,7 @@ def test_recomputed_activations_are_not_kept(dataset):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("recompute", [False, True])
-def test_compiled_blocks_compute_the_same_in_one_graph_per_shape(dataset, recompute, monkeypatch):
+def test_compile_blocks_computes_the_same_in_one_graph_per_shape(dataset, recompute, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **settings: COMPILE(f, backend="aot_eager", **settings))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -182,7 +182,7 @@ def test_compiled_blocks_compute_the_same_in_one_graph_per_shape(dataset, recomp
 COMPILE = torch.compile
 
 
-def test_which_form_a_run_takes(pretrain_config):
+def test_configure_backbones_selects_the_attention(pretrain_config):
     def blocks_of(*words):
         config = pretrain_config(*words)
         method = build_method(config, make_plan(config, num_images=192))
@@ -198,12 +198,12 @@ def test_which_form_a_run_takes(pretrain_config):
 # --- weights and memory ----------------------------------------------------------------------------------------
 
 
-def test_the_gradient_of_normalized_prototypes_is_autograds():
+def test_prototypes_gradient_equals_autograd():
     prototypes = Prototypes(8, 30, norm_last_layer=False).double()
     z = torch.randn(5, 8, dtype=torch.float64)
     weight = torch.randn(5, 30, dtype=torch.float64)
     logits = prototypes(z)
-    ours = torch.autograd.grad((logits.columns(slice(None)) * weight).sum(), list(prototypes.parameters()))
+    ours = torch.autograd.grad((logits.block(slice(None)) * weight).sum(), list(prototypes.parameters()))
     g, v = prototypes.weight_g, prototypes.weight_v
     textbook = z @ (g * torch.nn.functional.normalize(v, dim=1)).T
     named = dict(prototypes.named_parameters())
@@ -212,7 +212,7 @@ def test_the_gradient_of_normalized_prototypes_is_autograds():
         torch.testing.assert_close(our, their)
 
 
-def test_freed_memory_is_kept_where_the_c_library_can():
+def test_disable_malloc_trim_keeps_freed_memory():
     """In a process of its own: it would stay so."""
     import platform
     import subprocess

@@ -16,7 +16,8 @@ from ssl_vit.config.evaluate import LinearConfig
 from ssl_vit.config.pretrain import BackboneConfig
 from ssl_vit.data.sources.synthetic import make_synthetic_dataset
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.checkpoint import export_backbone, load_backbone
+from ssl_vit.models.checkpoint import load_backbone
+from ssl_vit.models.export import export_backbone
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.training import published_linear as published
 from ssl_vit.training.published_protocols import dino_probe, sit_probe

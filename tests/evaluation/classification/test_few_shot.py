@@ -21,7 +21,7 @@ from ssl_vit.evaluation.classification.linear_classifier import FeatureVariant, 
 from ssl_vit.evaluation.features.extractor import Features
 from ssl_vit.evaluation.results.eval_result import Predictions, wilson
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.checkpoint import export_backbone
+from ssl_vit.models.export import export_backbone
 from ssl_vit.runtime.errors import UserError
 from tests.reference import probes
 

@@ -27,7 +27,8 @@ from ssl_vit.evaluation.features.cache_writer import fill_cache
 from ssl_vit.evaluation.features.extractor import BackboneExtractor, extract_features, validate_features
 from ssl_vit.evaluation.features.raw_pixels import RawPixelExtractor
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.checkpoint import LoadedBackbone, export_backbone
+from ssl_vit.models.checkpoint import LoadedBackbone
+from ssl_vit.models.export import export_backbone
 from ssl_vit.runtime.errors import UserError
 from tests.helpers.cli import environment, wait_until
 

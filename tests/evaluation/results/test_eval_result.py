@@ -26,7 +26,8 @@ from ssl_vit.evaluation.results.provenance import data_name, model_name, result_
 from ssl_vit.evaluation.results.result_reader import read_result
 from ssl_vit.evaluation.results.statistics import wilson
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.checkpoint import LoadedBackbone, export_backbone, load_backbone
+from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone
+from ssl_vit.models.export import export_backbone
 from tests.helpers.results import changed
 
 METRIC = Metric(name="top-1, k=20", value=0.5, n=100, low=0.404, high=0.596)

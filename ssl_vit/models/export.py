@@ -1,0 +1,81 @@
+"""Exported backbones: a safetensors file with timm's names, and a JSON file beside it that describes the model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Self
+
+from pydantic import model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from ssl_vit.config.pretrain import BackboneConfig
+from ssl_vit.config.types import Positive, StrictConfig
+from ssl_vit.models.backbone import Backbone, timm_kwargs
+from ssl_vit.runtime.atomic_io import atomic_write, write_json
+from ssl_vit.runtime.errors import UserError
+
+
+class ModelDescription(StrictConfig):
+    """Architecture and normalization of a backbone, as stored in checkpoints and exported files."""
+
+    backbone: BackboneConfig
+    mean: list[float]
+    std: list[Positive]
+
+    @model_validator(mode="after")
+    def _channels_agree(self) -> Self:
+        if not len(self.mean) == len(self.std) == self.backbone.in_chans:
+            raise ValueError("mean and std need a number for each channel")
+        return self
+
+
+def export_backbone(backbone: Backbone, path: Path, *, mean: list[float], std: list[float], source: str) -> None:
+    """Write the weights under timm's names, and beside them a JSON file that explains how to load them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {name: value.detach().cpu().contiguous() for name, value in backbone.vit.state_dict().items()}
+    with atomic_write(path) as file:
+        file.write(save(state))
+    config = backbone.config
+    arguments = ", ".join(f"{name}={value!r}" for name, value in timm_kwargs(config).items())
+    sidecar = {
+        "load": [
+            f'model = timm.create_model("{config.name}", {arguments})',
+            f'model.load_state_dict(safetensors.torch.load_file("{path.name}"))',
+        ],
+        "normalization": {"mean": mean, "std": std},
+        "features": "model.forward_features(images)[:, 0] is the [CLS] token after the final norm",
+        "source": source,
+        "backbone": config.model_dump(mode="json"),
+        "sha256": file_sha256(path),
+    }
+    write_json(path.with_suffix(".json"), sidecar)
+
+
+def read_export(path: Path) -> tuple[ModelDescription, dict[str, Tensor]]:
+    """Read an exported backbone: its description, and its weights under timm's names.
+
+    Raises:
+        UserError: The JSON file is missing or a file is damaged.
+    """
+    sidecar_path = path.with_suffix(".json")
+    if not sidecar_path.is_file():
+        raise UserError(f"checkpoint={path}: {sidecar_path.name} is missing, which describes the model of the weights")
+    try:
+        sidecar = json.loads(sidecar_path.read_text(encoding="utf-8"))
+        description = ModelDescription(backbone=sidecar["backbone"], **sidecar["normalization"])
+    except (ValueError, LookupError, TypeError, RecursionError):  # no JSON, or one of another tool
+        raise UserError(f"checkpoint={path}: {sidecar_path.name} is not a file of `ssl-vit export`") from None
+    try:
+        return description, load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"checkpoint={path}: damaged safetensors file: {error}") from None
+
+
+def file_sha256(path: Path) -> str:
+    """Compute the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
