@@ -55,14 +55,16 @@ def compose_config(command: str, argv: list[str], config_class: type[StrictConfi
     positional = positional_key(config_class)
     arguments = [arg for arg in argv if positional and ("=" not in arg or Path(arg).exists())]
     argv, config_dirs = _split_config_dirs([arg for arg in argv if arg not in arguments])
-    search = ",".join(f"file://{folder.absolute()}" for folder in [recipes_dir().parent, *config_dirs])
-    groups, strings = _groups(command), string_keys(config_class)
+    folders = [conf_dir(), recipes_dir().parent, *config_dirs]
+    search = ",".join(f"file://{folder.absolute()}" for folder in folders)
+    home = next((folder for folder in folders if (folder / f"{command}.yaml").is_file()), conf_dir()).absolute()
+    groups, strings = _groups(home / f"{command}.yaml"), string_keys(config_class)
     # Hydra takes the name of any group for a choice; in a command without this group it is a plain key.
     plain = {folder.name for folder in conf_dir().iterdir() if folder.is_dir()} - groups
     own = dict(arg.lstrip("+").split("=", 1) for arg in argv if _key(arg) in plain and "=" in arg)
     overrides = [to_hydra_override(arg, groups, strings) for arg in argv if _key(arg) not in own]
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        with initialize_config_dir(str(home), version_base="1.3"):
             config = compose(command, [f"hydra.searchpath=[{search}]", *overrides])
             values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
             return values | own | ({positional: arguments} if arguments and positional else {})
@@ -152,9 +154,9 @@ def _split_config_dirs(argv: list[str]) -> tuple[list[str], list[Path]]:
     return [arg for arg in argv if not arg.startswith("--config-dir=")], folders
 
 
-def _groups(command: str) -> set[str]:
-    """Return the groups in the command's defaults list: for these, `key=value` selects a file."""
-    text = (conf_dir() / f"{command}.yaml").read_text(encoding="utf-8")
+def _groups(file: Path) -> set[str]:
+    """Return the groups in the defaults list of a command's YAML: for these, `key=value` selects a file."""
+    text = file.read_text(encoding="utf-8")
     return {group for entry in yaml.safe_load(text).get("defaults", []) if isinstance(entry, dict) for group in entry}
 
 
