@@ -94,46 +94,26 @@ def run_attention(config: AttentionConfig) -> AttentionSummary:
             if annotation is not None:
                 evaluator.update(outputs.image_index, predicted, annotation)
         seconds = time.perf_counter() - start
-        _check_usable(config, written, annotations, evaluator, skipped, unscored)
+        if not written:
+            raise UserError(f"{_source(config)}: no image could be used. See {skipped.path} for the reasons")
+        if annotations and not evaluator.indices:
+            source = f"masks={config.masks}" if config.masks else _source(config)
+            raise UserError(f"{source}: no image has a usable mask. See {unscored.path} for the reasons")
         results = evaluator.compute() if annotations else []
     examples = select_examples(written, evaluator.indices, results)
     figure = _write_figure(config, dataset, writer, annotations, examples)
     notes = annotations.notes() if annotations else []
     summary = AttentionSummary(len(written), skipped.count(), unscored.count(), results, notes, figure, seconds)
-    _write_results(config, models[0], summary, dataset, [dataset.name(index) for index in evaluator.indices], start)
+    counts = {"num_images": summary.written, "skipped": summary.skipped, "unscored": summary.unscored}
+    data = {"fingerprint": dataset.fingerprint(sizes=True), **counts}
+    write_result(config, models[0], results, data=data, notes=notes, started=start)
+    write_image_scores(config.out / "ious.npz", results, [dataset.name(index) for index in evaluator.indices])
+    plot_iou_curves(config.out / "curve.png", results, config.attention_mass)
     return summary
 
 
-def _check_usable(
-    config: AttentionConfig,
-    written: list[int],
-    annotations: AnnotationSource | None,
-    evaluator: SegmentationEvaluator,
-    skipped: SkippedImageLog,
-    unscored: SkippedImageLog,
-) -> None:
-    if not written:
-        source = f"images={config.images}" if config.images else f"voc={config.voc}"
-        raise UserError(f"{source}: no image could be used. See {skipped.path} for the reasons")
-    if annotations and not evaluator.indices:
-        source = f"masks={config.masks}" if config.masks else f"voc={config.voc}"
-        raise UserError(f"{source}: no image has a usable mask. See {unscored.path} for the reasons")
-
-
-def _write_results(
-    config: AttentionConfig,
-    model: LoadedBackbone,
-    summary: AttentionSummary,
-    dataset: ImageFolder,
-    scored: list[str],
-    started: float,
-) -> None:
-    """Write the result, the scores of every image by name, and the IoU by attention mass."""
-    counts = {"num_images": summary.written, "skipped": summary.skipped, "unscored": summary.unscored}
-    data = {"fingerprint": dataset.fingerprint(sizes=True), **counts}
-    write_result(config, model, summary.results, data=data, notes=summary.notes, started=started)
-    write_image_scores(config.out / "ious.npz", summary.results, scored)
-    plot_iou_curves(config.out / "curve.png", summary.results, config.attention_mass)
+def _source(config: AttentionConfig) -> str:
+    return f"images={config.images}" if config.images else f"voc={config.voc}"
 
 
 def _load_images(config: AttentionConfig) -> tuple[ImageFolder, AnnotationSource | None]:

@@ -48,49 +48,22 @@ def iou(masks: Tensor, target: PatchCounts) -> Tensor:
     return inside / ((masks * target.valid).sum((-2, -1)) + target.foreground.sum() - inside).clamp(min=1)
 
 
-class HeadIoU(NamedTuple):
-    """IoUs of the masks of the heads of one or more images."""
+def score_heads(maps: Tensor, target: PatchCounts, mass: float) -> dict[str, Tensor]:
+    """Compute the IoUs (heads + 1,) of one image's attention maps (heads, rows, columns) and, last, of their mean.
 
-    heads: Tensor  # (..., heads)
-    mean: Tensor  # (...): of the mean map of the heads
-
-
-class IoUByRule(NamedTuple):
-    """IoUs of attention maps by both threshold rules."""
-
-    mass: HeadIoU  # the fewest patches that hold a share of the attention
-    area: HeadIoU  # as many patches as the foreground has: knows the area, so it is no prediction
-
-
-def score_heads(maps: Tensor, target: PatchCounts, mass: float) -> IoUByRule:
-    """Compute the IoUs of one image's attention maps (heads, rows, columns)."""
+    Returns:
+        By rule: `mass`, the fewest patches that hold a share of the attention; `area`, as many patches as the
+        foreground has, which knows the area and so is no prediction.
+    """
     share = target.foreground.sum() / target.valid.sum()
     count = max(1, round(share.item() * target.foreground.numel()))
     maps = torch.cat([maps, maps.mean(0, keepdim=True)])
-    by_mass, by_area = iou(attention_mass_mask(maps, mass), target), iou(topk_mask(maps, count), target)
-    return IoUByRule(HeadIoU(by_mass[:-1], by_mass[-1]), HeadIoU(by_area[:-1], by_area[-1]))
-
-
-def stack_ious(images: list[IoUByRule]) -> IoUByRule:
-    """Stack the IoUs of n images: (n, heads) and (n,)."""
-    rules = zip(*images, strict=True)
-    return IoUByRule(*(HeadIoU(*map(torch.stack, zip(*rule, strict=True))) for rule in rules))
-
-
-def oracle_head(scores: HeadIoU) -> Tensor:
-    """Return the IoU (n,) of each image's best head: an upper bound that grows with the number of heads."""
-    return scores.heads.amax(-1)
+    return {"mass": iou(attention_mass_mask(maps, mass), target), "area": iou(topk_mask(maps, count), target)}
 
 
 def mass_curve(maps: Tensor, target: PatchCounts) -> Tensor:
     """Compute the IoUs (19, maps) of maps (maps, rows, columns) for masks with .05, .10, ..., .95 of the attention."""
     return torch.stack([iou(attention_mass_mask(maps, mass), target) for mass in THRESHOLDS.tolist()])
-
-
-def cross_validated_head(scores: HeadIoU, seed: int) -> tuple[Tensor, list[int]]:
-    """Return the IoU (n,) of one head for all images, and the two heads that `choose_heads` chose."""
-    heads, chosen = choose_heads(scores.heads, seed)
-    return scores.heads.gather(1, heads[:, None])[:, 0], chosen
 
 
 def choose_heads(scores: Tensor, seed: int) -> tuple[Tensor, list[int]]:
@@ -107,6 +80,12 @@ def choose_heads(scores: Tensor, seed: int) -> tuple[Tensor, list[int]]:
     first[torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: count // 2]] = True
     chosen = [int(scores[half].mean(0).argmax()) for half in (first, ~first)]
     return torch.where(first, chosen[1], chosen[0]), chosen
+
+
+def cross_validated_iou(scores: Tensor, seed: int) -> tuple[Tensor, list[int]]:
+    """Return the IoU (n,) of the fixed head from those of all heads (n, heads), and the two heads that were chosen."""
+    heads, chosen = choose_heads(scores, seed)
+    return scores.gather(1, heads[:, None])[:, 0], chosen
 
 
 def majority_patches(target: PatchCounts) -> Tensor:

@@ -83,18 +83,7 @@ def build_predictors(
     max_side: int | None,
     skipped: SkippedImageLog,
 ) -> list[MaskPredictor]:
-    """Build the methods for each model; components for pca are computed from 50 evenly spaced images.
-
-    Args:
-        models: Of one architecture.
-        dataset: Images of any size.
-        count: Number of images to use, from the first.
-        names: Of the methods.
-        mass: Share of the attention inside a mask.
-        refine: Also refine the masks along the edges of the images.
-        max_side: See `run_backbone`.
-        skipped: See `run_backbone`.
-    """
+    """Build the methods for each model; components for pca are computed from 50 of the first `count` images."""
     indices = torch.linspace(0, count - 1, min(count, PCA_IMAGES)).long().tolist()
     predictors = []
     for model in models:

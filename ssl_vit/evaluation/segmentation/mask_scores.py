@@ -10,7 +10,6 @@ from torch import Tensor
 from ssl_vit.data.annotations.object_masks import Annotation
 from ssl_vit.evaluation.segmentation.iou import (
     PRIOR_SIDE,
-    IoUByRule,
     corloc_hit,
     downsample_mask,
     iou,
@@ -20,7 +19,7 @@ from ssl_vit.evaluation.segmentation.iou import (
     score_heads,
 )
 from ssl_vit.evaluation.segmentation.patch_mask import Segmentation
-from ssl_vit.evaluation.segmentation.saliency_metrics import SaliencyScores, saliency_scores
+from ssl_vit.evaluation.segmentation.saliency_metrics import BETA_SQUARED, BETA_SQUARED_SELFMASK, count_levels, f_beta
 from ssl_vit.models.attention_maps import attention_mass_mask
 
 
@@ -32,9 +31,13 @@ class PredictedMasks(NamedTuple):
 
 
 class MaskScores(NamedTuple):
-    """Scores of M masks with their score maps; stacked, of n images: (n, M)."""
+    """Scores of M masks and their score maps for one image; stacked, of n images: (n, M)."""
 
-    saliency: SaliencyScores
+    iou: Tensor  # (M,) of the masks
+    accuracy: Tensor  # (M,) share of the pixels that are classified correctly
+    f: Tensor  # (M,) F of the masks, beta² = 0.3
+    f_curve: Tensor  # (M, 255) float32: F of the score maps at each threshold, beta² = 0.3
+    f_selfmask: Tensor  # (M,) largest F of the score maps over the thresholds, beta² = 0.09
     corloc: Tensor  # (M,) bool
 
 
@@ -42,16 +45,34 @@ class AttentionScores(NamedTuple):
     """Scores of the attention maps of the heads and, last, of their mean."""
 
     masks: MaskScores  # of heads + 1 masks
-    ious: IoUByRule
+    ious: dict[str, Tensor]  # (heads + 1,) by rule
     curve: Tensor  # (19, heads + 1): IoU by the share of the attention inside the masks
     instance_ious: Tensor | None  # (objects, heads + 1): IoU with each object, with instance masks
 
 
 def score_masks(score_maps: Tensor, masks: Tensor, annotation: Annotation) -> MaskScores:
-    """Score masks (M, rows, columns) bool and their score maps (M, rows, columns) for one image."""
-    size = (annotation.foreground.shape[0], annotation.foreground.shape[1])
-    hits = torch.tensor([corloc_hit(mask, annotation.boxes, size) for mask in masks])
-    return MaskScores(saliency_scores(score_maps, masks, annotation.foreground, annotation.valid), hits)
+    """Score masks and their score maps for one image.
+
+    Args:
+        score_maps: (M, rows, columns) float; enlarged to the image's size bilinearly, as SelfMask and FOUND do.
+        masks: (M, rows, columns) bool; each pixel takes its patch's value.
+        annotation: Of the image, at its own size.
+    """
+    foreground, valid = annotation.foreground, annotation.valid
+    target = pool_mask_to_patches(foreground, (masks.shape[-2], masks.shape[-1]), valid)
+    chosen, inside = (masks * target.valid).sum((-2, -1)), (masks * target.foreground).sum((-2, -1))
+    area = target.foreground.sum()
+    wrong = chosen + area - 2 * inside
+    chosen_by_level, inside_by_level = count_levels(score_maps, foreground, valid)
+    size = (foreground.shape[0], foreground.shape[1])
+    return MaskScores(
+        iou(masks, target),
+        1 - wrong / target.valid.sum(),
+        f_beta(inside, chosen, area, BETA_SQUARED),
+        f_beta(inside_by_level, chosen_by_level, area, BETA_SQUARED).float(),
+        f_beta(inside_by_level, chosen_by_level, area, BETA_SQUARED_SELFMASK).amax(-1),
+        torch.tensor([corloc_hit(mask, annotation.boxes, size) for mask in masks]),
+    )
 
 
 def score_attention(maps: Tensor, mass: float, annotation: Annotation) -> AttentionScores:
@@ -118,12 +139,10 @@ def ceiling_instance_iou(annotation: Annotation, grid: tuple[int, int]) -> Tenso
 
 def stack_mask_scores(images: list[MaskScores]) -> MaskScores:
     """Stack the scores of n images: (n, M)."""
-    saliency = SaliencyScores(*map(torch.stack, zip(*(image.saliency for image in images), strict=True)))
-    return MaskScores(saliency, torch.stack([image.corloc for image in images]))
+    return MaskScores(*map(torch.stack, zip(*images, strict=True)))
 
 
 def select_columns(scores: MaskScores, columns: Tensor) -> MaskScores:
     """Select one mask (n,) int64 per image from the stacked scores (n, M), as (n, 1)."""
     rows = torch.arange(len(columns))
-    saliency = SaliencyScores(*(values[rows, columns][:, None] for values in scores.saliency))
-    return MaskScores(saliency, scores.corloc[rows, columns][:, None])
+    return MaskScores(*(values[rows, columns][:, None] for values in scores))

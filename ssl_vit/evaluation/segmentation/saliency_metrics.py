@@ -16,50 +16,13 @@ maximum.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_vit.evaluation.segmentation.iou import iou, pool_mask_to_patches
-
 BETA_SQUARED = 0.3
 BETA_SQUARED_SELFMASK = 0.09
 LEVELS = 255  # thresholds k / 255
-
-
-class SaliencyScores(NamedTuple):
-    """Metrics of M masks and score maps of one image; stacked, of n images: (n, M)."""
-
-    iou: Tensor  # (M,) of the masks
-    accuracy: Tensor  # (M,) share of the pixels that are classified correctly
-    f: Tensor  # (M,) F of the masks, beta² = 0.3
-    f_curve: Tensor  # (M, 255) float32: F of the score maps at each threshold, beta² = 0.3
-    f_selfmask: Tensor  # (M,) largest F of the score maps over the thresholds, beta² = 0.09
-
-
-def saliency_scores(score_maps: Tensor, masks: Tensor, foreground: Tensor, valid: Tensor) -> SaliencyScores:
-    """Compute the metrics of masks and score maps of one image.
-
-    Args:
-        score_maps: (M, rows, columns) float; enlarged to the image's size bilinearly, as SelfMask and FOUND do.
-        masks: (M, rows, columns) bool; each pixel takes its patch's value.
-        foreground: (H, W) bool.
-        valid: (H, W) bool, False for void pixels.
-    """
-    target = pool_mask_to_patches(foreground, (masks.shape[-2], masks.shape[-1]), valid)
-    chosen, inside = (masks * target.valid).sum((-2, -1)), (masks * target.foreground).sum((-2, -1))
-    area = target.foreground.sum()
-    wrong = chosen + area - 2 * inside
-    chosen_by_level, inside_by_level = count_levels(score_maps, foreground, valid)
-    return SaliencyScores(
-        iou(masks, target),
-        1 - wrong / target.valid.sum(),
-        f_beta(inside, chosen, area, BETA_SQUARED),
-        f_beta(inside_by_level, chosen_by_level, area, BETA_SQUARED).float(),
-        f_beta(inside_by_level, chosen_by_level, area, BETA_SQUARED_SELFMASK).amax(-1),
-    )
 
 
 def f_beta(inside: Tensor, chosen: Tensor, area: Tensor, beta_squared: float) -> Tensor:

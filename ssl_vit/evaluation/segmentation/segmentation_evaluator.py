@@ -11,15 +11,11 @@ from torch import Tensor
 from ssl_vit.data.annotations.object_masks import Annotation
 from ssl_vit.evaluation.segmentation.iou import (
     THRESHOLDS,
-    HeadIoU,
-    IoUByRule,
     center_prior,
     choose_heads,
-    cross_validated_head,
+    cross_validated_iou,
     majority_patches,
-    oracle_head,
     pool_mask_to_patches,
-    stack_ious,
 )
 from ssl_vit.evaluation.segmentation.mask_scores import (
     AttentionScores,
@@ -35,7 +31,7 @@ from ssl_vit.evaluation.segmentation.mask_scores import (
     select_columns,
     stack_mask_scores,
 )
-from ssl_vit.evaluation.segmentation.saliency_metrics import SaliencyScores, max_f_threshold
+from ssl_vit.evaluation.segmentation.saliency_metrics import max_f_threshold
 
 MODEL, RANDOM = "model", "random init"
 PRIOR, WHOLE, CEILING = BASELINES = ("center prior", "all foreground", "patch ceiling")
@@ -68,7 +64,7 @@ class _Scored(NamedTuple):
     instance_ious: dict[str, Tensor]  # their IoU () with each object, averaged; empty without instance masks
 
 
-_STORED: list[Any] = [_Scored, AttentionScores, MaskScores, SaliencyScores, IoUByRule, HeadIoU, Annotation]
+_STORED: list[Any] = [_Scored, AttentionScores, MaskScores, Annotation]
 
 
 class SegmentationEvaluator:
@@ -144,18 +140,18 @@ class SegmentationEvaluator:
             self._add_attention([image.attention[model] for image in images], result)
         for method in images[0].methods[model]:
             scores = stack_mask_scores([image.methods[model][method] for image in images])
-            result.ious[method] = scores.saliency.iou[:, 0]
+            result.ious[method] = scores.iou[:, 0]
             _add_others(result, method, scores)
         return result
 
     def _add_attention(self, images: list[AttentionScores], result: MethodResult) -> None:
         """Add every rule of choosing a head; the fixed head is chosen by the IoU of the masks that it is scored on."""
         chosen: dict[str, list[int]] = {}
-        by_rule = stack_ious([image.ious for image in images])
-        for rule, ious in by_rule._asdict().items():
-            self._add_head_rules(result, rule, ious, oracle_head(ious), chosen)
+        for rule in images[0].ious:
+            ious = torch.stack([image.ious[rule] for image in images])  # (n, heads + 1)
+            self._add_head_rules(result, rule, ious, ious[:, :-1].amax(1), chosen)
         scores = stack_mask_scores([image.masks for image in images])
-        heads = scores.saliency.iou[:, :-1]  # (n, heads)
+        heads = scores.iou[:, :-1]  # (n, heads)
         columns = {"mean": torch.full((len(images),), heads.shape[1]), "oracle head": heads.argmax(1)}
         if len(images) > 1:
             columns = {"fixed head": choose_heads(heads, self.seed)[0], **columns}
@@ -165,16 +161,17 @@ class SegmentationEvaluator:
         if instances:
             by_head = torch.stack([ious.mean(0) for ious in instances])  # (n, heads + 1)
             oracle = torch.stack([ious[:, :-1].amax(1).mean() for ious in instances])
-            self._add_head_rules(result, "object", HeadIoU(by_head[:, :-1], by_head[:, -1]), oracle, chosen)
+            self._add_head_rules(result, "object", by_head, oracle, chosen)
         result.details["fixed heads"] = chosen
         result.details["IoU by mass"] = self._curve(torch.stack([image.curve for image in images]))
 
     def _add_head_rules(
-        self, result: MethodResult, rule: str, ious: HeadIoU, oracle: Tensor, chosen: dict[str, list[int]]
+        self, result: MethodResult, rule: str, ious: Tensor, oracle: Tensor, chosen: dict[str, list[int]]
     ) -> None:
-        if len(ious.mean) > 1:
-            result.ious[f"{rule}/fixed head"], chosen[rule] = cross_validated_head(ious, self.seed)
-        result.ious[f"{rule}/mean"] = ious.mean
+        """Add the IoUs of a threshold rule, from those of the heads and, last, of their mean (n, heads + 1)."""
+        if len(ious) > 1:
+            result.ious[f"{rule}/fixed head"], chosen[rule] = cross_validated_iou(ious[:, :-1], self.seed)
+        result.ious[f"{rule}/mean"] = ious[:, -1]
         result.ious[f"{rule}/oracle head"] = oracle
 
     def _curve(self, ious: Tensor) -> dict[str, list[float]]:
@@ -183,8 +180,8 @@ class SegmentationEvaluator:
         curve = {"mass": THRESHOLDS.tolist(), "mean": ious[..., -1].mean(0).tolist()}
         curve["oracle head"] = heads.amax(-1).mean(0).tolist()
         if len(ious) > 1:
-            by_mass = [HeadIoU(one, one[:, 0]) for one in heads.unbind(1)]  # (n, heads) each
-            curve["fixed head"] = [cross_validated_head(one, self.seed)[0].mean().item() for one in by_mass]
+            by_mass = heads.unbind(1)  # (n, heads) each
+            curve["fixed head"] = [cross_validated_iou(one, self.seed)[0].mean().item() for one in by_mass]
         return curve
 
 
@@ -196,16 +193,15 @@ def _grid(predicted: PredictedMasks) -> tuple[int, int]:
 
 def _baseline_result(name: str, images: list[MaskScores], **details: float) -> MethodResult:
     scores = stack_mask_scores(images)
-    result = MethodResult(name, {"IoU": scores.saliency.iou[:, 0]}, {}, {**details, "thresholds of maxF@0.3": {}})
+    result = MethodResult(name, {"IoU": scores.iou[:, 0]}, {}, {**details, "thresholds of maxF@0.3": {}})
     _add_others(result, "", scores)
     return result
 
 
 def _add_others(result: MethodResult, rule: str, scores: MaskScores) -> None:
     """Add all measures but the IoU, of scores (n, 1)."""
-    saliency = scores.saliency
-    max_f, threshold = max_f_threshold(saliency.f_curve[:, 0])
-    values = (saliency.accuracy[:, 0], saliency.f[:, 0], max_f, saliency.f_selfmask[:, 0], scores.corloc[:, 0])
+    max_f, threshold = max_f_threshold(scores.f_curve[:, 0])
+    values = (scores.accuracy[:, 0], scores.f[:, 0], max_f, scores.f_selfmask[:, 0], scores.corloc[:, 0])
     for measure, of_images in zip(MEASURES, values, strict=True):
         result.others[f"{rule} {measure}".strip()] = of_images
     result.details["thresholds of maxF@0.3"][rule or "mask"] = threshold

@@ -74,15 +74,15 @@ def write_result(
     notes: list[str],
     started: float,
 ) -> None:
-    """Write `summary.json` into `config.out`: the scores, if any, and how maps, masks and scores were computed.
+    """Write `summary.json` into `config.out`.
 
     Args:
         config: Of the command.
-        model: Whose attention it is.
-        results: The model's first; empty without ground truth.
+        model: The evaluated model.
+        results: Its scores, then those of the baselines; empty without ground truth.
         data: Counts of the images, and their fingerprint.
         notes: What a reader must know about how the ground truth was read.
-        started: When the first map was computed, in seconds of `time.perf_counter`.
+        started: Of `time.perf_counter`.
     """
     device = model.backbone.device
     ceiling = next((result.ious["IoU"] for result in results if result.name == CEILING and result.ious), None)
@@ -123,14 +123,9 @@ def write_result(
 
 
 def _metric(name: str, values: Tensor, owner: str, mass: float, bound: str) -> Metric:
-    """Return the mean of a metric with its title and notes.
+    """Return the mean of a metric of a model or baseline, with its title and notes.
 
-    Args:
-        name: Of the metric: `<rule>/<head>` or a method, and a measure where it is not the IoU.
-        values: (n,), per image.
-        owner: Name of the model or baseline.
-        mass: Share of the attention inside a mask.
-        bound: Note on the largest IoU that masks of patches can have, or nothing.
+    The name is `<rule>/<head>` or a method, followed by a measure where it is not the IoU.
     """
     rule, _, head = name.partition("/")
     title = f"{RULES[rule].format(100 * mass)}: {HEADS.get(head, head)}" if rule in RULES else f"masks by {name}"

@@ -89,16 +89,7 @@ def write_result(
     warnings: list[str],
     started: float,
 ) -> None:
-    """Write `summary.json` and, with scores, `objects.csv` into `config.out`.
-
-    Args:
-        config: Of the command.
-        model: Whose features propagated the labels.
-        videos: All that were tracked.
-        scores: The model's first; empty without masks to score by.
-        warnings: What was skipped.
-        started: When the first video was started, in seconds of `time.perf_counter`.
-    """
+    """Write `summary.json` and, with scores (the model's first), `objects.csv` into `config.out`."""
     device = model.backbone.device
     source = config.davis or config.frames
     assert source is not None  # the config requires one of them

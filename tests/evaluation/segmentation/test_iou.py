@@ -7,16 +7,13 @@ from PIL import Image
 
 from ssl_vit.data.annotations.object_masks import MaskFolder, MissingMaskError
 from ssl_vit.evaluation.segmentation.iou import (
-    HeadIoU,
     center_prior,
-    cross_validated_head,
+    cross_validated_iou,
     downsample_mask,
     iou,
     majority_patches,
-    oracle_head,
     pool_mask_to_patches,
     score_heads,
-    stack_ious,
 )
 from ssl_vit.models.attention_maps import attention_mass_mask, topk_mask, upsample_mask
 from ssl_vit.runtime.errors import UserError
@@ -58,13 +55,13 @@ def test_score_heads_has_each_rule_for_each_head_and_the_mean_map():
     scores = score_heads(maps, pool_mask_to_patches(target, (6, 8)), mass=0.6)
     area = round(48 * target.float().mean().item())
     for head in range(4):
-        assert scores.mass.heads[head] == pytest.approx(
+        assert scores["mass"][head] == pytest.approx(
             slow_iou(upsample_mask(attention_mass_mask(maps[head], 0.6), (60, 80)), target)
         )
-        assert scores.area.heads[head] == pytest.approx(
+        assert scores["area"][head] == pytest.approx(
             slow_iou(upsample_mask(topk_mask(maps[head], area), (60, 80)), target)
         )
-    assert scores.mass.mean == pytest.approx(
+    assert scores["mass"][4] == pytest.approx(
         slow_iou(upsample_mask(attention_mass_mask(maps.mean(0), 0.6), (60, 80)), target)
     )
 
@@ -73,22 +70,19 @@ def test_score_heads_gives_a_tiny_object_one_patch():
     target = torch.zeros(64, 64, dtype=torch.bool)
     target[3, 3] = True
     maps = torch.eye(4)[None] + 0.1
-    assert score_heads(maps, pool_mask_to_patches(target, (4, 4)), 0.6).area.heads[0] == pytest.approx(1 / 256)
+    assert score_heads(maps, pool_mask_to_patches(target, (4, 4)), 0.6)["area"][0] == pytest.approx(1 / 256)
 
 
-def test_oracle_head_is_never_below_the_fixed_head():
+def test_cross_validated_iou_of_random_heads_is_below_the_best():
     heads = torch.rand(41, 6, generator=torch.Generator().manual_seed(0))
-    scores = HeadIoU(heads, heads.mean(1))
-    fixed, _ = cross_validated_head(scores, seed=0)
-    assert (oracle_head(scores) >= fixed).all()
-    assert oracle_head(scores).mean() > heads.mean(0).max()
+    fixed, _ = cross_validated_iou(heads, seed=0)
     assert fixed.mean() < heads.mean(0).max()  # random heads: choosing on the scored images would be too high
 
 
-def test_cross_validated_head_is_scored_on_the_other_half():
+def test_cross_validated_iou_is_scored_on_the_other_half():
     heads = torch.full((10, 3), 0.2)
     heads[:, 1] = 0.7
-    fixed, chosen = cross_validated_head(HeadIoU(heads, heads.mean(1)), seed=3)
+    fixed, chosen = cross_validated_iou(heads, seed=3)
     assert chosen == [1, 1]
     assert fixed.tolist() == pytest.approx([0.7] * 10)
     # One head is best on each half: each half must get the head that the other half chose.
@@ -96,17 +90,9 @@ def test_cross_validated_head_is_scored_on_the_other_half():
         first = torch.zeros(10, dtype=torch.bool)
         first[torch.randperm(10, generator=torch.Generator().manual_seed(seed))[:5]] = True
         split = torch.stack([first.float(), (~first).float()], dim=1)
-        fixed, chosen = cross_validated_head(HeadIoU(split, split.mean(1)), seed=seed)
+        fixed, chosen = cross_validated_iou(split, seed=seed)
         assert chosen == [0, 1]
         assert fixed.sum() == 0
-
-
-def test_stack_ious_keeps_the_order():
-    target = pool_mask_to_patches(blob(32, 32, seed=5), (4, 4))
-    maps = torch.rand(3, 2, 4, 4)
-    scores = stack_ious([score_heads(one, target, 0.6) for one in maps])
-    assert scores.area.heads.shape == (3, 2)
-    assert scores.area.heads[2, 1] == score_heads(maps[2], target, 0.6).area.heads[1]
 
 
 def test_center_prior_excludes_the_scored_image():

@@ -25,7 +25,6 @@ from ssl_vit.evaluation.segmentation.saliency_metrics import (
     count_levels,
     f_beta,
     max_f_threshold,
-    saliency_scores,
     scale_maps,
 )
 from ssl_vit.models.attention_maps import upsample_mask
@@ -64,7 +63,7 @@ def enlarged(score_maps: torch.Tensor, annotation: Annotation) -> np.ndarray:
 @pytest.mark.parametrize("seed", range(3))
 def test_score_masks_equals_the_slow_forms_on_valid_pixels(seed):
     score_maps, masks, annotation = image(seed)
-    result = score_masks(score_maps, masks, annotation).saliency
+    result = score_masks(score_maps, masks, annotation)
     target = annotation.foreground[annotation.valid].numpy()
     for index, scaled in enumerate(enlarged(score_maps, annotation)):
         mask = upsample_mask(masks[index], tuple(annotation.foreground.shape))[annotation.valid].numpy()
@@ -81,11 +80,11 @@ def test_max_f_and_selfmask_max_f_differ():
         score_maps, masks, annotation = image(seed)
         scores.append(score_masks(score_maps[:1], masks[:1], annotation))
         dataset.append((enlarged(score_maps[:1], annotation)[0], annotation.foreground[annotation.valid].numpy()))
-    saliency = stack_mask_scores(scores).saliency
-    values, threshold = max_f_threshold(saliency.f_curve[:, 0])
+    stacked = stack_mask_scores(scores)
+    values, threshold = max_f_threshold(stacked.f_curve[:, 0])
     assert values.mean() == pytest.approx(slow_max_f_dataset(dataset), abs=1e-6)
-    assert saliency.f_selfmask.mean() == pytest.approx(slow_max_f_selfmask(dataset), abs=1e-9)
-    assert abs(values.mean() - saliency.f_selfmask.mean()) > 0.01
+    assert stacked.f_selfmask.mean() == pytest.approx(slow_max_f_selfmask(dataset), abs=1e-9)
+    assert abs(values.mean() - stacked.f_selfmask.mean()) > 0.01
     assert 0 <= threshold < 1
 
 
@@ -115,8 +114,8 @@ def test_count_levels_of_a_constant_map(value, whole):
 
 def test_a_mask_as_score_map_has_its_f_at_every_threshold():
     masks = torch.stack([blob(40, 53, seed) for seed in range(2)] + [torch.zeros(40, 53, dtype=torch.bool)])
-    saliency = score_masks(masks.float(), masks, annotation_from_mask(blob(40, 53, 5))).saliency
-    assert torch.allclose(saliency.f_curve.double(), saliency.f[:, None].expand(-1, 255))
+    scores = score_masks(masks.float(), masks, annotation_from_mask(blob(40, 53, 5)))
+    assert torch.allclose(scores.f_curve.double(), scores.f[:, None].expand(-1, 255))
 
 
 def test_score_masks_ignores_void_pixels():
@@ -124,7 +123,7 @@ def test_score_masks_ignores_void_pixels():
     at_size = upsample_mask(masks, tuple(annotation.foreground.shape))
     flipped = at_size ^ ~annotation.valid
     assert (flipped != at_size).any()
-    first, second = (score_masks(values.float(), values, annotation).saliency for values in (at_size, flipped))
+    first, second = (score_masks(values.float(), values, annotation) for values in (at_size, flipped))
     for one, other in zip(first[:3], second[:3], strict=True):
         assert torch.equal(one, other)
     maps = score_maps.softmax(-1)
@@ -183,15 +182,15 @@ def test_center_prior_has_known_values_on_ecssd(ecssd):
         [score_masks(torch.ones(1, 2, 2), torch.ones(1, 2, 2).bool(), one) for one in annotation[::6]]
     )
     shares = np.array([target.mean() for target in targets[::6]])
-    assert whole.saliency.iou[:, 0].numpy() == pytest.approx(shares)
-    assert whole.saliency.accuracy[:, 0].numpy() == pytest.approx(shares)
-    assert whole.saliency.f[:, 0].numpy() == pytest.approx(1.3 * shares / (0.3 * shares + 1))
+    assert whole.iou[:, 0].numpy() == pytest.approx(shares)
+    assert whole.accuracy[:, 0].numpy() == pytest.approx(shares)
+    assert whole.f[:, 0].numpy() == pytest.approx(1.3 * shares / (0.3 * shares + 1))
     resized = [resize_annotation(one) for one in annotation]
     prior, threshold = center_prior(torch.stack([one.foreground for one in resized]))
     scores = stack_mask_scores(score_center_prior(resized, threshold))
-    assert torch.allclose(scores.saliency.iou[:, 0], prior)
-    assert scores.saliency.accuracy.mean() == pytest.approx(0.770, abs=0.01)
-    assert scores.saliency.f.mean() == pytest.approx(0.524, abs=0.015)
+    assert torch.allclose(scores.iou[:, 0], prior)
+    assert scores.accuracy.mean() == pytest.approx(0.770, abs=0.01)
+    assert scores.f.mean() == pytest.approx(0.524, abs=0.015)
     assert scores.corloc.float().mean() > 0.4  # objects are central
 
 
@@ -210,5 +209,5 @@ def test_f_beta_of_the_same_mask_on_ecssd(ecssd):
     assert values[0.3].mean() == pytest.approx(0.524, abs=0.015)
     assert values[0.09].mean() == pytest.approx(0.513, abs=0.015)
     assert values[0.3].mean() - values[0.09].mean() == pytest.approx(0.011, abs=0.005)
-    measured = saliency_scores(mask[None].float(), mask[None], targets[0], torch.ones_like(targets[0]))
+    measured = score_masks(mask[None].float(), mask[None], annotation_from_mask(targets[0]))
     assert measured.f[0] == pytest.approx(values[0.3][0].item())
