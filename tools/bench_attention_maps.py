@@ -7,9 +7,9 @@ FOLDER holds real images. Exactness: the largest difference of any block's [CLS]
 without fused attention. Cost: processor time of a forward pass that captures the [CLS] rows of all blocks, over that
 of a plain one, alternating pass by pass; the median of the rounds' ratios. Images per second of processor time:
 `extract_last_block`, and with it each method. Memory: peak of the whole command, with masks, over 100 and over 1,000
-images (the folder's,
-linked as often as needed; a box in the middle is the mask), in a process of its own each. OVERRIDES are those of
-`ssl-vit attention`, such as methods=[attention,lost,tokencut,pca,found] refine=guided max_side=112.
+images (the folder's, linked as often as needed; a box in the middle is the mask), in a process of its own each.
+OVERRIDES are those of `ssl-vit attention`, such as methods=[attention,lost,tokencut,pca,found] refine=guided
+max_side=112.
 """
 
 from __future__ import annotations

@@ -138,8 +138,8 @@ def test_holm_equals_the_textbook_example():
 def test_holm_rejects_what_the_step_down_rule_rejects(ps):
     """The slow form rejects from the smallest p on, until one is above alpha / (number of remaining tests)."""
     alpha, rejected = 0.05, set()
-    for done, place in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
-        if ps[place] * (len(ps) - done) > alpha:
+    for done, index in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        if ps[index] * (len(ps) - done) > alpha:
             break
-        rejected.add(place)
-    assert {place for place, p in enumerate(holm(ps)) if p <= alpha} == rejected
+        rejected.add(index)
+    assert {index for index, p in enumerate(holm(ps)) if p <= alpha} == rejected

@@ -198,10 +198,10 @@ def moving_squares(root: Path, name: str, frames: int = 9, *, first_id: int = 1)
     ground = rng.integers(90, 130, (96, 160, 1)).repeat(3, axis=2)
     for number in range(frames):
         pixels, mask = ground.copy(), np.zeros((96, 160), dtype=np.uint8)
-        for place, color in enumerate([(230, 30, 30), (30, 220, 40)]):
-            top, left = 12 + 40 * place, 10 + 8 * number + 10 * place
+        for index, color in enumerate([(230, 30, 30), (30, 220, 40)]):
+            top, left = 12 + 40 * index, 10 + 8 * number + 10 * index
             pixels[top : top + 32, left : left + 32] = color
-            mask[top : top + 32, left : left + 32] = first_id + 2 * place
+            mask[top : top + 32, left : left + 32] = first_id + 2 * index
         Image.fromarray(pixels.astype(np.uint8)).save(folders[0] / f"{number:05d}.jpg", quality=95)
         image = Image.fromarray(mask).convert("P")
         image.putpalette(default_palette())
@@ -266,8 +266,8 @@ def test_propagate_writes_masks_and_scores_them(davis, tiny_model, tmp_path):
         for row in csv.DictReader((tmp_path / "out" / "objects.csv").open())
         if row["video"] == "more"
     }
-    for place, object_ in enumerate(("2", "4")):
-        assert float(rows[object_]["J-mean"]) == pytest.approx(np.mean(by_hand, axis=0)[place], abs=1e-5)
+    for index, object_ in enumerate(("2", "4")):
+        assert float(rows[object_]["J-mean"]) == pytest.approx(np.mean(by_hand, axis=0)[index], abs=1e-5)
 
 
 def test_propagate_ignores_void_pixels(davis, tiny_model, tmp_path):
