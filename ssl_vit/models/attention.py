@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
 
 
 def set_attention_impl(attention: Attention, *, fused: bool) -> None:
@@ -34,6 +36,19 @@ def _forward(attention: Attention, x: Tensor, attn_mask: None = None, is_causal:
     qkv = attention.qkv(x).view(batch, tokens, 3, attention.num_heads, attention.head_dim)
     result: Tensor = attention.proj(matmul_attention(qkv, attention.scale))
     return result
+
+
+def hook_qk(attention: Attention, visit: Callable[[Tensor, Tensor], None]) -> RemovableHandle:
+    """Call `visit` with the normalized queries and keys (B, heads, tokens, d) of every forward pass."""
+
+    def split(_module: object, _inputs: object, output: Tensor) -> None:
+        batch, tokens, _ = output.shape
+        qkv = output.view(batch, tokens, 3, attention.num_heads, attention.head_dim)
+        queries, keys, _ = qkv.permute(2, 0, 3, 1, 4).unbind()  # (B, heads, tokens, d) each
+        visit(attention.q_norm(queries), attention.k_norm(keys))
+
+    handle: RemovableHandle = attention.qkv.register_forward_hook(split)
+    return handle
 
 
 def matmul_attention(qkv: Tensor, scale: float) -> Tensor:

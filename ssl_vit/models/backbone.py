@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 
 import timm
 import torch
+from timm.layers.attention import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -115,6 +116,17 @@ class Backbone(nn.Module):
         """Choose between torch's fused attention and plain matrix products, which give the same result."""
         for block in self.vit.blocks:
             set_attention_impl(block.attn, fused=fused)
+
+    def plain_attention(self, block: int) -> Attention:
+        """Return the attention module of a block.
+
+        Raises:
+            UserError: The block does not compute one plain softmax(q k) attention.
+        """
+        modules = [module for module in self.vit.blocks[block].modules() if type(module) is Attention]
+        if len(modules) != 1:
+            raise UserError(f"{self.config.name}: attention maps need blocks with one plain softmax attention each")
+        return modules[0]
 
     def compile_blocks(self) -> None:
         """Compile each block, once per input shape; the weights keep their names.
