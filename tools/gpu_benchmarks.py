@@ -199,13 +199,13 @@ def _speed(context: BenchContext, overrides: tuple[str, ...], size: int, row: st
     with torch.device("meta"):  # sizes are sufficient
         flops = build_method(config, make_plan(config, len(dataset))).count_flops().total
     measured = benchmark.row(row)
-    step = sum(measured.parts.values())
+    step = sum(measured.phases.values())
     return {
         "images_per_s": measured.images_per_s,
         "batch": config.data.batch_size,
         "steps": measured.steps,
-        "parts_ms": {part: 1000 * seconds for part, seconds in measured.parts.items()},
-        "shares": {part: seconds / step for part, seconds in measured.parts.items()},
+        "parts_ms": {part: 1000 * seconds for part, seconds in measured.phases.items()},
+        "shares": {part: seconds / step for part, seconds in measured.phases.items()},
         "gflop_per_image": flops / 1e9,
         "peak_share": measured.images_per_s * flops / context.peak if context.peak else None,
         "memory": measured.memory,

@@ -25,41 +25,41 @@ from ssl_vit.runtime.text import pluralize
 from ssl_vit.training.benchmark import BenchmarkRun, Row
 from ssl_vit.training.benchmark_report import (
     ROWS,
+    BenchmarkResult,
     Comparison,
-    Measured,
-    as_values,
     bottleneck,
     describe,
+    format_result,
     machine,
-    table,
+    to_json,
 )
 from ssl_vit.training.trainer import silence_lightning
 
-PHOTOS = 128  # that are made where there are none
-EPOCH = 10_000  # times that each of them comes in an epoch: those of a large data set are long
-BUSY = 0.5  # of the cores, from which on other work is told of
-STEP = 2.5  # seconds that a step may take
-_OWN = {"seconds", "compare_to", "row", "rounds", "out"}  # keys of bench itself
+NUM_PHOTOS = 128  # generated if no images are given
+REPEATS = 10_000  # of each photo, so that an epoch is as long as that of a large dataset
+BUSY = 0.5  # load per core from which the user is warned
+MAX_STEP = 2.5  # seconds
+_OWN_KEYS = {"seconds", "compare_to", "row", "rounds", "out"}  # those that are not of the training
 
 
-def main(words: list[str]) -> None:
+def main(argv: list[str]) -> None:
     """Run the command."""
-    config = load_config("bench", words, BenchConfig)
+    config = load_config("bench", argv, BenchConfig)
     configs = [config]
-    if own := sorted({_key(word) for word in config.compare_to} & _OWN):
-        raise UserError(f"compare_to={config.compare_to}: {', '.join(own)} count for both; name keys of the training")
+    if own := sorted({_key(override) for override in config.compare_to} & _OWN_KEYS):
+        raise UserError(f"compare_to={config.compare_to}: {', '.join(own)} apply to both; give keys of the training")
     if config.compare_to:
-        changed = {_key(word) for word in config.compare_to}
-        kept = [word for word in words if _key(word) not in changed | {"compare_to"}]
+        changed = {_key(override) for override in config.compare_to}
+        kept = [override for override in argv if _key(override) not in changed | {"compare_to"}]
         configs.append(load_config("bench", [*kept, *config.compare_to], BenchConfig))
     bench(configs)
 
 
 def bench(configs: list[BenchConfig]) -> None:
-    """Measure one configuration, or two in turn, print what was found and write it down.
+    """Measure one configuration, or two in turn; print the results and write them to a JSON file.
 
     Raises:
-        UserError: Of a configuration or its images, before anything is measured.
+        UserError: A configuration or its images are not valid; nothing is measured then.
     """
     silence_lightning()
     config = configs[0]
@@ -67,94 +67,94 @@ def bench(configs: list[BenchConfig]) -> None:
         if each.trainer.devices * each.trainer.num_nodes > 1:
             raise UserError("trainer.devices and trainer.num_nodes: bench measures a single process, set both to 1")
     if config.out.exists() and not config.out.is_file():
-        raise UserError(f"out={config.out} is no file; name one")
+        raise UserError(f"out={config.out} is not a file; choose the path of a JSON file")
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="ssl-vit-bench-") as name:
-        folder = Path(name)
-        subjects, described = [], []
-        skipped = SkippedImageLog(folder / "skipped_images.txt")
+        directory = Path(name)
+        runs, descriptions = [], []
+        skipped = SkippedImageLog(directory / "skipped_images.txt")
         for number, each in enumerate(configs):
-            each, dataset, said = with_images(each, folder / str(number))
-            subjects.append(BenchmarkRun(each, dataset, skipped, seconds=config.seconds))
-            described.append(said)
-        environment = machine(subjects[0].device)
-        found, comparison = measure(subjects, config)
-        count = skipped.count()
+            each, dataset, description = load_images(each, directory / str(number))
+            runs.append(BenchmarkRun(each, dataset, skipped, seconds=config.seconds))
+            descriptions.append(description)
+        environment = machine(runs[0].device)
+        results, comparison = measure(runs, config)
+        num_skipped = skipped.count()
 
     print(f"{pluralize(environment['threads'], 'thread')} of {environment['cpu']}, on {environment['device']}")
     if (environment["load"] or 0) > BUSY * environment["cores"]:
         print(
-            f"Other work had a load of {environment['load']:.1f} on {environment['cores']} cores: the figures are low"
+            f"Other processes had a load of {environment['load']:.1f} on {environment['cores']} cores: results are low"
         )
-    for letter, subject, images_said, original in zip("AB", found, described, configs, strict=False):
-        print(f"\n{letter + ': ' if comparison else ''}{describe(subject.config)}, {describe_batch(subject, original)}")
-        print(f"images: {images_said}\n\n{table(subject)}")
-    print(f"\n{comparison or bottleneck(found[0], subjects[0].device)}")
-    if count:
-        print(f"{pluralize(count, 'image')} could not be read and left out; ssl-vit scan names them")
-    write_json(config.out, as_values(found, comparison, described, environment))
-    print(f"Everything: {config.out}")
+    for letter, result, description, original in zip("AB", results, descriptions, configs, strict=False):
+        print(f"\n{letter + ': ' if comparison else ''}{describe(result.config)}, {describe_batch(result, original)}")
+        print(f"images: {description}\n\n{format_result(result)}")
+    print(f"\n{comparison or bottleneck(results[0], runs[0].device)}")
+    if num_skipped:
+        print(f"{pluralize(num_skipped, 'unreadable image')} skipped; list them with ssl-vit scan")
+    write_json(config.out, to_json(results, comparison, descriptions, environment))
+    print(f"All results: {config.out}")
 
 
-def with_images(config: BenchConfig, folder: Path) -> tuple[BenchConfig, ImageDataset, str]:
-    """The configuration's images, or some made in `folder` that stand for many files on a disk, and words on them."""
+def load_images(config: BenchConfig, directory: Path) -> tuple[BenchConfig, ImageDataset, str]:
+    """Return the configuration with its images and their description; without `data.root`, generate photos."""
     if config.data.root is not None:
         dataset = build_dataset(config.data.source, config.data.root)
         return config, dataset, dataset.describe()
     if config.data.source != "folder":
-        raise UserError(f"data.source={config.data.source}: name the place of the images with data.root")
-    folder.mkdir()
-    make_synthetic_photos(folder, num_images=PHOTOS, seed=config.seed)
-    made = build_dataset("folder", folder)
+        raise UserError(f"data.source={config.data.source}: set data.root to the path of the images")
+    directory.mkdir()
+    make_synthetic_photos(directory, num_images=NUM_PHOTOS, seed=config.seed)
+    photos = build_dataset("folder", directory)
     from_disk = config.model_copy(update={"data": config.data.model_copy(update={"cache_gb": 0.0})})
-    said = f"{PHOTOS} JPEG files of {WIDTH} x {HEIGHT}, made for this and read from disk; name your own with data.root"
-    return from_disk, Subset(made, torch.arange(PHOTOS).repeat(EPOCH)), said
+    description = f"{NUM_PHOTOS} generated JPEG files of {WIDTH} x {HEIGHT}, read from disk; set data.root to your own"
+    return from_disk, Subset(photos, torch.arange(NUM_PHOTOS).repeat(REPEATS)), description
 
 
-def measure(subjects: list[BenchmarkRun], config: BenchConfig) -> tuple[list[Measured], Comparison | None]:
-    """All three rows of a configuration, or one row of two configurations in turn."""
-    models = [subject.check() for subject in subjects]
-    peaks = [matmul(subject, model.precision) for subject, model in zip(subjects, models, strict=True)]
-    log("how many images a step can have")
-    possible = [subject.largest_batch(STEP) for subject in subjects]
-    for subject in subjects:
-        subject.shrink(min(possible))
+def measure(runs: list[BenchmarkRun], config: BenchConfig) -> tuple[list[BenchmarkResult], Comparison | None]:
+    """Measure all rows of one configuration, or one row of two configurations in turn."""
+    models = [run.check() for run in runs]
+    peaks = [matmul_peak(run, model.precision) for run, model in zip(runs, models, strict=True)]
+    log("largest batch")
+    largest = min(run.largest_batch(MAX_STEP) for run in runs)
+    for run in runs:
+        run.shrink(largest)
     names, rounds = ([config.row], config.rounds) if config.compare_to else (list(ROWS), 1)
-    rows: list[dict[str, list[Row]]] = [{name: [] for name in names} for _ in subjects]
-    for turn in range(rounds):
-        for letter, subject, measured in zip("AB", subjects, rows, strict=False):
+    rows: list[dict[str, list[Row]]] = [{name: [] for name in names} for _ in runs]
+    for number in range(rounds):
+        for letter, run, own_rows in zip("AB", runs, rows, strict=False):
             for name in names:
-                log(f"{ROWS[name]}, {letter} of round {turn + 1}" if config.compare_to else ROWS[name])
-                measured[name].append(subject.row(name))
+                log(f"{ROWS[name]}, {letter} of round {number + 1}" if config.compare_to else ROWS[name])
+                own_rows[name].append(run.row(name))
     log("matmul peak")
-    found = []
-    for subject, model, peak, own in zip(subjects, models, peaks, rows, strict=True):
-        best = max(peak, matmul(subject, model.precision))
-        found.append(Measured(subject.config, model, best, own))
+    results = []
+    for run, model, peak, own_rows in zip(runs, models, peaks, rows, strict=True):
+        best = max(peak, matmul_peak(run, model.precision))
+        results.append(BenchmarkResult(run.config, model, best, own_rows))
     if not config.compare_to:
-        return found, None
-    first, second = (subject.rows[config.row] for subject in found)
+        return results, None
+    first, second = (result.rows[config.row] for result in results)
     ratios = [b.images_per_s / a.images_per_s for a, b in zip(first, second, strict=True)]
-    batch_sizes = [subject.config.data.batch_size for subject in found]
-    return found, Comparison(config.row, config.compare_to, batch_sizes, ratios)
+    batch_sizes = [result.config.data.batch_size for result in results]
+    return results, Comparison(config.row, config.compare_to, batch_sizes, ratios)
 
 
-def matmul(subject: BenchmarkRun, precision: str) -> float:
-    """FLOP/s of a matrix product now."""
-    return measure_matmul(subject.device.type, precision, seconds=min(1.0, subject.seconds))
+def matmul_peak(run: BenchmarkRun, precision: str) -> float:
+    """Measure the FLOP/s of a matrix product."""
+    return measure_matmul(run.device.type, precision, seconds=min(1.0, run.seconds))
 
 
-def describe_batch(subject: Measured, original: BenchConfig) -> str:
-    """How many images a step had, and why not all."""
-    size, wanted = subject.config.data.batch_size, original.data.batch_size
-    said = f"batch {size}" if size == wanted else f"batch {size} instead of {wanted} so that steps are short"
-    return f"{said}, {subject.model.precision}"
+def describe_batch(result: BenchmarkResult, original: BenchConfig) -> str:
+    """Return batch size and precision, and why the batch is smaller than requested."""
+    size, requested = result.config.data.batch_size, original.data.batch_size
+    text = f"batch {size}" if size == requested else f"batch {size} instead of {requested}, to keep steps short"
+    return f"{text}, {result.model.precision}"
 
 
-def log(what: str) -> None:
-    """Say what is being measured."""
-    print(f"measuring: {what}", file=sys.stderr, flush=True)
+def log(name: str) -> None:
+    """Print the name of the current measurement to stderr."""
+    print(f"measuring: {name}", file=sys.stderr, flush=True)
 
 
-def _key(word: str) -> str:
-    return word.partition("=")[0].lstrip("+~")
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")

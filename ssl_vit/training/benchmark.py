@@ -1,4 +1,4 @@
-"""Measuring a configuration: its loader alone, its training step alone, and both together, as a real run has them."""
+"""Benchmark of a configuration: its loader alone, its training step alone, and both together as in a real run."""
 
 from __future__ import annotations
 
@@ -29,47 +29,47 @@ from ssl_vit.runtime.step_timer import PHASES
 from ssl_vit.training.checkpointing import AtomicCheckpointIO
 from ssl_vit.training.trainer import build_method, build_trainer
 
-WARM_UP = 2  # steps that are left out: allocations, and kernels made at their first use
-_GPU_WINDOW = 0.5  # seconds between two times that the CPU waits for the GPU to read its clock
+WARM_UP = 2  # steps that are not measured, as they allocate memory and load kernels
+_GPU_WINDOW = 0.5  # seconds between two readings of the GPU's time, for which the CPU waits
 _ENDLESS = 10**9  # steps
 
 
 class Row(NamedTuple):
-    """What was measured of one way to run."""
+    """Result of one kind of measurement."""
 
     images_per_s: float
     steps: int  # measured
-    parts: dict[str, float]  # seconds of an optimizer step by part, in their order
-    memory: dict[str, float]  # peak, in GB: host_gb, device_gb
+    phases: dict[str, float]  # seconds of an optimizer step by phase, in order
+    memory: dict[str, float]  # peak in GB: host_gb, device_gb
 
 
 class Model(NamedTuple):
-    """What the rows are judged by."""
+    """Operations and precision of the model."""
 
     flops: Flops  # per image
     precision: str  # as Lightning calls it
 
 
 class StepTimeRecorder(ProgressBar):
-    """Reads the laps of a method step by step, and ends its training when `seconds` have been measured.
+    """Recorder of the times of each step, which stops the training when `seconds` have been measured.
 
-    The first steps are left out; of steps that take longer than `seconds`, the first. On a GPU some steps are read
-    together, so that the CPU stays ahead of it. To Lightning this is a progress bar: it would draw its own otherwise.
+    The first steps are not measured; of steps that take longer than `seconds`, only the first. On a GPU several steps
+    are read together, so that the CPU stays ahead. It is a progress bar so that Lightning does not add its own.
     """
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
         self.seconds = seconds
-        self.readings: list[dict[str, float]] = []  # seconds of one step by part, the mean of some steps on a GPU
-        self.steps: list[int] = []  # that each reading is of
+        self.readings: list[dict[str, float]] = []  # seconds of one step by phase; on a GPU the mean of several steps
+        self.steps: list[int] = []  # number of steps of each reading
 
     @property
     def measured(self) -> slice:
-        """The readings that count."""
+        """Readings after the warm-up."""
         return slice(min(WARM_UP, len(self.readings) - 1), None)
 
     def disable(self) -> None:
-        """There is nothing to draw."""
+        """Do nothing, as nothing is drawn."""
 
     def on_train_start(self, trainer: Trainer, module: SSLMethod) -> None:  # type: ignore[override]
         self.read_step, self.read_at = trainer.global_step, time.perf_counter()
@@ -81,7 +81,7 @@ class StepTimeRecorder(ProgressBar):
         warm = len(self.readings) >= WARM_UP
         if module.device.type == "cuda" and warm and now - self.read_at < _GPU_WINDOW:
             return
-        self.readings.append({part: seconds / steps for part, seconds in module.timer.totals().items()})
+        self.readings.append({phase: seconds / steps for phase, seconds in module.timer.totals().items()})
         self.steps.append(steps)
         self.read_step, self.read_at = trainer.global_step, now
         times = [steps * sum(reading.values()) for steps, reading in zip(self.steps, self.readings, strict=True)]
@@ -90,7 +90,7 @@ class StepTimeRecorder(ProgressBar):
 
 
 class ConstantLoader:
-    """A loader whose batch is there already."""
+    """Loader of one batch that is already in memory, repeated."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
@@ -104,13 +104,13 @@ class ConstantLoader:
 
 
 class BenchmarkRun:
-    """A configuration under measurement, by the loader, Trainer and method of a real run.
+    """Measurements of a configuration with the loader, Trainer and method of a real run.
 
     Args:
-        config: As for `pretrain`, of a single process.
-        images: To load.
-        skipped: Takes those that cannot be read.
-        seconds: That a row is measured.
+        config: Configuration of a single process.
+        dataset: Images to load.
+        skipped: Log of the images that cannot be read.
+        seconds: Duration of a measurement.
     """
 
     def __init__(
@@ -121,20 +121,20 @@ class BenchmarkRun:
         self.skipped = skipped
         self.seconds = seconds
         self.device = best_device(config.trainer.accelerator)
-        self.tried: dict[int, Row] = {}  # the synthetic row of a batch size
-        self.resident: InMemoryLoader | None = None  # decoded once for all rows
+        self.tried: dict[int, Row] = {}  # synthetic row by batch size
+        self.resident: InMemoryLoader | None = None  # decoded once for all measurements
 
     def check(self) -> Model:
-        """Build the method once, for what it is and for the mistakes that only this finds.
+        """Build the method and the Trainer once, to check the configuration and to count the operations.
 
         Raises:
-            UserError: Of the configuration.
+            UserError: The configuration is not valid.
         """
         method = self._method()
         return Model(method.count_flops(), self._trainer(StepTimeRecorder(1)).precision)
 
     def shrink(self, most: int) -> None:
-        """Have at most so many images in a step, without accumulation if they are fewer than configured."""
+        """Limit the number of images in a step, without accumulation if the limit is below the batch size."""
         if most >= self.config.data.batch_size:
             return
         batch_size = max(
@@ -149,12 +149,12 @@ class BenchmarkRun:
         )
 
     def largest_batch(self, step: float) -> int:
-        """The most images for which a step takes about `step` seconds or less, from tries with few.
+        """Estimate the most images for which a step takes about `step` seconds, by trying small batches.
 
-        So many that they are no limit where all of the configuration are possible, and on a GPU.
+        There is no limit on a GPU, or if the batch size of the configuration is small enough.
         """
         tried, possible = 0, self.config.method.batch_multiple
-        while possible >= 4 * tried:  # few images at once take longer each
+        while possible >= 4 * tried:  # small batches take longer per image
             if self.device.type == "cuda" or possible >= self._micro_batch:
                 return _ENDLESS
             tried = possible
@@ -166,18 +166,18 @@ class BenchmarkRun:
         return possible
 
     def row(self, name: str) -> Row:
-        """Measure `data`, `synthetic` or `full`."""
+        """Run the measurement `data`, `synthetic` or `full`."""
         return {"data": self._data, "synthetic": self._synthetic, "full": self._full}[name]()
 
     def _data(self) -> Row:
-        """The loader alone, batch after batch; those that were ready at the start are left out."""
+        """Measure the loader alone, without the batches that were ready at the start."""
         reset_peak_memory(self.device)
         loader = self._loader()
         ready = loader.num_workers * (loader.prefetch_factor or 0) if isinstance(loader, TrainingLoader) else 0
         first, arrivals = WARM_UP + ready, list[float]()
         for _ in itertools.chain.from_iterable(itertools.repeat(loader)):
             if len(arrivals) == first:
-                synchronize(self.device)  # which may be where the images are cropped
+                synchronize(self.device)  # where the images may be cropped
             arrivals.append(time.perf_counter())
             if len(arrivals) > first + 1 and arrivals[-1] - arrivals[first] >= self.seconds:
                 break
@@ -187,31 +187,31 @@ class BenchmarkRun:
         return Row(self._micro_batch / seconds, count, {"data": seconds}, peak_memory(self.device))
 
     def _synthetic(self) -> Row:
-        """Training on a batch that is there already: medians over the steps."""
+        """Measure training on a constant batch: medians over the steps."""
         if row := self.tried.pop(self.config.data.batch_size, None):
-            return row  # its steps are so long that another try would find no more
+            return row  # its steps are too long to repeat them
         return self._train(ConstantLoader(make_batch(self.config, self._micro_batch, self.device)), median)
 
     def _full(self) -> Row:
-        """Training as it is: means over the steps, because loading processes bring their batches in bursts."""
+        """Measure training: means over the steps, because worker processes deliver batches in bursts."""
         return self._train(self._loader(), mean)
 
     def _train(self, batches: Iterable[Batch], typical: Callable[[list[float]], float]) -> Row:
         readings, count = self._readings(batches)
-        gc.collect()  # of the model, or the next row's memory has this one's in it
+        gc.collect()  # frees the model, whose memory would be counted in the next measurement
         step = typical([sum(reading.values()) for reading in readings])
-        parts = {part: typical([reading[part] for reading in readings]) for part in PHASES if part in readings[0]}
-        return Row(self.config.data.batch_size / step, count, parts, peak_memory(self.device))
+        phases = {phase: typical([reading[phase] for reading in readings]) for phase in PHASES if phase in readings[0]}
+        return Row(self.config.data.batch_size / step, count, phases, peak_memory(self.device))
 
     def _readings(self, batches: Iterable[Batch]) -> tuple[list[dict[str, float]], int]:
-        """Train; the parts of each step, or of a few at a time, and how many steps they are."""
-        watch = StepTimeRecorder(self.seconds)
+        """Train, and return the phases of each step, or means of several steps, and the number of steps."""
+        recorder = StepTimeRecorder(self.seconds)
         reset_peak_memory(self.device)
         try:
-            self._trainer(watch).fit(self._method(), batches)
+            self._trainer(recorder).fit(self._method(), batches)
         except SystemExit:  # Lightning's answer to Ctrl-C
             raise KeyboardInterrupt from None
-        return watch.readings[watch.measured], sum(watch.steps[watch.measured])
+        return recorder.readings[recorder.measured], sum(recorder.steps[recorder.measured])
 
     @property
     def _micro_batch(self) -> int:
@@ -220,14 +220,14 @@ class BenchmarkRun:
     def _plan(self) -> TrainingPlan:
         log_every = (
             self.config.trainer.log_every_n_steps if self._micro_batch > 1 else _ENDLESS
-        )  # a single one has no spread
+        )  # a single image has no statistics
         return make_plan(self.config, len(self.dataset))._replace(total_steps=_ENDLESS, log_every=log_every)
 
     def _method(self) -> SSLMethod:
         return build_method(self.config, self._plan())
 
-    def _trainer(self, watch: StepTimeRecorder) -> Trainer:
-        return build_trainer(self.config, self._plan(), [], [watch], AtomicCheckpointIO(), self.skipped.path.parent)
+    def _trainer(self, recorder: StepTimeRecorder) -> Trainer:
+        return build_trainer(self.config, self._plan(), [], [recorder], AtomicCheckpointIO(), self.skipped.path.parent)
 
     def _loader(self) -> InMemoryLoader | TrainingLoader:
         if self.resident:
@@ -250,14 +250,14 @@ class BenchmarkRun:
         return loader
 
 
-def make_batch(config: TrainingConfig, dataset: int, device: torch.device) -> Batch:
-    """A batch of noise, on the device."""
+def make_batch(config: TrainingConfig, count: int, device: torch.device) -> Batch:
+    """Return a batch of `count` images of noise on the device."""
     views, generator = config.method.views, torch.Generator().manual_seed(config.seed)
 
     def noise(crops: CropsConfig) -> Tensor:
-        shape = (dataset, crops.count, config.backbone.in_chans, crops.size, crops.size)
+        shape = (count, crops.count, config.backbone.in_chans, crops.size, crops.size)
         return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
 
-    index = torch.arange(dataset)
-    label, key = torch.full((dataset,), -1), sample_keys(config.seed, 0, index)
+    index = torch.arange(count)
+    label, key = torch.full((count,), -1), sample_keys(config.seed, 0, index)
     return Batch(noise(views.global_crops), noise(views.local_crops), label, index, key)

@@ -1,4 +1,4 @@
-"""What was measured, in words for the terminal and in plain values for a file."""
+"""Report of a benchmark: text for the terminal and values for the JSON file."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ssl_vit.runtime.workers import available_cpus
 from ssl_vit.training.benchmark import Model, Row
 
 SCHEMA = 1  # of the file
-WAITING = 0.1  # share of a step from which on data are the bottleneck
-SLOWED = 0.8  # of the speed without data, below which loading takes cores from the step
-BUSY = 0.4  # share of the matmul peak from which on a model is what the machine gives
+WAITING = 0.1  # share of a step from which data are the bottleneck
+SLOWED = 0.8  # share of the speed without data below which loading slows down the step
+BUSY = 0.4  # share of the matmul peak from which the machine is well used
 
 ROWS = {"data": "data only", "synthetic": "synthetic", "full": "full"}
-_LESS_OF_IT = {
+_REMEDIES = {
     "augmentation": "fewer views, a smaller share of blurred ones (method.views.blur.p) and no hue shift "
     "(method.views.jitter.hue=0) make it cheaper",
     "corruption": "fewer and larger blocks (method.corruption) make it cheaper",
@@ -38,30 +38,30 @@ _LESS_OF_IT = {
 }
 
 
-class Measured(NamedTuple):
-    """A configuration and what was found of it."""
+class BenchmarkResult(NamedTuple):
+    """Measurements of a configuration."""
 
-    config: TrainingConfig  # as measured: its batch size may be smaller than was asked for
+    config: TrainingConfig  # as measured, possibly with a smaller batch size than requested
     model: Model
     peak: float  # FLOP/s of a matrix product at the model's precision
-    rows: dict[str, list[Row]]  # by name, one for each round
+    rows: dict[str, list[Row]]  # by name, one per round
 
-    def typical(self, row: str) -> float:
-        """Images/s, the median of the rounds."""
+    def images_per_s(self, row: str) -> float:
+        """Return the median of the rounds."""
         return median(each.images_per_s for each in self.rows[row])
 
-    def share(self, row: str) -> float:
-        """Of the matmul peak."""
-        return self.typical(row) * self.model.flops.total / self.peak
+    def peak_share(self, row: str) -> float:
+        """Return the share of the matmul peak."""
+        return self.images_per_s(row) * self.model.flops.total / self.peak
 
 
 class Comparison(NamedTuple):
-    """How much faster the second configuration is than the first."""
+    """Speed of the second configuration relative to the first."""
 
     row: str
     overrides: list[str]  # of the second
-    batch_sizes: list[int]  # that the two were measured with
-    ratios: list[float]  # of images/s, by round
+    batch_sizes: list[int]  # of both measurements
+    ratios: list[float]  # of images/s, per round
 
     def __str__(self) -> str:
         sizes = " and ".join(map(str, self.batch_sizes))
@@ -73,7 +73,7 @@ class Comparison(NamedTuple):
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on beside the configuration; to be asked before they are measured."""
+    """Return what the results depend on besides the configuration; to be called before the measurements."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.+)$", info.read_text(), flags=re.M) if info.exists() else []
     return {
@@ -82,7 +82,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cpu": names[0] if names else platform.processor(),
         "cores": available_cpus(),
         "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0] if sys.platform != "win32" else None,  # processes that wanted a core, last minute
+        "load": os.getloadavg()[0] if sys.platform != "win32" else None,  # runnable processes in the last minute
         "torch": torch.__version__,
         "lightning": lightning.__version__,
         "timm": timm.__version__,
@@ -91,94 +91,94 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def as_values(
-    subjects: list[Measured], comparison: Comparison | None, dataset: list[str], environment: dict[str, Any]
+def to_json(
+    results: list[BenchmarkResult], comparison: Comparison | None, images: list[str], environment: dict[str, Any]
 ) -> dict[str, Any]:
-    """Everything, as plain values; seconds, GB, FLOP and FLOP/s."""
+    """Return everything as JSON values, in seconds, GB, FLOP and FLOP/s."""
     return {
         "schema": SCHEMA,
         "environment": environment,
         "measured": [
             {
-                "images": described,
-                "batch_size": subject.config.data.batch_size,
-                "precision": subject.model.precision,
-                "flops_per_image": subject.model.flops.parts() | {"total": subject.model.flops.total},
-                "matmul_peak": subject.peak,
+                "images": description,
+                "batch_size": result.config.data.batch_size,
+                "precision": result.model.precision,
+                "flops_per_image": result.model.flops.parts() | {"total": result.model.flops.total},
+                "matmul_peak": result.peak,
                 "rows": {
                     name: {
-                        "images_per_s": subject.typical(name),
-                        "flops": subject.typical(name) * subject.model.flops.total if name != "data" else None,
-                        "peak_share": subject.share(name) if name != "data" else None,
+                        "images_per_s": result.images_per_s(name),
+                        "flops": result.images_per_s(name) * result.model.flops.total if name != "data" else None,
+                        "peak_share": result.peak_share(name) if name != "data" else None,
                         "rounds": [row._asdict() for row in rounds],
                     }
-                    for name, rounds in subject.rows.items()
+                    for name, rounds in result.rows.items()
                 },
-                "config": subject.config.model_dump(mode="json"),
+                "config": result.config.model_dump(mode="json"),
             }
-            for subject, described in zip(subjects, dataset, strict=True)
+            for result, description in zip(results, images, strict=True)
         ],
         "comparison": comparison and comparison._asdict() | {"ratio": median(comparison.ratios)},
     }
 
 
-def table(subject: Measured) -> str:
-    """The rows, the parts of a step, and what the shares are shares of."""
-    flops = subject.model.flops
+def format_result(result: BenchmarkResult) -> str:
+    """Return tables of the measurements and of the phases of a step, with operations, matmul peak and memory."""
+    flops = result.model.flops
     lines = [f"{'':<14}{'images/s':>12}{'TFLOP/s':>10}{'of peak':>9}{'steps':>7}"]
-    for name, rounds in subject.rows.items():
-        speed, steps = subject.typical(name), sum(row.steps for row in rounds)
-        rate = f"{speed * flops.total / 1e12:>10.3g}{subject.share(name):>9.0%}" if name != "data" else f"{'':>19}"
+    for name, rounds in result.rows.items():
+        speed, steps = result.images_per_s(name), sum(row.steps for row in rounds)
+        rate = f"{speed * flops.total / 1e12:>10.3g}{result.peak_share(name):>9.0%}" if name != "data" else f"{'':>19}"
         lines.append(f"{ROWS[name]:<14}{_short(speed):>12}{rate}{steps:>7,}")
-    name, rounds = list(subject.rows.items())[-1]
-    parts = {part: median(row.parts[part] for row in rounds) for part in rounds[0].parts}
-    step = sum(parts.values())
+    name, rounds = list(result.rows.items())[-1]
+    phases = {phase: median(row.phases[phase] for row in rounds) for phase in rounds[0].phases}
+    step = sum(phases.values())
     lines += ["", f"{'a step, ' + ROWS[name]:<14}{'ms':>12}{'share':>10}"]
-    lines += [f"{part:<14}{1000 * seconds:>12,.1f}{seconds / step:>10.1%}" for part, seconds in parts.items()]
-    memory = {place: max(row.memory[place] for row in rounds) for place in rounds[0].memory}
-    places = {"host_gb": "host (without loading processes)", "device_gb": "device"}
+    lines += [f"{phase:<14}{1000 * seconds:>12,.1f}{seconds / step:>10.1%}" for phase, seconds in phases.items()]
+    memory = {name: max(row.memory[name] for row in rounds) for name in rounds[0].memory}
+    titles = {"host_gb": "host (without worker processes)", "device_gb": "device"}
     lines += [
         "",
         f"{_short(flops.total / 1e9)} GFLOP per image: "
         + ", ".join(f"{name} {_short(part / 1e9)}" for name, part in flops.parts().items()),
-        f"matmul peak {subject.peak / 1e12:.3g} TFLOP/s in {subject.model.precision.removesuffix('-mixed')}",
-        "peak memory: " + ", ".join(f"{gb:.2f} GB {places[place]}" for place, gb in memory.items()),
+        f"matmul peak {result.peak / 1e12:.3g} TFLOP/s in {result.model.precision.removesuffix('-mixed')}",
+        "peak memory: " + ", ".join(f"{gb:.2f} GB {titles[name]}" for name, gb in memory.items()),
     ]
     return "\n".join(lines)
 
 
-def bottleneck(subject: Measured, device: torch.device) -> str:
-    """What limits the full row, in one sentence, and what to change."""
-    parts = subject.rows["full"][-1].parts
-    step = sum(parts.values())
-    waiting = parts["data"] / step
-    loader, training = subject.typical("data"), subject.typical("synthetic")
-    speed = subject.typical("full") / training
-    part = max(parts, key=parts.__getitem__)
-    if part == "data" or (waiting > WAITING and (loader < training or speed < SLOWED)):
+def bottleneck(result: BenchmarkResult, device: torch.device) -> str:
+    """Return what limits the full training, in one sentence, and what to change."""
+    phases = result.rows["full"][-1].phases
+    step = sum(phases.values())
+    waiting = phases["data"] / step
+    loader, training = result.images_per_s("data"), result.images_per_s("synthetic")
+    speed = result.images_per_s("full") / training
+    phase = max(phases, key=phases.__getitem__)
+    if phase == "data" or (waiting > WAITING and (loader < training or speed < SLOWED)):
         return (
-            f"Bottleneck: data, {waiting:.0%} of a step: the loader alone gives {_short(loader)} images/s, training "
-            f"alone takes {_short(training)}"
+            f"Bottleneck: data, {waiting:.0%} of a step: the loader alone reaches {_short(loader)} images/s, training "
+            f"alone {_short(training)}"
             + (", and the two share the cores" if loader > training else "")
-            + "; more cores, smaller files, or a data.cache_gb that holds all images help."
+            + "; use more cores, smaller files, or a data.cache_gb that holds all images."
         )
-    took = f"{_short(1000 * parts[part])} of {_short(1000 * step)} ms"
-    said = f"Bottleneck: {part}, {parts[part] / step:.0%} of a step ({took})"
+    duration = f"{_short(1000 * phases[phase])} of {_short(1000 * step)} ms"
+    text = f"Bottleneck: {phase}, {phases[phase] / step:.0%} of a step ({duration})"
     if speed < SLOWED:
-        said += f", which loading slows down to {speed:.0%} of its speed without"
-    if part in _LESS_OF_IT:
-        return f"{said}; {_LESS_OF_IT[part]}."
-    share = subject.share("full")
-    said = f"{said}, with the whole step at {share:.0%} of the matmul peak"
-    if subject.model.precision == "32-true" and autocast_dtype(device):
-        return f"{said}; this machine computes faster with trainer.precision=bf16-mixed."
+        text += f", which loading slows down to {speed:.0%} of its speed without"
+    if phase in _REMEDIES:
+        return f"{text}; {_REMEDIES[phase]}."
+    share = result.peak_share("full")
+    text = f"{text}, with the whole step at {share:.0%} of the matmul peak"
+    if result.model.precision == "32-true" and autocast_dtype(device):
+        return f"{text}; this machine computes faster with trainer.precision=bf16-mixed."
     if share < BUSY:
-        return f"{said}; a larger data.batch_size may use the machine better."
-    return f"{said}; only a smaller backbone or fewer views make it faster here."
+        return f"{text}; a larger data.batch_size may use the machine better."
+    return f"{text}; only a smaller backbone or fewer views make it faster here."
 
 
 def describe(config: TrainingConfig) -> str:
-    """The configuration in a line."""
+    """Return the configuration in one line."""
     views = config.method.views
     crops = [f"{crops.count}x{crops.size}" for crops in (views.global_crops, views.local_crops) if crops.count]
     return (
@@ -187,5 +187,5 @@ def describe(config: TrainingConfig) -> str:
 
 
 def _short(number: float) -> str:
-    """Three digits, and all before the point."""
+    """Format a number with three digits, or as an integer."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"

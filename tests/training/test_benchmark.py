@@ -1,4 +1,4 @@
-"""`ssl-vit bench` measures what it says, on any configuration, and leaves nothing behind but its file."""
+"""`ssl-vit bench`: its measurements, its comparison of two configurations, and its only file."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ from ssl_vit.config.pretrain import BenchConfig
 from ssl_vit.data.dataset import SkippedImageLog
 from ssl_vit.methods.flops import Flops
 from ssl_vit.training.benchmark import BenchmarkRun, ConstantLoader, Model, Row, make_batch
-from ssl_vit.training.benchmark_report import Measured, bottleneck, table
+from ssl_vit.training.benchmark_report import BenchmarkResult, bottleneck, format_result
 from tests.conftest import SHRUNK, SHRUNK_DINO
 
 SMALL = [word for word in SHRUNK if not word.startswith(("online.", "image_logging."))]
@@ -35,7 +35,7 @@ def left_behind(tmp_path):
     return {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")} - {"tmp"}
 
 
-def test_alone_it_makes_its_images_and_says_all(tmp_path, capsys):
+def test_bench_without_images_generates_photos_and_reports_everything(tmp_path, capsys):
     assert main(["bench", *QUICK]) == 0
     assert left_behind(tmp_path) == {"bench.json"}
     found = json.loads(Path("bench.json").read_text())
@@ -50,7 +50,7 @@ def test_alone_it_makes_its_images_and_says_all(tmp_path, capsys):
     assert rows.keys() == {"data", "synthetic", "full"}
     assert all(row["images_per_s"] > 0 for row in rows.values())
     (full,) = rows["full"]["rounds"]
-    step = sum(full["parts"].values())
+    step = sum(full["phases"].values())
     assert full["images_per_s"] == pytest.approx(16 / step, rel=1e-6)
     assert rows["full"]["peak_share"] == pytest.approx(rows["full"]["flops"] / measured["matmul_peak"])
     assert 0 < rows["full"]["peak_share"] < 1
@@ -58,12 +58,12 @@ def test_alone_it_makes_its_images_and_says_all(tmp_path, capsys):
     shown = capsys.readouterr().out
     for word in (
         "data only", "synthetic", "full", "TFLOP/s", "of peak", "augmentation", "teacher", "backward", "ema",
-        "peak memory", "Bottleneck: ", "128 JPEG files of 500 x 375, made for this", "bench.json",
+        "peak memory", "Bottleneck: ", "128 generated JPEG files of 500 x 375", "bench.json",
     ):  # fmt: skip
         assert word in shown
 
 
-def test_two_configurations_are_measured_in_turn(sample, tmp_path, capsys):
+def test_bench_compares_two_configurations_in_turn(sample, tmp_path, capsys):
     words = [*QUICK, f"data.root={sample / 'train'}", "data.batch_size=2", "row=synthetic", "rounds=2"]
     words.append("out=two/found.json")
     assert main(["bench", *words, "compare_to=[backbone.depth=1,method.teacher.momentum=[0.9,1.0]]"]) == 0
@@ -84,40 +84,40 @@ def test_two_configurations_are_measured_in_turn(sample, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "messages"),
     [
         (["compare_to=[trainer.precison=32-true]"], "nearest valid one is trainer.precision"),
-        (["compare_to=[seconds=5]"], "seconds count for both"),
-        (["out=/dev/null"], "out=/dev/null is no file"),
+        (["compare_to=[seconds=5]"], "seconds apply to both"),
+        (["out=/dev/null"], "out=/dev/null is not a file"),
         (["compare_to=[backbone=vit_huge]"], "backbone=vit_huge: there is no such option"),
         (["compare_to=[backbone.name=resnet50]"], "resnet50"),
         (["data.root=empty"], "empty"),
         (["data.root=nowhere"], "nowhere"),
         (["data.source=cifar10"], "data.root"),
         (["trainer.devices=2"], "single process"),
-        (["out=empty"], "out=empty is no file"),
+        (["out=empty"], "out=empty is not a file"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_measured(tmp_path, capsys, words, told):
+def test_bench_rejects_mistakes_before_the_measurements(tmp_path, capsys, words, messages):
     Path("empty").mkdir()
     assert main(["bench", *QUICK, *words]) == 2
     output = capsys.readouterr()
-    assert told in output.err
+    assert messages in output.err
     assert "measuring" not in output.err
     assert left_behind(tmp_path) == {"empty"}
 
 
-def test_broken_images_are_left_out_and_counted(sample, tmp_path, capsys):
+def test_bench_skips_and_counts_unreadable_images(sample, tmp_path, capsys):
     Path("photos").mkdir()
     for number, path in enumerate(sorted((sample / "train").rglob("*.png"))[:20]):
         Image.open(path).save(f"photos/{number}.png")
-    Path("photos/broken.jpg").write_bytes(b"this is no image")
+    Path("photos/broken.jpg").write_bytes(b"not an image")
     assert main(["bench", *QUICK, "data.root=photos"]) == 0
-    assert "1 image could not be read" in capsys.readouterr().out
+    assert "1 unreadable image skipped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("method", "batch_size"), [("dino", 5), ("sit", 4)])
-def test_steps_that_take_too_long_get_fewer_images(tmp_path, method, batch_size):
+def test_bench_shrinks_the_batch_of_long_steps(tmp_path, method, batch_size):
     own = SHRUNK_DINO if method == "dino" else ()
     config = load_config("bench", [*SMALL, *own, f"method={method}", "trainer.accumulate_grad_batches=2"], BenchConfig)
     subject = BenchmarkRun(config, range(16), SkippedImageLog(tmp_path / "skipped_images.txt"), seconds=0.1)
@@ -143,8 +143,8 @@ sys.exit(main(["bench", *sys.argv[1:]]))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_ctrl_c_ends_it_without_a_trace(tmp_path, num_workers):
-    """In a process and a session of its own, so that no one else is interrupted."""
+def test_bench_leaves_no_file_after_ctrl_c(tmp_path, num_workers):
+    """In a process and session of its own, so that nothing else is interrupted."""
     words = [*QUICK, "data.batch_size=1", f"data.num_workers={num_workers}", "compare_to=[seed=1]"]
     command = [sys.executable, "-c", INTERRUPTED, *words]
     done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=120)
@@ -157,11 +157,11 @@ def test_ctrl_c_ends_it_without_a_trace(tmp_path, num_workers):
 
 def measured(config, **parts):
     rows = {name: [Row(100, 10, parts, {"host_gb": 1.0})] for name in ("data", "synthetic", "full")}
-    return Measured(config, Model(Flops({"teacher": 10**9, "student": 10**9}, 10**9), "bf16-mixed"), 1e12, rows)
+    return BenchmarkResult(config, Model(Flops({"teacher": 10**9, "student": 10**9}, 10**9), "bf16-mixed"), 1e12, rows)
 
 
 @pytest.mark.parametrize(
-    ("parts", "told"),
+    ("parts", "messages"),
     [
         ({"data": 0.5, "backward": 0.5}, ["data, 50% of a step", "100 images/s", "data.cache_gb"]),
         ({"data": 0.01, "augmentation": 0.6, "backward": 0.39}, ["augmentation, 60%", "600 of 1,000 ms", "blur"]),
@@ -169,17 +169,17 @@ def measured(config, **parts):
         ({"data": 0.01, "backward": 0.99}, ["backward, 99%", "30% of the matmul peak", "a larger data.batch_size"]),
     ],
 )
-def test_the_bottleneck_has_a_name_numbers_and_a_remedy(parts, told):
+def test_bottleneck_has_a_name_numbers_and_a_remedy(parts, messages):
     config = load_config("bench", [], BenchConfig)
-    subject = measured(config, **parts)
-    sentence = bottleneck(subject, torch.device("cpu"))
+    result = measured(config, **parts)
+    sentence = bottleneck(result, torch.device("cpu"))
     assert sentence.startswith("Bottleneck: ")
-    for words in told:
-        assert words in sentence
-    assert "30%" in table(subject)
+    for message in messages:
+        assert message in sentence
+    assert "30%" in format_result(result)
 
 
-def test_the_synthetic_batch_is_there_already():
+def test_constant_loader_repeats_a_batch():
     config = load_config("bench", ["backbone=vit_cpu", "method.views.local_crops.size=24"], BenchConfig)
     batches = iter(ConstantLoader(make_batch(config, 3, torch.device("cpu"))))
     first = next(batches)
