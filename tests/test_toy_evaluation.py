@@ -10,7 +10,7 @@ import yaml
 from ssl_vit.cli import COMMANDS, Command, main
 from ssl_vit.config.pretrain import BackboneConfig
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.checkpoint import export_backbone
+from ssl_vit.models.export import export_backbone
 from tests.helpers import toy_evaluation
 
 
