@@ -1,4 +1,4 @@
-"""`ssl-vit finetune`: train a whole model with labels, as a run, and test it once at the end.
+"""`ssl-vit finetune`: train a whole model with labels, as a run, and evaluate it once on the test images.
 
 ssl-vit finetune checkpoint=runs/photos data.root=labeled run.name=photos-ft
 ssl-vit finetune checkpoint=random:runs/photos data.root=labeled run.name=from-scratch
@@ -8,14 +8,13 @@ ssl-vit finetune checkpoint=runs/photos data.root=labeled data.image_size=384 ru
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import save
 
 from ssl_vit.commands.log_results import draw_confusion, format_result
-from ssl_vit.commands.pretrain import make_loggers
 from ssl_vit.config.evaluate import FinetuneConfig
 from ssl_vit.config.pretrain import PretrainDataConfig
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog, Subset
@@ -28,34 +27,18 @@ from ssl_vit.evaluation.evaluator import MODEL, Evaluation
 from ssl_vit.evaluation.results.eval_result import ModelScores, Predictions, topk_metrics
 from ssl_vit.evaluation.results.provenance import data_name
 from ssl_vit.methods.finetune import FineTune, prepare_for_finetuning
-from ssl_vit.methods.schedules import TrainingPlan, make_plan
+from ssl_vit.methods.schedules import TrainingPlan
 from ssl_vit.models.export import export_backbone
 from ssl_vit.runtime.atomic_io import atomic_write, write_json
 from ssl_vit.runtime.device import best_device
-from ssl_vit.runtime.distributed import shutdown_process_group
 from ssl_vit.runtime.errors import UserError
-from ssl_vit.runtime.jsonl import JSONLWriter
 from ssl_vit.runtime.launch import is_rank_zero
-from ssl_vit.training.callbacks.consistency_check import ConsistencyCheck
-from ssl_vit.training.callbacks.preemption import PreemptionHandler
-from ssl_vit.training.callbacks.progress_bar import TrainingProgressBar
-from ssl_vit.training.callbacks.run_checkpoint import RunCheckpoint
-from ssl_vit.training.callbacks.skipped_steps import SkippedSteps
 from ssl_vit.training.callbacks.validation import ValidationCallback, predict
-from ssl_vit.training.console import final_summary, preview_schedules, resume_summary
-from ssl_vit.training.failures import raise_if_diverged, translate_training_errors
-from ssl_vit.training.finetune_source import compare_origin, finetune_source, keep_origin
-from ssl_vit.training.run_dir import RunState, apply_extension, lock_run_dir, open_run_dir, write_run_metadata
-from ssl_vit.training.trainer import build_trainer, configure_backbones, silence_lightning
-
-
-class Splits(NamedTuple):
-    """The labeled images, by what they are for."""
-
-    learned: Subset
-    held_out: Subset
-    test: ImageDataset
-    split: str
+from ssl_vit.training.console import finetune_summary
+from ssl_vit.training.finetune_source import Splits, check_source_unchanged, finetune_source, save_source
+from ssl_vit.training.loop import fit_run
+from ssl_vit.training.run_dir import RunState, apply_extension, lock_run_dir, open_run_dir
+from ssl_vit.training.trainer import configure_backbones, silence_lightning
 
 
 def main(config: FinetuneConfig) -> None:
@@ -64,84 +47,75 @@ def main(config: FinetuneConfig) -> None:
 
 
 def finetune(config: FinetuneConfig) -> Path:
-    """Train, test, export, and return the run folder.
+    """Train, evaluate on the test images, export, and return the run directory.
 
     Raises:
-        UserError: Of the configuration, the model, the images or the run folder, before any training; or training
-            failed.
+        UserError: The config, the model, the images or the run directory are not usable, or training failed.
     """
     silence_lightning()
     config = apply_extension(config)
     out = config.out or config.run.path / "eval" / f"finetune-{data_name(config.data)}.json"
-    study = Evaluation.start("finetune", config.model_copy(update={"out": out}))
-    parts = split_dataset(config, study.dataset.train, study.dataset.test)
-    plan = make_plan(config, len(parts.learned))
-    method = build_method(config, study, plan)
+    evaluation = Evaluation.start("finetune", config.model_copy(update={"out": out}))
+    train, test = evaluation.dataset
     with lock_run_dir(config.run):
-        start = open_run_dir(config, study.dataset.train)
-        if start.dataset is not study.dataset.train:  # run.keep_image_list
-            study = replace(study, dataset=study.dataset._replace(train=start.dataset))
-            parts = split_dataset(config, start.dataset, study.dataset.test)
-            plan = make_plan(config, len(parts.learned))
-            method = build_method(config, study, plan)
-        now = finetune_source(study.loaded, parts.learned, parts.held_out, parts.test)
-        if start.checkpoint:
-            start = start._replace(notes=[*start.notes, *compare_origin(config.run.path, now)])
+        run = open_run_dir(config, train, lambda dataset: split_dataset(config, dataset, test).train)
+        evaluation = replace(evaluation, dataset=evaluation.dataset._replace(train=run.dataset))
+        splits = split_dataset(config, run.dataset, test)
+        method = build_method(config, evaluation, run.plan)
+        source = finetune_source(evaluation.loaded, splits)
+        if run.checkpoint:
+            run = run._replace(notes=(*run.notes, *check_source_unchanged(run.path, source)))
         elif is_rank_zero():
-            keep_origin(config.run.path, now)
-        return train(config, study, parts, plan, method, start)
+            save_source(run.path, source)
+        train_and_test(config, evaluation, splits, run, method)
+    return config.run.path
 
 
 def split_dataset(config: FinetuneConfig, dataset: ImageDataset, test: ImageDataset | None) -> Splits:
-    """What to learn from, what to watch the training on, and what to test on at the end.
+    """Split the labeled images by class; without a test set of its own, a part of them becomes that.
 
     Raises:
-        UserError: No class has images enough for it.
+        UserError: No class has enough images.
     """
-    places, split = torch.arange(len(dataset)), split_rule(test, config.seed)
+    indices, rule = torch.arange(len(dataset)), split_rule(test, config.seed)
     if test is None:
-        tested = stratified(dataset.labels, TEST_SHARE, seed=config.seed)
-        test, places = Subset(dataset, places[tested]), places[~tested]
-    held = stratified(dataset.labels[places], config.val_fraction, seed=config.seed)
-    if not len(test) or not held.any():
-        raise UserError("no class has images enough: none can be held out")
-    return Splits(Subset(dataset, places[~held]), Subset(dataset, places[held]), test, split)
+        is_test = stratified(dataset.labels, TEST_SHARE, seed=config.seed)
+        test, indices = Subset(dataset, indices[is_test]), indices[~is_test]
+    is_val = stratified(dataset.labels[indices], config.val_fraction, seed=config.seed)
+    if not len(test) or not is_val.any():
+        raise UserError("no class has enough images for a train, val and test split")
+    return Splits(Subset(dataset, indices[~is_val]), Subset(dataset, indices[is_val]), test, rule)
 
 
-def build_method(config: FinetuneConfig, study: Evaluation, plan: TrainingPlan) -> FineTune:
-    """The Lightning module, its backbone in the form that the device is good at."""
+def build_method(config: FinetuneConfig, evaluation: Evaluation, plan: TrainingPlan) -> FineTune:
+    """Build the Lightning module, its backbone configured for the device.
+
+    Raises:
+        UserError: The schedules do not fit the length of the run.
+    """
     torch.manual_seed(config.seed)
-    size = study.transform.image_size
-    backbone = prepare_for_finetuning(study.loaded, image_size=size, drop_path=config.method.drop_path)
-    views = single_view_config(config.method, size, study.loaded.mean, study.loaded.std)
+    size, loaded = evaluation.transform.image_size, evaluation.loaded
+    backbone = prepare_for_finetuning(loaded, image_size=size, drop_path=config.method.drop_path)
+    views = single_view_config(config.method, size, loaded.mean, loaded.std)
     try:
-        method = FineTune(config.method, views, backbone, len(study.dataset.train.classes), plan)
-    except ValueError as error:  # of the schedules: a warm-up longer than the run
+        method = FineTune(config.method, views, backbone, len(evaluation.dataset.train.classes), plan)
+    except ValueError as error:  # a warm-up longer than the run
         raise UserError(f"method.optimizer: {error}") from None
     configure_backbones(method, config.trainer)
     return method
 
 
-def train(
-    config: FinetuneConfig, study: Evaluation, parts: Splits, plan: TrainingPlan, method: FineTune, start: RunState
-) -> Path:
-    """From the start to the end of the run, or to where it is stopped."""
-    folder = config.run.path
-    skipped = SkippedImageLog(folder / "skipped_images.txt")
-    signals = PreemptionHandler()
-    keeper = RunCheckpoint(folder / "checkpoints", signals, lambda: False, config.trainer)
-    steps = SkippedSteps(
-        JSONLWriter(folder / "skipped_steps.jsonl", start.done), parts.learned, budget=config.trainer.max_skipped_steps
-    )
-    progress = TrainingProgressBar(plan.total_steps, plan.batch_size, every=plan.log_every)
-    held_out = ValidationCallback(
-        parts.held_out, study.transform, every_epochs=config.validate_every_epochs, skipped=skipped
-    )
-    callbacks = [signals, ConsistencyCheck(config, start), steps, progress, held_out, keeper]
-    trainer = build_trainer(config, plan, make_loggers(config, start.done), callbacks, keeper.files, folder)
-    augment = RandAugment(config.method.rand_augment, size=study.transform.image_size, mean=study.loaded.mean)
-    loader = build_train_loader(
-        parts.learned,
+def train_and_test(
+    config: FinetuneConfig, evaluation: Evaluation, splits: Splits, run: RunState, method: FineTune
+) -> None:
+    """Train from the state of the run to its end, or until it is stopped; at the end evaluate on the test images."""
+    transform, rand_augment = evaluation.transform, config.method.rand_augment
+    skipped = SkippedImageLog(run.path / "skipped_images.txt")
+    validation = ValidationCallback(splits.val, transform, every_epochs=config.validate_every_epochs, skipped=skipped)
+    augment = RandAugment(rand_augment, size=transform.image_size, mean=evaluation.loaded.mean)
+    loader = partial(
+        build_train_loader,
+        splits.train,
         MultiCrop(method.views),
         PretrainDataConfig(
             source=config.data.source,
@@ -152,52 +126,17 @@ def train(
         ),
         seed=config.seed,
         channels=method.eval_backbone.config.in_chans,
-        rank=trainer.global_rank,
-        world=trainer.world_size,
-        accumulate=config.trainer.accumulate_grad_batches,
-        first_step=start.done,
-        skipped=skipped,
-        local_world=config.trainer.devices,
-        augment=augment if config.method.rand_augment.layers else None,
-        device=trainer.strategy.root_device,
+        augment=augment if rand_augment.layers else None,
     )
-    if trainer.is_global_zero:
-        write_run_metadata(config, start.dataset)
-        print(startup_summary(config, study, parts, plan, method, start), flush=True)
-    with translate_training_errors(keeper):
-        trainer.fit(method, loader, ckpt_path=start.checkpoint, weights_only=True)
-    shutdown_process_group()
-    raise_if_diverged(keeper, steps, trainer.global_step)
-
-    if trainer.is_global_zero:
-        export(folder, method, study.dataset.train.classes, step=trainer.global_step)
-        print(final_summary(folder, trainer.global_step, plan, None, steps, skipped, online=[]))
-        if trainer.global_step == plan.total_steps:
-            test(config, study, parts, method)
-        if outcome := signals.pass_on():
-            print(outcome)
-    return folder
-
-
-def startup_summary(
-    config: FinetuneConfig, study: Evaluation, parts: Splits, plan: TrainingPlan, method: FineTune, start: RunState
-) -> str:
-    """What is about to happen."""
-    size = sum(parameter.numel() for parameter in method.eval_backbone.parameters()) / 1e6
-    optimizer = config.method.optimizer
-    lines = [
-        f"{len(parts.learned):,} images of {len(start.dataset.classes)} classes, {plan.batch_size} per step, "
-        f"{plan.steps_per_epoch:,} steps per epoch, {plan.total_steps:,} steps in all",
-        f"{len(parts.held_out):,} training images held out, {len(parts.test):,} test images for the end "
-        f"({parts.split})",
-        f"fine-tuning {study.loaded.source}, {size:.1f} M parameters, at {study.transform.image_size} pixels, run "
-        f"folder {config.run.path}",
-        f"learning rate {optimizer.lr:g} x {plan.batch_size}/{optimizer.lr_batch_size} = {method.peak_lr:.3g} at the "
-        f"head, x {config.method.layer_decay:g} per layer below",
-        *preview_schedules(plan, method),
-        *resume_summary(plan, method, start, make_plan(start.before, len(parts.learned))),
-    ]
-    return "\n".join(lines)
+    start = f"{evaluation.loaded.source}, at {transform.image_size} pixels"
+    summary = finetune_summary(run, method, splits, start=start)
+    result = fit_run(config, run, method, loader, [validation], skipped=skipped, summary=summary)
+    if result.is_global_zero:
+        export(run.path, method, evaluation.dataset.train.classes, step=result.step)
+        print(result.summary())
+        if result.complete:
+            evaluate_test_set(config, evaluation, splits, method)
+        result.requeue_job()
 
 
 def export(folder: Path, method: FineTune, classes: list[str], *, step: int) -> None:
@@ -210,12 +149,12 @@ def export(folder: Path, method: FineTune, classes: list[str], *, step: int) -> 
     head = method.student.head[0]
     with atomic_write(folder / "head.safetensors") as file:
         file.write(save({name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}))
-    about = {"logits": "weight @ [CLS] token after the final norm + bias", "classes": classes, "source": source}
-    write_json(folder / "head.json", about)
+    logits = "weight @ [CLS] token after the final norm + bias"
+    write_json(folder / "head.json", {"logits": logits, "classes": classes, "source": source})
 
 
-def test(config: FinetuneConfig, study: Evaluation, parts: Splits, method: FineTune) -> None:
-    """Look at the test images, once, with the last weights, and write the record.
+def evaluate_test_set(config: FinetuneConfig, evaluation: Evaluation, splits: Splits, method: FineTune) -> None:
+    """Evaluate the last weights on the test images, once, and write the result.
 
     Raises:
         UserError: No test image can be read.
@@ -224,31 +163,31 @@ def test(config: FinetuneConfig, study: Evaluation, parts: Splits, method: FineT
     skipped = [SkippedImageLog(folder / name) for name in ("skipped_images.txt", "skipped_test_images.txt")]
     skipped[1].path.unlink(missing_ok=True)
     method.to(best_device(config.trainer.accelerator))
-    logits, labels, index = predict(method.student, parts.test, study.transform, skipped=skipped[1], show=True)
+    logits, labels, index = predict(method.student, splits.test, evaluation.transform, skipped=skipped[1], show=True)
     ranks = rank_of_true_class(labels, logits)
-    place = parts.test.indices[index] if isinstance(parts.test, Subset) else index
-    answers = Predictions(place, labels, logits.argmax(dim=1), ranks)
-    metrics = topk_metrics(ranks, len(study.dataset.train.classes))
-    plan = method.plan
-    details = {"run": str(folder), "steps": plan.total_steps}
-    record = study.write_result(
-        [ModelScores(name=MODEL, metrics=metrics, details=details, predictions={"": answers})],
+    original_index = splits.test.indices[index] if isinstance(splits.test, Subset) else index
+    predictions = Predictions(original_index, labels, logits.argmax(dim=1), ranks)
+    metrics = topk_metrics(ranks, len(evaluation.dataset.train.classes))
+    steps = method.plan.total_steps
+    details = {"run": str(folder), "steps": steps}
+    result = evaluation.write_result(
+        [ModelScores(name=MODEL, metrics=metrics, details=details, predictions={"": predictions})],
         title="Fine-tuning",
         protocol={
             "trained": "the whole model and a linear head on [CLS], by cross-entropy",
             "method": config.method.model_dump(mode="json"),
-            "steps": plan.total_steps,
-            "batch_size": plan.batch_size,
-            "held_out": config.val_fraction,
+            "steps": steps,
+            "batch_size": config.data.batch_size,
+            "val_fraction": config.val_fraction,
             "selection": "none: the last weights, tested once",
-            "split": parts.split,
+            "split": splits.rule,
         },
-        train_labels=parts.learned.labels,
+        train_labels=splits.train.labels,
         test_labels=labels,
         data_info={"skipped": sum(part.count() for part in skipped)},
         warnings=[f"{n:,} images could not be read: {part.path}" for part in skipped if (n := part.count())],
         confusion_of="",
         figure=config.figure,
     )
-    draw_confusion(record, study)
-    print(format_result(record, study.out))
+    draw_confusion(result, evaluation)
+    print(format_result(result, evaluation.out))

@@ -28,7 +28,7 @@ from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone, random_init
 from ssl_vit.runtime.device import best_device
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.progress import progress_bar
-from ssl_vit.training.run_dir import CONFIG, read_config
+from ssl_vit.training.resume_checks import CONFIG, read_config
 from ssl_vit.visualization.analysis.activation_collector import ActivationCollector
 from ssl_vit.visualization.analysis.analysis_result import (
     INSPECT_JSON,

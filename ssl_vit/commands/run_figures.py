@@ -1,4 +1,4 @@
-"""Drawings of a run from its folder: the views that it saw first, and what it restores. For `inspect` and `report`."""
+"""Figures of a run: those drawn during training, the views of its first step, and reconstructions."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import json
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import cast
 
+import lightning as L
 import torch
+from PIL import Image
 
-from ssl_vit.config.methods import MethodConfig
+from ssl_vit.config.methods import MethodConfig, ViewsConfig
+from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog, UnreadableImageError, evenly_spaced
 from ssl_vit.data.dataset_factory import build_dataset
 from ssl_vit.data.sources.image_folder import ImageFolder
@@ -17,12 +21,49 @@ from ssl_vit.data.sources.packed_paths import PackedPaths
 from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.segmentation.segmentation_evaluator import MODEL
 from ssl_vit.methods import METHODS
+from ssl_vit.methods.base import SSLMethod
+from ssl_vit.models.attention_maps import cls_attention
 from ssl_vit.runtime.errors import UserError
-from ssl_vit.training.run_dir import DATA, IMAGES
+from ssl_vit.training.callbacks.image_logger import LoggedImage, Renderer
+from ssl_vit.training.resume_checks import DATA, IMAGES
 from ssl_vit.visualization.first_step_views import Pretext, RunSettings, load_first_step, read_run_settings
 from ssl_vit.visualization.image_grid import TitledFigure
+from ssl_vit.visualization.overlays import make_overlay_inputs, overlay_grid
 from ssl_vit.visualization.reconstructions import compute_reconstructions, draw_reconstructions, mean_distances
 from ssl_vit.visualization.views_figure import views_figure
+
+ATTENTION_MASS = 0.6  # kept in the masks, as in DINO's figure
+
+
+def training_figures(config: PretrainConfig, method: SSLMethod) -> dict[str, Renderer]:
+    """Return the figures that a run draws during training, by name; none where no process has the whole model."""
+    if config.trainer.strategy == "fsdp":
+        return {}
+    views = config.method.views
+    transform = EvalTransform(views.global_crops.size, 0.875, views.mean, views.std)
+    figures: dict[str, Renderer] = {"attention": partial(_attention_grid, transform=transform)}
+    if "reconstruction" in method.figures():
+        figures["reconstruction"] = partial(_reconstruction_grid, views=views, seed=config.seed)
+    return figures
+
+
+def _attention_grid(module: L.LightningModule, images: list[LoggedImage], *, transform: EvalTransform) -> Image.Image:
+    backbone = cast(SSLMethod, module).eval_backbone
+    rows = []
+    for name, image, _ in images:
+        maps = cls_attention(backbone, transform.normalize(image[None].to(backbone.device)))[0, 0].cpu()
+        if not maps.isfinite().all():
+            raise UserError("the attention is not finite")
+        rows.append((name, make_overlay_inputs(image, maps, ATTENTION_MASS, None)))
+    return overlay_grid(rows)
+
+
+def _reconstruction_grid(
+    module: L.LightningModule, images: list[LoggedImage], *, views: ViewsConfig, seed: int
+) -> Image.Image:
+    restorer = cast(SSLMethod, module).figures()["reconstruction"]
+    crops = torch.stack([image.crop for image in images])  # (B, C, S, S)
+    return draw_reconstructions(compute_reconstructions(crops, restorer.corrupt, restorer.restore, views, seed=seed))
 
 
 def training_views_figure(run: Path, *, count: int = 4) -> TitledFigure:

@@ -227,7 +227,9 @@ class BenchmarkRun:
         return build_method(self.config, self._plan())
 
     def _trainer(self, recorder: StepTimeRecorder) -> Trainer:
-        return build_trainer(self.config, self._plan(), [], [recorder], AtomicCheckpointIO(), self.skipped.path.parent)
+        return build_trainer(
+            self.config.trainer, self._plan(), [], [recorder], AtomicCheckpointIO(), self.skipped.path.parent
+        )
 
     def _loader(self) -> InMemoryLoader | TrainingLoader:
         if self.resident:

@@ -1,4 +1,4 @@
-"""Checkpoints to trust: written whole, checked before use, and with the one before to fall back to."""
+"""Checkpoint files: written atomically, checked before use, with the previous one as a fallback."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from ssl_vit.runtime.atomic_io import atomic_write, fsync_dir
 from ssl_vit.runtime.errors import UserError
 
 PREVIOUS = "previous.ckpt"
-BEST = "best_knn.ckpt"  # never one to go on from
+BEST = "best_knn.ckpt"  # never resumed from
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's way of writing checkpoints, with a file that is on the disk whole before it takes its name.
+    """Lightning's checkpoint writer, made atomic; the replaced checkpoint stays as `previous.ckpt`.
 
-    The checkpoint that it replaces stays in the folder as `previous.ckpt`. A full disk is remembered and not raised:
-    under several processes the others would wait for the one that failed.
+    A full disk is remembered instead of raised: with several processes the others would wait for the failed one.
     """
 
     failure: OSError | None = None
@@ -35,7 +34,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 if Path(path).exists():
                     link_checkpoint(Path(path), PREVIOUS)
-        except (OSError, RuntimeError) as error:  # torch's writer turns what the file raises into its own
+        except (OSError, RuntimeError) as error:  # torch's writer wraps what the file raises
             cause = error if isinstance(error, OSError) else error.__context__
             if not isinstance(cause, OSError):
                 raise
@@ -43,7 +42,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def link_checkpoint(path: Path, name: str) -> None:
-    """Give a checkpoint a second name in its folder, which outlives the replacement of the first."""
+    """Give a checkpoint a second name in its folder, which survives the replacement of the first."""
     temporary = path.with_name(f".{name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -51,20 +50,20 @@ def link_checkpoint(path: Path, name: str) -> None:
     except OSError:  # a file system without hard links
         shutil.copyfile(path, temporary)
     temporary.replace(path.with_name(name))
-    temporary.unlink(missing_ok=True)  # it stays where both names are of one file already
+    temporary.unlink(missing_ok=True)  # it remains if both names already are links to one file
     fsync_dir(path.parent)
 
 
-class Found(NamedTuple):
-    """The newest checkpoint that can be trusted."""
+class LatestCheckpoint(NamedTuple):
+    """The newest intact checkpoint."""
 
     path: Path
     step: int  # optimizer steps done
-    damaged: list[Path]  # newer ones, which cannot be read
+    damaged: list[Path]  # newer ones that cannot be read
 
 
-def find_latest_checkpoint(folder: Path) -> Found | None:
-    """The newest whole checkpoint of a run, or None where nothing has been saved yet.
+def find_latest_checkpoint(folder: Path) -> LatestCheckpoint | None:
+    """Return the newest intact checkpoint of a run, or None where none was written.
 
     Raises:
         UserError: There are checkpoints, and all of them are damaged.
@@ -74,18 +73,18 @@ def find_latest_checkpoint(folder: Path) -> Found | None:
     damaged: list[Path] = []
     for path in candidates:
         if (step := read_global_step(path)) is not None:
-            return Found(path, step, damaged)
+            return LatestCheckpoint(path, step, damaged)
         damaged.append(path)
     if damaged:
         raise UserError(
-            f"every checkpoint in {folder} is damaged: {', '.join(path.name for path in damaged)}. Put a good one back "
-            "to go on; run.overwrite=true starts anew, run.name=OTHER starts beside it"
+            f"every checkpoint in {folder} is damaged: {', '.join(path.name for path in damaged)}. Restore one of them "
+            "to resume, or use run.overwrite=true to replace the run, or another run.name"
         )
     return None
 
 
 def read_global_step(path: Path) -> int | None:
-    """Optimizer steps done when the checkpoint was written; None if it is not as it was written."""
+    """Return the number of optimizer steps in a checkpoint; None if it cannot be read or is damaged."""
     try:
         return int(torch_load_weights_only(path)["global_step"])
     except (UserError, LookupError, TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""What can go wrong in the middle of training, each as one message, whatever the number of processes."""
+"""Failures during training, each translated into one message, whatever the number of processes."""
 
 from __future__ import annotations
 
@@ -17,69 +17,70 @@ from ssl_vit.training.callbacks.skipped_steps import SkippedSteps
 
 
 @contextmanager
-def translate_training_errors(keeper: RunCheckpoint) -> Iterator[None]:
-    """Turn what training may raise into a UserError that says where the run stands.
+def translate_training_errors(checkpoints: RunCheckpoint) -> Iterator[None]:
+    """Turn exceptions of training into a UserError that also reports the latest checkpoint.
 
-    Of several processes the one that failed says why. The others notice that it is gone; the first says where the run
-    stands.
+    Of several processes, the failed one reports the reason, and the first one the checkpoint.
     """
     try:
         yield
     except AllRanksError:
         raise
     except UserError as error:
-        raise _of_this_process(str(error)) from None
+        raise _with_rank(str(error)) from None
     except OSError as error:
-        place = error.filename or keeper.folder.parent
-        raise _of_this_process(f"{place}: {error.strerror or error}. {keeper.way_on}") from None
+        path = error.filename or checkpoints.folder.parent
+        raise _with_rank(f"{path}: {error.strerror or error}. {checkpoints.resume_hint}") from None
     except SystemExit:  # Lightning's answer to a second Ctrl-C
         raise KeyboardInterrupt from None
     except Exception as error:
         if world_size() > 1 and _peer_is_gone(error):
             if is_rank_zero():
                 reason = str(error).partition("\n")[0].partition(". This is typically")[0]
-                print(f"another process has ended, and with it the run ({reason}). {keeper.way_on}", file=sys.stderr)
+                print(f"another process has ended, which ends the run ({reason}). {checkpoints.resume_hint}",
+                      file=sys.stderr)  # fmt: skip
             sys.stderr.flush()
-            os._exit(1)  # torch's own farewell would wait for the process that is gone, or abort
-        if not _loading_process_died(error):
+            os._exit(1)  # torch's own shutdown would wait for the lost process, or abort
+        if not _data_worker_died(error):
             raise
-        raise _of_this_process(
-            "a loading process was killed, most often because memory ran out: lower data.num_workers or data.batch_size. "
-            f"{keeper.way_on}"
+        raise _with_rank(
+            "a data loading process was killed, most often because memory ran out. Lower data.num_workers or "
+            f"data.batch_size. {checkpoints.resume_hint}"
         ) from error
 
 
-def raise_if_diverged(keeper: RunCheckpoint, steps: SkippedSteps, step: int) -> None:
-    """Say so if the run stopped because its numbers are no longer finite.
+def raise_if_diverged(checkpoints: RunCheckpoint, steps: SkippedSteps | None, step: int) -> None:
+    """Report that the run stopped because of values that are not finite.
 
     Raises:
         AllRanksError: It did.
     """
-    if not (keeper.diverged or steps.exhausted):
+    exhausted = steps is not None and steps.exhausted
+    if not (checkpoints.diverged or exhausted):
         return
-    reason = (
-        f"{steps.in_a_row} steps in a row had a loss or gradient that is not finite and were left out; "
-        f"{steps.journal.path} names their images"
-        if steps.exhausted
-        else "a weight is no longer finite"
-    )
+    reason = "a weight is not finite"
+    if steps is not None and exhausted:
+        reason = (
+            f"{steps.in_a_row} steps in a row had a loss or gradient that is not finite and were skipped; "
+            f"{steps.journal.path} lists their images"
+        )
     raise AllRanksError(
-        f"diverged at step {step:,}: {reason}. {keeper.way_on} Or start anew with a lower method.optimizer.lr, a "
-        "longer method.optimizer.warmup, or trainer.precision=32-true."
+        f"diverged at step {step:,}: {reason}. {checkpoints.resume_hint} Or start again with a lower "
+        "method.optimizer.lr, a longer method.optimizer.warmup, or trainer.precision=32-true."
     )
 
 
-def _of_this_process(message: str) -> UserError:
+def _with_rank(message: str) -> UserError:
     return UserError(f"process {rank()}: {message}" if world_size() > 1 else message)
 
 
 def _peer_is_gone(error: Exception) -> bool:
-    """Whether a collective operation failed because another process has ended: gloo and NCCL say it their own way."""
+    """Return whether a collective operation failed because another process has ended, under gloo or NCCL."""
     return isinstance(error, RuntimeError) and (isinstance(error, DistBackendError) or "gloo" in str(error))
 
 
-def _loading_process_died(error: BaseException | None) -> bool:
-    """Whether torch's handler of SIGCHLD is at the bottom of it.
+def _data_worker_died(error: BaseException | None) -> bool:
+    """Return whether torch's SIGCHLD handler is the root cause.
 
     It raises wherever the process happens to be, also inside code that answers with an error of its own.
     """

@@ -1,11 +1,11 @@
-"""What a fine-tuning comes from, which may not change underway: its first model, what it learns from and tests on."""
+"""The model and the data splits that a fine-tuning starts from; they must not change when it is resumed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -15,77 +15,81 @@ from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.atomic_io import write_json
 from ssl_vit.runtime.errors import UserError
 
-ORIGIN = "origin.json"
+SOURCE = "source.json"
 
 
-def finetune_source(
-    loaded: LoadedBackbone, learned: Subset, held_out: Subset, test: ImageDataset
-) -> dict[str, dict[str, Any]]:
-    """The model's weights and how far they were trained, and hashes of the three datasets with their sizes.
+class Splits(NamedTuple):
+    """The labeled images of a fine-tuning."""
 
-    Args:
-        loaded: The model that the fine-tuning begins with.
-        learned: Some of the training images.
-        held_out: Others of them.
-        test: Others still, or a set of their own, whose names and file sizes then count.
+    train: Subset
+    val: Subset
+    test: ImageDataset
+    rule: str  # how the test images were chosen
+
+
+def finetune_source(loaded: LoadedBackbone, splits: Splits) -> dict[str, dict[str, Any]]:
+    """Return the hash and age of the model's weights, and the sizes and hashes of the splits.
+
+    A test set of its own is hashed by its names and file sizes.
     """
-    tested = _hash(test.indices) if isinstance(test, Subset) else test.fingerprint(sizes=True)
+    test = splits.test
+    test_hash = _hash(test.indices) if isinstance(test, Subset) else test.fingerprint(sizes=True)
     return {
         "model": {
             "sha256": state_sha256(loaded.backbone.state_dict()),
             "epoch": loaded.epoch,
             "step": loaded.step,
         },
-        "division": {
-            "learned": {"count": len(learned), "hash": _hash(learned.indices)},
-            "held_out": {"count": len(held_out), "hash": _hash(held_out.indices)},
-            "tested": {"count": len(test), "hash": tested},
+        "splits": {
+            "train": {"count": len(splits.train), "hash": _hash(splits.train.indices)},
+            "val": {"count": len(splits.val), "hash": _hash(splits.val.indices)},
+            "test": {"count": len(test), "hash": test_hash},
         },
     }
 
 
-def keep_origin(folder: Path, now: dict[str, dict[str, Any]]) -> None:
-    """Write down what a run that begins now comes from."""
-    write_json(folder / ORIGIN, now)
+def save_source(folder: Path, source: dict[str, dict[str, Any]]) -> None:
+    """Write what a new run starts from."""
+    write_json(folder / SOURCE, source)
 
 
-def compare_origin(folder: Path, now: dict[str, dict[str, Any]]) -> list[str]:
-    """What to say of a run that is about to go on, if it comes from the same as when it began.
+def check_source_unchanged(folder: Path, now: dict[str, dict[str, Any]]) -> list[str]:
+    """Return notes about a run that is resumed from the same model and splits.
 
     Raises:
-        UserError: It would go on with other images, or name a model that it did not begin with.
+        UserError: The images or the model are others than those of the run.
     """
     try:
-        before = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
-        division, model = _division(before["division"]), _model(before["model"])
+        before = json.loads((folder / SOURCE).read_text(encoding="utf-8"))
+        splits, model = _format_splits(before["splits"]), _format_model(before["model"])
     except (OSError, ValueError, LookupError, TypeError):
-        return [f"{folder / ORIGIN} cannot be read: whether model and test images are the same is not known"]
-    if before["division"] != now["division"]:
+        return [f"{folder / SOURCE} cannot be read: model and splits could not be compared with those of the run"]
+    if before["splits"] != now["splits"]:
         raise UserError(
-            "run.resume=true: the images to learn from and to test on are not those that the run began with: "
-            f"{division}; now {_division(now['division'])}. It could be tested on what it has learned from. Give it "
-            "the same data.root, data.train, data.test and files, or start beside it with run.name=OTHER"
+            "run.resume=true: the train, val or test images are not those of the run, which had "
+            f"{splits}; now {_format_splits(now['splits'])}. It could be tested on images that it was trained on. Use "
+            "the same data.root, data.train, data.test and files, or another run.name"
         )
     if before["model"] != now["model"]:
         raise UserError(
-            "run.resume=true: checkpoint= holds another model than the one that the run began with: "
-            f"{model}; now {_model(now['model'])}. Put that one back, or start anew from this one: "
-            "run.overwrite=true deletes the run, run.name=OTHER starts beside it"
+            "run.resume=true: checkpoint= contains another model than the one that the run started from: "
+            f"{model}; now {_format_model(now['model'])}. Restore that file, or start from the new model with "
+            "run.overwrite=true, which replaces the run, or another run.name"
         )
     return []
 
 
-def _hash(places: Tensor) -> str:
-    return hashlib.sha256(places.numpy().tobytes()).hexdigest()
+def _hash(indices: Tensor) -> str:
+    return hashlib.sha256(indices.numpy().tobytes()).hexdigest()
 
 
-def _division(division: dict[str, Any]) -> str:
-    """`150 learned, 20 held out, 48 tested (0a1b2c3d)`: equal numbers may be of other images."""
-    counts = [f"{division[name]['count']:,} {name.replace('_', ' ')}" for name in ("learned", "held_out", "tested")]
-    return f"{', '.join(counts)} ({division['tested']['hash'][:8]})"
+def _format_splits(splits: dict[str, Any]) -> str:
+    """Return `150 train, 20 val, 48 test (0a1b2c3d)`: equal counts may be of other images."""
+    counts = [f"{splits[name]['count']:,} {name}" for name in ("train", "val", "test")]
+    return f"{', '.join(counts)} ({splits['test']['hash'][:8]})"
 
 
-def _model(model: dict[str, Any]) -> str:
-    """`epoch 3, step 120, sha256 0a1b2c3d`."""
-    known = [f"{name} {model[name]}" for name in ("epoch", "step") if model[name] is not None]
-    return ", ".join([*known, f"sha256 {model['sha256'][:8]}"])
+def _format_model(model: dict[str, Any]) -> str:
+    """Return `epoch 3, step 120, sha256 0a1b2c3d`."""
+    age = [f"{name} {model[name]}" for name in ("epoch", "step") if model[name] is not None]
+    return ", ".join([*age, f"sha256 {model['sha256'][:8]}"])

@@ -1,10 +1,11 @@
-"""metrics.csv: one row per logged step, on disk as soon as it is whole, continued without double rows on resume."""
+"""Loggers of metrics: `metrics.csv` and Weights & Biases, both continued without duplicate rows on resume."""
 
 from __future__ import annotations
 
 import csv
 import io
 import os
+import uuid
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,24 +14,26 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from ssl_vit.config.pretrain import LoggerConfig
 from ssl_vit.runtime.atomic_io import atomic_write
 from ssl_vit.runtime.launch import is_rank_zero
+from ssl_vit.training.run_dir import RunState
 
 
 class ResumableCSVLogger(Logger):
-    """Writes `metrics.csv` with the columns step (an optimizer step, from 0), epoch, and one per metric.
+    """Writer of `metrics.csv` with the columns step (optimizer step, from 0), epoch, and one per metric.
 
     Args:
-        path: The file. Of the rows that it already holds, those of the steps done are kept.
-        done: Optimizer steps that the run goes on from.
+        path: The file. Rows that it already contains are kept up to the resumed step.
+        done: Optimizer steps that the run resumes from.
     """
 
     def __init__(self, path: Path, done: int) -> None:
         super().__init__()
         self.path = path
         self.columns = ["step", "epoch"]
-        self.row: dict[str, float | str] = {}  # of the latest step; other metrics of that step may still come
-        self.latest = -1  # step that the file held when it was opened
+        self.row: dict[str, float | str] = {}  # of the latest step; more metrics of that step may follow
+        self.latest = -1  # last step in the file when it was opened
         if is_rank_zero() and path.is_file():
             self.columns, rows = _read(path)
             self.latest = max((int(row["step"]) for row in rows), default=-1)
@@ -46,18 +49,18 @@ class ResumableCSVLogger(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """The configuration stands in config.yaml."""
+        """Do nothing: the config is in config.yaml."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add to the row of `step`; a later step closes the row."""
+        """Add metrics to the row of `step`; a later step closes the row."""
         if self.row and self.row["step"] != step:
             self._close_row()
         self.row |= {"step": step or 0, **metrics}
 
     @rank_zero_only
     def save(self) -> None:
-        """Close the row at hand, and bring all rows onto the disk."""
+        """Close the current row and sync the file to disk."""
         self._close_row()
         if self.path.is_file():
             with self.path.open("ab") as file:
@@ -84,30 +87,52 @@ class ResumableCSVLogger(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """The last row."""
+        """Write the last row."""
         self.save()
 
 
 class ResumableWandbLogger(WandbLogger):
-    """Weights & Biases, which keeps what it has received: rows that a resumed run computes again are not sent again.
+    """Weights & Biases logger that does not send again the rows that a resumed run repeats.
 
     Args:
-        behind: The last step whose row has been sent.
-        settings: Of Lightning's logger.
+        last_sent: The last step whose row was sent.
+        settings: Passed to Lightning's logger.
     """
 
-    def __init__(self, *, behind: int, **settings: Any) -> None:
+    def __init__(self, *, last_sent: int, **settings: Any) -> None:
         super().__init__(**settings)
-        self.behind = behind
+        self.last_sent = last_sent
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        if step is None or step > self.behind:
+        if step is None or step > self.last_sent:
             super().log_metrics(metrics, step)
 
 
+def make_loggers(config: LoggerConfig, run: RunState, *, hyperparameters: dict[str, Any]) -> list[Logger]:
+    """Make the logger of `metrics.csv` and, if configured, of wandb, whose run id is kept in the run directory."""
+    metrics = ResumableCSVLogger(run.path / "metrics.csv", run.done)
+    if config.name != "wandb":
+        return [metrics]
+    id_file = run.path / "wandb_id.txt"
+    if is_rank_zero() and not (id_file.exists() and id_file.read_text(encoding="utf-8")):
+        with atomic_write(id_file) as file:
+            file.write(uuid.uuid4().hex[:8].encode())
+    wandb = ResumableWandbLogger(
+        last_sent=metrics.latest,
+        project=config.project,
+        name=run.path.name,
+        id=id_file.read_text(encoding="utf-8") if is_rank_zero() else None,
+        resume="allow",
+        save_dir=run.path,
+        mode="offline" if config.offline else None,
+    )
+    wandb.log_hyperparams(hyperparameters)
+    return [metrics, wandb]
+
+
 def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """The columns and the whole rows; one that was cut off in the middle is left out."""
+    """Return the columns and the complete rows; one that was cut off is dropped."""
     whole = path.read_bytes().rpartition(b"\n")[0].decode("utf-8", "replace")
     reader = csv.DictReader(whole.splitlines())
     columns = list(reader.fieldnames or ["step", "epoch"])

@@ -1,58 +1,36 @@
-"""A run is its folder: who may write to it, how it goes on, and what a changed configuration or folder means for it."""
+"""The run directory: its lock, its metadata, and the state that a new or resumed run begins with."""
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import yaml
 from filelock import FileLock, Timeout
 
 from ssl_vit.config.evaluate import FinetuneConfig
-from ssl_vit.config.pretrain import PretrainConfig, RunConfig, RunDirConfig
-from ssl_vit.data.dataset import ImageDataset, escape_path
+from ssl_vit.config.pretrain import PretrainConfig, RunDirConfig
+from ssl_vit.data.dataset import ImageDataset
 from ssl_vit.data.sources.image_folder import ImageFolder
-from ssl_vit.data.sources.packed_paths import PackedPaths
-from ssl_vit.methods.schedules import make_plan
+from ssl_vit.methods.schedules import TrainingPlan, make_plan
 from ssl_vit.models.checkpoint_file import LAST
 from ssl_vit.runtime.atomic_io import atomic_write, write_json
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.launch import is_rank_zero
 from ssl_vit.training.callbacks.preemption import requeued
 from ssl_vit.training.checkpointing import find_latest_checkpoint
-
-CONFIG = "config.yaml"
-DATA = "data.json"  # how many images, and their fingerprint
-LENGTH = {"max_epochs", "max_steps"}
-IMAGES = "image_list.safetensors"  # their names, where they are files
-
-# Keys that may differ on resume without changing what the run computes. That data.root holds the same images is seen
-# from their fingerprint; that a fine-tuning learns from and tests on the same ones, from its origin.
-KEYS_ALLOWED_TO_CHANGE = (
-    "run.",
-    "data.root",
-    "data.train",
-    "data.test",
-    "data.num_workers",
-    "trainer.max_time",
-    "trainer.accelerator",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.fused_attention",
-    "trainer.compile",
-    "trainer.activation_checkpointing",
-    "trainer.log_every_n_steps",
-    "trainer.checkpoint_every",
-    "trainer.keep_every_epochs",
-    "trainer.max_skipped_steps",
-    "logger.",
-    "online.",
-    "image_logging.",
-    "sheet",
+from ssl_vit.training.resume_checks import (
+    CONFIG,
+    DATA,
+    IMAGES,
+    LENGTH,
+    check_dataset_unchanged,
+    check_version,
+    compare_configs,
+    read_config,
 )
 
 AnyRun = PretrainConfig | FinetuneConfig
@@ -60,113 +38,138 @@ RunT = TypeVar("RunT", PretrainConfig, FinetuneConfig)
 
 
 class RunState(NamedTuple):
-    """Where a run begins or goes on."""
+    """What a run begins with: its directory, data and plan, and the checkpoint that it resumes from."""
 
-    dataset: ImageDataset
-    checkpoint: Path | None
-    done: int  # optimizer steps
-    before: AnyRun  # with the length that the run has had so far
-    notes: list[str]  # what its user should know
+    path: Path
+    dataset: ImageDataset  # all images of the run
+    train: ImageDataset  # those that it trains on
+    plan: TrainingPlan
+    checkpoint: Path | None = None  # None: a new run
+    done: int = 0  # optimizer steps in the checkpoint
+    previous_plan: TrainingPlan | None = None  # before `run.extend_to_epochs` changed the length
+    notes: tuple[str, ...] = ()  # messages about the resumed state
 
 
 @contextmanager
 def lock_run_dir(run: RunDirConfig) -> Iterator[None]:
-    """Keep every other command out of the run folder; the lock dies with its process, however that ends.
+    """Hold the lock of the run directory; it is released when its process ends, however that happens.
 
-    Processes other than the first one of a run are let in: the first keeps the lock for them.
+    Only the first process of a run takes the lock. A command that fails before its run begins leaves no empty
+    directories behind, and restores the run that it was about to replace.
 
     Raises:
-        UserError: Another command trains there.
+        UserError: Another command trains in this directory, or it cannot be created.
     """
     if not is_rank_zero():
         yield
         return
+    created = not run.folder.exists()
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
-        held = FileLock(run.folder / f".{run.name}.lock").acquire(timeout=0)
+        lock = FileLock(run.folder / f".{run.name}.lock")
+        lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
-            f"another process is training in {run.path}; wait for it, stop it, or start beside it with run.name=OTHER"
+            f"another process is training in {run.path}. Wait for it, stop it, or use another run.name"
         ) from None
     except OSError as error:
-        raise UserError(f"run.folder={run.folder}: {error.strerror}; name a folder that can be written to") from None
-    with held:
+        raise UserError(f"run.folder={run.folder}: {error.strerror}. Choose a writable directory") from None
+    with lock:
         restore_or_delete_replaced(run)
         try:
             yield
         finally:
             restore_or_delete_replaced(run)
+            with suppress(OSError):  # not empty, or never created
+                (run.path / "checkpoints").rmdir()
+                run.path.rmdir()
+            if created and not run.path.exists():
+                Path(lock.lock_file).unlink(missing_ok=True)
+                with suppress(OSError):
+                    run.folder.rmdir()
 
 
 def apply_extension(config: RunT) -> RunT:
-    """The configuration with the length that `run.extend_to_epochs` gives the run."""
+    """Return the config with the length that `run.extend_to_epochs` asks for."""
     if config.run.extend_to_epochs is None:
         return config
     longer = {"max_epochs": config.run.extend_to_epochs, "max_steps": None}
     return config.model_copy(update={"trainer": config.trainer.model_copy(update=longer)})
 
 
-def open_run_dir(config: AnyRun, dataset: ImageDataset) -> RunState:
-    """Go on in the run folder, or see to it that a new run may begin there.
+def open_run_dir(
+    config: AnyRun, dataset: ImageDataset, train_part: Callable[[ImageDataset], ImageDataset] = lambda dataset: dataset
+) -> RunState:
+    """Prepare the directory for a new run, or find the state that its run resumes from.
 
-    Processes other than the first change nothing.
+    Only the first process changes anything.
 
     Args:
-        config: With its extension.
+        config: With `run.extend_to_epochs` applied.
         dataset: As found now.
+        train_part: Select the images to train on.
 
     Raises:
-        UserError: The folder holds a run already, there is none to resume, the configuration or the images have
+        UserError: The directory already contains a run, there is none to resume, the config or the images have
             changed, or all checkpoints are damaged.
     """
     run = config.run
     exists = (run.path / CONFIG).is_file()
     if not exists and any((run.path / "checkpoints").glob("*.ckpt")) and not run.overwrite:
         raise UserError(
-            f"{run.path} holds checkpoints but no {CONFIG}: put that back, as the run had it, to go on; "
-            "run.overwrite=true deletes all and starts anew, run.name=OTHER starts beside it"
+            f"{run.path} contains checkpoints but no {CONFIG}. Restore that file to resume, or use run.overwrite=true "
+            "to replace the run, or another run.name"
         )
     if not (run.resume is True or (exists and (run.resume == "auto" or requeued()))):
         if is_rank_zero():
             prepare_run_dir(run)
             (run.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        return RunState(dataset, None, 0, config, [])
+        train = train_part(dataset)
+        return RunState(run.path, dataset, train, make_plan(config, len(train)))
     if not exists:
         raise UserError(
-            f"run.resume=true: {run.path} holds no run; start it without run.resume, or with run.resume=auto"
+            f"run.resume=true: {run.path} contains no run. Start one without run.resume, or with run.resume=auto"
         )
+    return _resumed(config, dataset, train_part)
+
+
+def _resumed(config: AnyRun, dataset: ImageDataset, train_part: Callable[[ImageDataset], ImageDataset]) -> RunState:
+    run = config.run
     values = read_config(run.path)
+    check_version(run.path, values)
     notes = compare_configs(values, config)
-    length = {key: values["trainer"][key] for key in LENGTH}
-    before = config.model_copy(update={"trainer": config.trainer.model_copy(update=length)})
-    steps, steps_before = (make_plan(each, len(dataset)).total_steps for each in (config, before))
-    if steps < steps_before:
-        raise UserError(
-            f"run.extend_to_epochs={run.extend_to_epochs} is {steps:,} steps, and the run has {steps_before:,} already"
-        )
     dataset, more = check_dataset_unchanged(run, dataset)
+    train = train_part(dataset)
+    length = {key: values["trainer"][key] for key in LENGTH}
+    previous = config.model_copy(update={"trainer": config.trainer.model_copy(update=length)})
+    plan, previous_plan = (make_plan(each, len(train)) for each in (config, previous))
+    if plan.total_steps < previous_plan.total_steps:
+        raise UserError(
+            f"run.extend_to_epochs={run.extend_to_epochs} is {plan.total_steps:,} steps, but the run already has "
+            f"{previous_plan.total_steps:,}"
+        )
+    state = RunState(run.path, dataset, train, plan, previous_plan=previous_plan)
     found = find_latest_checkpoint(run.path / "checkpoints")
     if found is None:
         if (run.path / "backbone.safetensors").exists():
             raise UserError(
-                f"{run.path}: its checkpoints are gone. Put one back into checkpoints/ to go on; run.overwrite=true "
-                "deletes all and starts anew, run.name=OTHER starts beside it"
+                f"{run.path}: its checkpoints are missing. Put one back into checkpoints/ to resume, or use "
+                "run.overwrite=true to replace the run, or another run.name"
             )
-        return RunState(dataset, None, 0, before, [*notes, *more, "Nothing had been saved: the run starts anew"])
+        return state._replace(notes=(*notes, *more, "No checkpoint was written: the run starts from scratch"))
     if found.path.name != LAST and not found.damaged:
-        notes.append(f"{LAST} is gone: {found.path.name} is taken")
+        notes.append(f"{LAST} is missing: resuming from {found.path.name}")
     for path in found.damaged:
-        notes.append(f"{path} is damaged: the one before it is taken")
-        if is_rank_zero():  # or it would be kept as the one before
+        notes.append(f"{path} is damaged: resuming from the checkpoint before it")
+        if is_rank_zero():  # otherwise it would become previous.ckpt
             path.replace(path.with_name(f"{path.name}.damaged"))
-    notes += more
-    return RunState(dataset, found.path, found.step, before, notes)
+    return state._replace(checkpoint=found.path, done=found.step, notes=(*notes, *more))
 
 
 def write_run_metadata(config: AnyRun, dataset: ImageDataset) -> None:
-    """Write down what the run is of: from here on the folder holds a run, which nothing overwrites unasked.
+    """Write the config and the image list: from here on the directory contains a run, which is never overwritten.
 
-    The run that it replaces is deleted only now.
+    A run that this one replaces is deleted only now.
     """
     folder = config.run.path
     if isinstance(dataset, ImageFolder):
@@ -179,123 +182,31 @@ def write_run_metadata(config: AnyRun, dataset: ImageDataset) -> None:
 
 
 def prepare_run_dir(run: RunDirConfig) -> None:
-    """See to it that the run folder holds no run; one that may be overwritten steps aside until `write_run_metadata`.
+    """Make sure that the directory contains no run; one to be overwritten is moved aside until `write_run_metadata`.
 
     Raises:
-        UserError: It holds a run that may not be overwritten.
+        UserError: It contains a run, and run.overwrite is false.
     """
     if (run.path / CONFIG).exists() or any((run.path / "checkpoints").glob("*.ckpt")):
         if not run.overwrite:
             raise UserError(
-                f"{run.path} holds a run already. Three ways on: run.resume=true continues it, run.overwrite=true "
-                "deletes it and starts anew, run.name=OTHER starts beside it"
+                f"{run.path} already contains a run. Use run.resume=true to continue it, run.overwrite=true to "
+                "replace it, or another run.name"
             )
-        run.path.rename(_aside(run))
+        run.path.rename(_replaced_path(run))
 
 
-def _aside(run: RunDirConfig) -> Path:
-    """Where a run is that another one is about to replace."""
+def _replaced_path(run: RunDirConfig) -> Path:
     return run.folder / f".{run.name}.replaced"
 
 
 def restore_or_delete_replaced(run: RunDirConfig) -> None:
-    """Delete the run that stepped aside if another one has begun in its place, else put it back."""
-    if not _aside(run).is_dir():
+    """Delete the run that was moved aside if the new one has begun, else move it back."""
+    replaced = _replaced_path(run)
+    if not replaced.is_dir():
         return
     if (run.path / CONFIG).exists():
-        shutil.rmtree(_aside(run))
+        shutil.rmtree(replaced)
     else:
         shutil.rmtree(run.path, ignore_errors=True)
-        _aside(run).rename(run.path)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration that a run was started with.
-
-    Raises:
-        UserError: It is damaged.
-    """
-    try:
-        values: dict[str, Any] = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-        if not values["trainer"].keys() >= LENGTH:
-            raise ValueError("no configuration of a run")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
-        raise UserError(
-            f"{folder / CONFIG} is damaged: put it back, as the run had it, to go on; `ssl-vit ... --cfg` prints the "
-            "configuration of a command"
-        ) from None
-    return values
-
-
-def compare_configs(before: dict[str, Any], now: AnyRun) -> list[str]:
-    """What differs between the configuration of a run and the one that would continue it, without harm.
-
-    Keys that only one of them knows, because it is of another version, do not count.
-
-    Raises:
-        UserError: Listing every key that would change the meaning of the run.
-    """
-    old, new = _flat(before), _flat(now.model_dump(mode="json"))
-    changed = {key: f"{key}: {old[key]} -> {new[key]}" for key in old if key in new and old[key] != new[key]}
-    length = {f"trainer.{key}" for key in LENGTH}
-    extended = now.run.extend_to_epochs is not None
-    harmful = [
-        text
-        for key, text in changed.items()
-        if not (key.startswith(KEYS_ALLOWED_TO_CHANGE) or (extended and key in length))
-        or (now.depends_on_num_processes and key in ("trainer.devices", "trainer.num_nodes"))
-    ]
-    if harmful:
-        head = "run.resume=true: these keys differ from the run's config.yaml; set them back"
-        epochs = before["trainer"]["max_epochs"]
-        was_extended = epochs > now.trainer.max_epochs and not extended
-        way = f"run.extend_to_epochs={epochs} goes on" if was_extended else "run.extend_to_epochs=N makes a run longer"
-        hint = [f"({way})"] if length & changed.keys() and not extended else []
-        raise UserError("\n  ".join([head, *harmful, *hint]))
-    return [f"Changed: {text}" for key, text in changed.items() if not key.startswith("run.")]
-
-
-def check_dataset_unchanged(run: RunConfig, found: ImageDataset) -> tuple[ImageDataset, list[str]]:
-    """The images that the run goes on with, and what to say of them.
-
-    Raises:
-        UserError: They are not those that it began with, and run.keep_image_list is false.
-    """
-    try:
-        before = json.loads((run.path / DATA).read_text(encoding="utf-8"))
-        unchanged = found.fingerprint(sizes=False) == before["fingerprint"]
-        head = f"run.resume=true: the images have changed, from {before['count']:,} to {len(found):,}"
-        began = f"The run began with {before['text']}"
-    except (OSError, ValueError, LookupError, TypeError):
-        return found, [f"{run.path / DATA} cannot be read: whether the images are the same is not known"]
-    if unchanged:
-        return found, []
-    try:
-        names = PackedPaths.load(run.path / IMAGES)
-    except (OSError, ValueError):
-        names = None
-    if names is None or not isinstance(found, ImageFolder):
-        raise UserError(f"{head}. {began}; give it these, or start beside it with run.name=OTHER")
-    old, new = set(names), set(found.names)
-    difference = f"gone: {_some(old - new)}; new: {_some(new - old)}"
-    if not run.keep_image_list:
-        raise UserError(
-            f"{head}. {difference}. Restore the folder, or run.keep_image_list=true goes on with the list that the run "
-            "began with: those gone are skipped and counted, new ones left out"
-        )
-    return found.with_names(names), [f"The images have changed ({difference}); the run keeps its own list"]
-
-
-def _some(names: set[bytes], most: int = 3) -> str:
-    """`3 (a.jpg, b.jpg, ...)`."""
-    if not names:
-        return "none"
-    shown = [escape_path(name) for name in sorted(names)[:most]] + (["..."] if len(names) > most else [])
-    return f"{len(names):,} ({', '.join(shown)})"
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        replaced.rename(run.path)

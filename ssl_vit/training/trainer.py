@@ -1,4 +1,4 @@
-"""Lightning's Trainer and module, set up for us: devices, precision, the way processes share the work, no chatter."""
+"""Build the method and Lightning's Trainer: devices, precision, strategy, no output of Lightning's own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
-from ssl_vit.config.evaluate import FinetuneConfig
 from ssl_vit.config.pretrain import TrainerConfig, TrainingConfig
 from ssl_vit.methods import METHODS
 from ssl_vit.methods.base import SSLMethod
@@ -26,61 +25,68 @@ from ssl_vit.training.checkpointing import AtomicCheckpointIO
 
 
 def build_method(config: TrainingConfig, plan: TrainingPlan) -> SSLMethod:
-    """The Lightning module, its backbones in the form that the device is good at."""
+    """Build the Lightning module, its backbones configured for the device.
+
+    Raises:
+        UserError: The schedules do not fit the length of the run.
+    """
     torch.manual_seed(config.seed)
     try:
         method = METHODS[config.method.name](config.method, config.backbone, plan)  # type: ignore[arg-type]
-    except ValueError as error:  # of the schedules: a warm-up longer than the run
+    except ValueError as error:  # a warm-up longer than the run
         raise UserError(f"method.{config.method.name}: {error}") from None
     configure_backbones(method, config.trainer)
     return method
 
 
-def configure_backbones(method: SSLMethod, settings: TrainerConfig) -> None:
-    """Bring the backbones of a method into the form that the device is good at."""
-    device = best_device(settings.accelerator)
-    fused = prefer_fused_attention(device) if settings.fused_attention == "auto" else settings.fused_attention
-    compiled = prefer_compile(device) if settings.compile == "auto" else settings.compile
+def configure_backbones(method: SSLMethod, config: TrainerConfig) -> None:
+    """Select attention kernel, compilation and activation checkpointing for the device."""
+    device = best_device(config.accelerator)
+    fused = prefer_fused_attention(device) if config.fused_attention == "auto" else config.fused_attention
+    compiled = prefer_compile(device) if config.compile == "auto" else config.compile
     for backbone in (module for module in method.modules() if isinstance(module, Backbone)):
         backbone.set_fused_attention(fused)
         if compiled:
             backbone.compile_blocks()
-        if settings.activation_checkpointing:
+        if config.activation_checkpointing:
             backbone.enable_activation_checkpointing()
 
 
 def build_trainer(
-    config: TrainingConfig | FinetuneConfig,
+    config: TrainerConfig,
     plan: TrainingPlan,
     loggers: list[Logger],
     callbacks: list[L.Callback],
-    files: AtomicCheckpointIO,
+    io: AtomicCheckpointIO,
     folder: Path,
 ) -> L.Trainer:
-    """Lightning's Trainer for a run in `folder`; checkpoints, progress and stopping are the callbacks' work."""
-    settings = config.trainer
-    device = best_device(settings.accelerator)
-    if device.type == "cuda" and settings.devices > torch.cuda.device_count():
-        raise UserError(f"trainer.devices={settings.devices}: this machine has {torch.cuda.device_count()} GPUs")
+    """Build Lightning's Trainer; checkpoints, progress and stopping are up to the callbacks.
+
+    Raises:
+        UserError: The machine has fewer GPUs than `trainer.devices`.
+    """
+    device = best_device(config.accelerator)
+    if device.type == "cuda" and config.devices > torch.cuda.device_count():
+        raise UserError(f"trainer.devices={config.devices}: this machine has {torch.cuda.device_count()} GPUs")
     if device.type == "cpu":
         disable_malloc_trim()
-    if device.type == "cpu" and settings.devices > 1:
-        torch.set_num_threads(max(1, torch.get_num_threads() // settings.devices))
-    precision = settings.precision
+    if device.type == "cpu" and config.devices > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // config.devices))
+    precision = config.precision
     if precision == "auto":
         precision = "bf16-mixed" if autocast_dtype(device) else "32-true"
-    plugins: list[Any] = [files]
+    plugins: list[Any] = [io]
     if SLURMEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # the signals are ours: training/signals.py
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # PreemptionHandler requeues
     return L.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=settings.devices,
-        num_nodes=settings.num_nodes,
-        strategy=make_strategy(settings, device),
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=make_strategy(config, device),
         precision=precision,
         max_steps=plan.total_steps,
-        accumulate_grad_batches=settings.accumulate_grad_batches,
-        log_every_n_steps=settings.log_every_n_steps,
+        accumulate_grad_batches=config.accumulate_grad_batches,
+        log_every_n_steps=config.log_every_n_steps,
         logger=loggers,
         callbacks=callbacks,
         plugins=plugins,
@@ -91,12 +97,12 @@ def build_trainer(
     )
 
 
-def make_strategy(settings: TrainerConfig, device: torch.device) -> Strategy | str:
-    """How the processes share the work: each with the whole model, or with a part of it."""
-    processes = settings.devices * settings.num_nodes
-    # The CPUs talk among themselves as well, so that they can agree without waiting for their GPUs.
+def make_strategy(config: TrainerConfig, device: torch.device) -> Strategy | str:
+    """Return the strategy: a whole model in each process (DDP), or a part of it (FSDP2)."""
+    processes = config.devices * config.num_nodes
+    # gloo for the CPUs as well, so that they can agree without waiting for their GPUs.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if settings.strategy == "fsdp":
+    if config.strategy == "fsdp":
         return ModelParallelStrategy(
             data_parallel_size=processes,
             tensor_parallel_size=1,
@@ -108,11 +114,11 @@ def make_strategy(settings: TrainerConfig, device: torch.device) -> Strategy | s
 
 class _DDP(DDPStrategy):
     def determine_ddp_device_ids(self) -> None:
-        """None: Lightning has moved the batch. Torch would move its keys to the GPU as well, and the CPU wait there."""
+        """Return None, as Lightning has moved the batch: torch would move its keys too, and make the CPU wait."""
 
 
 def silence_lightning() -> None:
-    """Keep Lightning's hints for its own users off the terminal."""
+    """Hide Lightning's hints for its own users."""
     for part in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(part).setLevel(logging.WARNING)
     for hint in (

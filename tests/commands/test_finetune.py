@@ -27,8 +27,8 @@ from ssl_vit.data.sources.image_folder import scan_image_folder
 from ssl_vit.data.sources.synthetic import make_synthetic_dataset
 from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.data.transforms.mixup import MixupCutmix, RandAugment, single_view_config
+from ssl_vit.methods.base import TrainingPlan
 from ssl_vit.methods.finetune import FineTune, prepare_for_finetuning
-from ssl_vit.methods.schedules import TrainingPlan
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.checkpoint import load_backbone
 from ssl_vit.models.export import export_backbone
@@ -89,7 +89,7 @@ def record_of(run):
 
 def test_it_learns_and_the_test_images_are_answered_by_the_weights_that_it_leaves_behind(config, tmp_path, capsys):
     folder = tmp_path / "images"
-    make_synthetic_dataset(folder, num_images=900, seed=1)
+    make_synthetic_dataset(folder, dataset=900, seed=1)
     run = finetune(
         config(
             f"data.root={folder}", "data.batch_size=32", "trainer.max_steps=null", "trainer.max_epochs=6",
@@ -97,7 +97,7 @@ def test_it_learns_and_the_test_images_are_answered_by_the_weights_that_it_leave
             "method.layer_decay=1", "figure=true",
         )
     )  # fmt: skip
-    held = [float(row["held_out/top1"]) for row in rows(run) if row["held_out/top1"]]
+    held = [float(row["val/top1"]) for row in rows(run) if row["val/top1"]]
     record = record_of(run)
     (top1, top5) = record["score"]["metrics"]
     assert len(held) == 2
@@ -110,8 +110,8 @@ def test_it_learns_and_the_test_images_are_answered_by_the_weights_that_it_leave
     assert record["protocol"]["selection"] == "none: the last weights, tested once"
     assert record["selection"] is None
     assert record["by_class"]["metric"] == "top-1"
-    assert str(run / "eval" / record["by_class"]["figure"]) in capsys.readouterr().out.splitlines()
-    with Image.open(run / "eval" / record["by_class"]["figure"]) as sheet:
+    assert str(run / "eval" / record["by_class"]["sheet"]) in capsys.readouterr().out.splitlines()
+    with Image.open(run / "eval" / record["by_class"]["sheet"]) as sheet:
         assert min(sheet.size) > 400
 
     model, head = load_backbone(str(run)), load_file(run / "head.safetensors")
@@ -141,13 +141,13 @@ def test_loading_processes_and_memory_do_not_change_the_run(config):
 def test_one_set_of_images_is_divided_by_class_into_three(config, sample):
     dataset = scan_image_folder(sample / "train")  # 16 of each of 12 classes
     parts = split_dataset(config(), dataset, None)
-    places = torch.cat([parts.learned.indices, parts.held_out.indices, parts.test.indices])
+    places = torch.cat([parts.train.places, parts.val.places, parts.test.places])
     assert places.sort().values.tolist() == list(range(192))
-    assert [len(torch.unique(part.labels)) for part in (parts.learned, parts.held_out, parts.test)] == [12] * 3
+    assert [len(torch.unique(part.labels)) for part in (parts.train, parts.val, parts.test)] == [12] * 3
     assert torch.bincount(parts.test.labels).tolist() == [3] * 12
-    assert torch.bincount(parts.held_out.labels).tolist() == [1] * 12
+    assert torch.bincount(parts.val.labels).tolist() == [1] * 12
     again = split_dataset(config("seed=1"), dataset, None)
-    assert again.test.indices.tolist() != parts.test.indices.tolist()
+    assert again.test.places.tolist() != parts.test.places.tolist()
 
 
 def test_larger_images_resample_the_position_embeddings_once(config, model):
@@ -186,7 +186,7 @@ def test_stopped_and_resumed_equals_uninterrupted(config, stop_at, stop, capsys)
         parts = finetune(config(*words, "run.name=parts"))
     assert state(parts)[1] == stop
     assert not (parts / "eval").exists()  # nobody has looked at the test images yet
-    assert "the same command with run.resume=true goes on" in capsys.readouterr().out
+    assert "Resume with run.resume=true" in capsys.readouterr().out
     finetune(config(*words, "run.name=parts", "run.resume=true"))
     assert_same_run(whole, parts)
     first, second = (record_of(run)["score"]["metrics"] for run in (whole, parts))
@@ -198,7 +198,7 @@ def test_a_run_that_is_complete_says_so_and_gives_the_same_record(config, capsys
     before = record_of(run)
     capsys.readouterr()
     finetune(config("run.resume=true"))
-    assert "The run is complete already" in capsys.readouterr().out
+    assert "The run is already complete" in capsys.readouterr().out
     after = record_of(run)
     assert before["score"] == after["score"]
     assert before["protocol_hash"] == after["protocol_hash"]
@@ -239,7 +239,7 @@ def begun(config, sample, tmp_path, stop_at):
 
 
 def test_a_run_never_goes_on_to_be_tested_on_what_it_has_learned_from(begun):
-    with pytest.raises(UserError, match=r"168 learned, 24 held out, 48 tested .*; now 144 learned, 12 held out, 36"):
+    with pytest.raises(UserError, match=r"168 train, 24 val, 48 test .*; now 144 train, 12 val, 36"):
         begun.go_on(f"data.root={begun.folder / 'train'}")
     assert state(begun.run)[1] == 2
     assert not (begun.run / "eval").exists()
@@ -251,7 +251,7 @@ def test_a_run_does_not_go_on_with_another_test_set(begun):
     image = sorted(changed.rglob("*.png"))[0]
     image.write_bytes(image.read_bytes() + b" ")  # the names are the same
     train = f"data.train={begun.folder / 'train'}"
-    with pytest.raises(UserError, match="to test on are not those that the run began with"):
+    with pytest.raises(UserError, match="val or test images are not those of the run"):
         begun.go_on("data.root=null", train, f"data.test={changed}")
     assert state(begun.run)[1] == 2
     begun.go_on("data.root=null", train, f"data.test={begun.folder / 'test'}")  # the same by another name
@@ -264,7 +264,7 @@ def test_a_run_does_not_go_on_under_the_name_of_another_model(begun, tmp_path):
     first = (tmp_path / "model.safetensors").read_bytes()
     export_backbone(make_model(init="timm"), tmp_path / "model.safetensors", mean=[0.5] * 3, std=[0.25] * 3,
                     source="a test")  # fmt: skip
-    with pytest.raises(UserError, match=r"another model than the one that the run began with(.|\n)*run.overwrite"):
+    with pytest.raises(UserError, match=r"another model than the one that the run started from(.|\n)*run.overwrite"):
         begun.go_on(root)
     assert state(begun.run)[1] == 2
     (tmp_path / "model.safetensors").write_bytes(first)
@@ -273,9 +273,9 @@ def test_a_run_does_not_go_on_under_the_name_of_another_model(begun, tmp_path):
 
 
 def test_a_run_that_does_not_know_what_it_comes_from_says_so_and_goes_on(begun, capsys):
-    (begun.run / "origin.json").write_text("{")
+    (begun.run / "source.json").write_text("{")
     begun.go_on(f"data.root={begun.folder}")
-    assert "whether model and test images are the same is not known" in capsys.readouterr().out
+    assert "model and splits could not be compared" in capsys.readouterr().out
     assert state(begun.run)[1] == 4
 
 
@@ -307,7 +307,7 @@ def test_killed_and_resumed_equals_uninterrupted(words, config, tmp_path):
 
 def test_a_broken_image_is_skipped_counted_and_named(words, sample, tmp_path, capsys):
     folder = tmp_path / "images"
-    make_synthetic_dataset(folder, num_images=60, seed=0)
+    make_synthetic_dataset(folder, dataset=60, seed=0)
     for part in ("train", "test"):
         sorted((folder / part).rglob("*.png"))[0].with_name("broken one.png").write_bytes(b"this is no image")
     assert main(["finetune", *words(f"data.root={folder}", "trainer.max_steps=10", "validate_every_epochs=1")]) == 0
@@ -326,8 +326,8 @@ def test_a_broken_image_is_skipped_counted_and_named(words, sample, tmp_path, ca
         ("checkpoint=nowhere", "checkpoint=nowhere"),
         ("data.root=nowhere", "nowhere"),
         ("data.image_size=50", "data.image_size=50 is not a multiple"),
-        ("data.batch_size=15", "mixup and cutmix mix images in pairs: make it a multiple of 2"),
-        ("trainer.strategy=fsdp", "trainer.strategy=fsdp: fine-tuning needs the whole model"),
+        ("data.batch_size=15", "mixup and cutmix take images in pairs: make it a multiple of 2"),
+        ("trainer.strategy=fsdp", "trainer.strategy=fsdp: fine-tuning wants the whole model"),
         ("method.optimizer.warmup=100steps", "warm-up of 100 steps does not fit into a run of 4 steps"),
         ("method.layer_decay=0", "method.layer_decay"),
         ("val_fraction=0", "val_fraction"),

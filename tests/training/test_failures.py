@@ -112,7 +112,7 @@ def test_a_disk_that_is_full_from_the_start_is_told_in_one_line(pretrain_words):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     assert done.returncode == 2
-    assert "File too large. Nothing had been saved yet" in done.stderr
+    assert "File too large. No checkpoint was written" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -145,7 +145,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_written_down(pretrain_config,
     assert {"index", "name", "key"} == line["images"][0].keys()
     assert line["images"][0]["name"].endswith(".png")
     assert line["parameters"]
-    assert "1 step had a loss or gradient that is not finite" in capsys.readouterr().out
+    assert "Skipped 1 step with a loss or gradient that is not finite" in capsys.readouterr().out
 
 
 def test_a_gradient_alone_is_enough(pretrain_config, monkeypatch):
@@ -180,7 +180,7 @@ def test_the_budget_counts_steps_in_a_row_across_a_resume(pretrain_config, monke
 
 def test_weights_that_are_not_finite_are_not_saved(pretrain_config):
     words = ("method.optimizer.warmup=0steps", "method.optimizer.lr=1e41", "trainer.checkpoint_every=0s")
-    with pytest.raises(UserError, match=r"diverged at step 1: a weight is no longer finite\. Nothing had been saved"):
+    with pytest.raises(UserError, match=r"diverged at step 1: a weight is not finite\. No checkpoint was written"):
         pretrain(pretrain_config(*words))
 
 
@@ -308,8 +308,8 @@ def test_a_process_that_is_killed_ends_the_run_and_the_first_says_where_it_stand
     os.kill(second, signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
     assert process.returncode not in (0, None)
-    assert output.count("another process has ended, and with it the run") == 1
-    assert "is intact: the same command with run.resume=true goes on" in output
+    assert output.count("another process has ended, which ends the run") == 1
+    assert "is intact: resume from it with run.resume=true" in output
     assert "Traceback" not in output
 
 
@@ -325,7 +325,7 @@ def test_a_loading_process_that_is_killed_ends_the_run_in_words(pretrain_words, 
     os.kill(worker, signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2, output
-    assert "a loading process was killed" in output
+    assert "a data loading process was killed" in output
     assert "is intact" in output
     assert "Traceback" not in output
 
@@ -340,7 +340,7 @@ def test_a_loading_process_that_is_killed_inside_other_code_ends_the_run_in_word
             raise TypeError("unsupported callable") from error
 
     monkeypatch.setattr(DINO, "training_step", interrupted)
-    with pytest.raises(UserError, match="a loading process was killed"):
+    with pytest.raises(UserError, match="a data loading process was killed"):
         pretrain(pretrain_config())
 
 
@@ -384,7 +384,7 @@ def test_steps_of_a_gpu_are_counted_one_later_and_a_checkpoint_leaves_one_to_go_
     from ssl_vit.runtime.jsonl import JSONLWriter
     from ssl_vit.training.callbacks.skipped_steps import SkippedSteps
 
-    steps = SkippedSteps(JSONLWriter(tmp_path / "skipped.jsonl", 0), SimpleNamespace(name=str), budget=2)
+    steps = SkippedSteps(JSONLWriter(tmp_path / "skipped.jsonl", 0), SimpleNamespace(name=str), max_in_a_row=2)
     trainer = SimpleNamespace(global_step=0, current_epoch=0, accumulate_grad_batches=1, should_stop=False)
 
     class Loss:
@@ -413,7 +413,7 @@ def test_steps_of_a_gpu_are_counted_one_later_and_a_checkpoint_leaves_one_to_go_
     steps.on_train_batch_end(trainer, bad, {"loss": Loss()}, batch, 0)
     assert trainer.should_stop
 
-    resumed = SkippedSteps(JSONLWriter(tmp_path / "more.jsonl", 0), SimpleNamespace(name=str), budget=2)
+    resumed = SkippedSteps(JSONLWriter(tmp_path / "more.jsonl", 0), SimpleNamespace(name=str), max_in_a_row=2)
     resumed.load_state_dict(steps.state_dict() | {"in_a_row": 2})
     good = SimpleNamespace(check=SimpleNamespace(skipped=lambda: None))
     resumed.on_train_start(SimpleNamespace(global_step=4), good)

@@ -61,7 +61,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(pretrain_config, stop
     last.write_bytes(content)
     capsys.readouterr()
     pretrain(pretrain_config(*words, "run.name=parts", "run.resume=true"))
-    assert "last.ckpt is damaged: the one before it is taken" in capsys.readouterr().out
+    assert "last.ckpt is damaged: resuming from the checkpoint before it" in capsys.readouterr().out
     assert_same_run(whole, parts)
 
 
@@ -116,11 +116,11 @@ def test_a_run_that_had_saved_nothing_starts_anew(pretrain_config, capsys):
     shutil.copytree(whole, run)
     for path in (run / "checkpoints").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match="its checkpoints are gone"):  # but a backbone is there
+    with pytest.raises(UserError, match="its checkpoints are missing"):  # but a backbone is there
         pretrain(pretrain_config("run.resume=true"))
     (run / "backbone.safetensors").unlink()
     pretrain(pretrain_config("run.resume=true"))
-    assert "Nothing had been saved" in capsys.readouterr().out
+    assert "No checkpoint was written" in capsys.readouterr().out
     assert_same_run(whole, run)
 
 
@@ -128,7 +128,7 @@ def test_a_run_that_had_saved_nothing_starts_anew(pretrain_config, capsys):
 def test_checkpoints_without_a_configuration_are_a_run_too(pretrain_config, word):
     run = pretrain(pretrain_config())
     (run / "config.yaml").unlink()
-    with pytest.raises(UserError, match=r"holds checkpoints but no config\.yaml"):
+    with pytest.raises(UserError, match=r"contains checkpoints but no config\.yaml"):
         pretrain(pretrain_config(word))
     assert state(run)[1] == 4
 
@@ -137,7 +137,7 @@ def test_a_lost_last_checkpoint_is_said(pretrain_config, capsys):
     run = pretrain(pretrain_config("trainer.checkpoint_every=0s"))
     (run / "checkpoints" / "last.ckpt").unlink()
     pretrain(pretrain_config("trainer.checkpoint_every=0s", "run.resume=true"))
-    assert "last.ckpt is gone: previous.ckpt is taken" in capsys.readouterr().out
+    assert "last.ckpt is missing: resuming from previous.ckpt" in capsys.readouterr().out
 
 
 def test_the_first_epoch_is_saved_however_short(pretrain_config):
@@ -221,7 +221,7 @@ def test_slurm_puts_the_job_back_and_the_same_command_goes_on(pretrain_words, tm
     assert 0 < stopped < 60, output
     done = run_command([*words, "run.overwrite=true"], **slurm, SLURM_RESTART_COUNT="1")
     assert done.returncode == 0, done.stderr
-    assert f"Going on after step {stopped}" in done.stdout
+    assert f"Resuming after step {stopped}" in done.stdout
     assert [int(row["step"]) for row in rows(run)] == list(range(60))
 
 
@@ -293,11 +293,11 @@ def test_a_longer_run_is_refused_unless_it_is_extended(pretrain_words, tmp_path,
     for name in ("schedule/lr", "schedule/teacher_momentum", "schedule/weight_decay"):
         assert [row[name] for row in rows(run)][12:] == [row[name] for row in rows(run.with_name("long"))][12:]
     assert main(["pretrain", *longer]) == 0
-    assert "The run is complete already" in capsys.readouterr().out
+    assert "The run is already complete" in capsys.readouterr().out
     assert main(["pretrain", *words, "run.resume=true"]) == 2
-    assert "run.extend_to_epochs=2 goes on" in capsys.readouterr().err
+    assert "run.extend_to_epochs=2 resumes it" in capsys.readouterr().err
     assert main(["pretrain", *words, "run.resume=true", "run.extend_to_epochs=1"]) == 2
-    assert "run.extend_to_epochs=1 is 12 steps, and the run has 24 already" in capsys.readouterr().err
+    assert "run.extend_to_epochs=1 is 12 steps, but the run already has 24" in capsys.readouterr().err
 
 
 def test_a_value_that_resume_does_not_have_is_one_mistake(pretrain_words, capsys):
@@ -331,7 +331,7 @@ def test_changed_images_are_refused_with_the_difference_or_left_as_they_were(pre
     assert main(["pretrain", *words]) == 2
     message = capsys.readouterr().err
     assert "from 48 to 64" in message
-    assert "gone: none; new: 16" in message
+    assert "removed: none; new: 16" in message
     assert "new one 0.png" in message
     assert main(["pretrain", *words, "run.keep_image_list=true"]) == 0
     assert "keeps its own list" in capsys.readouterr().out
@@ -379,7 +379,7 @@ def test_a_second_command_is_kept_out_of_the_run_folder(pretrain_words, tmp_path
 
 def test_nothing_to_resume_is_said(pretrain_words, capsys):
     assert main(["pretrain", *pretrain_words("run.resume=true")]) == 2
-    assert "holds no run" in capsys.readouterr().err
+    assert "contains no run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "seed: [", "!!python/object/apply:os.system ['touch gone']", "42"])

@@ -9,55 +9,56 @@ import torch
 import ssl_vit.commands.pretrain as command
 from ssl_vit.commands.pretrain import pretrain
 from ssl_vit.runtime.device import autocast_dtype, matmul_peak, peak_memory, reset_peak_memory
-from ssl_vit.runtime.step_timer import PHASES, StepTimer
+from ssl_vit.runtime.step_timer import PARTS, StepTimer
+from ssl_vit.training import loop
 from tests.helpers.cli import rows
 
 CPU = torch.device("cpu")
 
 
-def test_step_timer_gives_each_phase_its_time():
-    timer = StepTimer()
+def test_laps_give_each_part_its_time():
+    laps = StepTimer()
     time.sleep(0.01)  # before the start: not counted
-    timer.start(CPU)
+    laps.start(CPU)
     began = time.perf_counter()
     for part, seconds in (("data", 0.03), ("loss", 0.01), ("data", 0.02)):
         time.sleep(seconds)
-        timer.mark(part)
+        laps.lap(part)
     wall = time.perf_counter() - began
-    totals = timer.totals()
+    totals = laps.totals()
     assert totals.keys() == {"data", "loss"}
     assert totals["data"] >= 0.05
     assert 0.01 <= totals["loss"] < 0.03
     assert sum(totals.values()) == pytest.approx(wall, abs=1e-3)
-    assert timer.totals() == {}
+    assert laps.totals() == {}
     time.sleep(0.01)
-    timer.mark("other")
-    assert timer.totals()["other"] >= 0.01  # nothing between two totals is lost
+    laps.lap("other")
+    assert laps.totals()["other"] >= 0.01  # nothing between two totals is lost
 
 
-def test_mark_takes_less_than_two_microseconds():
-    timer = StepTimer()
+def test_a_lap_costs_next_to_nothing():
+    laps = StepTimer()
     best = float("inf")
     for _ in range(5):
         began = time.perf_counter()
         for _ in range(1000):
-            timer.mark("loss")
+            laps.lap("loss")
         best = min(best, (time.perf_counter() - began) / 1000)
     assert best < 2e-6
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_mark_measures_device_time_without_waiting():
-    a, timer = torch.rand(8192, 8192, device="cuda"), StepTimer()
+def test_on_a_gpu_a_lap_is_the_time_of_the_device_and_the_cpu_runs_ahead():
+    a, laps = torch.rand(8192, 8192, device="cuda"), StepTimer()
     torch.mm(a, a)
     torch.cuda.synchronize()
-    timer.start(a.device)
+    laps.start(a.device)
     began = time.perf_counter()
     for _ in range(10):
         torch.mm(a, a)
-    timer.mark("student")
+    laps.lap("student")
     issued = time.perf_counter() - began
-    totals = timer.totals()
+    totals = laps.totals()
     wall = time.perf_counter() - began
     assert issued < wall / 2
     assert totals["student"] == pytest.approx(wall, rel=0.2)
@@ -79,12 +80,12 @@ class WallClock(L.Callback):
 @pytest.fixture
 def clocked(monkeypatch):
     """A wall clock that is the first of the callbacks."""
-    clock, original = WallClock(), command.make_trainer
+    clock, original = WallClock(), loop.build_trainer
 
     def with_clock(config, plan, loggers, callbacks, *rest):
         return original(config, plan, loggers, [clock, *callbacks], *rest)
 
-    monkeypatch.setattr(command, "build_trainer", with_clock)
+    monkeypatch.setattr(loop, "build_trainer", with_clock)
     return clock
 
 
@@ -102,7 +103,7 @@ def test_the_parts_of_a_step_add_up_to_its_wall_time(pretrain_config, clocked, m
         )
     )
     for number, row in enumerate(rows(run)):
-        parts = {part: float(row[f"speed/{part}_ms"]) for part in PHASES if part not in missing}
+        parts = {part: float(row[f"speed/{part}_ms"]) for part in PARTS if part not in missing}
         assert not {name for name in row if name.endswith("_ms")} - {f"speed/{part}_ms" for part in parts}
         assert all(milliseconds > 0 for milliseconds in parts.values())
         step = sum(parts.values())
@@ -145,7 +146,7 @@ class Slow:
 
 
 def test_waiting_for_a_slow_loader_is_seen_and_evaluation_is_none(pretrain_config, monkeypatch):
-    loaders, loader_of, measure = [], command.training_loader, command.OnlineEval._measure
+    loaders, loader_of, measure = [], command.build_train_loader, command.OnlineEval._evaluate
 
     def slow(*args, **kwargs):
         loaders.append(Slow(loader_of(*args, **kwargs)))
@@ -156,14 +157,14 @@ def test_waiting_for_a_slow_loader_is_seen_and_evaluation_is_none(pretrain_confi
         time.sleep(0.5)
 
     monkeypatch.setattr(command, "build_train_loader", slow)
-    monkeypatch.setattr(command.OnlineEval, "_measure", long_measure)
+    monkeypatch.setattr(command.OnlineEval, "_evaluate", long_measure)
     words = ("data.batch_size=64", "trainer.max_steps=6", "trainer.log_every_n_steps=3", "online.every_epochs=1")
     metrics = rows(pretrain(pretrain_config(*words)))
     first, second = (row for row in metrics if row["train/loss"])  # an epoch each
     taken = loaders[0].seconds
     for row, waited in ((first, sum(taken[:3]) / 3), (second, sum(taken[3:]) / 3)):
         assert float(row["speed/data_ms"]) == pytest.approx(1000 * waited, rel=0.1, abs=5)
-        step = sum(float(row[f"speed/{part}_ms"]) for part in PHASES if part != "corruption")
+        step = sum(float(row[f"speed/{part}_ms"]) for part in PARTS if part != "corruption")
         assert float(row["speed/data_wait"]) == pytest.approx(1000 * waited / step, abs=0.03)
     assert float(second["speed/other_ms"]) > 500 / 3  # kNN after the first epoch, and the checkpoint
 

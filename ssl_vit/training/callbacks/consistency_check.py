@@ -1,4 +1,4 @@
-"""Processes that train together start from the same, or not at all."""
+"""Check that all processes of a run train on the same data, from the same checkpoint, with the same config."""
 
 from __future__ import annotations
 
@@ -6,24 +6,22 @@ import lightning as L
 
 from ssl_vit.runtime.distributed import equal_on_all_ranks
 from ssl_vit.runtime.errors import AllRanksError
-from ssl_vit.training.run_dir import AnyRun, RunState
 
 
 class ConsistencyCheck(L.Callback):
-    """Compares images, checkpoint and configuration before the first step: each process has found its own.
+    """Comparison of texts between all processes before the first step, as each process has found its own files.
+
+    Args:
+        texts: What must be equal, by its name in the message.
 
     Raises:
         AllRanksError: From a hook of Lightning.
     """
 
-    def __init__(self, config: AnyRun, start: RunState) -> None:
-        self.parts = {
-            "images (data.root must be the same folder on every machine)": start.dataset.fingerprint(sizes=False),
-            "checkpoints (run.folder must be the same folder on every machine)": f"{start.checkpoint} {start.done}",
-            "configurations": repr(config),
-        }
+    def __init__(self, texts: dict[str, str]) -> None:
+        self.texts = texts
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        for what, text in self.parts.items():
+        for name, text in self.texts.items():
             if trainer.world_size > 1 and not equal_on_all_ranks(text):
-                raise AllRanksError(f"the processes see different {what}")
+                raise AllRanksError(f"the processes see different {name}")

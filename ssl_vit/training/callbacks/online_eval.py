@@ -1,4 +1,4 @@
-"""Accuracy while the run goes on, on a few labeled images: the number that tells whether it learns."""
+"""Online evaluation: accuracy of frozen features on a few labeled images during training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from ssl_vit.config.pretrain import OnlineEvalConfig, PretrainConfig
+from ssl_vit.config.methods import ViewsConfig
+from ssl_vit.config.pretrain import OnlineEvalConfig
 from ssl_vit.data.class_balanced_subset import class_balanced_order
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog, Subset
 from ssl_vit.data.dataset_factory import TrainTestSplit, build_labeled_folder_splits
@@ -29,173 +30,178 @@ from ssl_vit.training.run_dir import RunState
 
 log = logging.getLogger(__name__)
 
-TEMPERATURE = 0.07  # of the votes, as in DINO's protocol
-L2 = [10 ** (exponent / 2) for exponent in range(-8, 3)]  # penalties of the linear head, 1e-4 to 10
+TEMPERATURE = 0.07  # of kNN's votes, as in DINO's protocol
+L2 = [10 ** (exponent / 2) for exponent in range(-8, 3)]  # penalties of the linear classifier, 1e-4 to 10
 
 
-class LabeledImages(NamedTuple):
+class OnlineEvalData(NamedTuple):
     """The images of all evaluations of a run."""
 
-    bank: Subset  # to search in, and to fit the linear head on
-    queries: Subset  # to classify; never in the bank
+    train: Subset  # kNN searches in them, and the linear classifier is fitted on them
+    val: Subset  # disjoint from `train`
 
     def fingerprint(self) -> str:
-        """Equal for the same images in the same parts."""
+        """Return a text that is equal for equal images in the same parts."""
         return "".join(part.fingerprint(sizes=False) for part in self)
 
 
 class EvalPoint(NamedTuple):
-    """Accuracies in [0, 1] by the names of their metrics, NaN where nothing can be said."""
+    """Accuracies in [0, 1] by metric, NaN where they cannot be computed."""
 
     step: int  # optimizer steps done
     values: dict[str, float]
 
 
-def choose_labeled(config: OnlineEvalConfig, dataset: ImageDataset, *, seed: int) -> LabeledImages | None:
-    """The bank and the queries, as balanced over the classes as these allow; None without two classes and a query.
+def select_online_data(config: OnlineEvalConfig, dataset: ImageDataset, *, seed: int) -> OnlineEvalData | None:
+    """Select train and val images, as balanced over the classes as possible; None without two classes and a val image.
 
     Args:
-        config: Its `root` names labeled images of their own, whose `val/` or `test/` are then the queries.
-        dataset: That the run learns from: without a `root`, those in class folders. Of each class a fifth are
-            queries at most, or one of two to four.
-        seed: Chooses among them.
+        config: Its `root` names a labeled folder, whose `val/` or `test/` then gives the val images.
+        dataset: The training images of the run, used without a `root` if they lie in class folders. Of each class at
+            most a fifth become val images, or one of two to four.
+        seed: For the selection.
 
     Raises:
         UserError: There are no labeled images in `root`.
     """
     train, test = build_labeled_folder_splits(config.root) if config.root else TrainTestSplit(dataset, None)
     order = class_balanced_order(train.labels, seed=seed)
-    bank, asking = order.indices, train
+    train_index, val_source = order.indices, train
     if test is None:
         spare = (order.rank < (order.class_size // 5).clamp(min=1)) & (order.class_size > 1)
-        queries = order.indices[spare][: config.val_images]
-        bank = bank[~torch.isin(bank, queries)]
+        val_index = order.indices[spare][: config.val_images]
+        train_index = train_index[~torch.isin(train_index, val_index)]
     else:
-        asking = test
-        queries = class_balanced_order(test.labels, seed=seed).indices[: config.val_images]
-    bank = bank[: config.train_images]
-    if not len(queries) or len(torch.unique(train.labels[bank])) < 2:
+        val_source = test
+        val_index = class_balanced_order(test.labels, seed=seed).indices[: config.val_images]
+    train_index = train_index[: config.train_images]
+    if not len(val_index) or len(torch.unique(train.labels[train_index])) < 2:
         return None
-    return LabeledImages(Subset(train, bank), Subset(asking, queries))
+    return OnlineEvalData(Subset(train, train_index), Subset(val_source, val_index))
 
 
-def accuracies(bank: Features, queries: Features, *, ks: list[int]) -> dict[str, float]:
-    """Of kNN for each k and of a linear head, on [CLS] of the last block.
+def accuracies(train: Features, val: Features, *, ks: list[int]) -> dict[str, float]:
+    """Return the accuracy of kNN for each k and of a linear classifier, on [CLS] of the last block.
 
     Raises:
         UserError: The features have diverged or collapsed.
     """
-    for part in (bank, queries):
+    for part in (train, val):
         validate_features(part, "the run")
-    known, asking = (LabeledFeatures(part.cls[:, -1].float(), part.labels) for part in (bank, queries))
-    ranks = knn(known, asking, ks=ks, temperature=TEMPERATURE).ranks
-    return {f"online/knn@{k}": _share(ranks[k] == 0) for k in ks} | {"online/linear": _linear(known, asking)}
+    index, queries = (LabeledFeatures(part.cls[:, -1].float(), part.labels) for part in (train, val))
+    ranks = knn(index, queries, ks=ks, temperature=TEMPERATURE).ranks
+    return {f"online/knn@{k}": _mean(ranks[k] == 0) for k in ks} | {"online/linear": _linear(index, queries)}
 
 
 class OnlineEval(L.Callback):
-    """Measures the features by the teacher's weights: before the first step, every n epochs and at the end.
+    """Evaluation of the features before the first step, every n epochs and at the end; it keeps the best checkpoint.
 
-    The labels are for these numbers alone. The first process measures, and the others wait for it where they next have
-    to agree. Features of which nothing can be said give NaN, and the run goes on.
+    The labels are used for these numbers alone. The first process evaluates, and the others wait for it at the next
+    collective operation. Features that cannot be evaluated give NaN, and the run continues.
 
     Args:
-        config: Of the run.
-        start: Of the run; with the best checkpoint so far in its folder, if it goes on.
-        skipped: Takes the images that cannot be read.
+        config: The section `online`.
+        run: State of the run.
+        views: Image size and normalization.
+        seed: For the selection of images.
+        skipped: Log of the images that cannot be read.
 
     Raises:
         UserError: There are no labeled images in `online.root`.
     """
 
-    def __init__(self, config: PretrainConfig, start: RunState, skipped: SkippedImageLog) -> None:
-        self.config = config.online
-        self.start = start
+    def __init__(
+        self, config: OnlineEvalConfig, run: RunState, views: ViewsConfig, *, seed: int, skipped: SkippedImageLog
+    ) -> None:
+        self.config = config
+        self.run = run
         self.skipped = skipped
-        self.folder = config.run.path / "checkpoints"
-        views = config.method.views
+        self.best_path = run.path / "checkpoints" / BEST
         self.transform = EvalTransform(views.global_crops.size, 0.875, views.mean, views.std)
-        self.names = [*(f"online/knn@{k}" for k in config.online.k), "online/linear"]
-        self.labeled: LabeledImages | None = None
+        self.names = [*(f"online/knn@{k}" for k in config.k), "online/linear"]
+        self.data: OnlineEvalData | None = None
         self.protocol: str | None = None  # equal for values that can be compared
-        if self.config.every_epochs:
-            self.labeled = choose_labeled(self.config, start.dataset, seed=config.seed)
-        if self.labeled:
-            self.protocol = hashlib.sha256(f"{self.labeled.fingerprint()} {self.names}".encode()).hexdigest()
-        self.begun: EvalPoint | None = None  # with random weights
+        if config.every_epochs:
+            self.data = select_online_data(config, run.dataset, seed=seed)
+        if self.data:
+            self.protocol = hashlib.sha256(f"{self.data.fingerprint()} {self.names}".encode()).hexdigest()
+        self.initial: EvalPoint | None = None  # before the first step
         self.last: EvalPoint | None = None
         self.best: EvalPoint | None = None  # by kNN with the first k; its weights are in best_knn.ckpt
-        self.improved = False  # whether the step at hand is the best so far, which the Keeper then keeps
+        self.improved = False  # whether this step is the best so far, which RunCheckpoint then keeps
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to keep the same best as an uninterrupted one."""
-        marks = {"begun": self.begun, "last": self.last, "best": self.best}
-        return {"protocol": self.protocol} | {name: mark and mark._asdict() for name, mark in marks.items()}
+        """Return what a resumed run needs to keep the same best checkpoint as an uninterrupted one."""
+        points = {"initial": self.initial, "last": self.last, "best": self.best}
+        return {"protocol": self.protocol} | {name: point and point._asdict() for name, point in points.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self.labeled and state_dict["protocol"] != self.protocol:
+        if self.data and state_dict["protocol"] != self.protocol:
             if state_dict["best"]:
-                log.warning("online.* or the labeled images have changed: the best checkpoint is sought anew")
+                log.warning("online.* or the labeled images have changed: the search for the best checkpoint restarts")
             return
         self.protocol = state_dict["protocol"]
-        self.begun, self.last, self.best = (
-            state_dict[name] and EvalPoint(**state_dict[name]) for name in ("begun", "last", "best")
+        self.initial, self.last, self.best = (
+            state_dict[name] and EvalPoint(**state_dict[name]) for name in ("initial", "last", "best")
         )
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """See to it that `best_knn.ckpt` is the best that the resumed checkpoint knows of.
+        """Make sure that `best_knn.ckpt` is the best that the resumed checkpoint knows of.
 
-        It is not if the run was killed between writing the one and the other, or if a checkpoint has been damaged.
+        It is not if the run was killed between writing the two, or if a checkpoint was damaged.
         """
-        if not self.best or not trainer.is_global_zero or read_global_step(self.folder / BEST) == self.best.step:
+        if not self.best or not trainer.is_global_zero or read_global_step(self.best_path) == self.best.step:
             return
-        if self.start.checkpoint and self.best.step == self.start.done:
-            link_checkpoint(self.start.checkpoint, BEST)
+        if self.run.checkpoint and self.best.step == self.run.done:
+            link_checkpoint(self.run.checkpoint, BEST)
         else:
-            log.warning(f"{self.folder / BEST} is not that of step {self.best.step:,}: the best is sought anew")
+            log.warning(
+                f"{self.best_path} is missing, damaged, or not that of step {self.best.step:,}: the search for the "
+                "best checkpoint restarts"
+            )
             self.best = None
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.global_step == 0:
-            self._measure(trainer, module)
+            self._evaluate(trainer, module)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
         self.improved = False
         at_end = trainer.global_step == trainer.max_steps
         every = self.config.every_epochs
         if at_end or (every and trainer.is_last_batch and (trainer.current_epoch + 1) % every == 0):
-            self._measure(trainer, module)
+            self._evaluate(trainer, module)
 
-    def _measure(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not self.labeled or not trainer.is_global_zero:
+    def _evaluate(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not self.data or not trainer.is_global_zero:
             return
-        began, step = time.perf_counter(), trainer.global_step
+        started, step = time.perf_counter(), trainer.global_step
         backbone = cast(Backbone, module.eval_backbone)
         training = backbone.training
         backbone.eval()
         try:
-            with torch.compiler.set_stance("force_eager"):  # its batches have sizes of their own
-                bank, queries = (self._features(backbone, dataset) for dataset in self.labeled)
-            values = accuracies(bank, queries, ks=self.config.k)
-        except UserError as error:  # or the images are gone from the disk, and training may go on from memory
-            log.warning(f"no accuracy at step {step:,}: {error}")
+            with torch.compiler.set_stance("force_eager"):  # these batches have other sizes
+                train, val = (self._features(backbone, part) for part in self.data)
+            values = accuracies(train, val, ks=self.config.k)
+        except UserError as error:  # also if the files were deleted while training continues from memory
+            log.warning(f"no online accuracy at step {step:,}: {error}")
             values = dict.fromkeys(self.names, math.nan)
         finally:
             backbone.train(training)
-        row = {**values, "online/seconds": time.perf_counter() - began, "epoch": trainer.current_epoch}
+        row = {**values, "online/seconds": time.perf_counter() - started, "epoch": trainer.current_epoch}
         for logger in trainer.loggers:
             logger.log_metrics(row, step=max(0, step - 1))
-        self._judge(EvalPoint(step, values))
+        self._update(EvalPoint(step, values))
 
-    def _judge(self, found: EvalPoint) -> None:
-        self.last = found
-        if found.step == 0:
-            self.begun = found
+    def _update(self, point: EvalPoint) -> None:
+        self.last = point
+        if point.step == 0:
+            self.initial = point
             return
-        value = found.values[self.names[0]]
         best = self.best.values[self.names[0]] if self.best else -math.inf
-        self.improved = value > best
+        self.improved = point.values[self.names[0]] > best
         if self.improved:
-            self.best = found
+            self.best = point
 
     def _features(self, backbone: Backbone, dataset: Subset) -> Features:
         return extract(
@@ -210,48 +216,47 @@ class OnlineEval(L.Callback):
         )
 
     def plan(self) -> list[str]:
-        """What will be measured, and how exactly so few images can tell; nothing if it is not wanted."""
+        """Return a line on what will be evaluated, and how precise it is; nothing if it is turned off."""
         if not self.config.every_epochs:
             return []
-        if not self.labeled:
+        if not self.data:
             return [
-                "No online evaluation: it takes two class folders or more with images to spare; online.root=FOLDER "
-                "names labeled images"
+                "No online evaluation: it needs two or more class folders with images to spare. Use online.root=FOLDER "
+                "for a folder of labeled images"
             ]
-        bank, queries = map(len, self.labeled)
-        low, high = wilson(queries // 2, queries)
-        ks = ", ".join(f"{k}, of which there are {bank}" if k > bank else str(k) for k in self.config.k)
+        train, val = map(len, self.data)
+        low, high = wilson(val // 2, val)
+        ks = ", ".join(f"{k} (all {train})" if k > train else str(k) for k in self.config.k)
         epochs = "epoch" if self.config.every_epochs == 1 else f"{self.config.every_epochs} epochs"
         return [
-            f"Online evaluation every {epochs}: kNN (k = {ks}) and a linear head on {bank:,} labeled images "
-            f"classify {queries:,} others; so many tell an accuracy to ± {50 * (high - low):.1f} points (95 %)"
+            f"Online evaluation every {epochs}: kNN (k={ks}) and a linear classifier, {train:,} train / {val:,} val "
+            f"images (95 % CI about ±{50 * (high - low):.1f} points)"
         ]
 
     def summary(self) -> list[str]:
-        """The accuracies in percent at the start, at the end and at the best, and how to evaluate the best."""
-        marks = [("random weights", self.begun), ("last", self.last), ("best kNN", self.best)]
+        """Return a table of the accuracies in percent, and how to evaluate the best checkpoint."""
         if not self.last:
             return []
+        points = [("random weights", self.initial), ("last", self.last), ("best kNN", self.best)]
         names = [name.removeprefix("online/") for name in self.last.values]
         lines = [f"{'Online accuracy in %':<21}{'step':>9}" + "".join(f"{name:>9}" for name in names)]
-        for title, mark in marks:
-            if mark and (mark.step or title == "random weights"):
-                values = "".join(f"{100 * value:>9.1f}" for value in mark.values.values())
-                lines.append(f"  {title:<19}{mark.step:>9,}{values}")
+        for title, point in points:
+            if point and (point.step or title == "random weights"):
+                values = "".join(f"{100 * value:>9.1f}" for value in point.values.values())
+                lines.append(f"  {title:<19}{point.step:>9,}{values}")
         if self.best:
-            path = self.folder / BEST
-            lines.append(f"The best is {path}; it was chosen by these images, so judge it by others:")
-            lines.append(f"  ssl-vit knn checkpoint={path} data.root=LABELLED")
+            lines.append(f"Best checkpoint: {self.best_path} (selected on these images; evaluate it on other data):")
+            lines.append(f"  ssl-vit knn checkpoint={self.best_path} data.root=LABELED")
         return lines
 
 
-def _linear(known: LabeledFeatures, asking: LabeledFeatures) -> float:
-    """Accuracy of the ridge whose penalty leave-one-out among the known images has chosen."""
-    classes, labels = torch.unique(torch.cat([known.labels, asking.labels]), return_inverse=True)
-    known_labels, truth = labels.split([len(known.labels), len(asking.labels)])
-    fit = best_ridge(ridge_path(known.features, known_labels, classes=len(classes), l2=L2), known_labels)
-    return _share(fit.probe.logits(asking.features).argmax(dim=1) == truth)
+def _linear(train: LabeledFeatures, val: LabeledFeatures) -> float:
+    """Return the accuracy of ridge regression with the penalty chosen by leave-one-out on the train images."""
+    classes, labels = torch.unique(torch.cat([train.labels, val.labels]), return_inverse=True)
+    train_labels, target = labels.split([len(train.labels), len(val.labels)])
+    fit = best_ridge(ridge_path(train.features, train_labels, classes=len(classes), l2=L2), train_labels)
+    return _mean(fit.probe.logits(val.features).argmax(dim=1) == target)
 
 
-def _share(right: Tensor) -> float:
-    return float(right.float().mean())
+def _mean(correct: Tensor) -> float:
+    return float(correct.float().mean())

@@ -1,4 +1,4 @@
-"""The one owner of the signals that ask a run to stop: Ctrl-C, SIGTERM, and SLURM's and submitit's warnings."""
+"""Signals that ask a run to stop: Ctrl-C, SIGTERM, and the warnings of SLURM and submitit."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import lightning as L
 
 from ssl_vit.runtime.launch import STOP_SIGNALS
 
-_ECHO_S = 2.0  # launchers pass a signal on that their processes have received already
+_ECHO_S = 2.0  # launchers forward a signal that their processes have already received
 
 
 class PreemptionHandler(L.Callback):
-    """Remembers that a signal asked to stop; the Keeper saves and stops after the step at hand.
+    """Owner of the stop signals; RunCheckpoint then saves and stops after the current step.
 
-    The same signal again, later than an echo, does what it always does: a second Ctrl-C stops at once. When training
-    has ended the handlers of before are back.
+    The same signal again, later than an echo, has its default effect: a second Ctrl-C stops at once. The previous
+    handlers return when training ends.
     """
 
     def __init__(self) -> None:
@@ -46,19 +46,20 @@ class PreemptionHandler(L.Callback):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             signal.raise_signal(number)
 
-    def pass_on(self) -> str | None:
-        """After the run has been saved: put a SLURM job back into the queue, or let submitit do so.
+    def requeue_job(self) -> str | None:
+        """Requeue the SLURM job, or let submitit do so, once the run is saved.
 
-        Returns what happened in words, if anything did.
+        Returns:
+            What happened, as a message; None if nothing did.
         """
         if os.name != "posix" or self.received is None:
             return None
         job = slurm_job()
         if self.received == signal.SIGUSR1 and job:
             if not shutil.which("scontrol"):
-                return f"SLURM job {job}: scontrol is not on the PATH, so the job is not put back into the queue"
+                return f"SLURM job {job} is not requeued: scontrol is not on the PATH"
             done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-            outcome = "is back in the queue" if done.returncode == 0 else f"cannot be requeued: {done.stderr.strip()}"
+            outcome = "is requeued" if done.returncode == 0 else f"cannot be requeued: {done.stderr.strip()}"
             return f"SLURM job {job} {outcome}"
         if self.received == signal.SIGUSR2 and callable(signal.getsignal(signal.SIGUSR2)):
             signal.raise_signal(signal.SIGUSR2)  # submitit's own handler, which resubmits the job
@@ -66,12 +67,12 @@ class PreemptionHandler(L.Callback):
 
 
 def slurm_job() -> str | None:
-    """The SLURM job that this process belongs to, as `scontrol` calls it."""
+    """Return the id of this process's SLURM job, as `scontrol` takes it."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
     return job if re.fullmatch(r"[0-9_]+", job) else None
 
 
 def requeued() -> bool:
-    """Whether SLURM has started this job again after a stop."""
+    """Return whether SLURM has restarted this job."""
     return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"

@@ -1,4 +1,4 @@
-"""Steps that were left out for a loss or gradient that is not finite: counted, written down, and not without end."""
+"""Count and log the optimizer steps that were skipped because a loss or gradient was not finite."""
 
 from __future__ import annotations
 
@@ -15,39 +15,40 @@ from ssl_vit.methods.base import SSLMethod
 from ssl_vit.methods.gradient_clipping import FiniteCheck
 from ssl_vit.runtime.distributed import rank
 from ssl_vit.runtime.jsonl import JSONLWriter
+from ssl_vit.runtime.text import pluralize
 
 
 class _Step(NamedTuple):
     number: int
     epoch: int
     loss: Tensor  # ()
-    seen: list[tuple[int, int]]  # index and key of its images
+    images: list[tuple[int, int]]  # index and key of each
     check: FiniteCheck
 
 
 class SkippedSteps(L.Callback):
-    """Writes down which images each process saw in a step that was left out, and stops after too many in a row.
+    """Log of the images that each process had in a skipped step; it stops the run after too many steps in a row.
 
     Args:
-        journal: Takes a line per step and process: the images by index, name and key of their randomness, the loss,
-            and the parameters whose gradient was not finite.
-        images: That the run learns from.
-        budget: Steps in a row that may be left out.
+        journal: Receives a line per step and process: the images by index, name and random key, the loss, and the
+            parameters whose gradient was not finite.
+        dataset: The training images.
+        max_in_a_row: Steps in a row that may be skipped.
     """
 
-    def __init__(self, journal: JSONLWriter, dataset: ImageDataset, *, budget: int) -> None:
+    def __init__(self, journal: JSONLWriter, dataset: ImageDataset, *, max_in_a_row: int) -> None:
         self.journal = journal
         self.dataset = dataset
-        self.budget = budget
+        self.max_in_a_row = max_in_a_row
         self.total = self.in_a_row = 0
         self.exhausted = False  # whether the run has to stop
-        self._images: list[tuple[int, int]] = []  # index and key of the images of the step at hand
-        self._open: deque[_Step] = deque()  # steps of which the CPU does not know yet whether they were taken
+        self._images: list[tuple[int, int]] = []  # index and key of the images of this step so far
+        self._pending: deque[_Step] = deque()  # steps of which the CPU does not know yet whether they were applied
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts. A run that goes on from a checkpoint has at least one more step of its budget."""
-        self._settle()
-        return {"total": self.total, "in_a_row": min(self.in_a_row, self.budget)}
+        """Return the counts; a run that resumes from them may skip at least one more step."""
+        self._count_pending()
+        return {"total": self.total, "in_a_row": min(self.in_a_row, self.max_in_a_row)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.total, self.in_a_row = state_dict["total"], state_dict["in_a_row"]
@@ -67,32 +68,39 @@ class SkippedSteps(L.Callback):
         if trainer.global_step == self.step:  # still accumulating
             return
         loss = outputs["loss"].detach() * trainer.accumulate_grad_batches  # type: ignore[index]
-        self._open.append(_Step(self.step, trainer.current_epoch, loss, self._images, module.check))
+        self._pending.append(_Step(self.step, trainer.current_epoch, loss, self._images, module.check))
         self.step, self._images = trainer.global_step, []
-        # A GPU is left one step behind: asked for the step at hand, it would have to finish it while the CPU waits.
-        self._settle(but=1 if loss.is_cuda else 0)
+        # A GPU is left one step behind: asked for this step, the CPU would wait until it is finished.
+        self._count_pending(keep=1 if loss.is_cuda else 0)
         if self.exhausted:
             trainer.should_stop = True
 
     def on_train_end(self, *_: object) -> None:
-        self._settle()
+        self._count_pending()
 
-    def _settle(self, *, but: int = 0) -> None:
-        """Count the steps that are open, but for the newest ones, and write down those that were left out."""
-        while len(self._open) > but:
-            step = self._open.popleft()
+    def summary(self) -> list[str]:
+        """Return a line about the skipped steps, if there are any."""
+        if not self.total:
+            return []
+        steps = pluralize(self.total, "step")
+        return [f"Skipped {steps} with a loss or gradient that is not finite: {self.journal.path} lists their images"]
+
+    def _count_pending(self, *, keep: int = 0) -> None:
+        """Count the pending steps, except the newest `keep`, and log those that were skipped."""
+        while len(self._pending) > keep:
+            step = self._pending.popleft()
             skipped = step.check.skipped()
             if skipped is None or skipped.expected:
                 self.in_a_row = 0
                 continue
             self.total += 1
             self.in_a_row += 1
-            self.exhausted |= self.in_a_row > self.budget
+            self.exhausted |= self.in_a_row > self.max_in_a_row
             self.journal.write(
                 step.number,
                 process=rank(),
                 epoch=step.epoch,
                 loss=str(float(step.loss)),
                 parameters=skipped.parameters,
-                dataset=[{"index": index, "name": self.dataset.name(index), "key": key} for index, key in step.seen],
+                images=[{"index": index, "name": self.dataset.name(index), "key": key} for index, key in step.images],
             )

@@ -1,4 +1,4 @@
-"""Accuracy on training images that are never learned from, while fine-tuning goes on."""
+"""Accuracy on validation images during fine-tuning."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ssl_vit.methods.finetune import Classifier, FineTune
 from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.device import upcast
 
-_AT_ONCE = 256  # images
+_BATCH_SIZE = 256
 
 
 class ValidationCallback(L.Callback):
-    """Logs `held_out/top1` and `held_out/loss` (cross-entropy) every n epochs and at the end.
+    """Logger of `val/top1` and `val/loss` (cross-entropy) every n epochs and at the end.
 
     Args:
-        images: That nothing is learned from.
+        dataset: Validation images.
         transform: Of the evaluation.
         every_epochs: n; None: never.
-        skipped: Takes the images that cannot be read.
+        skipped: Log of the images that cannot be read.
     """
 
     def __init__(
@@ -40,9 +40,9 @@ class ValidationCallback(L.Callback):
             return
         due = trainer.is_last_batch and (trainer.current_epoch + 1) % self.every_epochs == 0
         if due or trainer.global_step == trainer.max_steps:
-            logits, labels, _places = predict(module.student, self.dataset, self.transform, skipped=self.skipped)
-            right = (logits.argmax(dim=1) == labels).float().mean()
-            row = {"held_out/top1": float(right), "held_out/loss": float(F.cross_entropy(logits, labels))}
+            logits, labels, _index = predict(module.student, self.dataset, self.transform, skipped=self.skipped)
+            correct = (logits.argmax(dim=1) == labels).float().mean()
+            row = {"val/top1": float(correct), "val/loss": float(F.cross_entropy(logits, labels))}
             for logger in trainer.loggers:
                 logger.log_metrics({**row, "epoch": trainer.current_epoch}, step=trainer.global_step - 1)
 
@@ -50,13 +50,13 @@ class ValidationCallback(L.Callback):
 def predict(
     model: Classifier, dataset: ImageDataset, transform: EvalTransform, *, skipped: SkippedImageLog, show: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (N, classes), labels (N,) and places (N,) of all images that can be read."""
+    """Return logits (N, classes), labels (N,) and indices (N,) of all readable images."""
     training = model.training
     model.eval()
     loaded = LoadedBackbone(model.backbone, transform.mean, transform.std, "the run", None, None)
-    with torch.compiler.set_stance("force_eager"):  # its batches have sizes of their own
+    with torch.compiler.set_stance("force_eager"):  # these batches have other sizes
         features = extract(
-            loaded, dataset, transform, blocks=1, batch_size=_AT_ONCE, num_workers=0, skipped=skipped, show=show
+            loaded, dataset, transform, blocks=1, batch_size=_BATCH_SIZE, num_workers=0, skipped=skipped, show=show
         )
     with torch.no_grad():
         head = model.head

@@ -139,7 +139,7 @@ def _panels(run: RunFolder, sections: _Sections) -> Panels:
         inspected = Panels([], [], "", str(error))
     if inspected.problem:
         inspected = inspected._replace(problem=f"{inspected.problem} {command}")
-    drawn = along_the_run(run.path / "panels")
+    drawn = along_the_run(run.path / "images")
     both = Panels(
         [*inspected.inside, *drawn.inside],
         [*inspected.reconstructions, *drawn.reconstructions],

@@ -64,7 +64,7 @@ def read_inspection(folder: Path, loaded: LoadedBackbone | None) -> Panels:
 
 
 def along_the_run(folder: Path) -> Panels:
-    """The first and the last of each kind of drawing that the run made while it trained, in its folder `panels`."""
+    """The first and the last of each kind of drawing that the run made while it trained, in its folder `images`."""
     found: dict[str, list[TitledFigure]] = {kind: [] for kind in TEXTS}
     problems = []
     for kind, text in TEXTS.items():

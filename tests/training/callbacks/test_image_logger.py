@@ -8,20 +8,21 @@ import lightning as L
 import pytest
 import torch
 import wandb
-import yaml
 from PIL import Image
 
+from ssl_vit.commands import run_figures
 from ssl_vit.commands.pretrain import pretrain
+from ssl_vit.commands.run_figures import training_figures
 from ssl_vit.data.dataset import SkippedImageLog
 from ssl_vit.data.sources.image_folder import scan_image_folder
 from ssl_vit.methods.schedules import make_plan
 from ssl_vit.models.attention_maps import cls_attention
 from ssl_vit.models.checkpoint import load_backbone
-from ssl_vit.training.callbacks import image_logger as panels
-from ssl_vit.training.callbacks.image_logger import LEAST_STEPS, ImageLogger
+from ssl_vit.training.callbacks import image_logger
+from ssl_vit.training.callbacks.image_logger import MIN_STEPS, ImageLogger
 from ssl_vit.training.run_dir import RunState
 from ssl_vit.training.trainer import build_method
-from tests.helpers.cli import assert_same_run, checkpoint, rows, state
+from tests.helpers.cli import assert_same_run, rows, state
 
 EVERY_EPOCH = (
     "data.batch_size=64",
@@ -34,12 +35,12 @@ EVERY_EPOCH = (
 @pytest.fixture(autouse=True)
 def short_epochs(monkeypatch):
     """Panels may follow each other closely."""
-    monkeypatch.setattr(panels, "LEAST_STEPS", 1)
+    monkeypatch.setattr(image_logger, "MIN_STEPS", 1)
 
 
 def files(run):
     """Name and content."""
-    return {path.name: path.read_bytes() for path in sorted((run / "panels").iterdir())}
+    return {path.name: path.read_bytes() for path in sorted((run / "images").iterdir())}
 
 
 def names(kind, *steps):
@@ -50,7 +51,9 @@ def callback(config, root):
     dataset = scan_image_folder(root)
     plan = make_plan(config, len(dataset))
     skipped = SkippedImageLog(config.run.path / "skipped_images.txt")
-    return ImageLogger(config, plan, RunState(dataset, None, 0, config, []), skipped)
+    run = RunState(config.run.path, dataset, dataset, plan)
+    render = training_figures(config)
+    return ImageLogger(config.image_logging, run, config.method.views, config.backbone, render=render, skipped=skipped)
 
 
 # --- when, and of what -----------------------------------------------------------------------------------------
@@ -59,18 +62,18 @@ def callback(config, root):
 @pytest.mark.parametrize("method", ["dino", "sit"])
 def test_panels_come_at_the_start_after_epochs_and_at_the_end(pretrain_config, monkeypatch, capsys, method):
     drawn = []
-    original = panels.make_example
+    original = run_figures.make_overlay_inputs
 
     def record(picture, maps, *rest):
         drawn.append((picture, maps))
         return original(picture, maps, *rest)
 
-    monkeypatch.setattr(panels, "make_example", record)
+    monkeypatch.setattr(run_figures, "make_overlay_inputs", record)
     run = pretrain(pretrain_config(f"method={method}", *EVERY_EPOCH))
     kinds = ["attention", "reconstruction"] if method == "sit" else ["attention"]
     assert list(files(run)) == [name for kind in kinds for name in names(kind, 0, 3, 6, 7)]
-    assert f"Panels: {run / 'panels'}" in capsys.readouterr().out
-    for path in (run / "panels").iterdir():
+    assert f"Images: {run / 'images'}" in capsys.readouterr().out
+    for path in (run / "images").iterdir():
         with Image.open(path) as image:
             assert image.size[0] > 300
     # The last panel is of the weights that are exported: DINO's teacher.
@@ -84,7 +87,7 @@ def test_panels_come_at_the_start_after_epochs_and_at_the_end(pretrain_config, m
 
 
 def test_short_epochs_do_not_draw_more_often_than_every_so_many_steps(pretrain_config, sample, monkeypatch):
-    monkeypatch.setattr(panels, "LEAST_STEPS", LEAST_STEPS)
+    monkeypatch.setattr(image_logger, "MIN_STEPS", MIN_STEPS)
     for words, every in (
         (("data.batch_size=64", "image_logging.every_epochs=1"), 67),  # of 3 steps
         (("data.batch_size=64", "image_logging.every_epochs=100"), 100),
@@ -96,10 +99,10 @@ def test_short_epochs_do_not_draw_more_often_than_every_so_many_steps(pretrain_c
 
 def test_images_are_spread_over_those_there_are(pretrain_config, sample):
     config = pretrain_config("image_logging.every_epochs=1", "image_logging.num_images=4")
-    assert callback(config, sample / "train").places == [24, 72, 120, 168]
+    assert callback(config, sample / "train").indices == [24, 72, 120, 168]
     assert callback(
         pretrain_config("image_logging.every_epochs=1", "image_logging.num_images=500"), sample / "test"
-    ).places == [*range(48)]
+    ).indices == [*range(48)]
 
 
 def test_gray_images_are_drawn_too(pretrain_config):
@@ -131,27 +134,13 @@ def test_the_run_is_the_same_with_panels_without_and_interrupted(pretrain_config
     drawn = pretrain(pretrain_config(*words, "run.name=drawn"))
     without = pretrain(pretrain_config(*words, "run.name=without", "image_logging.every_epochs=null"))
     assert_same_run(drawn, without)
-    assert not (without / "panels").exists()
+    assert not (without / "images").exists()
     with stop_at(4):
         resumed = pretrain(pretrain_config(*words, "run.name=resumed"))
     assert list(files(resumed)) == [name for name in files(drawn) if name.endswith(("0.jpg", "3.jpg"))]
     pretrain(pretrain_config(*words, "run.name=resumed", "run.resume=true"))
     assert_same_run(drawn, resumed)
     assert files(resumed) == files(drawn)
-
-
-def test_a_run_of_a_version_without_panels_goes_on(pretrain_config, stop_at):
-    with stop_at(2):
-        run = pretrain(pretrain_config(*EVERY_EPOCH, "image_logging.every_epochs=null"))
-    values = yaml.safe_load((run / "config.yaml").read_text())
-    del values["panels"]
-    (run / "config.yaml").write_text(yaml.safe_dump(values))
-    content = checkpoint(run)
-    del content["callbacks"]["Panels"]
-    torch.save(content, run / "checkpoints" / "last.ckpt")
-    pretrain(pretrain_config(*EVERY_EPOCH, "run.resume=true"))
-    assert state(run)[1] == 7
-    assert list(files(run)) == names("attention", 3, 6, 7)
 
 
 def test_own_images_stay_the_same_though_others_come(pretrain_config, sample, tmp_path):
@@ -203,7 +192,7 @@ def test_no_image_that_can_be_drawn_is_told_once(pretrain_config, tmp_path, capl
     (folder / "broken.png").write_bytes(b"nothing")
     run = pretrain(pretrain_config(*EVERY_EPOCH, f"image_logging.root={folder}"))
     assert state(run)[1] == 7
-    assert caplog.text.count("no attention panel at step 0: none of the images can be used") == 1
+    assert caplog.text.count("no attention figure at step 0: none of the images can be used") == 1
     assert "step 3" not in caplog.text
 
 
@@ -211,12 +200,12 @@ def test_a_full_disk_does_not_stop_the_run(pretrain_config, monkeypatch, caplog)
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(panels, "atomic_write", full)
+    monkeypatch.setattr(image_logger, "atomic_write", full)
     run = pretrain(pretrain_config("method=sit", *EVERY_EPOCH))
     assert state(run)[1] == 7
     assert files(run) == {}
     for kind in ("attention", "reconstruction"):
-        assert caplog.text.count(f"no {kind} panel") == 1
+        assert caplog.text.count(f"no {kind} figure") == 1
     assert "No space left" in caplog.text
 
 
@@ -224,10 +213,10 @@ def test_a_device_without_memory_to_spare_does_not_stop_the_run(pretrain_config,
     def exhausted(*_args, **_kwargs):
         raise torch.OutOfMemoryError("tried to allocate")
 
-    monkeypatch.setattr(panels, "cls_attention", exhausted)
+    monkeypatch.setattr(run_figures, "cls_attention", exhausted)
     run = pretrain(pretrain_config("method=sit", *EVERY_EPOCH, "trainer.max_steps=1"))
     assert list(files(run)) == names("reconstruction", 0, 1)
-    assert caplog.text.count("no attention panel") == 1
+    assert caplog.text.count("no attention figure") == 1
 
 
 @pytest.mark.parametrize("method", ["dino", "sit"])
@@ -251,6 +240,6 @@ def test_wandb_receives_the_panels(pretrain_config, monkeypatch):
     wandb.setup()  # as something else in this process may have: from then on it reads no environment
     run = pretrain(pretrain_config("method=sit", *EVERY_EPOCH, "logger=wandb", "logger.offline=true"))
     wandb.teardown()  # its process writes the files to their end
-    sent = sorted(path.name for path in (run / "wandb").rglob("media/images/panels/*.png"))
+    sent = sorted(path.name for path in (run / "wandb").rglob("media/images/images/*.png"))
     assert [sum(name.startswith(kind) for name in sent) for kind in ("attention", "reconstruction")] == [4, 4]
-    assert not any("panels" in column for column in rows(run)[0])
+    assert not any("images/" in column for column in rows(run)[0])

@@ -21,12 +21,12 @@ from ssl_vit.data.dataset_factory import build_dataset
 from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.classification.ridge_regression import best_ridge, ridge_path
 from ssl_vit.evaluation.features.extractor import extract, on_best_device
-from ssl_vit.methods.schedules import make_plan
+from ssl_vit.methods.base import make_plan
 from ssl_vit.models.checkpoint import load_backbone
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.training.callbacks import online_eval as online
-from ssl_vit.training.callbacks import run_checkpoint as keeper
-from ssl_vit.training.callbacks.online_eval import L2, EvalPoint, OnlineEval, choose_labeled
+from ssl_vit.training.callbacks import run_checkpoint
+from ssl_vit.training.callbacks.online_eval import L2, EvalPoint, OnlineEval, select_online_data
 from ssl_vit.training.callbacks.run_checkpoint import RunCheckpoint
 from ssl_vit.training.checkpointing import read_global_step
 from ssl_vit.training.trainer import build_method
@@ -61,20 +61,20 @@ def test_every_beginning_of_the_order_is_as_balanced_as_the_classes_allow(seed):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(-1, 9, (200,), generator=generator).clamp(max=5) * 3  # not from 0 on, one class larger
     order = class_balanced_order(labels, seed=seed)
-    assert sorted(order.indices.tolist()) == (labels >= 0).nonzero().squeeze(1).tolist()
+    assert sorted(order.place.tolist()) == (labels >= 0).nonzero().squeeze(1).tolist()
     sizes = Counter(labels[labels >= 0].tolist())
-    assert order.class_size.tolist() == [sizes[label] for label in labels[order.indices].tolist()]
-    for length in range(1, len(order.indices) + 1):
-        counts = Counter(labels[order.indices[:length]].tolist())
+    assert order.size.tolist() == [sizes[label] for label in labels[order.place].tolist()]
+    for length in range(1, len(order.place) + 1):
+        counts = Counter(labels[order.place[:length]].tolist())
         assert all(counts[label] >= min(size, max(counts.values()) - 1) for label, size in sizes.items())
-        assert order.rank[length - 1] == max(counts.values()) - 1
-    assert torch.equal(order.indices, class_balanced_order(labels, seed=seed).indices)
-    assert not torch.equal(order.indices, class_balanced_order(labels, seed=seed + 1).indices)
+        assert order.turn[length - 1] == max(counts.values()) - 1
+    assert torch.equal(order.place, class_balanced_order(labels, seed=seed).place)
+    assert not torch.equal(order.place, class_balanced_order(labels, seed=seed + 1).place)
 
 
 def test_fewer_images_than_classes_are_of_classes_at_random():
     labels = torch.arange(100)
-    assert class_balanced_order(labels, seed=0).indices[:5].max() > 20
+    assert class_balanced_order(labels, seed=0).place[:5].max() > 20
 
 
 def labeled(sizes):
@@ -85,20 +85,20 @@ def labeled(sizes):
 
 def chosen(sizes, **settings):
     config = SimpleNamespace(**{"root": None, "train_images": 5000, "val_images": 1000} | settings)
-    return choose_labeled(config, labeled(sizes), seed=0)
+    return select_online_data(config, labeled(sizes), seed=0)
 
 
 def test_queries_are_never_in_the_bank_and_no_class_is_used_up_by_them():
     found = chosen({0: 100, 1: 40, 2: 7, 3: 4, 4: 2, 5: 1, -1: 50})
-    assert Counter(found.queries.labels.tolist()) == {0: 20, 1: 8, 2: 1, 3: 1, 4: 1}
-    assert Counter(found.bank.labels.tolist()) == {0: 80, 1: 32, 2: 6, 3: 3, 4: 1, 5: 1}
-    assert not set(found.bank.indices.tolist()) & set(found.queries.indices.tolist())
+    assert Counter(found.val.labels.tolist()) == {0: 20, 1: 8, 2: 1, 3: 1, 4: 1}
+    assert Counter(found.train.labels.tolist()) == {0: 80, 1: 32, 2: 6, 3: 3, 4: 1, 5: 1}
+    assert not set(found.train.places.tolist()) & set(found.val.places.tolist())
 
 
 def test_limits_leave_balanced_parts():
     found = chosen({0: 1000, 1: 500, 2: 20}, train_images=61, val_images=12)
-    assert Counter(found.queries.labels.tolist()) == {0: 4, 1: 4, 2: 4}
-    counts = Counter(found.bank.labels.tolist())
+    assert Counter(found.val.labels.tolist()) == {0: 4, 1: 4, 2: 4}
+    counts = Counter(found.train.labels.tolist())
     assert counts[2] == 16
     assert sorted([counts[0], counts[1]]) == [22, 23]
 
@@ -115,7 +115,7 @@ def slow_values(loaded, config, dataset):
     """The accuracies of the chosen images, kNN by its textbook form."""
     views = config.method.views
     transform = EvalTransform(views.global_crops.size, 0.875, views.mean, views.std)
-    parts = choose_labeled(config.online, dataset, seed=config.seed)
+    parts = select_online_data(config.online, dataset, seed=config.seed)
     skipped = SkippedImageLog(config.run.path / "none.txt")
     how = {"blocks": 1, "batch_size": 64, "num_workers": 0, "skipped": skipped}
     bank, queries = (extract(loaded, part, transform, **how) for part in parts)
@@ -135,7 +135,7 @@ def test_values_are_those_of_the_evaluations_before_the_first_step_and_at_the_en
     config = pretrain_config(f"method={method}", "trainer.max_steps=7", *SMALL_EPOCHS)
     run = pretrain(config)
     dataset = build_dataset("folder", config.data.root)
-    untrained = build_method(config, make_plan(config, len(dataset))).eval_backbone.eval()
+    untrained = build_method(config, make_plan(config, len(dataset))).target.eval()
     loaded = on_best_device(load_backbone(str(run)))
     for step, model in ((0, loaded._replace(backbone=untrained)), (7, loaded)):
         found = {name: measured(run, name)[step] for name in COLUMNS}
@@ -146,7 +146,7 @@ def test_values_are_those_of_the_evaluations_before_the_first_step_and_at_the_en
 
 def test_neighbors_are_as_many_as_there_are(pretrain_config, capsys):
     run = pretrain(pretrain_config("online.every_epochs=1", "online.train_images=15", "online.k=[200,15]"))
-    assert "kNN (k = 200, of which there are 15, 15) and a linear head on 15 labeled" in capsys.readouterr().out
+    assert "kNN (k=200 (all 15), 15) and a linear classifier, 15 train" in capsys.readouterr().out
     assert measured(run, "online/knn@200") == measured(run, "online/knn@15")
 
 
@@ -162,20 +162,20 @@ def test_features_of_which_nothing_can_be_said_are_nan_and_the_run_goes_on(pretr
     assert state(run)[1] == 4
     for name in COLUMNS:
         assert [row[name] for row in rows(run) if row[name]] == ["nan"] * 3
-    assert "no accuracy at step 3: the run: the features" in caplog.text
+    assert "no online accuracy at step 3: the run: the features" in caplog.text
     assert not (run / "checkpoints" / "best_knn.ckpt").exists()
 
 
 def test_images_that_are_gone_do_not_stop_the_run(pretrain_config, sample, tmp_path, monkeypatch):
     folder = tmp_path / "labeled"
     shutil.copytree(sample / "test", folder)
-    original = OnlineEval._judge
+    original = OnlineEval._update
 
     def lose(self, found):
         original(self, found)
         shutil.rmtree(folder, ignore_errors=True)
 
-    monkeypatch.setattr(OnlineEval, "_judge", lose)
+    monkeypatch.setattr(OnlineEval, "_update", lose)
     run = pretrain(pretrain_config(f"online.root={folder}", "trainer.max_steps=3", *SMALL_EPOCHS))
     first, second = measured(run).values()
     assert math.isfinite(first)
@@ -207,9 +207,9 @@ def test_labeled_images_may_lie_elsewhere(pretrain_config, flat, sample, capsys,
     words = (f"data.root={flat}", f"online.root={sample / root}", "online.every_epochs=1", "trainer.max_steps=2")
     config = pretrain_config(*words)
     run = pretrain(config)
-    assert f"on {bank} labeled images classify {queries} others; so many tell" in capsys.readouterr().out
+    assert f"{bank} train / {queries} val images (95 % CI" in capsys.readouterr().out
     assert set(measured(run)) == {0, 2}
-    found = choose_labeled(config.online, build_dataset("folder", flat), seed=0)
+    found = select_online_data(config.online, build_dataset("folder", flat), seed=0)
     assert {part.dataset.root.name for part in found} == ({"test"} if root == "test" else {"train", "test"})
 
 
@@ -227,7 +227,9 @@ def test_a_labeled_folder_that_is_none_is_told_before_anything_is_written(pretra
 def test_half_widths_are_those_of_so_few_images(pretrain_config, capsys):
     """1.96 · √(p (1 - p) / n) at p = 1/2, for many images."""
     pretrain(pretrain_config("online.every_epochs=5", "trainer.max_steps=1"))
-    queries, points = re.search(r"classify (\d+) others; .* ± ([\d.]+) points", capsys.readouterr().out).groups()
+    queries, points = re.search(
+        r"/ (\d+) val images \(95 % CI about ±([\d.]+) points", capsys.readouterr().out
+    ).groups()
     assert float(points) == pytest.approx(100 * 1.96 * math.sqrt(0.25 / int(queries)), rel=0.06)
 
 
@@ -240,14 +242,14 @@ BEST = 15
 @pytest.fixture(scope="module", autouse=True)
 def script():
     """The first values of runs of 48 images are those of SCRIPT."""
-    original = OnlineEval._judge
+    original = OnlineEval._update
 
     def judge(self, found):
-        scripted = {self.names[0]: SCRIPT[found.step]} if len(self.start.dataset) == 48 else {}
+        scripted = {self.names[0]: SCRIPT[found.step]} if len(self.run.dataset) == 48 else {}
         original(self, EvalPoint(found.step, found.values | scripted))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OnlineEval, "_judge", judge)
+        patch.setattr(OnlineEval, "_update", judge)
         yield
 
 
@@ -283,7 +285,7 @@ def test_the_best_is_kept_as_it_was_measured_and_never_by_step_0(whole, sample, 
     assert best.keys() == epoch.keys()
     assert all(torch.equal(value, epoch[name]) for name, value in best.items())
     last = marks(run)
-    assert [last[name]["step"] for name in ("begun", "best", "last")] == [0, BEST, 16]
+    assert [last[name]["step"] for name in ("initial", "best", "last")] == [0, BEST, 16]
     assert last["best"]["values"]["online/knn@20"] == SCRIPT[BEST]
     assert marks(run, "best_knn.ckpt")["best"] == last["best"]
     words = [f"checkpoint={run / 'checkpoints' / 'best_knn.ckpt'}", f"data.root={sample / 'test'}", "baselines=false"]
@@ -294,7 +296,7 @@ def test_the_conclusion_tells_the_best_from_the_last(whole):
     run, said = whole
     table = re.findall(r"^  (random weights|last|best kNN) +(\d+) +([\d.]+)", said, flags=re.M)
     assert table == [("random weights", "0", "90.0"), ("last", "16", "10.0"), ("best kNN", "15", "60.0")]
-    assert f"ssl-vit knn checkpoint={run / 'checkpoints' / 'best_knn.ckpt'} data.root=LABELLED" in said
+    assert f"ssl-vit knn checkpoint={run / 'checkpoints' / 'best_knn.ckpt'} data.root=LABELED" in said
 
 
 @pytest.mark.parametrize("stops", [(4, 15), (6, 7)])
@@ -313,7 +315,7 @@ class Killed(BaseException):
 
 def kill_at(step, place, patch):
     """Around the keeping of the best of this step."""
-    save, keep = RunCheckpoint._save, keeper.link_checkpoint
+    save, keep = RunCheckpoint._save, run_checkpoint.link_checkpoint
 
     def killed_before(self, trainer, *rest):
         if trainer.global_step == step:
@@ -328,7 +330,7 @@ def kill_at(step, place, patch):
     if place == "before the checkpoint":
         patch.setattr(RunCheckpoint, "_save", killed_before)
     else:
-        patch.setattr(keeper, "link_checkpoint", killed_after)
+        patch.setattr(run_checkpoint, "link_checkpoint", killed_after)
 
 
 @pytest.mark.parametrize("place", ["before the checkpoint", "between checkpoint and best"])
@@ -364,7 +366,7 @@ def test_a_best_that_is_lost_is_sought_anew(scripted, stop_at, caplog, damage):
         best.write_bytes(b"half a checkpoint")
     with stop_at(12):
         pretrain(scripted("run.resume=true"))
-    assert "is not that of step 6: the best is sought anew" in caplog.text
+    assert "or not that of step 6: the search for the best checkpoint restarts" in caplog.text
     assert state(run, "best_knn.ckpt")[1] == 12
 
 
@@ -373,7 +375,7 @@ def test_the_best_is_no_place_to_go_on_from(scripted, whole, tmp_path):
     for path in (tmp_path / "runs" / "dino" / "checkpoints").iterdir():
         if path.name != "best_knn.ckpt":
             path.unlink()
-    with pytest.raises(UserError, match="its checkpoints are gone"):
+    with pytest.raises(UserError, match="its checkpoints are missing"):
         pretrain(scripted("run.resume=true"))
 
 
@@ -382,7 +384,7 @@ def test_values_of_other_images_are_not_compared(scripted, stop_at, caplog):
         run = pretrain(scripted())
     with stop_at(12):
         pretrain(scripted("online.val_images=4", "run.resume=true"))
-    assert "the best checkpoint is sought anew" in caplog.text
+    assert "the search for the best checkpoint restarts" in caplog.text
     assert marks(run)["best"]["step"] == state(run, "best_knn.ckpt")[1] == 12
     with stop_at(13):  # what is switched off is not forgotten
         pretrain(scripted("online.every_epochs=null", "run.resume=true"))

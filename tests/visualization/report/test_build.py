@@ -465,7 +465,7 @@ def test_a_run_that_has_diverged_is_told_in_every_section(tiny_model, sample, tm
 def test_a_fine_tuning_tells_what_it_began_with_and_shows_its_own_images(tiny_model, sample, tmp_path):
     data = {"source": "folder", "root": None, "train": str(sample / "train"), "test": str(sample / "test")}
     run = make_run(tmp_path / "run", tiny_model, checkpoint="runs/start", method={"flip": 0.5}, data=data)
-    (run / "metrics.csv").write_text("step,epoch,held_out/top1,held_out/loss\n1,1,0.25,2.0\n")
+    (run / "metrics.csv").write_text("step,epoch,val/top1,val/loss\n1,1,0.25,2.0\n")
     model = {"name": "start", "source": "runs/start (teacher)", "sha256": "0" * 64, "state_sha256": "1" * 64, "step": 9}
     loaded = load_backbone(str(tiny_model))
     record = SimpleNamespace(
@@ -476,8 +476,8 @@ def test_a_fine_tuning_tells_what_it_began_with_and_shows_its_own_images(tiny_mo
     content = gathered(run)
     assert content.facts["method"] == "fine-tuning of runs/start"
     assert [(curve.title, curve.lines) for curve in content.curves] == [
-        ("Accuracy on held-out images", {"top-1": [(1, 0.25)]}),
-        ("Loss on held-out images", {"loss": [(1, 2.0)]}),
+        ("Accuracy on val images", {"top-1": [(1, 0.25)]}),
+        ("Loss on val images", {"loss": [(1, 2.0)]}),
     ]
     assert len(content.attended) == 4
     assert content.neighbors
@@ -495,11 +495,11 @@ def test_panels_of_another_checkpoint_are_marked(copied):
 
 
 def test_the_first_and_the_last_panels_of_a_training_are_shown(copied):
-    (copied / "panels").mkdir()
+    (copied / "images").mkdir()
     for kind in ("attention", "reconstruction"):
         for step in (0, 50, 1200):
-            Image.new("RGB", (step + 10, 10)).save(copied / "panels" / f"{kind}-{step:07d}.jpg")
-    (copied / "panels" / "attention-0000000.jpg").write_bytes(b"broken")
+            Image.new("RGB", (step + 10, 10)).save(copied / "images" / f"{kind}-{step:07d}.jpg")
+    (copied / "images" / "attention-0000000.jpg").write_bytes(b"broken")
     content = gathered(copied)
     assert [(panel.title, panel.image.width) for panel in content.panels] == [("Attention after 1,200 steps", 1210)]
     assert [(panel.title, panel.image.width) for panel in content.reconstructions] == [
