@@ -89,7 +89,7 @@ def record_of(run):
 
 def test_it_learns_and_the_test_images_are_answered_by_the_weights_that_it_leaves_behind(config, tmp_path, capsys):
     folder = tmp_path / "images"
-    make_synthetic_dataset(folder, dataset=900, seed=1)
+    make_synthetic_dataset(folder, num_images=900, seed=1)
     run = finetune(
         config(
             f"data.root={folder}", "data.batch_size=32", "trainer.max_steps=null", "trainer.max_epochs=6",
@@ -110,8 +110,8 @@ def test_it_learns_and_the_test_images_are_answered_by_the_weights_that_it_leave
     assert record["protocol"]["selection"] == "none: the last weights, tested once"
     assert record["selection"] is None
     assert record["by_class"]["metric"] == "top-1"
-    assert str(run / "eval" / record["by_class"]["sheet"]) in capsys.readouterr().out.splitlines()
-    with Image.open(run / "eval" / record["by_class"]["sheet"]) as sheet:
+    assert str(run / "eval" / record["by_class"]["figure"]) in capsys.readouterr().out.splitlines()
+    with Image.open(run / "eval" / record["by_class"]["figure"]) as sheet:
         assert min(sheet.size) > 400
 
     model, head = load_backbone(str(run)), load_file(run / "head.safetensors")
@@ -141,13 +141,13 @@ def test_loading_processes_and_memory_do_not_change_the_run(config):
 def test_one_set_of_images_is_divided_by_class_into_three(config, sample):
     dataset = scan_image_folder(sample / "train")  # 16 of each of 12 classes
     parts = split_dataset(config(), dataset, None)
-    places = torch.cat([parts.train.places, parts.val.places, parts.test.places])
+    places = torch.cat([parts.train.indices, parts.val.indices, parts.test.indices])
     assert places.sort().values.tolist() == list(range(192))
     assert [len(torch.unique(part.labels)) for part in (parts.train, parts.val, parts.test)] == [12] * 3
     assert torch.bincount(parts.test.labels).tolist() == [3] * 12
     assert torch.bincount(parts.val.labels).tolist() == [1] * 12
     again = split_dataset(config("seed=1"), dataset, None)
-    assert again.test.places.tolist() != parts.test.places.tolist()
+    assert again.test.indices.tolist() != parts.test.indices.tolist()
 
 
 def test_larger_images_resample_the_position_embeddings_once(config, model):
@@ -307,7 +307,7 @@ def test_killed_and_resumed_equals_uninterrupted(words, config, tmp_path):
 
 def test_a_broken_image_is_skipped_counted_and_named(words, sample, tmp_path, capsys):
     folder = tmp_path / "images"
-    make_synthetic_dataset(folder, dataset=60, seed=0)
+    make_synthetic_dataset(folder, num_images=60, seed=0)
     for part in ("train", "test"):
         sorted((folder / part).rglob("*.png"))[0].with_name("broken one.png").write_bytes(b"this is no image")
     assert main(["finetune", *words(f"data.root={folder}", "trainer.max_steps=10", "validate_every_epochs=1")]) == 0
@@ -326,8 +326,8 @@ def test_a_broken_image_is_skipped_counted_and_named(words, sample, tmp_path, ca
         ("checkpoint=nowhere", "checkpoint=nowhere"),
         ("data.root=nowhere", "nowhere"),
         ("data.image_size=50", "data.image_size=50 is not a multiple"),
-        ("data.batch_size=15", "mixup and cutmix take images in pairs: make it a multiple of 2"),
-        ("trainer.strategy=fsdp", "trainer.strategy=fsdp: fine-tuning wants the whole model"),
+        ("data.batch_size=15", "mixup and cutmix mix images in pairs: make it a multiple of 2"),
+        ("trainer.strategy=fsdp", "trainer.strategy=fsdp"),
         ("method.optimizer.warmup=100steps", "warm-up of 100 steps does not fit into a run of 4 steps"),
         ("method.layer_decay=0", "method.layer_decay"),
         ("val_fraction=0", "val_fraction"),

@@ -59,7 +59,7 @@ def test_a_run_folder_is_never_overwritten_by_accident(pretrain_words, tmp_path,
     before = (tmp_path / "runs" / "dino" / "metrics.csv").stat().st_mtime_ns
     assert main(["pretrain", *words]) == 2
     message = capsys.readouterr().err
-    for way in ("run.resume=true", "run.overwrite=true", "run.name="):
+    for way in ("run.resume=true", "run.overwrite=true", "run.name"):
         assert way in message
     assert (tmp_path / "runs" / "dino" / "metrics.csv").stat().st_mtime_ns == before
     assert main(["pretrain", *words, "run.overwrite=true"]) == 0

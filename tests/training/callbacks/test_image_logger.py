@@ -52,7 +52,7 @@ def callback(config, root):
     plan = make_plan(config, len(dataset))
     skipped = SkippedImageLog(config.run.path / "skipped_images.txt")
     run = RunState(config.run.path, dataset, dataset, plan)
-    render = training_figures(config)
+    render = training_figures(config, build_method(config, plan))
     return ImageLogger(config.image_logging, run, config.method.views, config.backbone, render=render, skipped=skipped)
 
 
