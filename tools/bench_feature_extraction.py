@@ -1,11 +1,11 @@
-"""Measure feature extraction on this CPU: forward passes of a whole batch against those that fit the cache.
+"""Benchmark feature extraction on this CPU: forward passes of a whole batch against chunks that fit the cache.
 
     python tools/bench_feature_extraction.py
 
 `extract` on images in memory (random, of the model's size), batches of 256 (64 at 224 pixels), bfloat16 where the
-CPU has it, one thread. All ways in turn, three rounds; a row holds the median of images per second of processor time,
-the ratio to the first row, and the share of what the product of two 2048 x 2048 bfloat16 matrices reaches in the same
-rounds.
+CPU supports it, one thread. All variants in turn, three rounds; a row has the median of images per second of CPU time,
+the ratio to the first row, and the fraction of the FLOP/s of a product of two 2048 x 2048 bfloat16 matrices in the
+same rounds.
 FLOPs: 2 per multiply-add of the patch projection, the linear layers, and both products of the attention.
 """
 
@@ -27,7 +27,7 @@ from ssl_vit.models.checkpoint import LoadedBackbone
 
 MEAN, STD = [0.5] * 3, [0.25] * 3
 ROUNDS = 3
-WAYS = {  # tokens per pass, fused attention
+VARIANTS = {  # tokens per pass, fused attention
     "whole batch, fused attention": (10**9, True),
     "whole batch, plain attention": (10**9, False),
     "fits the cache, fused": (features._TOKENS, True),
@@ -36,22 +36,22 @@ WAYS = {  # tokens per pass, fused attention
 
 
 def main() -> None:
-    """Both models."""
+    """Measure both models."""
     torch.set_num_threads(1)
     table("ViT-T/4 at 32 pixels", "vit_tiny_patch16_224", 32, 4, 512)
     table("ViT-S/16 at 224 pixels", "vit_small_patch16_224", 224, 16, 64)
 
 
 def table(title: str, name: str, size: int, patch: int, count: int) -> None:
-    """The rows of one model."""
+    """Print the rows of one model."""
     backbone = model(name, size, patch)
     loaded = LoadedBackbone(backbone, MEAN, STD, name, None, None)
     images = torch.randint(256, (count, 3, size, size), dtype=torch.uint8)
     dataset = ArrayDataset(images, torch.zeros(count, dtype=torch.int64), ["one"], title="random")
-    rates: dict[str, list[float]] = {way: [] for way in WAYS}
+    rates: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     peaks = []
     for _ in range(ROUNDS):
-        for way, (tokens, fused) in WAYS.items():
+        for variant, (tokens, fused) in VARIANTS.items():
             features._TOKENS = tokens
             backbone.set_fused_attention(fused)
             start = time.process_time()
@@ -59,24 +59,26 @@ def table(title: str, name: str, size: int, patch: int, count: int) -> None:
                 loaded, dataset, EvalTransform(size, 1.0, MEAN, STD), blocks=1, batch_size=256, num_workers=0,
                 skipped=SkippedImageLog(Path("none.txt")), show=False,
             )  # fmt: skip
-            rates[way].append(count / (time.process_time() - start))
+            rates[variant].append(count / (time.process_time() - start))
         peaks.append(peak())
-    first = median(rates[next(iter(WAYS))])
+    first = median(rates[next(iter(VARIANTS))])
     print(f"{title}: {flops(backbone, size) / 1e9:.2f} GFLOP per image, product {median(peaks) / 1e9:.0f} GFLOP/s")
-    for way, values in rates.items():
+    for variant, values in rates.items():
         share = median(values) * flops(backbone, size) / median(peaks)
-        print(f"  {way:<30}{median(values):>8.1f} images/s{median(values) / first:>7.2f}x{share:>8.0%} of the product")
+        print(
+            f"  {variant:<30}{median(values):>8.1f} images/s{median(values) / first:>7.2f}x{share:>8.0%} of the product"
+        )
 
 
 def model(name: str, size: int, patch: int) -> Backbone:
-    """A frozen model with random weights."""
+    """Return a frozen model with random weights."""
     sizes = {"img_size": size, "patch_size": patch, "in_chans": 3, "reg_tokens": 0, "drop_path": 0.0}
-    same = {"embed_dim": None, "depth": None, "num_heads": None, "init": "timm"}
-    return Backbone(BackboneConfig(name=name, **sizes, **same)).requires_grad_(False).eval()
+    shared = {"embed_dim": None, "depth": None, "num_heads": None, "init": "timm"}
+    return Backbone(BackboneConfig(name=name, **sizes, **shared)).requires_grad_(False).eval()
 
 
 def flops(backbone: Backbone, size: int) -> float:
-    """Of one image's forward pass."""
+    """Count the FLOPs of one image's forward pass."""
     width, depth = backbone.embed_dim, backbone.num_blocks
     patches = (size // backbone.patch_size) ** 2
     tokens = patches + 1
@@ -85,7 +87,7 @@ def flops(backbone: Backbone, size: int) -> float:
 
 
 def peak() -> float:
-    """FLOP/s of a product of two 2048 x 2048 bfloat16 matrices."""
+    """Measure the FLOP/s of a product of two 2048 x 2048 bfloat16 matrices."""
     a = torch.randn(2048, 2048).bfloat16()
     start = time.process_time()
     for _ in range(5):

@@ -1,13 +1,13 @@
-"""Measure the IVF index of `ssl-vit neighbors` against exact search, one query at a time.
+"""Benchmark the IVF index of `ssl-vit neighbors` against exact search, one query at a time.
 
     python tools/bench_ivf_index.py 300000 384
 
 ROWS and DIM of the features: a mixture of 20 classes, x = center + 0.5 A z + 0.1 noise / sqrt(DIM), scaled to length
-1; A (DIM, 16) is the class's own, its columns as the center of about length 1 and 1/4, z and the noise standard normal.
-So a class has 16 directions of its own: images differ in few ways, and noise in all directions has no neighbors
-worth finding. A row says how much of the true 10 nearest is wanted and found (of other rows than those the probes are
-chosen by), in how many of the lists, the seconds to build, and the median milliseconds of a query; the last row is
-exact: one product with all rows and its 10 largest.
+1; A (DIM, 16) differs per class, its columns as the center of about length 1 and 1/4, z and the noise standard normal.
+So a class has 16 directions of its own: isotropic noise has no meaningful neighbors. A row has the target and the
+measured recall of the 10 nearest (on other rows than those the number of probes is selected on), the number of lists
+searched, the seconds to build, and the median milliseconds per query; the last row is exact search: one product with
+all rows and its 10 largest.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ CLASSES, DIRECTIONS, K = 20, 16, 10
 
 
 def main(rows: int, dim: int) -> None:
-    """All wanted recalls."""
+    """Measure several target recalls."""
     features = mixture(rows, dim)
     print(f"{rows:,} x {dim}, {torch.get_num_threads()} threads")
-    print(f"{'wanted':>7}{'found':>8}{'lists searched':>17}{'build s':>9}{'query ms':>10}")
-    for wanted in (0.9, 0.99):
-        quality = IVFIndex.build(features, k=K, recall=wanted, seed=0).quality
+    print(f"{'target':>7}{'found':>8}{'lists searched':>17}{'build s':>9}{'query ms':>10}")
+    for target in (0.9, 0.99):
+        quality = IVFIndex.build(features, k=K, recall=target, seed=0).quality
         searched = f"{quality.probes:,} of {quality.lists:,}"
-        print(f"{wanted:>7}{quality.recall:>8.3f}{searched:>17}{quality.build_seconds:>9.1f}{quality.query_ms:>10.2f}")
+        print(f"{target:>7}{quality.recall:>8.3f}{searched:>17}{quality.build_seconds:>9.1f}{quality.query_ms:>10.2f}")
     times = []
     for query in features[:50]:
         started = time.perf_counter()
@@ -42,7 +42,7 @@ def main(rows: int, dim: int) -> None:
 
 
 def mixture(rows: int, dim: int) -> torch.Tensor:
-    """Features as described above, made class by class."""
+    """Return features as in the module docstring, class by class."""
     generator = torch.Generator().manual_seed(0)
     counts = torch.bincount(torch.randint(CLASSES, (rows,), generator=generator), minlength=CLASSES)
     parts = []

@@ -1,11 +1,11 @@
-"""Measure the linear probes: agreement with scikit-learn and brute force on real features, seconds beside slow forms.
+"""Benchmark the linear probes: agreement with scikit-learn and brute force on real features, and run time.
 
-    PYTHONPATH=tests python tools/bench_linear_probes.py agreement CHECKPOINT LABELLED
-    PYTHONPATH=tests python tools/bench_linear_probes.py speed 50000 384
+    PYTHONPATH=. python tests/benchmarks/bench_linear_probes.py agreement CHECKPOINT LABELED
+    PYTHONPATH=. python tests/benchmarks/bench_linear_probes.py speed 50000 384
 
-`agreement` takes the features of a trained model for labeled images (a folder with train/ and val/ or test/).
-`speed` takes N x D features of ten classes, a mixture of normal distributions. Seconds are those of the processor with
-one thread, which other work on the machine disturbs least. What is not run as a whole is extrapolated, and said so.
+`agreement` uses the features of a trained model for labeled images (a folder with train/ and val/ or test/).
+`speed` uses N x D features of ten classes, a mixture of normal distributions. Seconds are CPU time with one
+thread, which other processes affect least. Extrapolated times are marked.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ LRS = torch.logspace(-4, 0, 30).tolist()
 
 
 def agreement(checkpoint: str, labeled: str) -> None:
-    """On the features of the last block: loss of logistic regression, left-out ridge scores, heads one by one."""
+    """Compare logistic losses, leave-one-out ridge scores and SGD heads on the features of the last block."""
     with tempfile.TemporaryDirectory() as folder:
-        words = [f"checkpoint={checkpoint}", f"data.root={labeled}", "baselines=false", f"out={folder}/x.json"]
-        source = next(Evaluation.begin("linear", load_config("linear", words, LinearConfig)).sources(blocks=1))
+        overrides = [f"checkpoint={checkpoint}", f"data.root={labeled}", "baselines=false", f"out={folder}/x.json"]
+        source = next(
+            Evaluation.start("linear", load_config("linear", overrides, LinearConfig)).feature_sources(blocks=1)
+        )
     features = FeatureVariant(1, True).of(source.train)
     labels = torch.unique(source.train.labels, return_inverse=True)[1]
     print(f"{len(features):,} x {features.shape[1]} features of {checkpoint}, {int(labels.max()) + 1} classes")
@@ -49,11 +51,11 @@ def agreement(checkpoint: str, labeled: str) -> None:
 
 
 def logistic_agreement(x: Tensor, labels: Tensor) -> None:
-    """The loss found, less that of scikit-learn, for penalties of both ends and the middle."""
+    """Print the difference of the loss to that of scikit-learn along a path of penalties."""
     classes = int(labels.max()) + 1
     space, z = standard_space(x), Standardizer.of(x).apply(x.double())
     penalties = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
-    print(f"logistic regression on {len(x):,} images: loss of scikit-learn, ours less it along the path, and alone")
+    print(f"logistic regression on {len(x):,} images: loss of scikit-learn, our difference along the path, and alone")
     for l2, probe in logistic_path(space, labels, classes=classes, l2=penalties):
         ((_, alone),) = logistic_path(space, labels, classes=classes, l2=[l2], tolerance=FINAL_TOLERANCE)
         model = LogisticRegression(C=1 / (len(z) * l2), tol=1e-7, max_iter=10_000).fit(z.numpy(), labels.numpy())
@@ -63,16 +65,16 @@ def logistic_agreement(x: Tensor, labels: Tensor) -> None:
 
 
 def ridge_agreement(x: Tensor, labels: Tensor) -> None:
-    """Left-out scores less those of probes fitted without each image."""
+    """Print the difference of leave-one-out scores to those of refits."""
     z, targets = Standardizer.of(x).apply(x.double()), 2.0 * F.one_hot(labels).double() - 1
     for fit in ridge_path(x, labels, classes=targets.shape[1], l2=[1e-6, 1e-3, 1.0]):
-        refitted = probes.ridge_left_out(z, targets, len(z) * fit.l2)
-        gap = float((fit.left_out - refitted).abs().max() / refitted.abs().max())
-        print(f"ridge, l2 {fit.l2:.0e}: left-out scores of {len(x)} images differ by {gap:.0e} of the largest")
+        refitted = probes.ridge_leave_one_out(z, targets, len(z) * fit.l2)
+        gap = float((fit.loo_scores - refitted).abs().max() / refitted.abs().max())
+        print(f"ridge, l2 {fit.l2:.0e}: leave-one-out scores of {len(x)} images differ by {gap:.0e} of the largest")
 
 
 def sgd_agreement(x: Tensor, labels: Tensor) -> None:
-    """Weights of heads trained together less those trained alone by `torch.optim.SGD`."""
+    """Print the difference of weights trained together to those of `torch.optim.SGD`."""
     schedule, classes = Schedule(epochs=2, batch_size=256, seed=0), int(labels.max()) + 1
     heads = [Head(slice(0, width), lr, decay) for width in (64, 128) for lr in (1e-3, 0.1) for decay in (0.0, 1e-3)]
     exact = x.double()
@@ -88,7 +90,7 @@ def sgd_agreement(x: Tensor, labels: Tensor) -> None:
 
 
 def speed(count: int, dim: int) -> None:
-    """Seconds of the three solvers and of their slow forms."""
+    """Time the three solvers and their slow forms."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(CLASSES, (count,), generator=generator)
@@ -103,34 +105,34 @@ def speed(count: int, dim: int) -> None:
 
 
 def ridge_speed(x: Tensor, labels: Tensor) -> None:
-    """One eigendecomposition against one solution per penalty, and exact leave-one-out against refits."""
+    """Time one eigendecomposition against one solution per penalty, and leave-one-out against refits."""
     fast = seconds(lambda: best_ridge(ridge_path(x, labels, classes=CLASSES, l2=L2), labels))
     print(f"ridge, {len(L2)} penalties with leave-one-out: {fast:.1f} s")
     targets = 2.0 * F.one_hot(labels).double() - 1
 
-    def anew(z: Tensor, y: Tensor, l2: float) -> Tensor:
+    def solve(z: Tensor, y: Tensor, l2: float) -> Tensor:
         with_bias = torch.cat([z, z.new_ones(len(z), 1)], dim=1)
-        ballast = l2 * len(x) * torch.eye(z.shape[1] + 1, dtype=z.dtype)
-        ballast[-1, -1] = 0
-        return torch.linalg.solve(with_bias.T @ with_bias + ballast, with_bias.T @ y)
+        regularizer = l2 * len(x) * torch.eye(z.shape[1] + 1, dtype=z.dtype)
+        regularizer[-1, -1] = 0
+        return torch.linalg.solve(with_bias.T @ with_bias + regularizer, with_bias.T @ y)
 
     def one() -> Tensor:
-        return anew(Standardizer.of(x).apply(x.double()), targets, 1e-3)
+        return solve(Standardizer.of(x).apply(x.double()), targets, 1e-3)
 
     once = seconds(one)
-    print(f"  each penalty solved anew, without leave-one-out: {once * len(L2):.1f} s (one measured, times {len(L2)})")
+    print(f"  one solution per penalty, without leave-one-out: {once * len(L2):.1f} s (one measured, times {len(L2)})")
     hours = once * len(L2) * len(x) / 3600
     print(f"  leave-one-out by refits: {hours:,.0f} h (extrapolated: as many such solutions as images and penalties)")
 
 
 def logistic_speed(x: Tensor, labels: Tensor) -> None:
-    """Started from the penalty before, on principal axes, against each from zero, and against scikit-learn."""
+    """Time the path of penalties against each from zero, and against scikit-learn."""
     penalties = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
     space = seconds(lambda: standard_space(x))
-    known = standard_space(x)
+    prepared = standard_space(x)
 
     def path(l2: list[float]) -> list[tuple[float, LinearClassifier]]:
-        return list(logistic_path(known, labels, classes=CLASSES, l2=l2))
+        return list(logistic_path(prepared, labels, classes=CLASSES, l2=l2))
 
     print(f"logistic, {len(penalties)} penalties: {space + seconds(lambda: path(penalties)):.1f} s")
     cold = sum(seconds(lambda l2=l2: path([l2])) for l2 in penalties)
@@ -141,11 +143,11 @@ def logistic_speed(x: Tensor, labels: Tensor) -> None:
     ((_, probe),) = path([1e-4])
     gap = loss_of(z, labels, 1e-4, torch.from_numpy(model.coef_.T), torch.from_numpy(model.intercept_))
     gap -= loss_of(z, labels, 1e-4, probe.weight.double(), probe.bias.double())
-    print(f"  scikit-learn, one penalty of them (1e-04): {theirs:.1f} s, its loss less ours {gap:+.0e}")
+    print(f"  scikit-learn, one penalty of them (1e-04): {theirs:.1f} s, its loss minus ours {gap:+.0e}")
 
 
 def sgd_speed(x: Tensor, labels: Tensor) -> None:
-    """All heads at once against one after the other by `torch.optim.SGD`."""
+    """Time all heads at once against one after the other by `torch.optim.SGD`."""
     schedule = Schedule(epochs=10, batch_size=256, seed=0)
     heads = [Head(slice(0, x.shape[1]), lr, 0.0) for lr in LRS]
     fast = seconds(lambda: train_heads(x, labels, classes=CLASSES, heads=heads, schedule=schedule))
@@ -156,21 +158,23 @@ def sgd_speed(x: Tensor, labels: Tensor) -> None:
 
 
 def orders(count: int, schedule: Schedule) -> list[Tensor]:
-    """The batches that `train_heads` takes."""
+    """Return the batches of `train_heads`."""
     generator = torch.Generator().manual_seed(schedule.seed)
-    pieces = -(-count // schedule.batch_size)
+    batches = -(-count // schedule.batch_size)
     return [
-        part for _ in range(schedule.epochs) for part in torch.randperm(count, generator=generator).tensor_split(pieces)
+        part
+        for _ in range(schedule.epochs)
+        for part in torch.randperm(count, generator=generator).tensor_split(batches)
     ]
 
 
 def loss_of(z: Tensor, labels: Tensor, l2: float, weight: Tensor, bias: Tensor) -> float:
-    """Mean cross-entropy and penalty of weights (D, C) on standardized features."""
+    """Compute mean cross-entropy and penalty of weights (D, C) on standardized features."""
     return float(F.cross_entropy(z @ weight + bias, labels) + l2 / 2 * weight.square().sum())
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Of the processor."""
+    """Measure CPU time."""
     start = time.process_time()
     work()
     return time.process_time() - start

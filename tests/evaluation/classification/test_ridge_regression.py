@@ -64,7 +64,7 @@ def test_leave_one_outs_are_of_probes_fitted_without_the_image(data):
     classes = int(labels.max()) + 2  # one of them without an image
     z, targets = standardized(x), coded(labels, classes)
     for fit in ridge_path(x, labels, classes=classes, l2=L2):
-        refitted = probes.ridge_left_out(z, targets, len(z) * fit.l2)
+        refitted = probes.ridge_leave_one_out(z, targets, len(z) * fit.l2)
         torch.testing.assert_close(fit.loo_scores, refitted, rtol=1e-8, atol=1e-8)
         score = leave_one_out(fit, labels)
         assert score.accuracy == pytest.approx(float((refitted.argmax(1) == labels).double().mean()))
