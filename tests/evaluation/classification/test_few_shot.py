@@ -121,30 +121,30 @@ def test_few_shot_equals_the_textbook_form(sizes):
     found = {(one.setting, one.classifier): one for one in classified(train, test, settings)}
     x, test_features = (FeatureVariant(1, True).of(part) for part in (train, test))
     for setting in settings:
-        for place, seed in enumerate((0, 1)):
+        for index, seed in enumerate((0, 1)):
             rows = probes.subset(
                 train.labels.tolist(), setting.counts.tolist(), draw_order(train.labels, train.index, seed=seed)
             )
             fitted = {l2: probes.ridge_by_refits(x[rows], train.labels[rows], test_features, 3, l2) for l2 in L2}
             best = min(fitted, key=lambda l2: fitted[l2][1])
             ridge, nearest = found[setting.name, RIDGE], found[setting.name, NEAREST]
-            assert ridge.l2[place] == best
+            assert ridge.l2[index] == best
             right = (fitted[best][0].argmax(1) == test.labels).double().mean()
-            assert ridge.accuracy[place] == pytest.approx(float(right))
+            assert ridge.accuracy[index] == pytest.approx(float(right))
             cls = train.cls[rows, 0].double().numpy(), test.cls[:, 0].double().numpy()
             predictions = probes.knn_classes(cls[1], cls[0], train.labels[rows].tolist(), 1, 0.07)
-            hits = [answer[0] == truth for answer, truth in zip(predictions, test.labels.tolist(), strict=True)]
-            assert nearest.accuracy[place] == pytest.approx(statistics.mean(hits))
+            hits = [voted[0] == target for voted, target in zip(predictions, test.labels.tolist(), strict=True)]
+            assert nearest.accuracy[index] == pytest.approx(statistics.mean(hits))
             if seed == 0:
                 assert torch.equal(ridge.predictions.predicted, fitted[best][0].argmax(1))
-                assert nearest.predictions.predicted.tolist() == [answer[0] for answer in predictions]
+                assert nearest.predictions.predicted.tolist() == [voted[0] for voted in predictions]
 
 
 def test_few_shot_does_not_select_on_test_images():
     train, test = features_of(labels_of(20, 20, 20), seed=0), features_of(labels_of(20, 20, 20), seed=1)
     settings, _ = few_shot_settings(train.labels, shots=[2, 10], shares=[])
     noise = Features(torch.randn_like(test.cls), torch.randn_like(test.patch_mean), test.labels, test.index)
-    chosen = [[one.l2 for one in classified(train, asked, settings)] for asked in (test, noise)]
+    chosen = [[one.l2 for one in classified(train, each, settings)] for each in (test, noise)]
     assert chosen[0] == chosen[1]
 
 

@@ -198,7 +198,7 @@ def test_knn_breaks_ties_by_index_and_class():
     train = LabeledFeatures(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]), torch.tensor([5, 3, 1]))
     query = LabeledFeatures(torch.tensor([[3.0, 0.0]]), torch.tensor([3]))
     result = knn(train, query, ks=[1, 2], temperature=0.07)
-    assert {k: answer.tolist() for k, answer in result.predicted.items()} == {1: [5], 2: [3]}
+    assert {k: labels.tolist() for k, labels in result.predicted.items()} == {1: [5], 2: [3]}
     assert {k: rank.tolist() for k, rank in result.ranks.items()} == {1: [2], 2: [0]}
 
 

@@ -116,16 +116,16 @@ def test_cache_holds_the_features_of_extract_in_float16(dataset, features, tmp_p
 
 
 def test_cache_files_open_with_numpy(dataset, features):
-    made = fill(dataset, features)
-    assert made.folder.parent == features
-    assert made.folder.name.startswith("some-train-")
-    cls = np.load(made.folder / "cls.npy", mmap_mode="r")
+    cache = fill(dataset, features)
+    assert cache.folder.parent == features
+    assert cache.folder.name.startswith("some-train-")
+    cls = np.load(cache.folder / "cls.npy", mmap_mode="r")
     assert (cls.shape, cls.dtype) == ((48, 2, 32), np.float16)
-    assert np.load(made.folder / "patch_mean.npy").shape == (48, 32)
-    assert np.load(made.folder / "labels.npy").tolist() == dataset.labels.tolist()
-    assert np.load(made.folder / "state.npy").tolist() == [1] * 48
-    assert (made.folder / "paths.txt").read_text().splitlines() == [dataset.name(index) for index in range(48)]
-    identity = json.loads((made.folder / "manifest.json").read_text())["identity"]
+    assert np.load(cache.folder / "patch_mean.npy").shape == (48, 32)
+    assert np.load(cache.folder / "labels.npy").tolist() == dataset.labels.tolist()
+    assert np.load(cache.folder / "state.npy").tolist() == [1] * 48
+    assert (cache.folder / "paths.txt").read_text().splitlines() == [dataset.name(index) for index in range(48)]
+    identity = json.loads((cache.folder / "manifest.json").read_text())["identity"]
     assert identity["images"] == dataset.fingerprint(sizes=True, times=True)
     assert identity["extractor"]["transform"]["crop_ratio"] == 0.875
 
@@ -155,7 +155,7 @@ def test_fill_cache_extracts_images_once(dataset, features, reads):
     reads.clear()
     second = fill(dataset, features)
     assert second.folder == first.folder
-    assert len(reads) == 16  # spread over the set, to see that they still are what is stored
+    assert len(reads) == 16  # evenly spaced, to check that they are unchanged
     assert {reads[0], reads[-1]} == {0, 47}
     assert arrays(second) == before
 
@@ -172,17 +172,17 @@ def test_fill_cache_reuses_a_cache_of_more_blocks(dataset, features, reads):
 
 
 def test_candidate_caches_depend_on_model_transform_and_images(folder, dataset, features):
-    made = [fill(dataset, features)]
-    made.append(fill(dataset, features, tokens(model(seed=1))))
-    made.append(fill(dataset, features, tokens(crop_ratio=0.5)))
+    caches = [fill(dataset, features)]
+    caches.append(fill(dataset, features, tokens(model(seed=1))))
+    caches.append(fill(dataset, features, tokens(crop_ratio=0.5)))
     shutil.copy(next(folder.rglob("*.png")), folder / "red-dots" / "more.png")
-    made.append(fill(scan_image_folder(folder), features))
+    caches.append(fill(scan_image_folder(folder), features))
     (folder / "red-dots" / "more.png").write_bytes(b"of another size")
-    made.append(fill(scan_image_folder(folder), features))
+    caches.append(fill(scan_image_folder(folder), features))
     (folder / "red-dots" / "more.png").write_bytes(b"as another size")
-    made.append(fill(scan_image_folder(folder), features))
-    assert len({one.folder for one in made}) == 6
-    assert fill(dataset, features, tokens(model(seed=1))).folder == made[1].folder
+    caches.append(fill(scan_image_folder(folder), features))
+    assert len({one.folder for one in caches}) == 6
+    assert fill(dataset, features, tokens(model(seed=1))).folder == caches[1].folder
 
 
 def test_fill_cache_detects_an_image_replaced_with_equal_size_and_time(tmp_path, features, caplog):
@@ -230,11 +230,11 @@ def test_fill_cache_detects_that_the_program_computes_differently(dataset, featu
     ids=["cut off", "missing", "text", "manifest", "no manifest", "state", "header"],
 )
 def test_fill_cache_replaces_damaged_files(damage, dataset, features, caplog):
-    made = fill(dataset, features)
-    before = arrays(made)
-    damage(made.folder)
+    cache = fill(dataset, features)
+    before = arrays(cache)
+    damage(cache.folder)
     assert arrays(fill(dataset, features)) == before
-    assert [message for message in caplog.messages if str(made.folder) in message and "again" in message]
+    assert [message for message in caplog.messages if str(cache.folder) in message and "again" in message]
 
 
 def test_validate_features_rejects_infinite_features_from_the_cache(dataset, features, caplog):
@@ -255,13 +255,13 @@ def test_cache_lists_unreadable_images_again_from_its_files(folder, features, re
     broken = [index for index in range(48) if dataset.name(index) in ("red-dots/0000.png", "blue-dots/0001.png")]
     seen = []
     for _ in range(2):
-        made = fill(dataset, features)
-        found = made.features(blocks=1)
-        seen.append((list(map(str, made.broken())), found.index.tolist(), found.cls.shape))
+        cache = fill(dataset, features)
+        found = cache.features(blocks=1)
+        seen.append((list(map(str, cache.broken())), found.index.tolist(), found.cls.shape))
     assert seen[0] == seen[1]
     assert seen[0][1] == [index for index in range(48) if index not in broken]
     assert [line.partition(":")[0] for line in seen[0][0]] == ["blue-dots/0001.png", "red-dots/0000.png"]
-    assert np.load(made.folder / "state.npy")[broken].tolist() == [2, 2]
+    assert np.load(cache.folder / "state.npy")[broken].tolist() == [2, 2]
 
 
 def test_fill_cache_detects_that_an_image_has_become_readable(folder, features, caplog):
@@ -282,10 +282,10 @@ def test_cache_without_readable_images_is_an_error(tmp_path, features):
     (tmp_path / "bad").mkdir()
     for number in range(3):
         (tmp_path / "bad" / f"{number}.png").write_bytes(b"no image")
-    made = fill(scan_image_folder(tmp_path / "bad"), features)
+    cache = fill(scan_image_folder(tmp_path / "bad"), features)
     with pytest.raises(UserError, match="none of the images can be read"):
-        made.features(blocks=1)
-    assert len(made.skipped.path.read_text().splitlines()) == 3
+        cache.features(blocks=1)
+    assert len(cache.skipped.path.read_text().splitlines()) == 3
 
 
 # --- interruption ---
@@ -379,7 +379,7 @@ def test_fill_cache_in_several_processes_equals_one(damaged, dataset, features, 
     if damaged:  # the first process makes the folder anew, while the others wait
         (fill(dataset, features).folder / "cls.npy").write_bytes(b"x")
     threads_as_ranks(monkeypatch, 3)
-    found, extractor = {}, tokens()  # made here: threads share the random state
+    found, extractor = {}, tokens()  # created here: threads share the random state
 
     def run():
         caches = candidate_caches(extractor, dataset, folder=features, name="some-train")
@@ -449,18 +449,18 @@ def test_knn_and_linear_share_one_pass(sample, tmp_path, reads):
     assert main(["features", *overrides]) == 0
     assert len(reads) == 240
     reads.clear()
-    records = []
+    results = []
     for _ in range(2):
         assert main(["knn", *overrides, "baselines=false", "figure=false"]) == 0
         assert len(reads) <= 2 * 17  # 16 of each set, and its broken one
-        record = json.loads((run / "eval" / "knn-mixed.json").read_text())
+        result = json.loads((run / "eval" / "knn-mixed.json").read_text())
         lists = [(run / "eval" / f"knn-mixed-skipped-{part}.txt").read_text() for part in ("train", "test")]
-        records.append([record["score"], record["data"], record["warnings"], lists])
+        results.append([result["score"], result["data"], result["warnings"], lists])
         reads.clear()
     assert main(["linear", *overrides, "baselines=false", "figure=false", "l2=[1e-1,1e-2]"]) == 0
     assert len(reads) <= 2 * 17
-    assert records[0] == records[1]
-    assert records[0][1]["skipped"] == 2
+    assert results[0] == results[1]
+    assert results[0][1]["skipped"] == 2
     assert (run / "eval" / "features").is_dir()
 
 
@@ -494,8 +494,8 @@ def test_features_npz_equals_the_cache(export_features, sample, tmp_path):
     assert exported["labels"].tolist() == [*parts["train"].labels.tolist(), *parts["test"].labels.tolist()]
     assert exported["class_names"].tolist() == parts["train"].classes
     for name in ("cls", "patch_mean"):
-        stored = [np.load(next((tmp_path / "run").glob(f"eval/features/*-{part}-*/{name}.npy"))) for part in parts]
-        np.testing.assert_array_equal(exported[name], np.concatenate(stored))
+        cached = [np.load(next((tmp_path / "run").glob(f"eval/features/*-{part}-*/{name}.npy"))) for part in parts]
+        np.testing.assert_array_equal(exported[name], np.concatenate(cached))
 
 
 def test_features_parquet_equals_the_cache(export_features, sample, tmp_path, monkeypatch):

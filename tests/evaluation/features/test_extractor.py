@@ -147,10 +147,10 @@ def test_knn_of_raw_pixels_equals_the_textbook_form(cifar, skipped):
     settings = {"batch_size": 256, "num_workers": 0, "skipped": skipped}
     train, test = (pixels(scan_image_folder(cifar / part), transform(16), **settings) for part in ("train", "test"))
     mean = train.cls.mean(0)
-    bank, queries = (LabeledFeatures(center_cls(part, mean).cls[:, 0], part.labels) for part in (train, test))
+    train_set, queries = (LabeledFeatures(center_cls(part, mean).cls[:, 0], part.labels) for part in (train, test))
     queries = LabeledFeatures(queries.features[::8], queries.labels[::8])
-    ranks = knn(bank, queries, ks=[20], temperature=0.07).ranks[20]
-    assert ranks.tolist() == textbook_ranks(bank, queries, 20)
+    ranks = knn(train_set, queries, ks=[20], temperature=0.07).ranks[20]
+    assert ranks.tolist() == textbook_ranks(train_set, queries, 20)
 
 
 def test_validate_features_accepts_healthy_features():
