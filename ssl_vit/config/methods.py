@@ -70,9 +70,9 @@ class TeacherConfig(StrictConfig):
 
 
 class MethodConfig(StrictConfig):
-    """What the section `method` of every method has, and what other code asks of a method before it is built."""
+    """Section `method`: the keys of every method, and the properties that other sections depend on."""
 
-    title: ClassVar[str]  # for people
+    title: ClassVar[str]  # name in reports
 
     name: str
     views: ViewsConfig

@@ -133,7 +133,7 @@ def _file_of(path: Path) -> Path:
     if path.is_dir():
         raise UserError(f"checkpoint={path}: no checkpoints/last.ckpt and no backbone.safetensors in this directory")
     raise UserError(
-        f"checkpoint={path}: there is no such file or folder; timm models are named as timm:{path}"
+        f"checkpoint={path}: there is no such file or folder; timm models are written as timm:{path}"
         if timm.is_model(str(path))
         else f"checkpoint={path}: there is no such file or folder"
     )

@@ -1,4 +1,4 @@
-"""Schedules equal the slow numpy textbook forms, and durations mean what they say."""
+"""Schedules against DINO's numpy arrays, and durations in their units."""
 
 import numpy as np
 import pytest

@@ -125,25 +125,25 @@ def test_cls_attention_of_all_blocks_needs_one_pass(fused):
 def test_extract_last_block_separates_images_and_patches(registers):
     backbone = make_backbone(registers)
     images = torch.randn(2, 3, 16, 40)
-    sights = extract_last_block(backbone, images)
+    outputs = extract_last_block(backbone, images)
     tokens = backbone(images)
     keys = []
     with capture_qk(backbone, lambda _block, _queries, key: keys.append(key), blocks=[1]):
         backbone(images)
-    for place, sight in enumerate(sights):
-        torch.testing.assert_close(sight.patches.flatten(0, 1), tokens.patches[place])
-        torch.testing.assert_close(sight.cls, cls_attention(backbone, images)[0, place])
-        assert sight.keys.shape == (3, 2, 5, 16)
-        torch.testing.assert_close(sight.keys[:, 1, 2], keys[0][place, :, 1 + registers + 7])
+    for index, output in enumerate(outputs):
+        torch.testing.assert_close(output.patches.flatten(0, 1), tokens.patches[index])
+        torch.testing.assert_close(output.cls, cls_attention(backbone, images)[0, index])
+        assert output.keys.shape == (3, 2, 5, 16)
+        torch.testing.assert_close(output.keys[:, 1, 2], keys[0][index, :, 1 + registers + 7])
 
 
 def test_extract_last_block_without_a_class_token():
     config = make_backbone().config
     gap = Backbone(config.model_copy(update={"name": "vit_medium_patch16_gap_256"})).eval()
-    (sight,) = extract_last_block(gap, torch.randn(1, 3, 16, 24))
-    assert sight.cls is None
-    assert sight.keys.shape == (3, 2, 3, 16)
-    assert sight.patches.shape == (2, 3, 48)
+    (output,) = extract_last_block(gap, torch.randn(1, 3, 16, 24))
+    assert output.cls is None
+    assert output.keys.shape == (3, 2, 3, 16)
+    assert output.patches.shape == (2, 3, 48)
     with pytest.raises(UserError, match="no class token"):
         gap.require_cls()
 

@@ -1,4 +1,4 @@
-"""The fast forms of blocks compute what the plain ones do: attention by products, recomputed and compiled blocks."""
+"""Fast forms of the blocks compute the same: attention by products, activation checkpointing, compilation."""
 
 import copy
 import shutil
@@ -34,7 +34,7 @@ def pass_of(backbone, images, keys, *, autocast=False):
 
 
 @pytest.fixture
-def dataset():
+def inputs():
     generator = torch.Generator().manual_seed(0)
     images = [torch.randn(n, 3, s, s, generator=generator) for n, s in ((4, 32), (6, 16))]
     return images, [sample_keys(0, 0, torch.arange(len(x))) for x in images]
@@ -64,13 +64,13 @@ def test_matmul_attention_and_its_gradient_equal_the_formula(batch, tokens, head
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_set_attention_impl_computes_as_timm(dataset, autocast):
+def test_set_attention_impl_computes_as_timm(inputs, autocast):
     ours, timms = (Backbone(tiny()).train() for _ in range(2))
     timms.load_state_dict(ours.state_dict())
     ours.set_fused_attention(False)
     for block in timms.vit.blocks:
         block.attn.fused_attn = False
-    images, keys = dataset
+    images, keys = inputs
     if not autocast:
         ours, timms, images = ours.double(), timms.double(), [x.double() for x in images]
     (cls, gradients), (expected, theirs) = (pass_of(x, images, keys, autocast=autocast) for x in (ours, timms))
@@ -81,7 +81,7 @@ def test_set_attention_impl_computes_as_timm(dataset, autocast):
 
 
 def test_matmul_attention_keeps_its_dtype_under_gpu_autocast():
-    """There autocast takes a softmax in float32."""
+    """On a GPU, autocast computes a softmax in float32."""
     from tests.reference.fake_gpu import FakeGPU
 
     with FakeGPU(), torch.autocast("cuda", torch.bfloat16):
@@ -116,15 +116,15 @@ def test_set_attention_impl_can_be_reversed():
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
-def test_activation_checkpointing_gives_the_same_gradients(dataset, autocast, drop_path):
-    """Drop path too: what a later pass drops is not dropped in the recomputation of an earlier one."""
+def test_activation_checkpointing_gives_the_same_gradients(inputs, autocast, drop_path):
+    """With drop path too: the recomputation uses the paths of its own pass, not those of a later one."""
     plain = Backbone(tiny(drop_path=drop_path)).train()
     plain.set_fused_attention(False)
     saving = Backbone(tiny(drop_path=drop_path)).train()
     saving.load_state_dict(plain.state_dict())
     saving.set_fused_attention(False)
     saving.enable_activation_checkpointing()
-    (cls, gradients), (expected, theirs) = (pass_of(x, *dataset, autocast=autocast) for x in (saving, plain))
+    (cls, gradients), (expected, theirs) = (pass_of(x, *inputs, autocast=autocast) for x in (saving, plain))
     assert torch.equal(cls, expected)
     tolerance = 0.02 if autocast else 1e-6  # bfloat16: the gradients of two resolutions meet in another format
     for name, gradient in theirs.items():
@@ -132,10 +132,10 @@ def test_activation_checkpointing_gives_the_same_gradients(dataset, autocast, dr
     assert saving.state_dict().keys() == plain.state_dict().keys()
 
 
-def test_activation_checkpointing_keeps_fewer_activations(dataset):
+def test_activation_checkpointing_keeps_fewer_activations(inputs):
     def kept(backbone):
-        """Bytes that a forward pass leaves behind."""
-        images, keys = dataset
+        """Return the bytes that a forward pass keeps."""
+        images, keys = inputs
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             result = backbone(images[0], keys[0]).cls
         assert result.requires_grad
@@ -154,7 +154,7 @@ def test_activation_checkpointing_keeps_fewer_activations(dataset):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("recompute", [False, True])
-def test_compile_blocks_computes_the_same_in_one_graph_per_shape(dataset, recompute, monkeypatch):
+def test_compile_blocks_computes_the_same_in_one_graph_per_shape(inputs, recompute, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **settings: COMPILE(f, backend="aot_eager", **settings))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -165,7 +165,7 @@ def test_compile_blocks_computes_the_same_in_one_graph_per_shape(dataset, recomp
     if recompute:
         compiled.enable_activation_checkpointing()
     for _ in range(2):
-        (cls, gradients), (expected, theirs) = (pass_of(x, *dataset) for x in (compiled, plain))
+        (cls, gradients), (expected, theirs) = (pass_of(x, *inputs) for x in (compiled, plain))
         torch.testing.assert_close(cls, expected, rtol=1e-5, atol=1e-5)
         for name, gradient in theirs.items():
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
@@ -176,7 +176,7 @@ def test_compile_blocks_computes_the_same_in_one_graph_per_shape(dataset, recomp
     for width in (16, 48, 64):  # torch's own limit of graphs would be passed
         other = Backbone(tiny(drop_path=0.5, embed_dim=width)).train()
         other.compile_blocks()
-        pass_of(other, *dataset)
+        pass_of(other, *inputs)
 
 
 COMPILE = torch.compile
@@ -213,7 +213,7 @@ def test_prototypes_gradient_equals_autograd():
 
 
 def test_disable_malloc_trim_keeps_freed_memory():
-    """In a process of its own: it would stay so."""
+    """In a process of its own, as the setting is permanent."""
     import platform
     import subprocess
     import sys

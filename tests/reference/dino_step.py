@@ -48,9 +48,9 @@ class TextbookDINO(nn.Module):
         student = (self.logits(self.student, resolutions).float() / student_temperature).chunk(len(views))
         targets = F.softmax((teacher.float() - self.center) / teacher_temperature, dim=-1).detach().chunk(2)
         total, pairs = torch.zeros(()), 0
-        for place, target in enumerate(targets):
+        for index, target in enumerate(targets):
             for view, logits in enumerate(student):
-                if view != place:
+                if view != index:
                     total = total + torch.sum(-target * F.log_softmax(logits, dim=-1), dim=-1).mean()
                     pairs += 1
         self.center.mul_(0.9).add_(teacher.float().mean(dim=0, keepdim=True), alpha=0.1)
