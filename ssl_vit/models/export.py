@@ -66,7 +66,8 @@ def read_export(path: Path) -> tuple[ModelDescription, dict[str, Tensor]]:
         raise UserError(f"checkpoint={path}: {sidecar_path.name} is missing, which describes the model of the weights")
     try:
         sidecar = json.loads(sidecar_path.read_text(encoding="utf-8"))
-        description = ModelDescription(backbone=sidecar["backbone"], **sidecar["normalization"])
+        key = "normalization" if "normalization" in sidecar else "normalisation"  # the key of version 0.1
+        description = ModelDescription(backbone=sidecar["backbone"], **sidecar[key])
     except (ValueError, LookupError, TypeError, RecursionError):  # no JSON, or one of another tool
         raise UserError(f"checkpoint={path}: {sidecar_path.name} is not a file of `ssl-vit export`") from None
     try:

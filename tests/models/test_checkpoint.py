@@ -116,6 +116,9 @@ def test_export_backbone_writes_the_lines_that_load_it_in_bare_timm(tmp_path, mo
     loaded = load_backbone(str(tmp_path / "w.safetensors"))
     torch.testing.assert_close(loaded.backbone(IMAGES).patches, backbone(IMAGES).patches, rtol=0, atol=0)
     assert (loaded.mean, loaded.std) == ([0.5] * 3, [0.2] * 3)
+    old = {("normalisation" if key == "normalization" else key): value for key, value in sidecar.items()}
+    (tmp_path / "w.json").write_text(json.dumps(old))  # as version 0.1 wrote it
+    assert load_backbone(str(tmp_path / "w.safetensors")).std == [0.2] * 3
 
 
 def test_export_command_converts_an_official_file(plain, tmp_path, capsys):
