@@ -65,13 +65,14 @@ def _evaluate(config: LinearConfig, dataset: TrainTestSplit | None) -> tuple[Eva
         protocol={
             "features": [str(variant) for variant in variants],
             "standardized": "by the training images",
-            **solver.protocol(),
+            **solver.protocol,
+            "selection": solver.selection["on"],
             "split": split_rule(source.test, config.seed),
         },
         train_labels=train.labels,
         test_labels=test.labels,
         warnings=results[0].warnings,
-        selection={**solver.selection(), "chosen": scores[0].details["chosen"]},
+        selection={**solver.selection, "chosen": scores[0].details["chosen"]},
         confusion_of="",
         figure=config.figure,
     )

@@ -1,6 +1,6 @@
 """Benchmark exact kNN against DINO's implementation (100 chunks of queries, one search per k, dense one-hot votes).
 
-    PYTHONPATH=. python tests/benchmarks/bench_knn.py 10000 50000 384
+    PYTHONPATH=. python -m tests.benchmarks.bench_knn 10000 50000 384
 
 QUERIES, TRAIN, DIM of the features: an isotropic mixture of ten classes, x = center + 4 noise with centers and noise
 from the standard normal distribution, scaled to length 1. All implementations run for k = 10, 20, 100, 200 (up to

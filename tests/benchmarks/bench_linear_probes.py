@@ -1,7 +1,7 @@
 """Benchmark the linear probes: agreement with scikit-learn and brute force on real features, and run time.
 
-    PYTHONPATH=. python tests/benchmarks/bench_linear_probes.py agreement CHECKPOINT LABELED
-    PYTHONPATH=. python tests/benchmarks/bench_linear_probes.py speed 50000 384
+    PYTHONPATH=. python -m tests.benchmarks.bench_linear_probes agreement CHECKPOINT LABELED
+    PYTHONPATH=. python -m tests.benchmarks.bench_linear_probes speed 50000 384
 
 `agreement` uses the features of a trained model for labeled images (a folder with train/ and val/ or test/).
 `speed` uses N x D features of ten classes, a mixture of normal distributions. Seconds are CPU time with one

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,26 +56,6 @@ class SelectedProbe(NamedTuple):
     candidates: list[Candidate]
 
 
-class Solver(Protocol):
-    """Interface of solvers: fit probes to features and select one of them."""
-
-    def select(self, data: ProbeData, variants: Sequence[FeatureVariant]) -> SelectedProbe:
-        """Return the best probe over all variants and settings.
-
-        Raises:
-            UserError: The training images do not allow a selection.
-        """
-        ...
-
-    def protocol(self) -> dict[str, Any]:
-        """Return everything that determines the numbers, for the result."""
-        ...
-
-    def selection(self) -> dict[str, Any]:
-        """Return the images of the selection (`on`); for a val split also its `fraction` of each class and `seed`."""
-        ...
-
-
 class LinearResult(NamedTuple):
     """The classification of Q test images by the selected probe."""
 
@@ -86,37 +66,6 @@ class LinearResult(NamedTuple):
     chosen: Candidate
     candidates: list[Candidate]
     warnings: list[str]
-
-
-def linear_probe(
-    train: Features, test: Features, *, variants: Sequence[FeatureVariant], solver: Solver, device: torch.device
-) -> LinearResult:
-    """Select features and settings on the training images, fit to all of them, test once.
-
-    Args:
-        train: Training images.
-        test: Test images; nothing is selected on them.
-        variants: Candidate features.
-        solver: Fits the probes, and selects the settings.
-        device: Device of the computation.
-
-    Raises:
-        UserError: The training images do not allow a selection, or features are not finite.
-    """
-    classes, labels = torch.unique(train.labels, return_inverse=True)
-    with full_precision():
-        data = ProbeData(train, labels.to(device), len(classes), device)
-        probe, chosen, candidates = solver.select(data, variants)
-        logits = probe.logits(_check_finite(chosen.variant.of(test)).to(device)).cpu()
-    return LinearResult(
-        label_ranks(logits, classes, test.labels),
-        classes[logits.argmax(dim=1)],
-        LinearClassifier(*(part.cpu() for part in probe)),
-        classes,
-        chosen,
-        candidates,
-        _warnings(chosen, candidates),
-    )
 
 
 class Logistic(NamedTuple):
@@ -145,17 +94,18 @@ class Logistic(NamedTuple):
         _, probe = next(logistic_path(chosen_space, labels, classes=classes, l2=best_l2, tolerance=FINAL_TOLERANCE))
         return SelectedProbe(probe, chosen, candidates)
 
+    @property
     def protocol(self) -> dict[str, Any]:
-        """Return everything that determines the numbers."""
+        """Everything that determines the numbers."""
         return {
             "solver": "logistic regression",
             "objective": "mean cross-entropy + l2 / 2 |W|^2, bias not penalized",
             "l2": sorted(set(self.l2)),
-            "selection": self.selection()["on"],
         }
 
+    @property
     def selection(self) -> dict[str, Any]:
-        """Return the images of the selection."""
+        """The images of the selection."""
         return _val_selection(self.val_fraction, self.seed)
 
 
@@ -176,17 +126,18 @@ class Ridge(NamedTuple):
                     best, probe, chosen = selection_score(score, data.labels), fit.probe, candidates[-1]
         return SelectedProbe(probe, chosen, candidates)
 
+    @property
     def protocol(self) -> dict[str, Any]:
-        """Return everything that determines the numbers."""
+        """Everything that determines the numbers."""
         return {
             "solver": "ridge regression",
             "objective": "mean squared error to -1 and 1 per class / 2 + l2 / 2 |W|^2, bias not penalized",
             "l2": sorted(set(self.l2)),
-            "selection": self.selection()["on"],
         }
 
+    @property
     def selection(self) -> dict[str, Any]:
-        """Return the images of the selection."""
+        """The images of the selection."""
         return {"on": "exact leave-one-out over the training images, standardized by all; tested once"}
 
 
@@ -221,8 +172,9 @@ class SGD(NamedTuple):
                     return SelectedProbe(probe, candidate, candidates)
         raise UserError(f"all heads diverged; lower sgd.lr (the smallest was {min(self.lr):g})")
 
+    @property
     def protocol(self) -> dict[str, Any]:
-        """Return everything that determines the numbers."""
+        """Everything that determines the numbers."""
         return {
             "solver": f"SGD from zero, momentum {MOMENTUM:g}, learning rate to 0 by half a cosine per step",
             "objective": "mean cross-entropy, weight decay on weights only",
@@ -230,12 +182,46 @@ class SGD(NamedTuple):
             "weight_decay": sorted(set(self.weight_decay)),
             "epochs": self.schedule.epochs,
             "batch_size": self.schedule.batch_size,
-            "selection": self.selection()["on"],
         }
 
+    @property
     def selection(self) -> dict[str, Any]:
-        """Return the images of the selection."""
+        """The images of the selection."""
         return _val_selection(self.val_fraction, self.schedule.seed)
+
+
+Solver = Logistic | Ridge | SGD
+
+
+def linear_probe(
+    train: Features, test: Features, *, variants: Sequence[FeatureVariant], solver: Solver, device: torch.device
+) -> LinearResult:
+    """Select features and settings on the training images, fit to all of them, test once.
+
+    Args:
+        train: Training images.
+        test: Test images; nothing is selected on them.
+        variants: Candidate features.
+        solver: Fits the probes, and selects the settings.
+        device: Device of the computation.
+
+    Raises:
+        UserError: The training images do not allow a selection, or features are not finite.
+    """
+    classes, labels = torch.unique(train.labels, return_inverse=True)
+    with full_precision():
+        data = ProbeData(train, labels.to(device), len(classes), device)
+        probe, chosen, candidates = solver.select(data, variants)
+        logits = probe.logits(_check_finite(chosen.variant.of(test)).to(device)).cpu()
+    return LinearResult(
+        label_ranks(logits, classes, test.labels),
+        classes[logits.argmax(dim=1)],
+        LinearClassifier(*(part.cpu() for part in probe)),
+        classes,
+        chosen,
+        candidates,
+        _warnings(chosen, candidates),
+    )
 
 
 def _val_mask(data: ProbeData, fraction: float, seed: int) -> Tensor:

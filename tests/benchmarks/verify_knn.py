@@ -1,6 +1,6 @@
 """Compare kNN predictions, image by image, with a plain float64 implementation of DINO's protocol.
 
-    python tools/verify_knn.py runs/cifar10_dino data/cifar10
+    PYTHONPATH=. python -m tests.benchmarks.verify_knn runs/cifar10_dino data/cifar10
 
 CHECKPOINT and ROOT as in `ssl-vit knn`; ROOT holds train/ and test/. The features are extracted once.
 Plain is NumPy in float64: all cosines of a query, a stable sort of them, the votes exp(cosine / 0.07) of the first k
