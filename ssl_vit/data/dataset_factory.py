@@ -1,8 +1,7 @@
-"""From the data section of a configuration to datasets."""
+"""Build datasets and train/test splits from the data section of a config."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,27 +10,27 @@ from ssl_vit.config.pretrain import Source
 from ssl_vit.data.dataset import ImageDataset, escape_path
 from ssl_vit.data.sources.image_folder import ImageFolder, read_image_list, scan_image_folder
 from ssl_vit.data.sources.tar_shards import TarShardDataset, load_shards
-from ssl_vit.data.sources.torchvision_datasets import load_torchvision_dataset
+from ssl_vit.data.sources.torchvision_datasets import ArraySource, load_torchvision_dataset
 from ssl_vit.runtime.errors import UserError
 
 
 class TrainTestSplit(NamedTuple):
-    """Labeled images to learn from and to test on; `test` is None where there is but one set."""
+    """Train and test images; `test` is None if there is only one set."""
 
     train: ImageDataset
     test: ImageDataset | None
 
 
 def build_dataset(source: Source, root: Path) -> ImageDataset:
-    """The images to pretrain on, or to look at.
+    """Build a dataset for pretraining or inspection.
 
     Args:
-        source: What kind of thing `root` is.
+        source: The kind of `root`.
         root: A folder (flat, nested, or with class folders), a list file, a folder of shards, or the folder of a
-            torchvision data set.
+            torchvision dataset.
 
     Raises:
-        UserError: There is nothing of that kind, or no image in it.
+        UserError: `root` is missing, of another kind, or without images.
     """
     if source == "folder":
         return scan_image_folder(root)
@@ -43,85 +42,72 @@ def build_dataset(source: Source, root: Path) -> ImageDataset:
 
 
 def build_labeled_splits(data: EvalDataConfig) -> TrainTestSplit:
-    """The labeled images of an evaluation.
+    """Build the labeled images of an evaluation.
 
-    `data.root` is the folder of a torchvision data set; or holds `train/` and `val/` or `test/`, each with class
-    folders or shards; or holds these only. Or `data.train` and `data.test` name two such folders.
+    `data.root` is the folder of a torchvision dataset, or contains `train/` and `val/` or `test/`, each with class
+    folders or shards, or is one such set itself. Alternatively, `data.train` and `data.test` are two such sets.
 
     Raises:
-        UserError: There is no image, there are no class folders, or the two sets have different classes.
+        UserError: There are no images or no labels, or the two sets have different classes.
     """
     if data.source == "list":
         raise UserError("data.source=list: a list has no labels; for an evaluation use class folders")
-    find: Callable[[Path], ImageFolder | TarShardDataset]
-    if data.source == "folder":
-        find = _labeled
-    elif data.source == "shards":
-        find = _labeled_shards
-    else:
-        if data.root is None:
-            raise UserError(f"data.source={data.source}: name the folder above its files with data.root")
-        train = load_torchvision_dataset(data.source, data.root, split="train")
-        return TrainTestSplit(train, load_torchvision_dataset(data.source, data.root, split="test"))
-    if data.root is not None:
-        return _found(find, *_split_folders(data.root, "data.train={train} data.test={val}"))
-    assert data.train is not None  # the configuration demands one of them
-    return _found(find, data.train, data.test)
+    if data.source == "folder" or data.source == "shards":
+        load = _load_labeled_folder if data.source == "folder" else _load_labeled_shards
+        train, test = _split_roots(data)
+        return _checked(load(train), None if test is None else load(test))
+    return _torchvision_splits(data.source, data.root)
+
+
+def build_feature_splits(data: EvalDataConfig) -> TrainTestSplit:
+    """Build the images of a feature extraction: as for an evaluation, but labels are optional and lists are allowed.
+
+    Raises:
+        UserError: There are no images, or the two sets have different classes.
+    """
+    if data.source == "folder" or data.source == "list" or data.source == "shards":
+        train, test = _split_roots(data)
+        return _checked(build_dataset(data.source, train), None if test is None else build_dataset(data.source, test))
+    return _torchvision_splits(data.source, data.root)
 
 
 def build_labeled_folder_splits(root: Path) -> TrainTestSplit:
-    """The labeled images of a folder with class folders, or with `train/` and `val/` or `test/` that hold these.
+    """Build the labeled images of a folder with class folders, or with `train/` and `val/` or `test/` that have them.
 
     Raises:
         UserError: As `build_labeled_splits`.
     """
-    return _found(_labeled, *_split_folders(root, "online.root={train}"))
+    train, test = _find_split_folders(root, "online.root={train}")
+    return _checked(_load_labeled_folder(train), None if test is None else _load_labeled_folder(test))
 
 
-def _found(
-    find: Callable[[Path], ImageFolder | TarShardDataset], train_folder: Path, test_folder: Path | None
-) -> TrainTestSplit:
-    train = find(train_folder)
-    if test_folder is None:
-        return TrainTestSplit(train, None)
-    test = find(test_folder)
-    if train.classes != test.classes:
-        raise UserError(_different(train, test))
-    return TrainTestSplit(train, test)
+def _torchvision_splits(source: ArraySource, root: Path | None) -> TrainTestSplit:
+    if root is None:
+        raise UserError(f"data.source={source}: name the folder above its files with data.root")
+    train = load_torchvision_dataset(source, root, split="train")
+    return TrainTestSplit(train, load_torchvision_dataset(source, root, split="test"))
 
 
-def build_feature_splits(data: EvalDataConfig) -> TrainTestSplit:
-    """The images whose features are wanted: as in an evaluation, but they need no labels; lists will do, too.
-
-    Raises:
-        UserError: There is no image, or the two sets have different classes.
-    """
-    if data.source not in ("folder", "list", "shards"):
-        return build_labeled_splits(data)
+def _split_roots(data: EvalDataConfig) -> tuple[Path, Path | None]:
+    """Return the folders of the train images and, if there are any, of the test images."""
     if data.root is not None:
-        train_folder, test_folder = _split_folders(data.root, "data.train={train} data.test={val}")
-    else:
-        assert data.train is not None  # the configuration demands one of them
-        train_folder, test_folder = data.train, data.test
-    train = build_dataset(data.source, train_folder)
-    test = None if test_folder is None else build_dataset(data.source, test_folder)
-    if test is not None and train.classes != test.classes:
-        raise UserError("the two sets have different classes; describe each by a command of its own: data.train=...")
-    return TrainTestSplit(train, test)
+        return _find_split_folders(data.root, "data.train={train} data.test={val}")
+    assert data.train is not None  # the config requires one of them
+    return data.train, data.test
 
 
-def _split_folders(root: Path, choice: str) -> tuple[Path, Path | None]:
-    """The folder to learn from, and the one to test on if there is one; `choice` are words that name them."""
+def _find_split_folders(root: Path, override: str) -> tuple[Path, Path | None]:
+    """Return `train/` and `val/` or `test/` below a folder, or the folder alone; `override` selects between both."""
     tests = [root / name for name in ("val", "test") if (root / name).is_dir()]
     if not (root / "train").is_dir() or not tests:
         return root, None
     if len(tests) == 2:
-        words = choice.format(**{name: escape_path(root / name) for name in ("train", "val")})
-        raise UserError(f"{escape_path(root)} holds val/ and test/: choose one, as with {words}")
+        example = override.format(**{name: escape_path(root / name) for name in ("train", "val")})
+        raise UserError(f"{escape_path(root)} has both val/ and test/; choose one, for example {example}")
     return root / "train", tests[0]
 
 
-def _labeled(folder: Path) -> ImageFolder:
+def _load_labeled_folder(folder: Path) -> ImageFolder:
     dataset = scan_image_folder(folder)
     if len(dataset.classes) < 2:
         names = map(dataset.name, range(len(dataset)))
@@ -131,20 +117,19 @@ def _labeled(folder: Path) -> ImageFolder:
     return dataset
 
 
-def _labeled_shards(folder: Path) -> TarShardDataset:
+def _load_labeled_shards(folder: Path) -> TarShardDataset:
     dataset = load_shards(folder)
     if len(dataset.classes) < 2:
-        raise UserError(
-            f"{escape_path(folder)}: labels are the numbers of two or more classes in the shards' .cls members, and "
-            f"{'all dataset are of one' if dataset.classes else 'not every image has one'}"
-        )
+        found = "all images are of one class" if dataset.classes else "not every image has one"
+        raise UserError(f"{escape_path(folder)}: labels are the class numbers in .cls members, and {found}")
     return dataset
 
 
-def _different(train: ImageFolder | TarShardDataset, test: ImageFolder | TarShardDataset) -> str:
-    parts = [
-        f"only in {escape_path(one.root)}: {', '.join(sorted(set(one.classes) - set(other.classes)))}"
-        for one, other in ((train, test), (test, train))
-        if set(one.classes) - set(other.classes)
-    ]
-    return f"the classes to learn from and to test on differ; {'; '.join(parts)}"
+def _checked(train: ImageDataset, test: ImageDataset | None) -> TrainTestSplit:
+    """Return the split, unless its sets have different classes."""
+    if test is not None and train.classes != test.classes:
+        pairs = (("train", train, test), ("test", test, train))
+        only = {name: sorted(set(own.classes) - set(other.classes)) for name, own, other in pairs}
+        differences = "; ".join(f"only in {name}: {', '.join(classes)}" for name, classes in only.items() if classes)
+        raise UserError(f"the train and test images have different classes; {differences}")
+    return TrainTestSplit(train, test)

@@ -146,7 +146,7 @@ def test_fingerprint_follows_names_and_sizes(tmp_path):
 
 def test_counts_names_the_most_frequent_and_sums_up_the_rest():
     kinds = Counter({f".{i}": i for i in range(1, 12)})
-    assert counts(kinds, most=2) == "11 .11, 10 .10, 9 more kinds"
+    assert format_counts(kinds, limit=2) == "11 .11, 10 .10, 9 more kinds"
 
 
 def test_walking_is_the_same_whatever_the_order_of_the_disk(tmp_path, monkeypatch):
@@ -218,7 +218,7 @@ def test_train_may_be_the_name_of_a_class(tmp_path):
 
 def test_labeled_sets_that_are_none(tmp_path):
     put(tmp_path, "two/train/a/1.png", "two/train/b/1.png", "two/test/a/1.png", "two/test/c/1.png")
-    with pytest.raises(UserError, match=r"two/train: b; only in .*two/test: c"):
+    with pytest.raises(UserError, match="only in train: b; only in test: c"):
         build_labeled_splits(labeled(root=tmp_path / "two"))
     put(tmp_path, "flat/1.png", "flat/a/2.png")
     with pytest.raises(UserError, match=r"1\.png lies in none"):

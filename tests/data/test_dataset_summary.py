@@ -43,7 +43,7 @@ def messy(tmp_path):
 
 def test_everything_is_counted(messy):
     report = summarize_dataset(scan_image_folder(messy))
-    assert report.dataset == 12
+    assert report.num_images == 12
     assert report.extensions == {".jpg": 8, ".png": 3, ".gif": 1}
     assert report.formats == {"JPEG": 5, "GIF": 1, "PNG": 2}
     assert report.modes == {"RGB": 5, "CMYK": 1, "P": 1, "RGBA": 1}
@@ -71,8 +71,8 @@ def test_the_command_reports_and_writes_all_names(messy, tmp_path, capsys):
     assert "12 images" in shown
     assert "4 cannot be read and will be skipped" in shown
     assert "train/dog/empty.jpg: an empty file" in shown
-    assert "2 are exact copies of another" in shown
-    assert "1 in train/ stand in val/ or test/ again" in shown
+    assert "2 exact duplicates of other images" in shown
+    assert "1 of train/ also in val/ or test/" in shown
     written = json.loads((tmp_path / "report" / "scan.json").read_text(encoding="utf-8"))
     assert written == summarize_dataset(scan_image_folder(messy)).as_json()
 
@@ -91,11 +91,11 @@ def test_a_good_folder_and_a_list(tmp_path, capsys):
     (tmp_path / "list.txt").write_text("a/1.png\n")
     assert main(["scan", f"data.root={tmp_path}"]) == 0
     shown = capsys.readouterr().out
-    assert "Every image can be read" in shown
-    assert "2, of 1 images each" in shown
+    assert "All images can be read" in shown
+    assert "2, 1 image each" in shown
     assert "1 .txt" in shown
     assert main(["scan", "data.source=list", f"data.root={tmp_path / 'list.txt'}"]) == 0
-    assert "1 images" in capsys.readouterr().out
+    assert "1 image, " in capsys.readouterr().out
 
 
 def test_mistakes_end_with_a_message(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""One image file of any format and mode as a uint8 tensor."""
+"""Decode an image file of any format and mode to a uint8 tensor."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 )
-MAX_PIXELS = 89_478_485  # a quarter of a GiB as RGB: from here on Pillow warns of decompression bombs
-MAX_SCANS = 100  # of a JPEG; encoders write up to a dozen, and each costs as much time as a whole image
+MAX_PIXELS = 89_478_485  # a quarter of a GiB as RGB; above it Pillow warns of decompression bombs
+MAX_SCANS = 100  # of a JPEG; encoders write up to a dozen, and each takes as long as a whole image
 
-_DAMAGE = (  # what Pillow's readers have been seen to raise on damaged files: nearly every built-in error
+_DECODE_ERRORS = (  # raised by Pillow's readers on damaged files: nearly every built-in error
     *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError),
     *(RuntimeError, AssertionError, MemoryError, struct.error, zlib.error),
     *(Image.DecompressionBombError, Image.DecompressionBombWarning),
 )
 
-_STRIP = 256  # rows that are stretched at once
+_STRIP = 256  # rows rescaled at once
 
-_UPRIGHT = {  # what undoes each EXIF orientation
+_UPRIGHT = {  # EXIF orientation -> the transposition that undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -44,29 +44,29 @@ _UPRIGHT = {  # what undoes each EXIF orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_FIRST_ON_ITS_SIDE = 5  # of the orientations: from here on, height and width change places
-_BLOCK = 8  # pixels of a JPEG's block, along a side
+_FIRST_ROTATED = 5  # orientations from here on swap height and width
+_BLOCK = 8  # side of a JPEG block in pixels
 
 
 def decode(path: Path | BytesIO, channels: int = 3, jpeg_scale: JPEGScaleFn | None = None) -> Tensor:
-    """Read a JPEG, PNG, WebP, BMP, TIFF, GIF (first frame) or PPM file; the content tells which, not the name.
+    """Read a JPEG, PNG, WebP, BMP, TIFF, GIF (first frame) or PPM file, identified by its content, not its name.
 
-    EXIF orientation is applied. Transparent parts are laid on white, as most viewers show them. Gray of 16 bits, 32
-    bits and floats is stretched from the image's own smallest and largest value to 0 and 255, because devices seldom
-    use the whole range of their files. Of colors of 16 bits the upper 8 count.
+    EXIF orientation is applied. Transparent pixels are composited on white. Gray values of 16 or 32 bits and floats
+    are rescaled from the image's own minimum and maximum to 0 and 255, because devices seldom use the whole range of
+    their files. 16-bit colors keep their upper 8 bits.
 
     Args:
         path: The file, or its bytes.
         channels: 3 for RGB, 1 for gray (ITU-R 601 luma).
-        jpeg_scale: By how much the image may be decoded smaller. Only JPEGs are: from fewer coefficients of each block
-            of 8 x 8 pixels, in a fraction of the time, about as if the pixels of the whole image had been averaged.
+        jpeg_scale: Chooses by how much a JPEG is decoded smaller: from fewer coefficients of each block of 8 x 8
+            pixels, in a fraction of the time, approximately an average of the pixels.
 
     Returns:
-        (C, H, W) uint8, channels last in memory: crops of it resize twice as fast so.
+        (C, H, W) uint8, channels last in memory, where crops resize twice as fast.
 
     Raises:
-        UnreadableImageError: The file is missing, damaged, of another format, no regular file, or holds more than MAX_PIXELS
-            pixels or MAX_SCANS scans.
+        UnreadableImageError: The file is missing, damaged, of another format, not a regular file, or has more than
+            MAX_PIXELS pixels or MAX_SCANS scans.
     """
     with open_image(path) as image:
         if jpeg_scale is not None and isinstance(image, JpegImageFile):
@@ -76,10 +76,10 @@ def decode(path: Path | BytesIO, channels: int = 3, jpeg_scale: JPEGScaleFn | No
 
 @contextmanager
 def open_image(path: Path | BytesIO) -> Iterator[ImageFile.ImageFile]:
-    """An image whose header has been read; what goes wrong with it inside the block is a UnreadableImageError.
+    """Open an image and read its header; errors inside the block become UnreadableImageError.
 
     Raises:
-        UnreadableImageError: As for `decode`.
+        UnreadableImageError: As `decode`.
     """
     name = escape_path(path) if isinstance(path, Path) else "an image in memory"
     empty = isinstance(path, BytesIO) and path.getbuffer().nbytes == 0
@@ -87,61 +87,61 @@ def open_image(path: Path | BytesIO) -> Iterator[ImageFile.ImageFile]:
         if isinstance(path, Path):
             status = path.stat()
             if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
-                raise UnreadableImageError(name, "no file but a directory, pipe, socket or device")
+                raise UnreadableImageError(name, "not a regular file but a directory, pipe, socket or device")
             empty = status.st_size == 0
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
-            if image.info.get("progressive") and _scans(image) > MAX_SCANS:
-                raise UnreadableImageError(name, f"a JPEG of more than {MAX_SCANS} scans, made to take long")
+            if image.info.get("progressive") and _count_scans(image) > MAX_SCANS:
+                raise UnreadableImageError(name, f"a JPEG of more than {MAX_SCANS} scans, which takes too long to decode")
             yield image
-    except _DAMAGE as error:
+    except _DECODE_ERRORS as error:
         raise UnreadableImageError(name, _reason(error, empty=empty)) from error
 
 
-def _scans(image: ImageFile.ImageFile) -> int:
-    """How many scans a progressive JPEG has: markers that cannot occur inside of one; those of previews count too."""
-    assert image.fp is not None  # until its pixels are loaded
+def _count_scans(image: ImageFile.ImageFile) -> int:
+    """Count the scans of a progressive JPEG by their markers, which cannot occur inside a scan; previews included."""
+    assert image.fp is not None  # before its pixels are loaded
     image.fp.seek(0)
     return image.fp.read().count(b"\xff\xda")
 
 
 def _decode_smaller(image: JpegImageFile, jpeg_scale: JPEGScaleFn) -> None:
-    """Let the image be loaded by `jpeg_scale` smaller; each of its pixels then stands for a square of so many."""
+    """Set up the image to be loaded smaller; each of its pixels is then the average of a square."""
     width, height = image.size
-    turn = orientation(image)
-    if turn != 1 and (width % _BLOCK or height % _BLOCK):  # turned, an incomplete square would come first
+    rotation = orientation(image)
+    if rotation != 1 and (width % _BLOCK or height % _BLOCK):  # rotated, an incomplete block would come first
         return
-    by = jpeg_scale(width, height) if turn >= _FIRST_ON_ITS_SIDE else jpeg_scale(height, width)
-    image.draft(None, (width // by, height // by))
+    scale = jpeg_scale(width, height) if rotation >= _FIRST_ROTATED else jpeg_scale(height, width)
+    image.draft(None, (width // scale, height // scale))
 
 
 def to_tensor(image: Image.Image, channels: int) -> Tensor:
-    """The pixels (C, H, W) uint8 of an opened image, upright, with 1 or 3 channels; see `decode`."""
-    image.load()  # TIFF turns itself upright here
-    turn = _UPRIGHT.get(orientation(image))
-    flat, mode = _flattened(image), "RGB" if channels == 3 else "L"
-    if flat.mode != mode:
-        flat = flat.convert(mode)
-    if turn is not None:
-        flat = flat.transpose(turn)
-    return torch.from_numpy(np.array(flat).reshape(flat.height, flat.width, channels)).permute(2, 0, 1)
+    """Convert an opened image to pixels (C, H, W) uint8, upright, with 1 or 3 channels; see `decode`."""
+    image.load()  # applies the orientation of TIFF files
+    transposition = _UPRIGHT.get(orientation(image))
+    image, mode = _to_opaque_8bit(image), "RGB" if channels == 3 else "L"
+    if image.mode != mode:
+        image = image.convert(mode)
+    if transposition is not None:
+        image = image.transpose(transposition)
+    return torch.from_numpy(np.array(image).reshape(image.height, image.width, channels)).permute(2, 0, 1)
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 (upright) where there is none, or none that can be read."""
+    """Return the EXIF orientation, 1 to 8; 1 (upright) if it is missing or unreadable."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation)
-    except _DAMAGE:  # of the EXIF data; the pixels may be good all the same
+    except _DECODE_ERRORS:  # in the EXIF data; the pixels may still be readable
         return 1
     return value if value in _UPRIGHT else 1
 
 
-def _flattened(image: Image.Image) -> Image.Image:
-    """The image with 8 bits and without transparency."""
+def _to_opaque_8bit(image: Image.Image) -> Image.Image:
+    """Convert the image to 8 bits without transparency."""
     if image.mode.startswith(("I", "F")):
         return Image.fromarray(to_uint8_range(np.asarray(image)))
-    if image.mode == "LAB":  # which Pillow turns into RGB only
+    if image.mode == "LAB":  # Pillow converts it to RGB only
         return image.convert("RGB")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
@@ -150,22 +150,22 @@ def _flattened(image: Image.Image) -> Image.Image:
 
 
 def to_uint8_range(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """Values (H, W) from their own range to 0..255; not-a-numbers and infinities become 0.
+    """Rescale values (H, W) from their own range to 0..255; NaN and infinities become 0.
 
-    Strip by strip, so that the float64 in which it is computed never takes several times the image.
+    Strip by strip, because whole images in float64 would take several times their memory.
     """
     strips = [values[top : top + _STRIP] for top in range(0, len(values), _STRIP)]
-    ends = [(part.min(), part.max()) for strip in strips if (part := strip[np.isfinite(strip)]).size]
-    if not ends:
+    ranges = [(part.min(), part.max()) for strip in strips if (part := strip[np.isfinite(strip)]).size]
+    if not ranges:
         raise ValueError("no pixel is a finite number")
-    low, high = float(min(least for least, _ in ends)), float(max(most for _, most in ends))
+    low, high = float(min(least for least, _ in ranges)), float(max(most for _, most in ranges))
     scale = 255 / (high - low) if high > low else 0.0
     finite = (np.where(np.isfinite(strip), strip, low).astype(np.float64) for strip in strips)
     return np.concatenate([((strip - low) * scale).round().astype(np.uint8) for strip in finite])
 
 
 def _reason(error: Exception, *, empty: bool) -> str:
-    """Why an image is skipped, in one line."""
+    """Describe in one line why an image cannot be read."""
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"more than {MAX_PIXELS:,} pixels, perhaps a decompression bomb"
     if isinstance(error, OSError) and error.strerror:

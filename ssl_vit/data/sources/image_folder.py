@@ -1,4 +1,4 @@
-"""Image files: found below a folder or named in a list, read when asked for."""
+"""Datasets of image files: all images below a folder, or the paths in a list file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import os
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,18 +17,19 @@ from ssl_vit.data.sources.decode import EXTENSIONS, decode
 from ssl_vit.data.sources.image_index import cached_walk
 from ssl_vit.data.sources.packed_paths import PackedPaths
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.text import pluralize
 
-SPLITS = frozenset({"train", "val", "test"})  # folders of these names are parts of a data set, not classes
+SPLITS = frozenset({"train", "val", "test"})  # folders of these names are splits, not classes
 
 
 class ImageFolder:
-    """Images in files; the class folders directly below the root, if all images are in some, are their labels.
+    """Image files below a root; if all of them are in folders directly below it, these are the classes.
 
     Args:
-        root: What the names are relative to.
-        names: One path per image; sorted, if class folders are labels.
-        ignored: How many files of which kind were found beside the images.
-        labeled: Whether class folders are labels.
+        root: Folder that the names are relative to.
+        names: One path per image; sorted if `labeled`.
+        ignored: Number of other files by kind.
+        labeled: Whether folders are classes.
     """
 
     def __init__(self, root: Path, names: PackedPaths, *, ignored: Counter[str], labeled: bool) -> None:
@@ -40,26 +42,26 @@ class ImageFolder:
         return len(self.names)
 
     def path(self, index: int) -> Path:
-        """The image's file."""
+        """Return the path of the image file."""
         return self.root / os.fsdecode(self.names[index])
 
     def name(self, index: int) -> str:
-        """The file's path relative to the root, printable."""
+        """Return the path relative to the root, printable."""
         return escape_path(self.names[index])
 
     def read(self, index: int, channels: int, jpeg_scale: JPEGScaleFn | None = None) -> Tensor:
-        """The image as (C, H, W) uint8, a JPEG smaller where `jpeg_scale` allows.
+        """Decode the image; see `ImageDataset.read`.
 
         Raises:
             UnreadableImageError: It cannot be read.
         """
         try:
             return decode(self.path(index), channels, jpeg_scale)
-        except UnreadableImageError as broken:
-            raise UnreadableImageError(self.name(index), broken.reason) from broken
+        except UnreadableImageError as error:
+            raise UnreadableImageError(self.name(index), error.reason) from error
 
     def content(self, index: int) -> bytes:
-        """The file's bytes.
+        """Return the bytes of the file.
 
         Raises:
             UnreadableImageError: It cannot be read.
@@ -70,18 +72,18 @@ class ImageFolder:
             raise UnreadableImageError(self.name(index), error.strerror or str(error)) from error
 
     def with_names(self, names: PackedPaths) -> ImageFolder:
-        """Other images below the same root."""
+        """Return a dataset of other images below the same root."""
         return ImageFolder(self.root, names, ignored=self.ignored, labeled=bool(self.classes))
 
     def fingerprint(self, *, sizes: bool, times: bool = False) -> str:
-        """A hash of all names, and of file sizes and times of change if wanted, for which each file is asked."""
+        """Hash all names, and file sizes and modification times if requested; see `ImageDataset.fingerprint`."""
         if not sizes and not times:
             return self.names.fingerprint()
         digest = hashlib.sha256()
         for name in self.names:
             try:
-                about = os.stat(os.path.join(os.fsencode(self.root), name))  # noqa: PTH116, PTH118 - bytes
-                size, changed = about.st_size, about.st_mtime_ns
+                status = os.stat(os.path.join(os.fsencode(self.root), name))  # noqa: PTH116, PTH118 - bytes
+                size, changed = status.st_size, status.st_mtime_ns
             except OSError:
                 size = changed = -1
             digest.update(b"%s\0%d\0" % (name, size))
@@ -91,58 +93,57 @@ class ImageFolder:
 
     @property
     def extensions(self) -> Counter[str]:
-        """How many images have which extension."""
+        """Number of images by extension."""
         kinds: Counter[str] = Counter()
         for suffix, count in Counter(os.path.splitext(name)[1].lower() for name in self.names).items():  # noqa: PTH122
             kinds[escape_path(suffix) or "without extension"] += count
         return kinds
 
     def describe(self) -> str:
-        """Counts per extension, and of what was ignored."""
-        text = f"{len(self):,} images in {escape_path(self.root)} ({counts(self.extensions)})"
-        return f"{text}; ignored: {counts(self.ignored)}" if self.ignored else text
+        """Return the number of images by extension, and of ignored files."""
+        text = f"{pluralize(len(self), 'image')} in {escape_path(self.root)} ({format_counts(self.extensions)})"
+        return f"{text}; ignored: {format_counts(self.ignored)}" if self.ignored else text
 
 
 def scan_image_folder(root: Path) -> ImageFolder:
-    """All images below a folder, sorted by path.
+    """Build the dataset of all images below a folder, sorted by path.
 
     Raises:
-        UserError: There is no such folder, or no image in it.
+        UserError: The folder does not exist or has no image.
     """
     if not root.is_dir():
         problem = "is a file, not a folder (a list of paths is data.source=list)" if root.exists() else "does not exist"
         raise UserError(f"{escape_path(root.absolute())} {problem}; name the folder that holds the images")
     names, ignored = cached_walk(root)
     if not len(names):
-        found = f"it holds {counts(ignored)}" if ignored else "it is empty"
+        found = f"it holds {format_counts(ignored)}" if ignored else "it is empty"
         hint = "data.source=shards reads tar files" if ignored[".tar"] else f"images: {', '.join(sorted(EXTENSIONS))}"
         raise UserError(f"{escape_path(root.absolute())}: there is no image in this folder, {found}; {hint}")
     return ImageFolder(root, names, ignored=ignored, labeled=True)
 
 
-def load_images_at(place: Path) -> ImageFolder:
-    """The one image that is named, without a label, or all images below a folder.
+def load_images_at(path: Path) -> ImageFolder:
+    """Build the dataset of one image file, without a label, or of all images below a folder.
 
     Raises:
-        UserError: There is neither, or no image in the folder.
+        UserError: The path does not exist, or the folder has no image.
     """
-    if place.is_file():
-        return ImageFolder(
-            place.parent, PackedPaths.from_iterable([os.fsencode(place.name)]), ignored=Counter(), labeled=False
-        )
-    return scan_image_folder(place)
+    if path.is_file():
+        names = PackedPaths.from_iterable([os.fsencode(path.name)])
+        return ImageFolder(path.parent, names, ignored=Counter(), labeled=False)
+    return scan_image_folder(path)
 
 
 def read_image_list(file: Path) -> ImageFolder:
-    """The images of a text file with one path a line, absolute or relative to the file's folder, in its order.
+    """Build the dataset of a text file with one path per line, absolute or relative to the file's folder.
 
     Raises:
-        UserError: There is no such file, or no path in it.
+        UserError: The file does not exist or has no path.
     """
     if not file.is_file():
         problem = "is a folder (use data.source=folder)" if file.is_dir() else "does not exist"
         raise UserError(
-            f"{escape_path(file.absolute())} {problem}; data.source=list wants a text file, one path a line"
+            f"{escape_path(file.absolute())} {problem}; data.source=list expects a text file with one path per line"
         )
     with file.open("rb") as content:
         names = PackedPaths.from_iterable(path for line in content for path in line.splitlines() if path.strip())
@@ -152,12 +153,12 @@ def read_image_list(file: Path) -> ImageFolder:
 
 
 def labels_from_folders(names: PackedPaths) -> tuple[Tensor, list[str]]:
-    """Labels (N,) and class names from the first folder of each path; none when an image lies outside of such folders.
+    """Return labels (N,) and class names from the first folder of each path; none if an image is not in a folder.
 
-    `train`, `val` and `test` are no classes.
+    Folders `train`, `val` and `test` alone are splits, not classes.
 
     Args:
-        names: Sorted, so that the images of a class folder stand side by side.
+        names: Sorted, so that the images of a class are contiguous.
     """
     sizes: dict[bytes, int] = {}  # images per folder
     start = 0
@@ -170,18 +171,23 @@ def labels_from_folders(names: PackedPaths) -> tuple[Tensor, list[str]]:
     classes = sorted(sizes, key=os.fsdecode)
     if SPLITS.issuperset(map(os.fsdecode, classes)):
         return unlabeled(len(names))
-    place = {folder: label for label, folder in enumerate(classes)}
-    labels = torch.tensor([place[folder] for folder in sizes])
+    label_of = {folder: label for label, folder in enumerate(classes)}
+    labels = torch.tensor([label_of[folder] for folder in sizes])
     return labels.repeat_interleave(torch.tensor([*sizes.values()])), [escape_path(folder) for folder in classes]
 
 
 def unlabeled(count: int) -> tuple[Tensor, list[str]]:
-    """Labels (N,) all -1, and no class."""
+    """Return labels (N,) of -1 and no class names."""
     return torch.full((count,), -1), []
 
 
-def counts(kinds: Counter[str], most: int = 8) -> str:
-    """`12 .txt, 3 .pdf`: the most frequent kinds first."""
-    listed = [f"{count:,} {kind}" for kind, count in sorted(kinds.items(), key=lambda item: (-item[1], item[0]))]
-    rest = [f"{len(listed) - most} more kinds"] if len(listed) > most else []
-    return ", ".join(listed[:most] + rest)
+def sort_counts(kinds: Mapping[str, int]) -> dict[str, int]:
+    """Sort kinds by count, descending, then by name."""
+    return dict(sorted(kinds.items(), key=lambda item: (-item[1], item[0])))
+
+
+def format_counts(kinds: Mapping[str, int], limit: int = 8) -> str:
+    """Format as `12 .txt, 3 .pdf`, the most frequent kinds first."""
+    entries = [f"{count:,} {kind}" for kind, count in sort_counts(kinds).items()]
+    rest = [f"{len(entries) - limit} more kinds"] if len(entries) > limit else []
+    return ", ".join(entries[:limit] + rest)

@@ -1,51 +1,226 @@
-"""The images below a folder, remembered between runs where finding them takes long."""
+"""Find the images below a folder with several threads, and cache the result between runs if that takes long."""
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import os
+import stat
 import time
+from bisect import bisect
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import chain
+from functools import partial
+from itertools import chain, islice, pairwise
 from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
 
 from filelock import FileLock
+from tqdm import tqdm
 
+from ssl_vit.data.dataset import escape_path
 from ssl_vit.data.sources.decode import EXTENSIONS
-from ssl_vit.data.sources.directory_walk import WalkResult, directory_fingerprint, walk_images
 from ssl_vit.data.sources.packed_paths import PackedPaths
+from ssl_vit.runtime.launch import is_rank_zero
+from ssl_vit.runtime.workers import PATIENCE, map_ordered
 
-_WORTH_S = 1.0  # what takes longer is remembered
-_SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system: within one tick, two changes look like one
+THREADS = 16  # each waits for a folder of a network disk
+_AHEAD = 4 * THREADS  # folders in flight
+_STAMP_CHUNK = 256  # folders per task of `directory_fingerprint`
+
+_READ_LOCK = Lock()  # listing a cached folder switches threads at every entry, which costs more than waiting here
+_SUFFIXES = frozenset(map(os.fsencode, EXTENSIONS))
+
+_MIN_SECONDS = 1.0  # faster walks are not cached
+_SETTLED_NS = 2_000_000_000  # tick of the coarsest file system clock, within which two changes look like one
 _KIND = f"ssl-vit index 1 {' '.join(sorted(EXTENSIONS))}"  # another version may look for other images
 
 
-def cached_walk(root: Path) -> tuple[PackedPaths, Counter[str]]:
-    """What `walk` finds, from the cache if each folder is as it was then.
+class WalkResult(NamedTuple):
+    """What is below a folder."""
 
-    A file or folder that came, went or was renamed, and another target of a linked folder, are noticed. A file that is
-    rewritten in place is not, nor does it matter: there are only names in the index. Not remembered is what was found
-    quickly, a tree that was changed in the two seconds before, and one with unreadable folders.
+    names: PackedPaths  # of the images, relative to the folder, sorted
+    ignored: Counter[str]  # number of other files by extension
+    folders: PackedPaths  # all visited folders, and links that might become folders
+    state: str  # their `directory_fingerprint`
+    last_change: int  # latest modification time of a folder, in ns since 1970
+
+
+def cached_walk(root: Path) -> tuple[PackedPaths, Counter[str]]:
+    """Return the images and the ignored files of `walk_images`, from the cache if no folder has changed.
+
+    Added, removed and renamed files and folders and changed targets of linked folders are noticed. Files rewritten in
+    place are not, and need not be: the index has only names. Not cached are fast walks, trees that changed within the
+    last two seconds, and trees with unreadable folders.
     """
     file = _cache_file(root)
-    if file and (remembered := _remembered(file, root)) is not None:
-        return remembered
+    if file and (cached := _load_cached(file, root)) is not None:
+        return cached
     start, now = time.perf_counter(), time.time_ns()
-    tree = walk_images(root)
-    settled = tree.youngest < now - _SETTLED_NS and not tree.ignored["unreadable folder"]
-    if file and settled and time.perf_counter() - start > _WORTH_S:
-        # The cache cannot be written to, has no locks, or another process is writing.
+    result = walk_images(root)
+    settled = result.last_change < now - _SETTLED_NS and not result.ignored["unreadable folder"]
+    if file and settled and time.perf_counter() - start > _MIN_SECONDS:
+        # The cache cannot be written, has no locks, or another process is writing.
         with suppress(OSError, NotImplementedError):
-            _remember(file, tree)
-    return tree.names, tree.ignored
+            _save_cached(file, result)
+    return result.names, result.ignored
 
 
 def cache_dir() -> Path | None:
-    """Our folder in the user's cache; None where the user has no home."""
+    """Return this package's folder in the user's cache; None if the user has no home."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111 - never raises
     return folder / "ssl-vit" if folder.is_absolute() else None
+
+
+def walk_images(root: Path) -> WalkResult:
+    """Find the images below a folder as sorted relative paths, and count all other files.
+
+    Links to folders are followed and each folder is visited once: loops end, and an image has one path, the one
+    without a link if possible. Links are followed one by one, the folders below each by several threads.
+    """
+    runs: list[bytes] = []
+    ignored: Counter[bytes] = Counter()
+    hidden = unreadable = last_change = 0
+    visited: set[tuple[int, int]] = set()
+    seen: list[bytes] = []
+    state = hashlib.sha256()
+    folders, linked = [b""], list[bytes]()  # still to visit, each with a slash at its end
+    bar = tqdm(desc="finding images", unit="", delay=PATIENCE, leave=False, disable=None if is_rank_zero() else True)
+    with bar, ThreadPoolExecutor(THREADS) as threads:
+        while folders or linked:
+            level = sorted(folders) or [heapq.heappop(linked)]
+            folders = []
+            listings = map_ordered(threads, partial(_list_folder, os.fsencode(root)), level, ahead=_AHEAD)
+            for path, folder in zip(level, listings, strict=True):
+                if folder is None:
+                    unreadable += 1
+                    continue
+                seen.append(path)
+                state.update(_stamp(path, folder.status))
+                last_change = max(last_change, folder.status.st_mtime_ns)
+                identity = folder.status.st_dev, folder.status.st_ino
+                if identity in visited:
+                    continue
+                visited.add(identity)
+                runs += folder.sorted_runs()
+                ignored += folder.ignored
+                hidden += folder.hidden
+                folders += folder.subfolders
+                for link in folder.links:
+                    heapq.heappush(linked, link)
+                for link in folder.other_links:
+                    seen.append(link)
+                    state.update(_stamp(link, None))
+                bar.update(len(folder.images))
+    runs.sort()
+    names = PackedPaths.from_iterable(name for run in runs for name in run.split(b"\0"))
+    kinds = Counter({"hidden": hidden, "unreadable folder": unreadable})
+    for suffix, count in ignored.items():
+        kinds[escape_path(suffix) or "without extension"] += count
+    return WalkResult(names, +kinds, PackedPaths.from_iterable(seen), state.hexdigest(), last_change)
+
+
+def directory_fingerprint(root: Path, folders: PackedPaths) -> str:
+    """Hash the paths, identities and modification times of folders as they are now."""
+    starts = range(0, len(folders), _STAMP_CHUNK)
+    chunks = (folders.slice(start, min(start + _STAMP_CHUNK, len(folders))) for start in starts)
+    state = hashlib.sha256()
+    with ThreadPoolExecutor(THREADS) as threads:
+        for stamps in map_ordered(threads, partial(_stamps, os.fsencode(root)), chunks, ahead=_AHEAD):
+            state.update(stamps)
+    return state.hexdigest()
+
+
+class _Folder:
+    """The entries of one folder.
+
+    Args:
+        path: Relative to the root, with a slash at its end.
+        status: From before listing: a change in between makes it outdated.
+    """
+
+    def __init__(self, path: bytes, status: os.stat_result) -> None:
+        self.path = path
+        self.status = status
+        self.images: list[bytes] = []  # names
+        self.ignored: Counter[bytes] = Counter()  # files by extension
+        self.hidden = 0
+        self.subfolders: list[bytes] = []  # paths relative to the root, with a slash at their end
+        self.links: list[bytes] = []  # to folders, likewise
+        self.other_links: list[bytes] = []  # neither to folders nor named like images, likewise
+
+    def add(self, entry: os.DirEntry[bytes], *, link: bool) -> None:
+        name = entry.name
+        _, dot, suffix = name.lower().rpartition(b".")
+        if name.startswith(b"."):
+            self.hidden += 1
+        elif _is_folder(entry):
+            (self.links if link else self.subfolders).append(self.path + name + b"/")
+        elif dot + suffix in _SUFFIXES and (link or entry.is_file()):
+            self.images.append(name)
+        else:
+            self.ignored[dot and dot + suffix] += 1
+            if link:
+                self.other_links.append(self.path + name + b"/")
+
+    def sorted_runs(self) -> list[bytes]:
+        """Return the images' paths, sorted and joined with NUL, split where a subfolder sorts in between."""
+        self.images.sort()
+        below = len(self.path)
+        splits = {bisect(self.images, folder[below:]) for folder in self.subfolders + self.links}
+        bounds = sorted(splits | {0, len(self.images)})
+        return [self.path + (b"\0" + self.path).join(self.images[start:stop]) for start, stop in pairwise(bounds)]
+
+
+def _list_folder(root: bytes, path: bytes) -> _Folder | None:
+    """List a folder; None if it cannot be read."""
+    whole = os.path.join(root, path)  # noqa: PTH118 - bytes
+    links = []
+    try:
+        folder = _Folder(path, os.stat(whole))  # noqa: PTH116 - bytes
+        entries = iter(os.scandir(whole))
+        first = list(islice(entries, 1))  # waits for the disk
+        with _READ_LOCK:
+            for entry in chain(first, entries):
+                if entry.is_symlink():
+                    links.append(entry)
+                else:
+                    folder.add(entry, link=False)
+    except OSError:
+        return None
+    for entry in links:  # waits for their targets
+        folder.add(entry, link=True)
+    return folder
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _stamps(root: bytes, folders: PackedPaths) -> bytes:
+    return b"".join(_stamp(folder, _folder_status(os.path.join(root, folder))) for folder in folders)  # noqa: PTH118
+
+
+def _folder_status(path: bytes) -> os.stat_result | None:
+    try:
+        status = os.stat(path)  # noqa: PTH116 - bytes
+    except OSError:
+        return None
+    return status if stat.S_ISDIR(status.st_mode) else None
+
+
+def _stamp(folder: bytes, status: os.stat_result | None) -> bytes:
+    """Return bytes that differ if another folder has this path, or files in it were added, removed or renamed."""
+    if status is None:
+        return folder + b"\0\0"
+    # Copying programs reset the first time, none resets the second. Device numbers differ between machines.
+    return b"%b\0%d %d %d\0" % (folder, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def _cache_file(root: Path) -> Path | None:
@@ -54,24 +229,23 @@ def _cache_file(root: Path) -> Path | None:
     return cache / "index" / f"{digest}.safetensors" if cache else None
 
 
-def _remember(file: Path, tree: WalkResult) -> None:
-    """One list of names: the images, the folders, and as the last one a JSON text of what else there is to know."""
-    facts = {"kind": _KIND, "images": len(tree.names), "ignored": tree.ignored, "state": tree.state}
+def _save_cached(file: Path, result: WalkResult) -> None:
+    """Write one list of paths: the images, the folders, and last the JSON of everything else."""
+    info = {"kind": _KIND, "images": len(result.names), "ignored": result.ignored, "state": result.state}
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with FileLock(file.with_suffix(".lock"), timeout=0):
-        PackedPaths.from_iterable(chain(tree.names, tree.folders, [json.dumps(facts).encode()])).save(file)
+        PackedPaths.from_iterable(chain(result.names, result.folders, [json.dumps(info).encode()])).save(file)
 
 
-def _remembered(file: Path, root: Path) -> tuple[PackedPaths, Counter[str]] | None:
+def _load_cached(file: Path, root: Path) -> tuple[PackedPaths, Counter[str]] | None:
     try:
-        every = PackedPaths.load(file)
-        facts = json.loads(every[-1])
-        if facts["kind"] != _KIND:
+        paths = PackedPaths.load(file)
+        info = json.loads(paths[-1])
+        if info["kind"] != _KIND:
             return None
-    except (OSError, ValueError, LookupError, TypeError):  # absent, damaged, or of something else
+    except (OSError, ValueError, LookupError, TypeError):  # absent, damaged or of another kind
         return None
-    dataset = facts["images"]
-    folders = every.slice(dataset, len(every) - 1)
-    if directory_fingerprint(root, folders) != facts["state"]:
+    count = info["images"]
+    if directory_fingerprint(root, paths.slice(count, len(paths) - 1)) != info["state"]:
         return None
-    return every.slice(0, dataset), Counter(facts["ignored"])
+    return paths.slice(0, count), Counter(info["ignored"])

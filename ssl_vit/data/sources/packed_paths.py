@@ -1,4 +1,4 @@
-"""Names of images by the million: packed into two arrays, without a Python object per name."""
+"""Millions of paths packed into two arrays, without one Python object per path."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from safetensors.numpy import load_file, save
 
 from ssl_vit.runtime.atomic_io import atomic_write
 
-_AT_ONCE = 4096  # names unpacked in one go
+_CHUNK = 4096  # paths unpacked at once
 
 
 class PackedPaths:
-    """N names of any bytes, in an order; forked processes share the arrays without copying.
+    """N paths of arbitrary bytes in order; forked processes share the arrays without copying.
 
     Args:
-        text: All names, one behind the other, uint8.
-        ends: Where each name starts and, at N, the last one ends (N + 1,) int64.
+        text: All paths, concatenated, uint8.
+        ends: Start of each path and, at N, the end of the last one (N + 1,) int64.
     """
 
     def __init__(self, text: npt.NDArray[np.uint8], ends: npt.NDArray[np.int64]) -> None:
@@ -32,45 +32,45 @@ class PackedPaths:
         self.ends = ends
 
     @classmethod
-    def from_iterable(cls, names: Iterable[bytes]) -> PackedPaths:
-        """From single names, taken one after the other."""
+    def from_iterable(cls, paths: Iterable[bytes]) -> PackedPaths:
+        """Pack single paths, consumed one by one."""
         text, ends = bytearray(), array("q", [0])
-        for name in names:
-            text += name
+        for path in paths:
+            text += path
             ends.append(len(text))
         return cls(np.frombuffer(text, dtype=np.uint8), np.frombuffer(ends, dtype=np.int64))
 
     @classmethod
-    def load(cls, path: Path) -> PackedPaths:
-        """What `save` wrote. It is read, not mapped: mapped files on model disks can kill their readers.
+    def load(cls, file: Path) -> PackedPaths:
+        """Load what `save` wrote. The file is read, not mapped: a mapped file on a network disk can kill its reader.
 
         Raises:
             OSError: It cannot be read.
-            ValueError: It is damaged, or another kind of file.
+            ValueError: It is damaged or of another kind.
         """
         try:
-            arrays = load_file(path)
+            arrays = load_file(file)
         except SafetensorError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{file}: {error}") from None
         if arrays.keys() != {"text", "ends", "sha256"}:
-            raise ValueError(f"{path} holds no names")
-        names = cls(arrays["text"], arrays["ends"])
-        if names.fingerprint() != arrays["sha256"].tobytes().hex():
-            raise ValueError(f"{path}: its checksum is wrong")
-        return names
+            raise ValueError(f"{file} holds no names")
+        paths = cls(arrays["text"], arrays["ends"])
+        if paths.fingerprint() != arrays["sha256"].tobytes().hex():
+            raise ValueError(f"{file}: its checksum is wrong")
+        return paths
 
-    def save(self, path: Path) -> None:
-        """Write a safetensors file with the names and their checksum.
+    def save(self, file: Path) -> None:
+        """Write a safetensors file with the paths and their checksum.
 
         Raises:
-            OSError: The disk is full, or `path` cannot be written to.
+            OSError: The disk is full, or `file` cannot be written.
         """
         checksum = np.frombuffer(bytes.fromhex(self.fingerprint()), dtype=np.uint8)
-        with atomic_write(path) as file:
-            file.write(save({"text": self.text, "ends": self.ends, "sha256": checksum}))
+        with atomic_write(file) as output:
+            output.write(save({"text": self.text, "ends": self.ends, "sha256": checksum}))
 
     def slice(self, start: int, stop: int) -> PackedPaths:
-        """The names from `start` up to `stop`; they share the text of these."""
+        """Return the paths from `start` up to `stop`; they share the text."""
         first, last = self.ends[start], self.ends[stop]
         return PackedPaths(self.text[first:last], self.ends[start : stop + 1] - first)
 
@@ -82,21 +82,20 @@ class PackedPaths:
         return self.text[self.ends[index] : self.ends[index + 1]].tobytes()
 
     def __iter__(self) -> Iterator[bytes]:
-        for start in range(0, len(self), _AT_ONCE):
-            ends = self.ends[start : start + _AT_ONCE + 1]
+        for start in range(0, len(self), _CHUNK):
+            ends = self.ends[start : start + _CHUNK + 1]
             text = self.text[ends[0] : ends[-1]].tobytes()
-            places = (ends - ends[0]).tolist()
-            for first, last in pairwise(places):
+            for first, last in pairwise((ends - ends[0]).tolist()):
                 yield text[first:last]
 
     def __eq__(self, other: object) -> bool:
-        """Whether the other, packed or a list, holds the same names in the same order."""
+        """Compare with packed paths or a list, in order."""
         return isinstance(other, PackedPaths | list) and len(self) == len(other) and all(map(eq, self, other))
 
     __hash__ = None  # type: ignore[assignment]
 
     def fingerprint(self) -> str:
-        """SHA-256 of the names in their order, in hexadecimal digits."""
+        """Return the SHA-256 of the paths in order, in hexadecimal digits."""
         digest = hashlib.sha256(self.ends.data)
         digest.update(self.text.data)
         return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Data sets that come as one array: torchvision's CIFAR-10, CIFAR-100 and STL-10, where they are on disk."""
+"""torchvision's CIFAR-10, CIFAR-100 and STL-10 as in-memory datasets."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ ArraySource = Literal["cifar10", "cifar100", "stl10"]
 Split = Literal["pretrain", "train", "test"]
 
 _STL10_SPLITS = {"pretrain": "train+unlabeled", "train": "train", "test": "test"}
-_CHUNK = 4096  # images converted at once
+_CHUNK = 4096  # images converted to gray at once
 
 
 class ArrayDataset:
-    """Images of one size, in memory.
+    """In-memory images of one size.
 
     Args:
         images: (N, 3, H, W) uint8.
         labels: (N,) int64, -1 where unknown.
-        classes: The labels' names.
-        title: Names the data set and its part.
+        classes: Names of the labels.
+        title: Name of the dataset and split.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, classes: list[str], *, title: str) -> None:
@@ -39,45 +39,43 @@ class ArrayDataset:
         return len(self.images)
 
     def name(self, index: int) -> str:
-        """The image's number."""
+        """Return the title and index."""
         return f"{self.title} {index}"
 
     def read(self, index: int, channels: int, jpeg_scale: JPEGScaleFn | None = None) -> Tensor:
-        """The image as (C, H, W) uint8, always whole."""
+        """Return the image as (C, H, W) uint8, always of full size."""
         return self.images[index] if channels == 3 else rgb_to_gray(self.images[index])
 
     def content(self, index: int) -> bytes:
-        """The image's pixels."""
+        """Return the pixels."""
         return self.images[index].numpy().tobytes()
 
     def all(self, channels: int) -> Tensor:
-        """All images as (N, C, H, W) uint8."""
-        return (
-            self.images
-            if channels == 3
-            else torch.cat([rgb_to_gray(chunk) for chunk in torch.split(self.images, _CHUNK)])
-        )
+        """Return all images as (N, C, H, W) uint8."""
+        if channels == 3:
+            return self.images
+        return torch.cat([rgb_to_gray(chunk) for chunk in torch.split(self.images, _CHUNK)])
 
     def fingerprint(self, *, sizes: bool, times: bool = False) -> str:
-        """The data set and its part; torchvision has compared the files with their published checksums."""
+        """Return the title and length; torchvision has verified the files' published checksums."""
         return f"{self.title} ({len(self)})"
 
     def describe(self) -> str:
-        """How many images of which data set."""
+        """Return the number of images, the title and the image size."""
         height, width = self.images.shape[2:]
         return f"{len(self):,} images of {self.title}, {width} x {height} pixels"
 
 
 def load_torchvision_dataset(source: ArraySource, root: Path, *, split: Split) -> ArrayDataset:
-    """Read one of torchvision's data sets; for pretraining, STL-10 gives its unlabeled images too.
+    """Read one of torchvision's datasets.
 
     Args:
-        source: The data set.
+        source: The dataset.
         root: The folder above its own, as torchvision takes it.
-        split: Its part; `pretrain` is `train` where there are no unlabeled images.
+        split: `pretrain` is `train`, for STL-10 with the unlabeled images.
 
     Raises:
-        UserError: Its files are not there, or damaged.
+        UserError: Files are missing or damaged.
     """
     kind: type[CIFAR10] | type[STL10] = {"cifar10": CIFAR10, "cifar100": CIFAR100, "stl10": STL10}[source]
     _check_files(kind, source, root)
@@ -95,17 +93,17 @@ def load_torchvision_dataset(source: ArraySource, root: Path, *, split: Split) -
 
 
 def rgb_to_gray(images: Tensor) -> Tensor:
-    """RGB (..., 3, H, W) to gray (..., 1, H, W), uint8: ITU-R 601 in 16-bit fixed point, as Pillow has it."""
+    """Convert RGB (..., 3, H, W) to gray (..., 1, H, W), uint8: ITU-R 601 in 16-bit fixed point, as Pillow does."""
     red, green, blue = images.int().unbind(-3)
     return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).to(torch.uint8).unsqueeze(-3)
 
 
 def _check_files(kind: type[CIFAR10] | type[STL10], source: ArraySource, root: Path) -> None:
     folder = root / kind.base_folder
-    wanted = [name for name, _ in kind.train_list + kind.test_list]
-    wanted.append(kind.class_names_file if kind is STL10 else kind.meta["filename"])
-    if missing := [name for name in wanted if not (folder / name).is_file()]:
+    required = [name for name, _ in kind.train_list + kind.test_list]
+    required.append(kind.class_names_file if kind is STL10 else kind.meta["filename"])
+    if missing := [name for name in required if not (folder / name).is_file()]:
         raise UserError(
-            f"{source} is not in {escape_path(root.absolute())}: {escape_path(folder)} lacks {', '.join(missing)}. Nothing "
-            "is downloaded: unpack the official archive there, or name its folder with data.root"
+            f"{source} is not in {escape_path(root.absolute())}: {escape_path(folder)} lacks {', '.join(missing)}. "
+            "Unpack the official archive there (nothing is downloaded), or name its folder with data.root"
         )

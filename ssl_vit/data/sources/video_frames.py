@@ -1,4 +1,4 @@
-"""The frames of a video file or of a folder of images, one after the other, each with its time."""
+"""Frames of a video file or of a folder of images, with their times."""
 
 from __future__ import annotations
 
@@ -23,102 +23,103 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-FALLBACK_RATE = Fraction(25)  # frames a second, of a video that does not say
+FALLBACK_RATE = Fraction(25)  # frames per second of a video without a frame rate
 
-Skip = Callable[[UnreadableImageError], None]  # is told every frame that cannot be read
+Skip = Callable[[UnreadableImageError], None]  # called for every frame that cannot be read
 
 
 class Frame(NamedTuple):
     """One frame, upright."""
 
-    name: str  # of its file; in a video its number from 0
+    name: str  # of the file; in a video the number from 0
     image: Tensor  # (3, H, W) uint8
     time: Fraction  # seconds since the first frame
 
 
 class Frames(Protocol):
-    """Frames in the order of their times."""
+    """Frames in temporal order."""
 
-    rate: Fraction  # frames a second; their mean where the times are uneven
-    clock: Fraction  # ticks a second, in which all times are whole numbers
-    count: int | None  # how many there are, where that is known beforehand
+    rate: Fraction  # frames per second; the mean if times are uneven
+    clock: Fraction  # ticks per second; all times are whole numbers of ticks
+    count: int | None  # number of frames, if it is known in advance
 
     def read(self, skip: Skip) -> Iterator[Frame]:
-        """All frames that can be read, one at a time."""
+        """Yield all readable frames."""
         ...
 
 
-def open_frames(place: Path, *, fps: float) -> Frames:
-    """The frames of a video file, or of a folder of images.
+def open_frames(path: Path, *, fps: float) -> Frames:
+    """Open the frames of a video file or a folder of images.
 
     Args:
-        place: The file or the folder; the images' names are ordered as people count: frame2 before frame10.
-        fps: Frames a second of a folder; a video has its own times.
+        path: The file or the folder; its images are in natural order, frame2 before frame10.
+        fps: Frames per second of a folder; a video has its own times.
 
     Raises:
-        UserError: There is neither, it holds no image, or PyAV is missing for a video.
+        UserError: The path does not exist, has no image, or is a video and PyAV is not installed.
     """
-    if place.is_file():
-        return VideoFrames(place)
-    return FolderFrames(place, fps)
+    return VideoFrames(path) if path.is_file() else FolderFrames(path, fps)
 
 
 class FolderFrames:
-    """The images below a folder, in the natural order of their names.
+    """The images below a folder, in natural order of their names.
 
     Raises:
-        UserError: There is no such folder, or no image in it.
+        UserError: The folder does not exist or has no image.
     """
 
     def __init__(self, folder: Path, fps: float) -> None:
-        found = scan_image_folder(folder)
-        names = PackedPaths.from_iterable(sorted(found.names, key=lambda name: natural_sort_key(os.fsdecode(name))))
-        self.dataset = ImageFolder(folder, names, ignored=found.ignored, labeled=False)
+        dataset = scan_image_folder(folder)
+        names = sorted(dataset.names, key=lambda name: natural_sort_key(os.fsdecode(name)))
+        paths = PackedPaths.from_iterable(names)
+        self.dataset = ImageFolder(folder, paths, ignored=dataset.ignored, labeled=False)
         self.rate = self.clock = Fraction(fps).limit_denominator(1001)
         self.count: int | None = len(self.dataset)
 
     def read(self, skip: Skip) -> Iterator[Frame]:
-        """All frames that can be read; a broken one leaves a gap of its time."""
+        """Yield all readable frames; unreadable ones leave gaps in time."""
         for index in range(len(self.dataset)):
             try:
                 image = self.dataset.read(index, 3)
-            except UnreadableImageError as broken:
-                skip(broken)
+            except UnreadableImageError as error:
+                skip(error)
                 continue
             yield Frame(self.dataset.name(index), image, index / self.rate)
 
 
 class VideoFrames:
-    """The first moving image of a video file, turned upright.
+    """The first video stream of a file, upright.
 
     Raises:
-        UserError: PyAV is not installed, or the file is empty, no video, or holds sound alone.
+        UserError: PyAV is not installed, or the file is empty, not a video, or has only sound.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with _opened(path) as container:
+        with _open_container(path) as container:
             stream = first_video_stream(container, path)
             self.rate = stream.average_rate or stream.guessed_rate or FALLBACK_RATE
             self.clock = 1 / stream.time_base if stream.time_base else self.rate
-            self.count = stream.frames or _estimated(stream, container, self.rate)
+            self.count = stream.frames or _estimate_count(stream, container, self.rate)
 
     def read(self, skip: Skip) -> Iterator[Frame]:
-        """All frames that can be decoded; what is damaged is skipped, and decoding goes on behind it."""
+        """Yield all frames that can be decoded; damaged ones are skipped and decoding continues after them."""
         start = last = None
-        for number, frame in enumerate(self._decoded(skip)):
+        for number, frame in enumerate(self._decode(skip)):
             if frame.is_corrupt:
                 skip(UnreadableImageError(f"frame {number}", "damaged in the file"))
                 continue
-            known = None if frame.pts is None or frame.time_base is None else frame.pts * frame.time_base
-            time = known if known is not None else (Fraction(0) if last is None else last + 1 / self.rate)
+            if frame.pts is not None and frame.time_base is not None:
+                time = frame.pts * frame.time_base
+            else:
+                time = Fraction(0) if last is None else last + 1 / self.rate
             start = time if start is None else start
             last = time
             yield Frame(f"{number}", _upright(frame), max(Fraction(0), time - start))
 
-    def _decoded(self, skip: Skip) -> Iterator[VideoFrame]:
+    def _decode(self, skip: Skip) -> Iterator[VideoFrame]:
         av = require_av()
-        with _opened(self.path) as container:
+        with _open_container(self.path) as container:
             stream = first_video_stream(container, self.path)
             stream.thread_type = "AUTO"
             packets = container.demux(stream)
@@ -139,18 +140,18 @@ class VideoFrames:
 
 
 def natural_sort_key(name: str) -> list[tuple[int, int, str]]:
-    """A key that orders names as people count.
+    """Return a sort key that orders numbers in names by value.
 
     >>> sorted(["f10.png", "f2.png", "F1.png"], key=natural_sort_key)
     ['F1.png', 'f2.png', 'f10.png']
     """
     parts = re.split(r"([0-9]+)", name)
-    key = [(0, int(part), "") if place % 2 else (1, 0, part.casefold()) for place, part in enumerate(parts) if part]
-    return [*key, (2, 0, name)]  # names that count alike stay in one order
+    key = [(0, int(part), "") if index % 2 else (1, 0, part.casefold()) for index, part in enumerate(parts) if part]
+    return [*key, (2, 0, name)]  # a fixed order of names such as 01 and 1
 
 
 def require_av() -> ModuleType:
-    """PyAV, which only videos need.
+    """Import PyAV, which only videos need.
 
     Raises:
         UserError: It is not installed.
@@ -165,40 +166,40 @@ def require_av() -> ModuleType:
     return av
 
 
-def _opened(path: Path) -> InputContainer:
-    """The file's container; nothing but this file is ever opened for it, whatever it refers to."""
+def _open_container(path: Path) -> InputContainer:
+    """Open a video file, but no other file or address that it refers to."""
     av = require_av()
     if path.stat().st_size == 0:
         raise UserError(f"{escape_path(path)}: an empty file")
     try:
         container: InputContainer = av.open(f"file:{path}", options={"protocol_whitelist": "file"})
     except av.FFmpegError as error:
-        raise UserError(f"{escape_path(path)}: no video that can be read ({error.strerror})") from None
-    if container.format.name == "tty":  # FFmpeg takes any text for a drawing in letters
+        raise UserError(f"{escape_path(path)}: not a readable video ({error.strerror})") from None
+    if container.format.name == "tty":  # FFmpeg reads any text file as ASCII art
         container.close()
-        raise UserError(f"{escape_path(path)}: no video but a text file")
+        raise UserError(f"{escape_path(path)}: a text file, not a video")
     return container
 
 
 def first_video_stream(container: InputContainer, path: Path) -> VideoStream:
-    """The first stream of images that is not the cover of a piece of music."""
+    """Return the first video stream that is not the cover image of a music file."""
     av = require_av()
     cover = av.stream.Disposition.attached_pic
     streams = [stream for stream in container.streams.video if not stream.disposition & cover]
     if not streams:
-        holds = "sound but no moving images" if container.streams.audio else "no moving images"
-        raise UserError(f"{escape_path(path)}: the file holds {holds}")
+        found = "sound but no video" if container.streams.audio else "no video"
+        raise UserError(f"{escape_path(path)}: the file has {found}")
     return streams[0]
 
 
-def _estimated(stream: VideoStream, container: InputContainer, rate: Fraction) -> int | None:
-    """How many frames a file should have that does not say."""
+def _estimate_count(stream: VideoStream, container: InputContainer, rate: Fraction) -> int | None:
+    """Estimate the number of frames from the duration."""
     if stream.duration is not None and stream.time_base is not None:
         return max(1, round(stream.duration * stream.time_base * rate))
     return max(1, round(Fraction(container.duration, 1_000_000) * rate)) if container.duration else None
 
 
 def _upright(frame: VideoFrame) -> Tensor:
-    """The frame's pixels (3, H, W) uint8, turned as the file says that they are to be shown."""
+    """Return the frame's pixels (3, H, W) uint8 with the rotation of the file applied."""
     pixels = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
     return torch.rot90(pixels, round(frame.rotation / 90) % 4, dims=(1, 2))
