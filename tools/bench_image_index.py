@@ -26,7 +26,7 @@ from pathlib import Path
 import ssl_vit.data.sources.image_index
 from ssl_vit.data.dataset_factory import build_dataset
 
-ssl_vit.data.sources.image_index._WORTH_S = 0.0  # remembered, however quick it was
+ssl_vit.data.sources.image_index._MIN_SECONDS = 0.0  # remembered, however quick it was
 
 
 def memory(kind):

@@ -14,8 +14,8 @@ from torchvision.datasets import CIFAR10, CIFAR100, STL10
 from ssl_vit.config.evaluate import EvalDataConfig
 from ssl_vit.data.dataset import SkippedImageLog, UnreadableImageError
 from ssl_vit.data.dataset_factory import build_dataset, build_labeled_splits
-from ssl_vit.data.sources.directory_walk import walk_images
-from ssl_vit.data.sources.image_folder import counts
+from ssl_vit.data.sources.image_folder import format_counts
+from ssl_vit.data.sources.image_index import walk_images
 from ssl_vit.data.sources.torchvision_datasets import rgb_to_gray
 from ssl_vit.runtime.errors import UserError
 

@@ -215,7 +215,7 @@ def test_a_folder_that_changes_during_the_run(folder, tmp_path, pretrain_words, 
     if everything:
         assert code == 2
         assert "ssl-vit pretrain: none of the 64 images can be read" in err
-        assert "skipped_images.txt says why" in err
+        assert "skipped_images.txt" in err
         if way:  # what it had learned is still there
             assert load_backbone(str(tmp_path / "runs" / "dino")).run == tmp_path / "runs" / "dino"
     else:

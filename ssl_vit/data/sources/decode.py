@@ -93,7 +93,9 @@ def open_image(path: Path | BytesIO) -> Iterator[ImageFile.ImageFile]:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             if image.info.get("progressive") and _count_scans(image) > MAX_SCANS:
-                raise UnreadableImageError(name, f"a JPEG of more than {MAX_SCANS} scans, which takes too long to decode")
+                raise UnreadableImageError(
+                    name, f"a JPEG of more than {MAX_SCANS} scans, which takes too long to decode"
+                )
             yield image
     except _DECODE_ERRORS as error:
         raise UnreadableImageError(name, _reason(error, empty=empty)) from error

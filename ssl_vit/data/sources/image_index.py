@@ -25,7 +25,7 @@ from ssl_vit.data.dataset import escape_path
 from ssl_vit.data.sources.decode import EXTENSIONS
 from ssl_vit.data.sources.packed_paths import PackedPaths
 from ssl_vit.runtime.launch import is_rank_zero
-from ssl_vit.runtime.workers import PATIENCE, map_ordered
+from ssl_vit.runtime.workers import PROGRESS_DELAY, map_ordered
 
 THREADS = 16  # each waits for a folder of a network disk
 _AHEAD = 4 * THREADS  # folders in flight
@@ -88,7 +88,9 @@ def walk_images(root: Path) -> WalkResult:
     seen: list[bytes] = []
     state = hashlib.sha256()
     folders, linked = [b""], list[bytes]()  # still to visit, each with a slash at its end
-    bar = tqdm(desc="finding images", unit="", delay=PATIENCE, leave=False, disable=None if is_rank_zero() else True)
+    bar = tqdm(
+        desc="finding images", unit="", delay=PROGRESS_DELAY, leave=False, disable=None if is_rank_zero() else True
+    )
     with bar, ThreadPoolExecutor(THREADS) as threads:
         while folders or linked:
             level = sorted(folders) or [heapq.heappop(linked)]

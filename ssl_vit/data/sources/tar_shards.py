@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ssl_vit.data.dataset import JPEGScaleFn, UnreadableImageError, escape_path
 from ssl_vit.data.sources.decode import decode
-from ssl_vit.data.sources.image_folder import counts, unlabeled
+from ssl_vit.data.sources.image_folder import format_counts, unlabeled
 from ssl_vit.data.sources.packed_paths import PackedPaths
 from ssl_vit.data.sources.shard_index import ShardIndex, concat_indices, read_listing, read_manifest
 from ssl_vit.data.sources.tar_index import Integers, index_tar, refusal
@@ -118,7 +118,7 @@ class TarShardDataset:
     def describe(self) -> str:
         """Counts of images and shards, of what was ignored, and of the damaged."""
         text = f"{len(self):,} images in {len(self.listing.tars):,} shards in {escape_path(self.root)}"
-        text += f"; ignored: {counts(self.ignored)}" if self.ignored else ""
+        text += f"; ignored: {format_counts(self.ignored)}" if self.ignored else ""
         return f"{text}; damaged shards: {self.damaged}" if self.damaged else text
 
 
@@ -150,7 +150,7 @@ def load_shards(root: Path) -> TarShardDataset:
     ]
     listing = concat_indices(tars, listed)
     if not len(listing.names):
-        found = f"only {counts(ignored)}" if ignored else "and nothing else"
+        found = f"only {format_counts(ignored)}" if ignored else "and nothing else"
         raise UserError("\n  ".join([_without_images(root, len(paths), found), *_cut(damaged)]))
     if damaged and is_rank_zero():
         lines = [f"{len(damaged)} of {len(paths):,} shards are damaged; the samples before the damage are used"]

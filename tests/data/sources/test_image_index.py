@@ -14,9 +14,8 @@ from safetensors.numpy import save_file
 
 from ssl_vit.data.dataset import UnreadableImageError, escape_path
 from ssl_vit.data.sources import image_index as index
-from ssl_vit.data.sources.directory_walk import walk_images
 from ssl_vit.data.sources.image_folder import ImageFolder, labels_from_folders, read_image_list, scan_image_folder
-from ssl_vit.data.sources.image_index import cached_walk
+from ssl_vit.data.sources.image_index import cached_walk, walk_images
 from ssl_vit.data.sources.packed_paths import PackedPaths
 
 LONG_AGO = 1_500_000_000  # seconds since 1970
@@ -41,7 +40,7 @@ def walks(tmp_path, monkeypatch):
     """A list of the folders that were walked through; everything is remembered, in a cache of the test's own."""
     roots = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(index, "_WORTH_S", 0.0)
+    monkeypatch.setattr(index, "_MIN_SECONDS", 0.0)
     monkeypatch.setattr(index, "walk_images", lambda root: (roots.append(root), walk_images(root))[1])
     return roots
 
@@ -228,7 +227,7 @@ def test_what_has_just_changed_is_not_remembered(root, walks, tmp_path):
 
 
 def test_what_is_found_quickly_is_not_remembered(tmp_path, walks, monkeypatch):
-    monkeypatch.setattr(index, "_WORTH_S", 60.0)
+    monkeypatch.setattr(index, "_MIN_SECONDS", 60.0)
     put(tmp_path / "root", "1.png")
     settle(tmp_path / "root")
     assert cached_walk(tmp_path / "root")[0] == cached_walk(tmp_path / "root")[0] == [b"1.png"]

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssl_vit.data.sources.synthetic import CLASSES, draw, make_synthetic_dataset
+from ssl_vit.data.sources.synthetic import CLASSES, make_synthetic_dataset, render
 
 
 @pytest.fixture(scope="module")
 def drawn():
     """1,200 images to search in and 600 to classify: images, object masks, labels of both."""
     rng, labels = np.random.default_rng(0), np.arange(1800) % len(CLASSES)
-    dataset, masks = zip(*[draw(labels[i : i + 300], rng) for i in range(0, 1800, 300)], strict=True)
+    dataset, masks = zip(*[render(labels[i : i + 300], rng) for i in range(0, 1800, 300)], strict=True)
     dataset, masks = np.concatenate(dataset) / 255, np.concatenate(masks) > 0
     return (dataset[:1200], masks[:1200], labels[:1200]), (dataset[1200:], masks[1200:], labels[1200:])
 

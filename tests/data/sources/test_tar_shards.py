@@ -385,7 +385,7 @@ def listed(sample, tmp_path):
 
 def test_a_listing_saves_reading_the_shards_and_changes_nothing(listed, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("ssl_vit.data.sources.tar_shards.list_tar", None)  # to call it would fail
+        patch.setattr("ssl_vit.data.sources.tar_shards.index_tar", None)  # to call it would fail
         kept = load_shards(listed)
     (listed / "shards.safetensors").unlink()
     anew = load_shards(listed)
@@ -541,7 +541,7 @@ def test_of_a_list_what_is_no_file_is_left_out(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "list.txt").write_bytes(b"pipe.jpg\nnul\0.jpg\ngood.jpg\nfolder.jpg\ngood.jpg\n")
     dataset = build_dataset("list", tmp_path / "list.txt")
-    assert write_shards(dataset, tmp_path / "out", shard_bytes=10**6).dataset == 2
+    assert write_shards(dataset, tmp_path / "out", shard_bytes=10**6).num_images == 2
     found = load_shards(tmp_path / "out")
     assert names(found) == ["shard-000000.tar/000000002.jpg", "shard-000000.tar/000000004.jpg"]
     assert found.classes == []
@@ -552,7 +552,7 @@ def test_of_a_list_what_is_no_file_is_left_out(tmp_path):
 def test_without_a_readable_image_there_are_no_shards(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_text("no image")
-    with pytest.raises(UserError, match=r"none of the 1 images can be read; .*skipped\.txt says why"):
+    with pytest.raises(UserError, match=r"none of the 1 images can be read; .*skipped_images\.txt says why"):
         write_shards(scan_image_folder(tmp_path / "photos"), tmp_path / "out", shard_bytes=10**6)
     assert not (tmp_path / "out" / "shards.safetensors").exists()
 
