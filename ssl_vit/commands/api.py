@@ -195,7 +195,7 @@ def _dataset(images: Images) -> ImageDataset:
 def _labeled(
     overrides: tuple[str, ...], train: Dataset[Any] | None, test: Dataset[Any] | None
 ) -> tuple[list[str], TrainTestSplit | None]:
-    """The overrides, and the datasets that stand in for `data.root`."""
+    """Return the overrides, and the datasets that replace those of `data.root`."""
     if train is None:
         if test is not None:
             raise UserError("test needs train beside it")

@@ -27,22 +27,22 @@ def main(config: DemoConfig) -> None:
     """Run the command."""
     start = time.perf_counter()
     folder = config.run.path
-    images = folder / "images"
-    pretrain_config = load_config("pretrain", pretrain_overrides(config, images), PretrainConfig)
+    dataset = folder / "dataset"  # `images` holds those that the run logs
+    pretrain_config = load_config("pretrain", pretrain_overrides(config, dataset), PretrainConfig)
 
     if not config.run.resume:
         with lock_run_dir(config.run):
             if config.run.overwrite:
                 shutil.rmtree(folder, ignore_errors=True)
             prepare_run_dir(config.run)
-            print(f"Generating {config.num_images:,} images of 12 classes in {images}", flush=True)
-            make_synthetic_dataset(images, num_images=config.num_images, seed=config.seed)
+            print(f"Generating {config.num_images:,} images of 12 classes in {dataset}", flush=True)
+            make_synthetic_dataset(dataset, num_images=config.num_images, seed=config.seed)
     pretrain(pretrain_config)
     latest = find_latest_checkpoint(folder / "checkpoints")
     if not latest or latest.step < config.max_steps:  # stopped by Ctrl-C
         return
 
-    labeled = [f"checkpoint={folder}", f"data.train={images / 'train'}", f"data.test={images / 'test'}"]
+    labeled = [f"checkpoint={folder}", f"data.train={dataset / 'train'}", f"data.test={dataset / 'test'}"]
     knn_result, _ = knn.evaluate(load_config("knn", [*labeled, "k=[20]"], KNNConfig))
     linear_result, _ = linear.evaluate(load_config("linear", labeled, LinearConfig))
     segmentation = attention.run_attention(
@@ -50,8 +50,8 @@ def main(config: DemoConfig) -> None:
             "attention",
             [
                 f"checkpoint={folder}",
-                f"images={images / 'test'}",
-                f"masks={images / 'test_masks'}",
+                f"images={dataset / 'test'}",
+                f"masks={dataset / 'test_masks'}",
                 f"out={folder / 'attention'}",
                 "methods=[attention,tokencut]",
             ],
@@ -63,11 +63,11 @@ def main(config: DemoConfig) -> None:
     print(f"Finished in {(time.perf_counter() - start) / 60:.1f} minutes. Open {page.path} in a browser.")
 
 
-def pretrain_overrides(config: DemoConfig, images: Path) -> list[str]:
+def pretrain_overrides(config: DemoConfig, dataset: Path) -> list[str]:
     """Return the overrides of the demo's `pretrain` run, which uses the labels for the online kNN only."""
     return [
         f"recipe=demo_{config.method}",
-        f"data.root={images / 'train'}",
+        f"data.root={dataset / 'train'}",
         f"seed={config.seed}",
         f"run.name={config.run.name}",
         f"run.folder={config.run.folder}",

@@ -67,7 +67,7 @@ def _reconstruction_grid(
 
 
 def training_views_figure(run: Path, *, count: int = 4) -> TitledFigure:
-    """The images that the run in a folder saw first, with their views.
+    """Draw the images of a run's first step with their views.
 
     Raises:
         UserError: The folder holds no pretraining run, or its images are not where they were or have changed.
@@ -83,14 +83,14 @@ def training_views_figure(run: Path, *, count: int = 4) -> TitledFigure:
     if kinds.local_crops.count:
         views += f" and {kinds.local_crops.count} local views of {kinds.local_crops.size} px"
     text = (
-        f"The first {len(seen)} images of the run's first step with their {views}, as the model was given them. "
-        "The frame with a view's number and color is where it was cut out."
+        f"The first {len(seen)} images of the run's first step with their {views}, as the model sees them. "
+        "The frame with a view's number and color shows its crop box."
     )
     if seen[0].pretext:
-        text += " The method turns each view, hides parts of it with noise and other images, and has to restore it."
+        text += " The method rotates each view and corrupts parts of it with noise and blocks of other images; its target is the rotated view."
     if not (run / DATA).is_file():
-        text += " The run did not write down its images: these are made of those there are now."
-    return TitledFigure("Views that the run trained on", views_figure(seen), text)
+        text += " The run stored no image list: these views are of the images that are there now."
+    return TitledFigure("Training views", views_figure(seen), text)
 
 
 def pretext_of(config: MethodConfig) -> Pretext:
@@ -99,12 +99,12 @@ def pretext_of(config: MethodConfig) -> Pretext:
 
 
 def reconstruction_figure(run: Path, checkpoint: Path | None = None, *, count: int = 8) -> TitledFigure | None:
-    """Draw what a run restores of some of its images, which are always the same ones and corrupted in the same way.
+    """Draw reconstructions of some of a run's images, always the same ones with the same corruption.
 
     Args:
-        run: Its folder.
+        run: The run directory.
         checkpoint: One of its `.ckpt` files; None: the last one.
-        count: Images, evenly spread over the run's own.
+        count: Number of images, evenly spaced over those of the run.
 
     Returns:
         None if the method does not restore images or the file has no such model.
@@ -121,9 +121,9 @@ def reconstruction_figure(run: Path, checkpoint: Path | None = None, *, count: i
     dataset = _images(settings)
     transform = EvalTransform(method.views.global_crops.size, 0.875, method.views.mean, method.views.std)
     crops = []
-    for place in evenly_spaced(len(dataset), count).tolist():
+    for index in evenly_spaced(len(dataset), count).tolist():
         try:
-            crops.append(transform(dataset.read(place, settings.backbone.in_chans)))
+            crops.append(transform(dataset.read(index, settings.backbone.in_chans)))
         except UnreadableImageError:
             continue
     if not crops:
@@ -131,7 +131,7 @@ def reconstruction_figure(run: Path, checkpoint: Path | None = None, *, count: i
     found = compute_reconstructions(
         torch.stack(crops), restorer.corrupt, restorer.restore, method.views, seed=settings.seed
     )
-    text = f"{len(found)} images, corrupted as in training, and what the model restores."
+    text = f"{len(found)} images, corrupted as in training, and their reconstructions."
     if over := mean_distances([one.on_hidden for one in found]):
         text += " On the hidden pixels " + ", ".join(
             f"{'the model' if name == MODEL else name} has L1 {far.l1:.3f} and PSNR {far.psnr:.1f} dB"
@@ -143,7 +143,7 @@ def reconstruction_figure(run: Path, checkpoint: Path | None = None, *, count: i
 
 
 def _learned_from(run: Path, settings: RunSettings) -> ImageDataset:
-    """The run's images as it had them, without what has been added to them since.
+    """Return the images that a run trains on, without those added to the folder since.
 
     Raises:
         UserError: They are not where they were, or have changed.
@@ -159,7 +159,9 @@ def _learned_from(run: Path, settings: RunSettings) -> ImageDataset:
     except (OSError, ValueError, LookupError, TypeError):
         before = None
     if before is None or not isinstance(dataset, ImageFolder) or not set(before) <= set(dataset.names):
-        raise UserError(f"{settings.data.root}: the images have changed since: which it saw first cannot be said")
+        raise UserError(
+            f"{settings.data.root}: the images have changed since the run, so its first step cannot be shown"
+        )
     return dataset.with_names(before)
 
 
