@@ -87,7 +87,10 @@ def training_views_figure(run: Path, *, count: int = 4) -> TitledFigure:
         "The frame with a view's number and color shows its crop box."
     )
     if seen[0].pretext:
-        text += " The method rotates each view and corrupts parts of it with noise and blocks of other images; its target is the rotated view."
+        text += (
+            " The method rotates each view and corrupts parts of it with noise and blocks of other images; its target "
+            "is the rotated view."
+        )
     if not (run / DATA).is_file():
         text += " The run stored no image list: these views are of the images that are there now."
     return TitledFigure("Training views", views_figure(seen), text)
