@@ -172,6 +172,7 @@ def write_run_metadata(config: AnyRun, dataset: ImageDataset) -> None:
     A run that this one replaces is deleted only now.
     """
     folder = config.run.path
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)  # also in a resumed run that has saved nothing yet
     if isinstance(dataset, ImageFolder):
         dataset.names.save(folder / IMAGES)
     data = {"count": len(dataset), "fingerprint": dataset.fingerprint(sizes=False), "text": dataset.describe()}

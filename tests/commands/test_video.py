@@ -31,9 +31,9 @@ def run_video(tiny_model, video: Path, out: Path, *argv: str) -> int:
     ("name", "make", "message"),
     [
         ("empty.mp4", lambda path: path.touch(), "an empty file"),
-        ("junk.mp4", lambda path: path.write_bytes(bytes(range(256)) * 20), "no video that can be read"),
+        ("junk.mp4", lambda path: path.write_bytes(bytes(range(256)) * 20), "not a readable video"),
         ("notes.txt", lambda path: path.write_text("hello\n" * 99), "a text file"),
-        ("sound.m4a", write_sound, "sound but no moving images"),
+        ("sound.m4a", write_sound, "sound but no video"),
         ("folder", lambda path: path.mkdir(), "there is no image in this folder"),
         ("nowhere", lambda path: None, "there is no such file or directory"),
     ],

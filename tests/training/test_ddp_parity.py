@@ -168,6 +168,8 @@ def test_the_batch_stays_where_lightning_put_it():
     from ssl_vit.config.pretrain import TrainerConfig
     from ssl_vit.training.trainer import make_strategy
 
-    strategy = make_strategy(TrainerConfig.model_construct(devices=2, nodes=1, strategy="auto"), torch.device("cuda"))
+    strategy = make_strategy(
+        TrainerConfig.model_construct(devices=2, num_nodes=1, strategy="auto"), torch.device("cuda")
+    )
     assert strategy.determine_ddp_device_ids() is None
     assert strategy.process_group_backend == "cpu:gloo,cuda:nccl"

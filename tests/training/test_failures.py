@@ -278,11 +278,11 @@ def test_an_error_in_one_process_stops_all_with_one_message(pretrain_words, tmp_
 
 def test_processes_that_see_different_images_do_not_start(pretrain_words, tmp_path):
     fault = """
-from ssl_vit.data import files
+from ssl_vit.data.sources import image_folder
 import os
 if os.environ.get("LOCAL_RANK") == "1":
-    original = files.find_below
-    files.find_below = lambda root: (original(root)[0].slice(0, 100), original(root)[1])
+    original = image_folder.cached_walk
+    image_folder.cached_walk = lambda root: (original(root)[0].slice(0, 100), original(root)[1])
 """
     done, _ = run_two(tmp_path, pretrain_words("trainer.max_steps=5"), fault)
     assert done.returncode == 2

@@ -9,7 +9,7 @@ import torch
 import ssl_vit.commands.pretrain as command
 from ssl_vit.commands.pretrain import pretrain
 from ssl_vit.runtime.device import autocast_dtype, matmul_peak, peak_memory, reset_peak_memory
-from ssl_vit.runtime.step_timer import PARTS, StepTimer
+from ssl_vit.runtime.step_timer import PHASES, StepTimer
 from ssl_vit.training import loop
 from tests.helpers.cli import rows
 
@@ -23,7 +23,7 @@ def test_laps_give_each_part_its_time():
     began = time.perf_counter()
     for part, seconds in (("data", 0.03), ("loss", 0.01), ("data", 0.02)):
         time.sleep(seconds)
-        laps.lap(part)
+        laps.mark(part)
     wall = time.perf_counter() - began
     totals = laps.totals()
     assert totals.keys() == {"data", "loss"}
@@ -32,7 +32,7 @@ def test_laps_give_each_part_its_time():
     assert sum(totals.values()) == pytest.approx(wall, abs=1e-3)
     assert laps.totals() == {}
     time.sleep(0.01)
-    laps.lap("other")
+    laps.mark("other")
     assert laps.totals()["other"] >= 0.01  # nothing between two totals is lost
 
 
@@ -42,7 +42,7 @@ def test_a_lap_costs_next_to_nothing():
     for _ in range(5):
         began = time.perf_counter()
         for _ in range(1000):
-            laps.lap("loss")
+            laps.mark("loss")
         best = min(best, (time.perf_counter() - began) / 1000)
     assert best < 2e-6
 
@@ -56,7 +56,7 @@ def test_on_a_gpu_a_lap_is_the_time_of_the_device_and_the_cpu_runs_ahead():
     began = time.perf_counter()
     for _ in range(10):
         torch.mm(a, a)
-    laps.lap("student")
+    laps.mark("student")
     issued = time.perf_counter() - began
     totals = laps.totals()
     wall = time.perf_counter() - began
@@ -103,7 +103,7 @@ def test_the_parts_of_a_step_add_up_to_its_wall_time(pretrain_config, clocked, m
         )
     )
     for number, row in enumerate(rows(run)):
-        parts = {part: float(row[f"speed/{part}_ms"]) for part in PARTS if part not in missing}
+        parts = {part: float(row[f"speed/{part}_ms"]) for part in PHASES if part not in missing}
         assert not {name for name in row if name.endswith("_ms")} - {f"speed/{part}_ms" for part in parts}
         assert all(milliseconds > 0 for milliseconds in parts.values())
         step = sum(parts.values())
@@ -164,7 +164,7 @@ def test_waiting_for_a_slow_loader_is_seen_and_evaluation_is_none(pretrain_confi
     taken = loaders[0].seconds
     for row, waited in ((first, sum(taken[:3]) / 3), (second, sum(taken[3:]) / 3)):
         assert float(row["speed/data_ms"]) == pytest.approx(1000 * waited, rel=0.1, abs=5)
-        step = sum(float(row[f"speed/{part}_ms"]) for part in PARTS if part != "corruption")
+        step = sum(float(row[f"speed/{part}_ms"]) for part in PHASES if part != "corruption")
         assert float(row["speed/data_wait"]) == pytest.approx(1000 * waited / step, abs=0.03)
     assert float(second["speed/other_ms"]) > 500 / 3  # kNN after the first epoch, and the checkpoint
 

@@ -21,7 +21,7 @@ from ssl_vit.data.dataset_factory import build_dataset
 from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.classification.ridge_regression import best_ridge, ridge_path
 from ssl_vit.evaluation.features.extractor import extract, on_best_device
-from ssl_vit.methods.base import make_plan
+from ssl_vit.methods.schedules import make_plan
 from ssl_vit.models.checkpoint import load_backbone
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.training.callbacks import online_eval as online
@@ -61,20 +61,20 @@ def test_every_beginning_of_the_order_is_as_balanced_as_the_classes_allow(seed):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(-1, 9, (200,), generator=generator).clamp(max=5) * 3  # not from 0 on, one class larger
     order = class_balanced_order(labels, seed=seed)
-    assert sorted(order.place.tolist()) == (labels >= 0).nonzero().squeeze(1).tolist()
+    assert sorted(order.indices.tolist()) == (labels >= 0).nonzero().squeeze(1).tolist()
     sizes = Counter(labels[labels >= 0].tolist())
-    assert order.size.tolist() == [sizes[label] for label in labels[order.place].tolist()]
-    for length in range(1, len(order.place) + 1):
-        counts = Counter(labels[order.place[:length]].tolist())
+    assert order.class_size.tolist() == [sizes[label] for label in labels[order.indices].tolist()]
+    for length in range(1, len(order.indices) + 1):
+        counts = Counter(labels[order.indices[:length]].tolist())
         assert all(counts[label] >= min(size, max(counts.values()) - 1) for label, size in sizes.items())
-        assert order.turn[length - 1] == max(counts.values()) - 1
-    assert torch.equal(order.place, class_balanced_order(labels, seed=seed).place)
-    assert not torch.equal(order.place, class_balanced_order(labels, seed=seed + 1).place)
+        assert order.rank[length - 1] == max(counts.values()) - 1
+    assert torch.equal(order.indices, class_balanced_order(labels, seed=seed).indices)
+    assert not torch.equal(order.indices, class_balanced_order(labels, seed=seed + 1).indices)
 
 
 def test_fewer_images_than_classes_are_of_classes_at_random():
     labels = torch.arange(100)
-    assert class_balanced_order(labels, seed=0).place[:5].max() > 20
+    assert class_balanced_order(labels, seed=0).indices[:5].max() > 20
 
 
 def labeled(sizes):
@@ -92,7 +92,7 @@ def test_queries_are_never_in_the_bank_and_no_class_is_used_up_by_them():
     found = chosen({0: 100, 1: 40, 2: 7, 3: 4, 4: 2, 5: 1, -1: 50})
     assert Counter(found.val.labels.tolist()) == {0: 20, 1: 8, 2: 1, 3: 1, 4: 1}
     assert Counter(found.train.labels.tolist()) == {0: 80, 1: 32, 2: 6, 3: 3, 4: 1, 5: 1}
-    assert not set(found.train.places.tolist()) & set(found.val.places.tolist())
+    assert not set(found.train.indices.tolist()) & set(found.val.indices.tolist())
 
 
 def test_limits_leave_balanced_parts():
@@ -135,7 +135,7 @@ def test_values_are_those_of_the_evaluations_before_the_first_step_and_at_the_en
     config = pretrain_config(f"method={method}", "trainer.max_steps=7", *SMALL_EPOCHS)
     run = pretrain(config)
     dataset = build_dataset("folder", config.data.root)
-    untrained = build_method(config, make_plan(config, len(dataset))).target.eval()
+    untrained = build_method(config, make_plan(config, len(dataset))).eval_backbone.eval()
     loaded = on_best_device(load_backbone(str(run)))
     for step, model in ((0, loaded._replace(backbone=untrained)), (7, loaded)):
         found = {name: measured(run, name)[step] for name in COLUMNS}
@@ -220,7 +220,7 @@ def test_a_labeled_folder_that_is_none_is_told_before_anything_is_written(pretra
     assert state(run)[1] == 1
     for name in ("train", "val", "test"):
         shutil.copytree(flat, tmp_path / "three" / name / "one")
-    with pytest.raises(UserError, match=r"val/ and test/: choose one, as with online\.root=.*train"):
+    with pytest.raises(UserError, match=r"val/ and test/; choose one, for example online\.root=.*train"):
         pretrain(pretrain_config(f"online.root={tmp_path / 'three'}", "online.every_epochs=1", "run.name=other"))
 
 
