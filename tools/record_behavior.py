@@ -105,7 +105,6 @@ def views_of(overrides: list[str]) -> Iterator[dict[str, torch.Tensor]]:
     from ssl_vit.data.loading.loader import build_train_loader
     from ssl_vit.data.transforms.multicrop import MultiCrop
     from ssl_vit.methods.schedules import make_plan
-    from ssl_vit.methods.sit import SiT
     from ssl_vit.training.trainer import build_method
 
     config = load_config("pretrain", overrides, PretrainConfig)
@@ -117,36 +116,55 @@ def views_of(overrides: list[str]) -> Iterator[dict[str, torch.Tensor]]:
     loader = build_train_loader(dataset, multicrop, config.data, seed=config.seed, skipped=skipped, **place)
     for batch in islice(loader, BATCHES):
         seen = {"global": batch.global_views, "local": batch.local_views, "index": batch.index, "key": batch.key}
-        seen["global float"] = method.photometric(batch.global_views, batch.key)
+        seen["global float"] = method.color_augmentation(batch.global_views, batch.key)
         if batch.local_views.shape[1]:
             first = batch.global_views.shape[1]
-            seen["local float"] = method.photometric(batch.local_views, batch.key, first_view=first)
-        if isinstance(method, SiT):
-            seen["turned"], seen["quarter turns"] = method.rotated(seen["global float"], batch.key)
-            seen["corrupted"], seen["mask"] = method.corrupted(seen["turned"], batch.key)
+            seen["local float"] = method.color_augmentation(batch.local_views, batch.key, first_view=first)
+        if (pretext := method.pretext_views(config.method, seen["global float"], batch.key)) is not None:
+            seen |= {"turned": pretext.target, "quarter turns": pretext.quarter}
+            seen |= {"corrupted": pretext.corrupted, "mask": pretext.mask}
         yield seen
 
 
 # --- what is compared ---
 
 # Names of version 0.1 (regular expressions) and those of today; both recordings are translated.
-RENAMED_FILES: dict[str, str] = {
+RENAMED_FILES: dict[str, str] = {  # parts of paths inside of OUT
     r"/panels/": "/images/",
     r"pictures\.safetensors": "image_list.safetensors",
-}  # parts of paths inside of OUT
-RENAMED_COLUMNS: dict[str, str] = {  # of metrics.csv and other tables
-    r"train/spread": "train/feature_std",
-    r"train/information": "train/assignment_mutual_information",
+    r"/origin\.json": "/source.json",
 }
-RENAMED_FIELDS: dict[str, str] = {
+RENAMED_COLUMNS: dict[str, str] = {  # of metrics.csv and other tables
+    "^train/spread$": "train/feature_std",
+    "^train/information$": "train/assignment_mutual_information",
+    "^held_out/": "val/",
+    "^by$": "tracker",
+}
+RENAMED_FIELDS: dict[str, str] = {  # parts of places in JSON files (score/metrics/0/low) and names of arrays
+    "^data/pictures$": "data/num_images",
+    "^data/frames$": "data/num_frames",
+    "^data/n$": "images/count",
     "picture": "image",
     "network": "model",
     "normalis": "normaliz",
     "neighbour": "neighbor",
     "labelled": "labeled",
     "centre": "center",
-    "/place$": "/index",
-}  # parts of places in JSON files (score/metrics/0/low) and names of arrays
+    "/place$": "/indices",
+    "/truth$": "/target",
+    "/soft$": "/score_map",
+    "^parts$": "splits",
+    "/confused/": "/confusions/",
+    "/trials/": "/candidates/",
+    "/own$": "/in_domain",
+    "^division/learned": "splits/train",
+    "^division/held_out": "splits/val",
+    "^division/tested": "splits/test",
+    "^data/skipped$": "images/skipped",
+    "^measured/": "statistics/",
+    "/lines/information/": "/lines/mutual information/",
+    "/lines/spread/": "/lines/feature std/",
+}
 RENAMED_WEIGHTS: dict[str, str] = {}  # of checkpoints; where names still differ, tensors are compared in their order
 
 COMPARED = {".ckpt", ".pt", ".safetensors", ".csv", ".json", ".jsonl", ".npz", ".png", ".jpg"}
@@ -157,7 +175,7 @@ IGNORED_FILES = re.compile(r"^(data|cache|logs)/|/eval/features/|history\.jsonl$
 DRAWN = re.compile(r"\.(png|jpg)$")
 PIXELS = re.compile(r"/(masks|overlays)/")
 IGNORED_NAMES = re.compile(
-    r"(^|/)(config|protocol|environment|tool|cost|seconds|schema|id|created|identity)(/|$)|^speed/"
+    r"(^|/)(config|protocol|environment|tool|package|cost|seconds|schema|id|created|identity)(/|$)|^speed/|^tracker$"
     r"|^curves/\d+/lines/training/"  # images/s on the page of `report`
 )
 # Largest allowed differences by name; all else is compared exactly.
