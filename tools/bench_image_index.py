@@ -81,7 +81,7 @@ def make(root: Path, listing: Path, files: int, folders: int) -> None:
 
 
 def measure(source: str, root: Path, folder: Path) -> dict[str, float]:
-    """What a fresh process says."""
+    """Return what a fresh process prints."""
     environment = os.environ | {"XDG_CACHE_HOME": str(folder.absolute() / "cache")}
     command = [sys.executable, "-c", CHILD, source, str(root)]
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)

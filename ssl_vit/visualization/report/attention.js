@@ -41,7 +41,7 @@ function pixelsPerPatch(pixels, patches) {
 }
 
 // An image of the gallery; its last map is the mean of the heads.
-class Image {
+class GalleryEntry {
   constructor(entry) {
     Object.assign(this, entry);
     const levels = unpacked(bytes(entry.maps));
@@ -102,27 +102,27 @@ class Overlay {
     this.paths = { truth: stack.querySelectorAll(".truth-of path"), mask: stack.querySelectorAll("g:last-child path") };
   }
 
-  drawHeat(image, map, top) {
-    const pixels = new ImageData(image.columns, image.rows);
+  drawHeat(entry, map, top) {
+    const pixels = new ImageData(entry.columns, entry.rows);
     map.values.forEach((value, patch) => {
       const heat = Math.sqrt(Math.min(1, (value * map.scale) / top));
       const color = 3 * Math.round(255 * heat);
       pixels.data.set([ramp[color], ramp[color + 1], ramp[color + 2], 255 * (0.25 + 0.75 * heat)], 4 * patch);
     });
-    Object.assign(this.canvas, { width: image.columns, height: image.rows });
+    Object.assign(this.canvas, { width: entry.columns, height: entry.rows });
     this.canvas.getContext("2d").putImageData(pixels, 0, 0);
-    this.paths.truth.forEach((path) => path.setAttribute("d", image.truth ? image.truth.outline : ""));
+    this.paths.truth.forEach((path) => path.setAttribute("d", entry.truth ? entry.truth.outline : ""));
   }
 
-  drawMask(image, mask) {
-    const outline = outlinePath(mask, image.rows, image.columns);
+  drawMask(entry, mask) {
+    const outline = outlinePath(mask, entry.rows, entry.columns);
     this.paths.mask.forEach((path) => path.setAttribute("d", outline));
   }
 }
 
 const ramp = bytes(data.colors);
-const images = data.attended.map((entry) => new Image(entry));
-if (images.length) startAttention();
+const entries = data.attended.map((entry) => new GalleryEntry(entry));
+if (entries.length) startAttention();
 
 function startAttention() {
   const names = ["mean", ...data.heads];
@@ -132,7 +132,7 @@ function startAttention() {
   const overlays = cards.map((card) => new Overlay(card.querySelector(".stack")));
   const largeImage = new Image();
   const large = new Overlay(byId("large"), largeImage);
-  const all = images.flatMap((image) => image.maps.flatMap((map) => Array.from(map.values, (v) => v * map.scale)));
+  const all = entries.flatMap((entry) => entry.maps.flatMap((map) => Array.from(map.values, (v) => v * map.scale)));
   const sharedTop = Math.max(data.leastTop, Float64Array.from(all).sort()[Math.ceil(0.995 * all.length) - 1]);
   const state = { head: data.heads.length, image: 0, mass: data.mass };
 
@@ -152,13 +152,13 @@ function startAttention() {
   const percent = (share) => `${+(100 * share).toFixed(1)} %`;
 
   function showMasks() {
-    const image = images[state.image];
+    const entry = entries[state.image];
     for (const { tile, head, overlay } of tiles) {
-      const mask = image.maps[head].mask(state.mass);
-      overlay.drawMask(image, mask);
-      tile.querySelector(".iou").textContent = image.truth ? `IoU ${image.iou(mask).toFixed(2)}` : "";
+      const mask = entry.maps[head].mask(state.mass);
+      overlay.drawMask(entry, mask);
+      tile.querySelector(".iou").textContent = entry.truth ? `IoU ${entry.iou(mask).toFixed(2)}` : "";
     }
-    const ious = images.map((each, place) => {
+    const ious = entries.map((each, place) => {
       const mask = each.maps[state.head].mask(state.mass);
       overlays[place].drawMask(each, mask);
       const iou = each.truth ? each.iou(mask) : null;
@@ -170,26 +170,26 @@ function startAttention() {
     const name = names[tileHeads.indexOf(state.head)];
     byId("attention-mean").textContent =
       scored.length ? `mean IoU of the ${scored.length} with a given mask, ${name}: ${mean.toFixed(2)}` : "";
-    const mask = image.maps[state.head].mask(state.mass);
-    large.drawMask(image, mask);
+    const mask = entry.maps[state.head].mask(state.mass);
+    large.drawMask(entry, mask);
     const covered = mask.reduce((sum, inside) => sum + inside, 0) / mask.length;
     const iou = ious[state.image];
     byId("mass-now").textContent = percent(state.mass);
     byId("attention-now").textContent =
-      `${image.name}, ${name}: ${percent(state.mass)} of the attention lies on ${percent(covered)} of the image` +
+      `${entry.name}, ${name}: ${percent(state.mass)} of the attention lies on ${percent(covered)} of the image` +
       `${iou === null ? "" : `, IoU ${iou.toFixed(2)}`}. The strongest patch has ` +
-      `${image.maps[state.head].top.toFixed(1)} times uniform attention.`;
+      `${entry.maps[state.head].top.toFixed(1)} times uniform attention.`;
   }
 
   function showMaps() {
-    const image = images[state.image];
+    const entry = entries[state.image];
     const source = images[state.image];
     for (const { head, image, overlay } of [...tiles, { head: state.head, image: largeImage, overlay: large }]) {
       Object.assign(image, { src: source.src, width: source.width, height: source.height });
-      overlay.drawHeat(image, image.maps[head], topOf(image.maps[head]));
+      overlay.drawHeat(entry, entry.maps[head], topOf(entry.maps[head]));
     }
-    largeImage.alt = `${image.name} under the attention of ${names[tileHeads.indexOf(state.head)]}`;
-    images.forEach((each, place) => overlays[place].drawHeat(each, each.maps[state.head], topOf(each.maps[state.head])));
+    largeImage.alt = `${entry.name} under the attention of ${names[tileHeads.indexOf(state.head)]}`;
+    entries.forEach((each, place) => overlays[place].drawHeat(each, each.maps[state.head], topOf(each.maps[state.head])));
     const marks = chosen("scale") === "shared"
       ? ["0", (sharedTop / 4).toFixed(1), `${sharedTop.toFixed(1)} × uniform attention`]
       : ["0", "a quarter", "the map’s strongest patch"];
@@ -223,8 +223,8 @@ function startAttention() {
 
 // At the head of the page: some images, each over the attention of its heads' mean.
 function showHero(images) {
-  const shown = images.slice(0, 10);
-  shown.forEach((image, place) => {
+  const shown = entries.slice(0, 10);
+  shown.forEach((entry, place) => {
     const pair = document.createElement("div");
     pair.style.setProperty("--aspect", images[place].width / images[place].height);
     const [plain, heat] = [0, 1].map(() => {
@@ -234,12 +234,12 @@ function showHero(images) {
     });
     const copy = () => Object.assign(new Image(), { src: images[place].src, alt: "" });
     plain.append(copy());
-    new Overlay(heat, copy()).drawHeat(image, image.maps.at(-1), image.maps.at(-1).top);
+    new Overlay(heat, copy()).drawHeat(entry, entry.maps.at(-1), entry.maps.at(-1).top);
     if (place % 5 === 0) byId("hero").querySelector(".pairs").append(document.createElement("div"));
     byId("hero").querySelector(".pairs").lastElementChild.append(pair);
   });
-  const which = images.some((image) => image.truth)
-    ? `the ${shown.length} of ${images.length} images with the highest IoU` : `${shown.length} of ${images.length} images`;
+  const which = entries.some((entry) => entry.truth)
+    ? `the ${shown.length} of ${entries.length} images with the highest IoU` : `${shown.length} of ${entries.length} images`;
   byId("hero").querySelector("figcaption").innerHTML =
     `Below each image the attention of the [CLS] token, mean of the heads, each on its own scale: ${which}. <a href="#attention">All, head by head</a>`;
   byId("hero").hidden = false;
