@@ -92,7 +92,7 @@ def _inspect(config: ReportConfig) -> None:
 
 
 def _page(content: ReportData) -> bytes:
-    """The page; its images are halved, thrice at most, until it fits."""
+    """Render the page; its images are halved, three times at most, until it fits."""
     page = render(content).encode("utf-8", "backslashreplace")
     for _ in range(3):
         if len(page) <= MOST_BYTES:
@@ -104,7 +104,7 @@ def _page(content: ReportData) -> bytes:
 
 
 def _command(config: ReportConfig) -> str:
-    """The words that make this report again: those that differ from the defaults."""
+    """Return the command that makes this report again: the values that differ from the defaults."""
     default, given = _flat(compose_config("report", [], ReportConfig)), _flat(config.model_dump(mode="json"))
     words = [f"{key}={value}" for key, value in given.items() if value != default[key]]
     return shlex.join(["ssl-vit", "report", *map(escape_path, words)])

@@ -1,4 +1,4 @@
-"""How far a published probe has come: kept in a folder after every epoch, to go on from."""
+"""State of a published linear probe: saved after every epoch, to resume from."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ProbeState:
 
 
 def read_state(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """What the folder holds of this probe; None: nothing yet.
+    """Read the saved state of this probe; None if there is none.
 
     Raises:
         UserError: It holds a probe of something else, or a damaged state.

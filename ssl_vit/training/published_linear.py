@@ -1,4 +1,4 @@
-"""Linear evaluation as it was published: frozen features of images augmented anew in each epoch; resumable."""
+"""The published linear evaluations of DINO and SiT: frozen features of images augmented in each epoch; resumable."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def _loader(
 
 
 def _frozen(probe: Probe, backbone: Backbone, images: Tensor) -> list[Tensor]:
-    """The probe's features (B, D) float32 of images that are normalized, without gradient."""
+    """Return the probe's features (B, D) float32 of normalized images, without gradient."""
     device = images.device.type
     dtype = autocast_dtype(images.device)
     with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype is not None):
@@ -181,7 +181,7 @@ def _frozen(probe: Probe, backbone: Backbone, images: Tensor) -> list[Tensor]:
 def _features(
     study: Evaluation, dataset: ImageDataset, probe: Probe, backbone: Backbone, skipped: SkippedImageLog
 ) -> tuple[list[Tensor], Tensor]:
-    """The probe's features (N, D) of all images that can be read, not augmented, and their places (N,)."""
+    """Return the probe's features (N, D) of all readable images, without augmentation, and their indices (N,)."""
     data, device = study.config.data, next(backbone.parameters()).device
     loader = build_eval_loader(
         dataset,
@@ -200,7 +200,7 @@ def _features(
 
 @torch.no_grad()
 def _look(probe: Probe, course: ProbeState, test: list[Tensor], labels: Tensor) -> dict[str, float]:
-    """The accuracy of each head on the test images; the answers of its best look so far are kept."""
+    """Evaluate each head on the test images, and keep the predictions of its best evaluation."""
     found = {}
     for head in probe.heads:
         logits = probe.logits(head, test).cpu()
@@ -240,7 +240,7 @@ def _protocol(config: LinearConfig, probe: Probe) -> dict[str, Any]:
 
 
 def _identity(study: Evaluation, protocol: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """What a probe must share with another one to go on with it."""
+    """Return what a probe must share with a saved one to resume it."""
     return {
         "protocol": repr(protocol),
         "model": f"{study.loaded.source} {study.loaded.sha256}",
@@ -252,5 +252,5 @@ def _identity(study: Evaluation, protocol: dict[str, Any], device: torch.device)
 
 
 def _folder(study: Evaluation) -> Path:
-    """What goes on: a probe of another seed is another one."""
+    """Return the folder of the probe's state, one per seed."""
     return sibling_path(study.out, f"-seed{study.config.seed}")

@@ -1,4 +1,4 @@
-"""The linear evaluations that DINO and SiT were published with: features, heads, optimizer, augmentation."""
+"""Features, heads, optimizers and augmentation of the published linear evaluations of DINO and SiT."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Probe:
     about: dict[str, Any]  # for the record
 
     def logits(self, head: str, features: list[Tensor]) -> Tensor:
-        """What a head answers (B, classes)."""
+        """Return the logits (B, classes) of a head."""
         parts = zip(self._modules_of(head), features, strict=True)
         return torch.stack([module(feature) for module, feature in parts]).mean(dim=0)
 
     def loss(self, features: list[Tensor], targets: Tensor) -> Tensor:
-        """The sum of all losses, given targets (B, classes)."""
+        """Return the sum of all losses, given targets (B, classes)."""
         losses = [
             F.cross_entropy(module(feature), targets)
             for head in self.heads

@@ -44,7 +44,8 @@ def words(models, sample, tmp_path):
     def make(protocol, *more):
         name = {"dino": "plain", "sit": "two"}[protocol]
         return [
-            f"checkpoint={models / name}.safetensors", f"data.root={sample}", "data.batch_size=32", "data.num_workers=0",
+            f"checkpoint={models / name}.safetensors", f"data.root={sample}", "data.batch_size=32",
+            "data.num_workers=0",
             f"protocol={protocol}", "epochs=3", "figure=false", f"out={tmp_path / 'record.json'}", *more,
         ]  # fmt: skip
 

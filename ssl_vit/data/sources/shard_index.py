@@ -1,4 +1,4 @@
-"""What `ssl-vit shard` writes beside its tar files: where each image lies, and the names of the classes."""
+"""Index of a folder of shards: where each image lies, and the names of the classes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ShardManifest(BaseModel):
 
 
 def concat_indices(tars: PackedPaths, listed: list[TarIndex]) -> ShardIndex:
-    """The listing of several tar files, given their names and what each holds."""
+    """Concatenate the indices of several tar files, given their names and members."""
     names = [tar.names for tar in listed]
     starts = np.cumsum([0, *(len(one.text) for one in names)])
     ends = [one.ends[1:] + start for one, start in zip(names, starts[:-1], strict=True)]
@@ -70,7 +70,7 @@ def write_listing(folder: Path, listing: ShardIndex) -> None:
 
 
 def read_listing(folder: Path, tars: PackedPaths, sizes: Integers) -> ShardIndex | None:
-    """The listing in a folder that holds these tar files (T,), of these sizes (T,) in bytes; None where it has none.
+    """Load the index of a folder with these tar files (T,), of these sizes (T,) in bytes; None if it has none.
 
     A damaged listing, or one of other files, is not used, which is said.
     """
@@ -96,7 +96,7 @@ def read_listing(folder: Path, tars: PackedPaths, sizes: Integers) -> ShardIndex
 
 
 def read_manifest(folder: Path) -> ShardManifest | None:
-    """The manifest in a folder of shards; None where there is none.
+    """Load the manifest of a folder of shards; None if there is none.
 
     Raises:
         UserError: It is damaged.

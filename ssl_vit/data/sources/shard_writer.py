@@ -1,4 +1,4 @@
-"""From image files to tar shards (WebDataset layout): bytes as they are; the same input gives the same shards."""
+"""Write images into tar shards (WebDataset layout): bytes as they are; the same input gives the same shards."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def write_shards(dataset: ImageFolder, out: Path, *, shard_bytes: int) -> Shards
 
     The sample of image i has the key i in nine digits, and the members `.jpg` (or what the format is), `.cls` (the
     class's number, where there are class folders) and `.json` (`path`: the image's path as printable text). Of each
-    image the header is read: what has none that can be read is left out and named in `skipped_images.txt`; damage further
-    in is found when training reads it. A shard is written whole or not at all. Called again after an interruption,
+    image only the header is read: images without a readable one are skipped and listed in `skipped_images.txt`; other
+    damage is found in training. A shard is written whole or not at all. Called again after an interruption,
     it goes on: shards that are there and undamaged are kept.
 
     Args:
@@ -177,7 +177,7 @@ def _sample(dataset: ImageFolder, index: int) -> list[_Member] | UnreadableImage
 
 
 def _facts(dataset: ImageFolder, index: int) -> list[_Member]:
-    """What a sample holds beside the image."""
+    """Return the metadata members of a sample."""
     path = json.dumps({"path": dataset.name(index)}, ensure_ascii=False).encode()
     label = [_Member("cls", b"%d" % dataset.labels[index])] if dataset.classes else []
     return [*label, _Member("json", path)]

@@ -1,4 +1,4 @@
-"""One tar file in the WebDataset layout: which members are images, where their bytes lie, and of which class."""
+"""Index of a tar file in the WebDataset layout: its images, their byte offsets and classes."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def index_tar(path: Path) -> TarIndex:
 
 
 def _members(path: Path, ignored: Counter[str], damage: list[str]) -> Iterator[_Member]:
-    """The plain files of a tar file, up to the damage if there is some, with the one that it strikes."""
+    """Yield the regular files of a tar file, up to and including one that is damaged."""
     try:
         with path.open("rb") as file:
             if file.read(8).startswith(_COMPRESSED):
@@ -120,7 +120,7 @@ def _members(path: Path, ignored: Counter[str], damage: list[str]) -> Iterator[_
 
 
 def _described(member: tarfile.TarInfo, file: BinaryIO) -> _Member:
-    """A member whose bytes `file` stands before."""
+    """Return the member whose header ends at the position of `file`."""
     folder, _, name = member.name.rpartition("/")
     stem, _, extension = name.partition(".")
     kind = f".{extension.rpartition('.')[2].lower()}" if extension else "without extension"

@@ -76,7 +76,7 @@ class TarShardDataset:
         return escape_path(tar + b"/" + self.listing.names[index])
 
     def read(self, index: int, channels: int, jpeg_scale: JPEGScaleFn | None = None) -> Tensor:
-        """The image as (C, H, W) uint8, a JPEG smaller where `jpeg_scale` allows.
+        """Return the image as (C, H, W) uint8, a JPEG smaller where `jpeg_scale` allows.
 
         Raises:
             UnreadableImageError: It cannot be read, or its tar file cannot.
@@ -88,7 +88,7 @@ class TarShardDataset:
             raise UnreadableImageError(self.name(index), broken.reason) from broken
 
     def content(self, index: int) -> bytes:
-        """The member's bytes.
+        """Return the member's bytes.
 
         Raises:
             UnreadableImageError: Its tar file cannot be read, or is too short.
@@ -104,7 +104,7 @@ class TarShardDataset:
         return content
 
     def fingerprint(self, *, sizes: bool, times: bool = False) -> str:
-        """A hash of all names and classes, of the sizes too if wanted, and of the times of change of the shards."""
+        """Return a hash of all names and classes, of the sizes if wanted, and of the times of the shards."""
         listing = self.listing
         digest = hashlib.sha256(f"{listing.tars.fingerprint()} {listing.names.fingerprint()}".encode())
         digest.update(listing.tar.tobytes() + listing.number.tobytes())
@@ -116,14 +116,14 @@ class TarShardDataset:
         return digest.hexdigest()
 
     def describe(self) -> str:
-        """Counts of images and shards, of what was ignored, and of the damaged."""
+        """Return the numbers of images, shards, ignored and damaged files in one line."""
         text = f"{len(self):,} images in {len(self.listing.tars):,} shards in {escape_path(self.root)}"
         text += f"; ignored: {format_counts(self.ignored)}" if self.ignored else ""
         return f"{text}; damaged shards: {self.damaged}" if self.damaged else text
 
 
 def load_shards(root: Path) -> TarShardDataset:
-    """The images of all `*.tar` files below a folder, sorted by path; links to folders are not followed.
+    """Load the images of all `*.tar` files below a folder, sorted by path; links to folders are not followed.
 
     Shards that `ssl-vit shard` wrote bring their listing; others are listed anew each time, by all cores.
 
@@ -178,8 +178,8 @@ def _tar_files(root: Path) -> list[Path]:
     tars = sorted((path for path in found if path.suffix == ".tar"), key=os.fsencode)
     if not tars:
         raise UserError(
-            f"{escape_path(root.absolute())}: there is no .tar file in this folder; `ssl-vit shard` writes some, and for "
-            "a folder of images leave data.source=folder"
+            f"{escape_path(root.absolute())}: this folder contains no .tar file. Write some with `ssl-vit shard`, or read a "
+            "folder of images with data.source=folder"
         )
     return tars
 

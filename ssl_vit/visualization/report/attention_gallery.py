@@ -1,4 +1,4 @@
-"""What the model attends to in some images, and the masks that methods without labels make of it."""
+"""Attention maps of some images, and the masks that unsupervised methods predict for them."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _is_finite(sight: LastBlockFeatures) -> bool:
 
 
 def _truth(truths: MaskFolder | None, shown: GalleryImages, seen: Seen) -> Tensor | None:
-    """The image's object mask (H, W) bool, where there is one that fits."""
+    """Return the image's foreground mask (H, W) bool, if there is one of its size."""
     if truths is None:
         return None
     try:
@@ -94,7 +94,7 @@ def _attended(shown: GalleryImages, seen: Seen, truth: Tensor | None, mass: floa
 
 
 def _segmented(shown: GalleryImages, masked: list[tuple[Seen, Tensor | None]], mass: float) -> list[Segmented]:
-    """The images with a mask that they can be compared with."""
+    """Return the images that have a ground-truth mask, with their predicted masks."""
     sights = [seen.features[0] for seen, _ in masked]
     names = [name for name in METHODS if sights[0].cls is not None or name not in NEED_CLS]
     segmenters = build_segmenters(names, sights)

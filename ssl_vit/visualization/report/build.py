@@ -1,4 +1,4 @@
-"""All of a report from a run folder: each section by itself, so that one that fails leaves the others whole."""
+"""Collect the report from a run directory: each section separately, so that one that fails leaves the others whole."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _Sections:
             self.missing[section] = text
 
     def attempt(self, section: str, part: Callable[[], PartT], otherwise: PartT) -> PartT:
-        """The part; where it cannot be had, why, and something empty in its place."""
+        """Return the part; if it is not available, note the reason and return `otherwise`."""
         try:
             return part()
         except UserError as error:
@@ -113,7 +113,7 @@ def _tell_gallery(gallery: Gallery, sections: _Sections) -> None:
 
 
 def _features(run: RunFolder, config: ReportConfig, sections: _Sections) -> tuple[Rows, FeatureMap | None]:
-    """The neighbors and the map, of the same features."""
+    """Return the neighbors and the feature map, from the same features."""
     known: FeatureImages | None = sections.attempt(NEIGHBORS, lambda: known_images(run, config), None)
     if known is None:
         sections.miss(PLANE, sections.missing[NEIGHBORS])
@@ -131,7 +131,7 @@ def _features(run: RunFolder, config: ReportConfig, sections: _Sections) -> tupl
 
 
 def _panels(run: RunFolder, sections: _Sections) -> Panels:
-    """The drawings of `ssl-vit inspect`, then those of the training."""
+    """Return the figures of `ssl-vit inspect`, then those logged during training."""
     command = f"`ssl-vit inspect checkpoint={escape_path(run.path)}`"
     try:
         inspected = read_inspection(run.path / "inspect", run.loaded)

@@ -1,4 +1,4 @@
-"""Features as points of a plane: by their principal components, or by t-SNE."""
+"""Feature map: features projected to a plane by principal components or t-SNE."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def embedding_map(known: FeatureImages, *, points: int, projection: Literal["pca
 
 
 def principal(vectors: Tensor) -> tuple[Tensor, str]:
-    """The first two principal components (N, 2) of vectors (N, D), and how much of the variance they hold.
+    """Compute the first two principal components (N, 2) of vectors (N, D), and their share of the variance.
 
     Their signs are those that make each component's third moment positive, so that they do not depend on the machine.
     """

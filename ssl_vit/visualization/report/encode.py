@@ -1,4 +1,4 @@
-"""What a page can carry within itself: images, maps and masks as short texts."""
+"""Encode images, maps and masks as short texts inside of the page."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class Sprite(NamedTuple):
 
 
 def photograph(image: Image.Image, side: int) -> Embedded:
-    """An image with its longer side reduced to at most so many pixels."""
+    """Encode an image with its longer side reduced to at most `side` pixels."""
     small = _reduced(image, side)
     return Embedded(_webp(small), small.width, small.height)
 
 
 def drawing(image: Image.Image, side: int) -> Embedded:
-    """A chart or a sheet of images, without loss where that takes no more room (lines and flat colors)."""
+    """Encode a figure, without loss where that is no larger (lines and flat colors)."""
     small = _reduced(image, side)
     few_colors = small.convert("RGB").getcolors(small.width * small.height // 20) is not None
     return Embedded(_webp(small, lossless=few_colors), small.width, small.height)
@@ -91,17 +91,17 @@ def map_bytes(maps: Tensor) -> tuple[str, list[float]]:
 
 
 def count_bytes(counts: Tensor) -> str:
-    """Counts as unsigned 32-bit integers, the least byte first, in base64."""
+    """Encode counts as unsigned 32-bit integers, little-endian, in base64."""
     return as_bytes(counts.numpy().astype("<u4"))
 
 
 def as_bytes(array: npt.NDArray[Any]) -> str:
-    """The bytes of an array, row by row, in base64."""
+    """Encode the bytes of an array, row by row, in base64."""
     return _base64(array.tobytes())
 
 
 def outline(mask: Tensor) -> str:
-    """The border of a mask (rows, columns) bool as an SVG path in a square of side 1.
+    """Return the border of a mask (rows, columns) bool as an SVG path in a square of side 1.
 
     Its closed loops run along the cells' sides; filled by the even-odd rule they are the mask. A mask of many cells is
     drawn with at most 256 a side, and without steps.
@@ -114,7 +114,7 @@ def outline(mask: Tensor) -> str:
 
 
 def utf8_safe(text: str) -> str:
-    """A text that UTF-8 can hold: bytes of file names that are none stand as JSON writes them."""
+    """Return a text that UTF-8 can encode: other bytes of file names are escaped as in JSON."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -172,7 +172,7 @@ def _loops(mask: npt.NDArray[np.bool_]) -> list[list[tuple[int, int]]]:
 
 
 def _smoothed(loop: list[tuple[int, int]]) -> list[tuple[float, float]]:
-    """The middles of the sides instead of the corners: steps become slopes, and every cell's center stays inside."""
+    """Replace corners by the midpoints of the sides: steps become slopes, and every cell's center stays inside."""
     return [
         ((here[0] + after[0]) / 2, (here[1] + after[1]) / 2)
         for here, after in zip(loop, [*loop[1:], loop[0]], strict=True)
@@ -199,7 +199,7 @@ _LEAST = 8  # pixels of a side
 
 
 def downscale_images(content: ReportData) -> ReportData:
-    """The same report with images of half their sides."""
+    """Return the report with images of half their size."""
     plane = content.feature_map
     return content._replace(
         attended=[one._replace(image=_half(one.image)) for one in content.attended],

@@ -1,4 +1,4 @@
-"""The drawings that a run folder holds: those of `ssl-vit inspect`, and those that the run made as it trained."""
+"""Figures of a run directory: those of `ssl-vit inspect`, and those logged during training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Panels(NamedTuple):
 
 
 def read_inspection(folder: Path, loaded: LoadedBackbone | None) -> Panels:
-    """The drawings that the folder's inspect.json lists.
+    """Read the figures that the folder's inspect.json lists.
 
     Raises:
         UserError: There is none, or it cannot be read.
@@ -64,7 +64,7 @@ def read_inspection(folder: Path, loaded: LoadedBackbone | None) -> Panels:
 
 
 def along_the_run(folder: Path) -> Panels:
-    """The first and the last of each kind of drawing that the run made while it trained, in its folder `images`."""
+    """Read the first and the last figure of each kind that the run logged during training, from its folder `images`."""
     found: dict[str, list[TitledFigure]] = {kind: [] for kind in TEXTS}
     problems = []
     for kind, text in TEXTS.items():
@@ -98,7 +98,7 @@ def _is_of_another(content: dict[str, Any], loaded: LoadedBackbone) -> bool:
 
 
 def _how(content: dict[str, Any]) -> str:
-    """What it says of that, in one line."""
+    """Return the protocol that the file states, in one line."""
     count = _images(content)
     texts = [f"Of {count:,} images"] if count else []
     for key, before in (("protocol", ""), ("skipped", "Not drawn: ")):

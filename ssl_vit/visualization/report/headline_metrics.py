@@ -1,4 +1,4 @@
-"""The numbers of a run's records, each beside its baselines, with what a reader must know of it."""
+"""Metrics of a run's results, each beside its baselines, with notes for the reader."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _baselines(record: EvalResult, metric: Metric) -> dict[str, float]:
 
 
 def _of_model(record: EvalResult, loaded: LoadedBackbone | None, shown: str | None) -> list[str]:
-    """A word where the model is not the one that the report shows."""
+    """Return a note if the result is of another model than the one that the report shows."""
     if record.task == "finetune":  # whose record names the model that it began with
         return [f"fine-tuned from {record.model.source}"]
     if loaded is None:

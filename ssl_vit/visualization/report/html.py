@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: no model, no other file, any browser of the last years."""
+"""Render the report as one HTML file without external resources."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _sections(content: ReportData) -> list[Section]:
 
 
 def _data(content: ReportData) -> dict[str, Any]:
-    """What the scripts compute with."""
+    """Return the data that the scripts read."""
     ramp = matplotlib.colormaps[COLOR_MAP](np.arange(256), bytes=True)[:, :3]
     return {
         "mass": content.mass,
@@ -180,7 +180,7 @@ def _segmented(picture: Segmented, methods: list[str]) -> _Masked:
 
 
 def _panel(panel: TitledFigure) -> tuple[TitledFigure, Embedded, bool]:
-    """A panel with its image, and whether that is wide."""
+    """Return a figure, its encoded image, and whether it is wide."""
     return panel, drawing(panel.image, PANEL_SIDE), panel.image.width >= WIDE * panel.image.height
 
 
@@ -244,7 +244,7 @@ def _signed(share: float) -> str:
 
 
 def _code(text: str) -> Markup:
-    """A text in which every second stretch between backticks is code."""
+    """Return a text with the parts between backticks set as code."""
     parts = text.split("`")
     return Markup("").join(
         Markup("<code>{}</code>").format(part) if place % 2 and place < len(parts) - 1 else escape(part)

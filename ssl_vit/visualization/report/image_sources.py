@@ -1,4 +1,4 @@
-"""Which images a report shows, and their features: stored by an evaluation, or described now."""
+"""Choose the images of a report, and load or extract their features."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class FeatureImages(NamedTuple):
 
 
 def shown_images(run: RunFolder, config: ReportConfig) -> GalleryImages:
-    """The named ones; else those of the run's attention record; else the run's own; else the labeled ones.
+    """Choose the named images; else those of the run's attention result; else the run's own; else the labeled ones.
 
     Raises:
         UserError: There are none any more.
@@ -66,7 +66,7 @@ def shown_images(run: RunFolder, config: ReportConfig) -> GalleryImages:
 
 
 def known_images(run: RunFolder, config: ReportConfig) -> FeatureImages:
-    """The named ones with labels; else those of the run's newest evaluation; else the run's own.
+    """Choose the named labeled images; else those of the run's newest evaluation; else the run's own.
 
     Features that an evaluation has stored are taken. Otherwise `config.points` images, evenly spread, are described.
 
@@ -90,7 +90,7 @@ def known_images(run: RunFolder, config: ReportConfig) -> FeatureImages:
 
 @contextmanager
 def skipped_list() -> Iterator[SkippedImageLog]:
-    """A list of images that cannot be read, for as long as the block lasts."""
+    """Provide a log of unreadable images for the duration of the block."""
     with TemporaryDirectory() as folder:
         yield SkippedImageLog(Path(folder) / "skipped_images.txt")
 
@@ -104,7 +104,7 @@ def skipped_text(skipped: SkippedImageLog) -> str:
 
 
 def _own(run: RunFolder, config: ReportConfig) -> EvalDataConfig:
-    """The images that the run has learned from.
+    """Return the images that the run trained on.
 
     Raises:
         UserError: config.yaml does not say which.
@@ -137,7 +137,7 @@ def _known(run: RunFolder, config: ReportConfig, data: EvalDataConfig) -> Featur
 
 
 def _stored(describe: BackboneExtractor, split: TrainTestSplit, folder: Path, name: str) -> list[FeatureCache] | None:
-    """The complete stores of all parts; None where one is missing."""
+    """Return the complete caches of all parts; None if one is missing."""
     if not folder.is_dir():
         return None
     found = []
@@ -155,7 +155,7 @@ def _stored(describe: BackboneExtractor, split: TrainTestSplit, folder: Path, na
 def _described_now(
     run: RunFolder, config: ReportConfig, dataset: ImageDataset, transform: EvalTransform
 ) -> FeatureImages:
-    """The features of evenly spread images, each searched for among the others."""
+    """Extract the features of evenly spaced images, each searched for among the others."""
     places = evenly_spaced(len(dataset), config.points)
     some = dataset if len(places) == len(dataset) else Subset(dataset, places)
     with skipped_list() as skipped:

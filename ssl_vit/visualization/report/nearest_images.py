@@ -1,4 +1,4 @@
-"""Rows of an image and its nearest neighbors: some evenly chosen, and some that go wrong."""
+"""Rows of an image and its nearest neighbors: evenly spaced ones, and failures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Rows(NamedTuple):
 
 
 def neighbor_rows(known: FeatureImages, k: int) -> Rows:
-    """The k nearest to evenly spread images, then to those whose neighbors are most often of another class.
+    """Find the k nearest images of evenly spaced ones, then of those whose neighbors are most often of another class.
 
     Raises:
         UserError: There are too few images.
@@ -65,7 +65,7 @@ def neighbor_rows(known: FeatureImages, k: int) -> Rows:
 
 
 def tile(dataset: ImageDataset, place: int, side: int) -> Tensor:
-    """An image (3, H, W) uint8 at least `side` pixels on its shorter side where it has as many; decoded no larger.
+    """Read an image (3, H, W) uint8, decoded as small as its shorter side still has `side` pixels.
 
     Raises:
         UnreadableImageError: It cannot be read.
@@ -91,7 +91,7 @@ def _wrong(right: Tensor, found: Neighbors, taken: Tensor) -> list[int]:
 
 
 def _row(queries: FeatureSplit, bank: FeatureSplit, found: Neighbors, row: int) -> list[Near]:
-    """The query and those of its neighbors that can still be read; nothing where the query cannot."""
+    """Return the query and its readable neighbors; nothing if the query cannot be read."""
     tiles: list[tuple[FeatureSplit, int, float | None]] = [(queries, row, None)]
     tiles += [
         (bank, place, similarity)

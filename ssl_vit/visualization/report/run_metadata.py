@@ -1,4 +1,4 @@
-"""What a report says of a run in a few lines: model, checkpoint, images, seed, versions."""
+"""Metadata of a run: model, checkpoint, images, seed, versions."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run_metadata(run: RunFolder, command: str) -> dict[str, str]:
 
 
 def run_caption(run: RunFolder) -> dict[str, str]:
-    """The facts in a few words; those that are not known are left out."""
+    """Return a short summary of the run; unknown values are omitted."""
     method = str(run.value("method.name") or "")
     essentials = {"method": METHOD_CONFIGS[method].title if method in METHOD_CONFIGS else method}
     if run.loaded is not None:
@@ -61,7 +61,7 @@ def run_caption(run: RunFolder) -> dict[str, str]:
 
 
 def _near(path: Path) -> str:
-    """A path as seen from the current folder, where it lies in that."""
+    """Return a path relative to the current folder if it is inside."""
     here, there = Path.cwd().resolve(), path.resolve()
     return escape_path(there.relative_to(here) if there.is_relative_to(here) else path)
 
@@ -91,7 +91,7 @@ def _newest(run: RunFolder) -> float:
 
 
 def _images(run: RunFolder) -> str:
-    """What the run wrote down of its images, else the folder that its configuration names."""
+    """Return the run's description of its images, else the folder that its config names."""
     try:
         about: dict[str, Any] = json.loads((run.path / "data.json").read_text(encoding="utf-8"))
         return f"{about['text']}; fingerprint {about['fingerprint'][:16]}"
@@ -123,7 +123,7 @@ class Journals(NamedTuple):
 
 
 def load_health_warnings(folder: Path) -> Journals:
-    """The verdicts of `health.jsonl`, and one more where steps were left out."""
+    """Load the health warnings of `health.jsonl`, and one more if steps were skipped."""
     health, damaged = _lines(folder / "health.jsonl", ("name", "finding", "remedy"))
     verdicts = [HealthRow(str(v["name"]), v["step"], str(v["finding"]), str(v["remedy"])) for v in health]
     skipped, more = _lines(folder / "skipped_steps.jsonl", ())
@@ -137,7 +137,7 @@ def load_health_warnings(folder: Path) -> Journals:
 
 
 def _lines(path: Path, keys: tuple[str, ...]) -> tuple[list[dict[str, Any]], int]:
-    """The entries that hold a step and these keys, and how many lines do not."""
+    """Read the entries that contain a step and these keys, and count the other lines."""
     if not path.is_file():
         return [], 0
     entries, damaged = [], 0

@@ -1,4 +1,4 @@
-"""A run folder as a report finds it: whatever of it is there, and in words what is not."""
+"""Read the run directory of a report, and note what is missing or unreadable."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RunFolder(NamedTuple):
         return self.loaded
 
     def value(self, key: str) -> Any:  # noqa: ANN401 - any YAML
-        """What the run's configuration holds under a dotted key; None where it does not know it."""
+        """Return the value of a dotted key in the run's config; None if it has no such key."""
         found: Any = self.config
         for name in key.split("."):
             if not isinstance(found, dict) or name not in found:

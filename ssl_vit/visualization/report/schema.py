@@ -1,4 +1,4 @@
-"""What a report holds, as plain values: gathered by one half of this package, drawn as a page by the other."""
+"""The content of a report as plain values, and its JSON export."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ SCHEMA = 1  # grows when a key changes its meaning
 
 
 def to_json(content: ReportData) -> dict[str, Any]:
-    """A report as plain containers that strict JSON can hold: what is no finite number is null."""
+    """Return a report as plain containers for strict JSON: what is not a finite number is null."""
     plain = {
         "schema": SCHEMA,
         **content._asdict(),

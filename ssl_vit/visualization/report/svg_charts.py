@@ -1,4 +1,4 @@
-"""Charts as SVG that stands in a page: its texts are texts, and it takes its colors from the page's style."""
+"""SVG charts of the page: real text, colors of the page's style."""
 
 from __future__ import annotations
 
@@ -160,17 +160,17 @@ def _style() -> Iterator[None]:
 
 
 def _literal(text: str) -> str:
-    """A text that matplotlib can write on one line: odd characters stand as Python writes them."""
+    """Return a text that matplotlib can draw on one line: unprintable characters are escaped."""
     return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
 
 
 def _legend(keys: list[Markup]) -> Markup:
-    """A legend as a list beside its chart: it wraps, however long the names and however narrow the page."""
+    """Return a legend as a list beside its chart, which wraps on narrow pages."""
     return Markup('<ul class="keys">{}</ul>').format(Markup().join(keys))
 
 
 def _svg(figure: Figure, words: str) -> Markup:
-    """The figure as an element of a page: colors from its style, names that no other chart has, no declarations."""
+    """Return the figure as an SVG element: colors of the page's style, ids unique to this chart, no declarations."""
     file = io.StringIO()
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
     figure.savefig(file, format="svg", transparent=True, metadata=nothing)
@@ -188,6 +188,6 @@ def _svg(figure: Figure, words: str) -> Markup:
 
 
 def _rounded(path: str) -> str:
-    """The attribute `d` of a path with one decimal, on one line."""
+    """Return the attribute `d` of a path with one decimal, on one line."""
     short = re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.1f}", path)
     return f" {' '.join(short.split())}"

@@ -1,4 +1,4 @@
-"""The lines of a run's metrics.csv, grouped by what they tell."""
+"""The curves of a run's metrics.csv, grouped by topic."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Metrics(NamedTuple):
 
 
 def load_curves(path: Path, prototypes: int | None) -> Metrics:
-    """The curves of a metrics.csv; none where there is no such file or no number in it.
+    """Load the curves of a metrics.csv; none if there is no such file or no number in it.
 
     Online accuracies come first, each with the value of random weights. Schedules that never change are left out.
 
@@ -90,7 +90,7 @@ def load_curves(path: Path, prototypes: int | None) -> Metrics:
 
 
 def downsample_curve(line: Line, most: int = POINTS) -> Line:
-    """A line of at most so many points: each the mean of as many values in a row, at the last of their steps.
+    """Reduce a line to at most `most` points: each the mean of consecutive values, at the last of their steps.
 
     Example:
         >>> thinned([(0, 1.0), (1, 3.0), (2, 5.0)], most=2)
@@ -102,7 +102,7 @@ def downsample_curve(line: Line, most: int = POINTS) -> Line:
 
 
 def _columns(path: Path) -> tuple[dict[str, Line], dict[str, int]]:
-    """The finite values of each column by step, and how many values of which column are not finite."""
+    """Return the finite values of each column by step, and the number of other values by column."""
     whole = path.read_bytes().rpartition(b"\n")[0].decode("utf-8", "replace")
     reader = csv.DictReader(io.StringIO(whole.replace("\0", ""), newline=""))
     values: dict[str, dict[int, float]] = {name: {} for name in reader.fieldnames or ()}
@@ -131,7 +131,7 @@ def _is_score(column: str) -> bool:
 
 
 def _online(column: str, line: Line) -> Curve:
-    """An accuracy along the run, beside what random weights reach: the value before the first step."""
+    """Return an accuracy curve with the value before the first step, that of random weights, as its baseline."""
     name = column.partition("/")[2]
     kind, _, k = name.partition("@")
     title = "Online accuracy, " + {"knn": f"kNN, k = {k}", "linear": "linear head"}.get(kind, "kNN")
