@@ -178,8 +178,8 @@ def _tar_files(root: Path) -> list[Path]:
     tars = sorted((path for path in found if path.suffix == ".tar"), key=os.fsencode)
     if not tars:
         raise UserError(
-            f"{escape_path(root.absolute())}: this folder contains no .tar file. Write some with `ssl-vit shard`, or read a "
-            "folder of images with data.source=folder"
+            f"{escape_path(root.absolute())}: this folder contains no .tar file. Write some with "
+            "`ssl-vit shard`, or read a folder of images with data.source=folder"
         )
     return tars
 

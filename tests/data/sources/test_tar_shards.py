@@ -355,7 +355,7 @@ def test_what_is_no_folder_of_shards_is_told(tmp_path):
         return str(caught.value)
 
     assert "does not exist" in message(tmp_path / "nowhere")
-    assert "there is no .tar file" in message(tmp_path)
+    assert "contains no .tar file" in message(tmp_path)
     path = tar(tmp_path / "a" / "x.tar", [])
     assert "is a file" in message(path)
     assert "no image in the 1 .tar files of this folder, and nothing else" in message(tmp_path)
