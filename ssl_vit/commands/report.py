@@ -47,15 +47,15 @@ def main(config: ReportConfig) -> None:
 
 
 def write(config: ReportConfig) -> ReportFile:
-    """Write the page and its JSON twin.
+    """Write the page and its JSON export.
 
     Raises:
         UserError: The folder holds no run, or the page cannot be written where it should be.
     """
     began = time.perf_counter()
     out = config.out or config.run / "report.html"
-    twin = out.with_suffix(".json")
-    _check_place(config, out, twin)
+    export = out.with_suffix(".json")
+    _check_place(config, out, export)
     print(
         f"Gathering {escape_path(config.run)}: records, curves, attention, neighbors, a map of the features", flush=True
     )
@@ -66,19 +66,21 @@ def write(config: ReportConfig) -> ReportFile:
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as file:
         file.write(page)
-    write_json(twin, to_json(content))
+    write_json(export, to_json(content))
     return ReportFile(out, len(page), content.missing, time.perf_counter() - began)
 
 
-def _check_place(config: ReportConfig, out: Path, twin: Path) -> None:
-    """Before minutes of work: there is a run, the page can be written, and its twin replaces nothing else."""
+def _check_place(config: ReportConfig, out: Path, export: Path) -> None:
+    """Before minutes of work: there is a run, the page can be written, and its JSON export replaces nothing else."""
     if config.out is None and not config.run.is_dir():
         return  # gathering says what is wrong with it
     folder = next(folder for folder in out.absolute().parents if folder.exists())
     if not os.access(folder, os.W_OK):
         raise UserError(f"{escape_path(folder)} cannot be written to: name another place with out=FILE.html")
-    if config.out is not None and twin.exists() and not out.exists():
-        raise UserError(f"{escape_path(twin)} is there and may be of something else: name another page with out=")
+    if config.out is not None and export.exists() and not out.exists():
+        raise UserError(
+            f"{escape_path(export)} already exists and may belong to something else. Choose another page with out="
+        )
 
 
 def _inspect(config: ReportConfig) -> None:

@@ -54,8 +54,7 @@ def read_state(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 def resume(content: dict[str, Any] | None, probe: Probe, tested: Tensor) -> ProbeState:
     """Where the probe stands, its weights and its optimizer filled in.
 
-    It starts anew where the test images that can be read now (Q,) are not those of before: looks at both could not
-    be compared.
+    It starts from scratch if other test images (Q,) can be read than before: their evaluations could not be compared.
     """
     if content is None or not torch.equal(content["course"]["tested"], tested):
         return ProbeState(tested)

@@ -39,7 +39,7 @@ _MEMORY_GB = 2.0  # data sets that fit into this stay in memory
 def published_probe(config: LinearConfig) -> tuple[EvalResult, Evaluation]:
     """Train the heads of `config.protocol`, or go on where they stand; the record, and its file.
 
-    The same command goes on from the state that is saved after every epoch, in a folder per seed beside the record.
+    The same command resumes from the state saved after every epoch, in a folder per seed beside the result.
 
     Raises:
         UserError: Model and images do not fit the protocol, or the folder holds another probe.
@@ -72,7 +72,7 @@ def published_probe(config: LinearConfig) -> tuple[EvalResult, Evaluation]:
         if course.epoch == 0:
             skipped[0].path.unlink(missing_ok=True)
         if before and course.epoch == 0:
-            print(f"{folder}: other test images can be read than before; the probe starts anew")
+            print(f"{folder}: other test images can be read than before; the probe starts from scratch")
         if course.epoch == probe.epochs:
             print(f"{folder} is complete already")
         else:

@@ -262,12 +262,12 @@ def test_where_other_test_images_can_be_read_it_starts_anew_with_a_word(config, 
         image.write_bytes(bytes(len(content)))  # as large as before
     capsys.readouterr()
     less, _ = published_probe(config(*words))
-    assert "starts anew" in capsys.readouterr().out
+    assert "starts from scratch" in capsys.readouterr().out
     assert (less.data.get("n_test"), less.data.get("skipped"), less.score.metrics[0].n) == (47, 2, 47)
     for image, content in zip(broken, good, strict=True):
         image.write_bytes(content)
     published_probe(config(*words))
-    assert "starts anew" in capsys.readouterr().out
+    assert "starts from scratch" in capsys.readouterr().out
     assert without_time(whole) == wanted
     assert len((folder_of(whole) / "epochs.jsonl").read_text().splitlines()) == 2
 

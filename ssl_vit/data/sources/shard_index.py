@@ -87,10 +87,10 @@ def read_listing(folder: Path, tars: PackedPaths, sizes: Integers) -> ShardIndex
         )
         _check(listing)
     except (SafetensorError, KeyError, ValueError) as error:
-        log.warning(f"{escape_path(path)} is damaged ({escape_path(str(error))}); the tar files are listed anew")
+        log.warning(f"{escape_path(path)} is damaged ({escape_path(str(error))}); the tar files are indexed again")
         return None
     if listing.tars.fingerprint() != tars.fingerprint() or not np.array_equal(listing.bytes, sizes):
-        log.warning(f"{escape_path(path)} is of other tar files than the folder holds now; they are listed anew")
+        log.warning(f"{escape_path(path)} does not belong to the tar files of this folder; they are indexed again")
         return None
     return listing
 

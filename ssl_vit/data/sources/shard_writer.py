@@ -58,7 +58,7 @@ def write_shards(dataset: ImageFolder, out: Path, *, shard_bytes: int) -> Shards
     class's number, where there are class folders) and `.json` (`path`: the image's path as printable text). Of each
     image only the header is read: images without a readable one are skipped and listed in `skipped_images.txt`; other
     damage is found in training. A shard is written whole or not at all. Called again after an interruption,
-    it goes on: shards that are there and undamaged are kept.
+    it resumes: existing undamaged shards are kept.
 
     Args:
         dataset: To be copied.
@@ -87,7 +87,7 @@ def write_shards(dataset: ImageFolder, out: Path, *, shard_bytes: int) -> Shards
     except OSError as error:
         raise UserError(
             f"{escape_path(out.absolute())}: {error.strerror}. The shards that are there are whole: when this is "
-            "remedied, the same command goes on behind them"
+            "remedied, the same command resumes after them"
         ) from error
     return Shards(len(listing.tars), len(listing.names), int(listing.bytes.sum()), skipped)
 
@@ -105,7 +105,9 @@ def _write_all(dataset: ImageFolder, out: Path, ends: list[int], skipped: Skippe
         listed.append(tar)
     listing = concat_indices(PackedPaths.from_iterable(names), listed)
     if not len(listing.names):
-        raise UserError(f"none of the {len(dataset):,} images can be read; {escape_path(skipped.path)} says why")
+        raise UserError(
+            f"none of the {len(dataset):,} images can be read; {escape_path(skipped.path)} lists the reasons"
+        )
     write_listing(out, listing)
     return listing
 

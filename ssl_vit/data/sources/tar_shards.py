@@ -125,7 +125,7 @@ class TarShardDataset:
 def load_shards(root: Path) -> TarShardDataset:
     """Load the images of all `*.tar` files below a folder, sorted by path; links to folders are not followed.
 
-    Shards that `ssl-vit shard` wrote bring their listing; others are listed anew each time, by all cores.
+    Shards written by `ssl-vit shard` have an index; others are indexed each time, on all cores.
 
     Raises:
         UserError: There is no such folder, no tar file or no image in it, or a compressed one.

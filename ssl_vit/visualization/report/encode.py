@@ -65,10 +65,10 @@ def sprite(images: list[Image.Image]) -> Sprite:
     small = [_reduced(image, CELL) for image in images]
     cell = max(max(image.size) for image in small)
     columns = math.ceil(math.sqrt(len(small)))
-    sheet = Image.new("RGB", (columns * cell, math.ceil(len(small) / columns) * cell))
+    grid = Image.new("RGB", (columns * cell, math.ceil(len(small) / columns) * cell))
     for place, image in enumerate(small):
-        sheet.paste(image, (place % columns * cell, place // columns * cell))
-    return Sprite(_webp(sheet), cell, columns, [image.size for image in small])
+        grid.paste(image, (place % columns * cell, place // columns * cell))
+    return Sprite(_webp(grid), cell, columns, [image.size for image in small])
 
 
 def map_bytes(maps: Tensor) -> tuple[str, list[float]]:

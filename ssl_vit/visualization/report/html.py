@@ -55,7 +55,7 @@ class Section(NamedTuple):
 def render(content: ReportData) -> str:
     """Draw a report as the text of one HTML file.
 
-    The same content gives the same text. What content has nothing of is left out, and `missing` is listed at the end.
+    The same content gives the same text. Empty parts are omitted, and `missing` is listed at the end.
     In facts, remarks, verdicts, texts of panels, `how` and `missing`, words between backticks are set as code. Values
     are finite.
 
@@ -63,7 +63,7 @@ def render(content: ReportData) -> str:
         Text that can be written as UTF-8: bytes of file names that are no UTF-8 stand as JSON writes them.
     """
     content = content._replace(attended=_best_first(content.attended))
-    methods = list(dict.fromkeys(name for picture in content.segmented for name in picture.masks))
+    methods = list(dict.fromkeys(name for entry in content.segmented for name in entry.masks))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ssl_vit.visualization.report", ""),
         autoescape=True,
@@ -82,7 +82,7 @@ def render(content: ReportData) -> str:
         numbers={rank.name.lower(): _groups(content.headlines, rank) for rank in Rank},
         curves=[(curve, line_chart(curve)) for curve in content.curves],
         attended=[photograph(seen.image, PHOTO_SIDE) for seen in content.attended],
-        segmented=[_segmented(picture, methods) for picture in content.segmented],
+        segmented=[_segmented(entry, methods) for entry in content.segmented],
         methods=methods,
         neighbors=[
             [(near, photograph(near.image, NEAR_SIDE), _verdict(row[0], near)) for near in row]
@@ -173,10 +173,10 @@ class _Masked(NamedTuple):
     ious: list[float | None]
 
 
-def _segmented(picture: Segmented, methods: list[str]) -> _Masked:
-    masks = [outline(picture.masks[method]) if method in picture.masks else "" for method in methods]
-    ious = [picture.ious.get(method) for method in methods]
-    return _Masked(picture.name, photograph(picture.image, PHOTO_SIDE), outline(picture.truth), masks, ious)
+def _segmented(entry: Segmented, methods: list[str]) -> _Masked:
+    masks = [outline(entry.masks[method]) if method in entry.masks else "" for method in methods]
+    ious = [entry.ious.get(method) for method in methods]
+    return _Masked(entry.name, photograph(entry.image, PHOTO_SIDE), outline(entry.truth), masks, ious)
 
 
 def _panel(panel: TitledFigure) -> tuple[TitledFigure, Embedded, bool]:

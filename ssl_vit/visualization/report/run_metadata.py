@@ -130,7 +130,7 @@ def load_health_warnings(folder: Path) -> Journals:
     if steps := sorted({entry["step"] for entry in skipped}):
         where = f"step {steps[0]:,}" if len(steps) == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
         count = "1 step was" if len(steps) == 1 else f"{len(steps):,} steps were"
-        text = f"{count} left out, {where}: the loss or a gradient was not finite"
+        text = f"{count} skipped, {where}: the loss or a gradient was not finite"
         remedy = "skipped_steps.jsonl names their images; a lower method.optimizer.lr or trainer.precision=32-true"
         verdicts.append(HealthRow("skipped-steps", steps[0], text, f"{remedy} may help."))
     return Journals(verdicts, damaged + more)

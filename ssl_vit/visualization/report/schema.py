@@ -130,7 +130,7 @@ def to_json(content: ReportData) -> dict[str, Any]:
         "curves": [curve._asdict() for curve in content.curves],
         "verdicts": [verdict._asdict() for verdict in content.verdicts],
         "attended": [{"name": seen.name, "heads": len(seen.maps), "ious": seen.ious} for seen in content.attended],
-        "segmented": [{"name": picture.name, "ious": picture.ious} for picture in content.segmented],
+        "segmented": [{"name": entry.name, "ious": entry.ious} for entry in content.segmented],
         "neighbors": [
             [{"name": near.name, "label": near.label, "similarity": near.similarity} for near in row]
             for row in content.neighbors

@@ -44,7 +44,7 @@ def line_chart(curve: Curve) -> Markup:
 
     Args:
         curve: Lines of more than 300 points are drawn with the extremes of every stretch; points that are not finite
-            are left out.
+            are omitted.
 
     Returns:
         A legend, where there is more than one line, and an `<svg>` element that says in words where each line starts
@@ -116,14 +116,14 @@ def thinned(points: Points) -> Points:
 
 
 def _in_words(curve: Curve, lines: dict[str, Points]) -> str:
-    told = [
+    texts = [
         f"{name} goes from {points[0][1]:.4g} at step {points[0][0]:,.0f} to {points[-1][1]:.4g}"
         f" at step {points[-1][0]:,.0f}"
         for name, points in lines.items()
     ]
     if curve.baseline is not None:
-        told.append(f"to compare with: {curve.baseline:.4g}")
-    return f"{curve.title} ({curve.unit}): {'; '.join(told) or 'no points'}"
+        texts.append(f"to compare with: {curve.baseline:.4g}")
+    return f"{curve.title} ({curve.unit}): {'; '.join(texts) or 'no points'}"
 
 
 @contextmanager

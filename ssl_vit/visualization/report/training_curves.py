@@ -42,8 +42,8 @@ GROUPS = (
     ),
     _Group("Accuracy on val images", "share right", {"val/top1": "top-1"}),
     _Group("Loss on val images", "nats", {"val/loss": "loss"}),
-    _Group("Rotation told", "share of images", {"train/rotation_accuracy": "rotation"}),
-    _Group("Other view found", "share of images", {"train/contrastive_accuracy": "other view"}),
+    _Group("Rotation accuracy", "share of images", {"train/rotation_accuracy": "rotation"}),
+    _Group("Contrastive accuracy", "share of images", {"train/contrastive_accuracy": "other view"}),
     _Group("Standard deviation of the features", "0: all equal, 1: uniform", {"train/feature_std": "feature std"}),
     _Group("Effective rank of the features", "dimensions", {"train/effective_rank": "effective rank"}),
     _Group("Learning rate", "", {"schedule/lr": "learning rate"}),
@@ -67,10 +67,10 @@ class Metrics(NamedTuple):
 def load_curves(path: Path, prototypes: int | None) -> Metrics:
     """Load the curves of a metrics.csv; none if there is no such file or no number in it.
 
-    Online accuracies come first, each with the value of random weights. Schedules that never change are left out.
+    Online accuracies come first, each with the value of random weights. Constant schedules are omitted.
 
     Args:
-        path: The file. Rows that are cut off or not numbered are left out; of a step that stands twice, the later
+        path: The file. Truncated and unnumbered rows are skipped; of a duplicate step the later
             value counts.
         prototypes: K of a run with a teacher, whose assignment has at most the entropy ln K.
     """

@@ -55,12 +55,12 @@ def put(root, sizes, *, broken=()):
     return build_dataset("folder", root)
 
 
-def load(pictures, multicrop, skipped, *, batch_size=8, num_workers=0, cache_gb=1.0, **course):
+def load(dataset, multicrop, skipped, *, batch_size=8, num_workers=0, cache_gb=1.0, **course):
     config = PretrainDataConfig(
         source="folder", root="x", batch_size=batch_size, num_workers=num_workers, cache_gb=cache_gb
     )
     defaults = {"seed": 0, "channels": 3, "rank": 0, "world": 1, "accumulate": 1, "first_step": 0, "skipped": skipped}
-    return build_train_loader(pictures, multicrop, config, **defaults | course)
+    return build_train_loader(dataset, multicrop, config, **defaults | course)
 
 
 def epoch(count, batch_size, number=0, **course):
@@ -131,15 +131,15 @@ def test_the_way_is_chosen_by_what_the_images_are(tmp_path, multicrop, skipped):
     same, mixed = put(tmp_path / "same", [(40, 40)] * 16), put(tmp_path / "mixed", [(40, 40), (50, 30)] * 8)
     assert isinstance(load(same, multicrop, skipped), InMemoryLoader)
     assert load(mixed, multicrop, skipped).dataset.read.__name__ == "read"  # of the images kept in memory
-    for pictures in (same, mixed):
-        assert load(pictures, multicrop, skipped, cache_gb=0).dataset.read.func == pictures.read
-        assert load(pictures, multicrop, skipped, cache_gb=7e-5).dataset.read.func == pictures.read
+    for dataset in (same, mixed):
+        assert load(dataset, multicrop, skipped, cache_gb=0).dataset.read.func == dataset.read
+        assert load(dataset, multicrop, skipped, cache_gb=7e-5).dataset.read.func == dataset.read
 
 
 def test_all_ways_show_the_same_views(tmp_path, multicrop, skipped):
-    pictures = put(tmp_path / "same", [(40, 50)] * 16)
+    dataset = put(tmp_path / "same", [(40, 50)] * 16)
     ways = [
-        load(pictures, multicrop, skipped, **way) for way in ({}, {"cache_gb": 0}, {"cache_gb": 0, "num_workers": 2})
+        load(dataset, multicrop, skipped, **way) for way in ({}, {"cache_gb": 0}, {"cache_gb": 0, "num_workers": 2})
     ]
     for resident, disk, num_workers in zip(*ways, strict=True):
         assert resident.global_views.shape == (8, 2, 3, 32, 32)
@@ -154,10 +154,10 @@ def test_all_ways_show_the_same_views(tmp_path, multicrop, skipped):
 
 
 def test_images_of_different_sizes_from_memory_and_from_disk(tmp_path, multicrop, skipped):
-    pictures = put(tmp_path / "mixed", [(30 + i, 60 - i) for i in range(16)])
+    dataset = put(tmp_path / "mixed", [(30 + i, 60 - i) for i in range(16)])
     for memory, disk in zip(
-        load(pictures, multicrop, skipped, channels=1),
-        load(pictures, multicrop, skipped, channels=1, cache_gb=0),
+        load(dataset, multicrop, skipped, channels=1),
+        load(dataset, multicrop, skipped, channels=1, cache_gb=0),
         strict=True,
     ):
         assert memory.global_views.shape == (8, 2, 1, 32, 32)
@@ -165,9 +165,9 @@ def test_images_of_different_sizes_from_memory_and_from_disk(tmp_path, multicrop
 
 
 def test_two_processes_and_one_show_the_same_views(tmp_path, multicrop, skipped):
-    pictures = put(tmp_path / "same", [(40, 40)] * 16)
-    whole = load(pictures, multicrop, skipped)
-    parts = [load(pictures, multicrop, skipped, rank=rank, world=2) for rank in range(2)]
+    dataset = put(tmp_path / "same", [(40, 40)] * 16)
+    whole = load(dataset, multicrop, skipped)
+    parts = [load(dataset, multicrop, skipped, rank=rank, world=2) for rank in range(2)]
     for one, *halves in zip(whole, *parts, strict=True):
         for field, *parts_of_it in zip(one, *halves, strict=True):
             assert torch.equal(field, torch.cat(parts_of_it))
@@ -175,18 +175,18 @@ def test_two_processes_and_one_show_the_same_views(tmp_path, multicrop, skipped)
 
 def test_labels_travel_with_their_images(tmp_path, multicrop, skipped):
     images = torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1).expand(20, 3, 8, 8)
-    pictures = ArrayDataset(images, torch.arange(20) % 3 - 1, ["a", "b"], title="plain")
-    for batch in load(pictures, multicrop, skipped, batch_size=5):
+    dataset = ArrayDataset(images, torch.arange(20) % 3 - 1, ["a", "b"], title="plain")
+    for batch in load(dataset, multicrop, skipped, batch_size=5):
         assert torch.equal(batch.label, batch.index % 3 - 1)
         assert torch.equal(batch.global_views[:, 0, 0, 0, 0].long(), batch.index)
 
 
 def test_broken_images_are_replaced_by_the_next_good_one(tmp_path, multicrop, skipped):
     sizes, broken = [(40, 40)] * 16, (3, 4, 15)
-    pictures = put(tmp_path / "some", sizes, broken=broken)
+    dataset = put(tmp_path / "some", sizes, broken=broken)
     expected = {3: 5, 4: 5, 15: 0}
     for way in ({}, {"cache_gb": 0}, {"cache_gb": 0, "num_workers": 2}):
-        loader = load(pictures, multicrop, skipped, **way)
+        loader = load(dataset, multicrop, skipped, **way)
         wanted = [torch.tensor(picks)[:, 0] for picks in loader.batch_sampler]
         batches = list(loader)
         for batch, indices in zip(batches, wanted, strict=True):
@@ -200,9 +200,9 @@ def test_broken_images_are_replaced_by_the_next_good_one(tmp_path, multicrop, sk
 
 @pytest.mark.parametrize("cache_gb", [0, 1.0])
 def test_no_readable_image_is_an_error_at_once(tmp_path, multicrop, skipped, cache_gb):
-    pictures = put(tmp_path / "none", [(40, 40)] * 4, broken=range(4))
+    dataset = put(tmp_path / "none", [(40, 40)] * 4, broken=range(4))
     with pytest.raises(UserError, match="none of the 4 images can be read"):
-        load(pictures, multicrop, skipped, cache_gb=cache_gb)
+        load(dataset, multicrop, skipped, cache_gb=cache_gb)
     assert skipped.count() == 4
 
 
@@ -245,11 +245,11 @@ def fit(loader, *, save_at=None, checkpoint=None, resume=False):
 @pytest.mark.parametrize("way", [{}, {"cache_gb": 0, "num_workers": 1}])
 @pytest.mark.parametrize("stop", [3, 4])  # at the end of the first epoch of 3 steps, and within the second
 def test_lightning_sees_every_epoch_and_resumes_within_one(tmp_path, multicrop, skipped, way, stop):
-    pictures = put(tmp_path / "same", [(40, 40)] * 24)
+    dataset = put(tmp_path / "same", [(40, 40)] * 24)
     expected = [key for number in range(3) for batch in epoch(24, 8, number) for _, key in batch]
     last = tmp_path / "last.ckpt"
-    assert fit(load(pictures, multicrop, skipped, **way), save_at=stop, checkpoint=last) == expected
-    resumed = fit(load(pictures, multicrop, skipped, first_step=stop, **way), checkpoint=last, resume=True)
+    assert fit(load(dataset, multicrop, skipped, **way), save_at=stop, checkpoint=last) == expected
+    resumed = fit(load(dataset, multicrop, skipped, first_step=stop, **way), checkpoint=last, resume=True)
     assert resumed == expected[8 * stop :]
 
 
@@ -287,13 +287,13 @@ def sizes_read(monkeypatch):
 
 
 def test_large_jpegs_are_decoded_smaller_and_show_the_same_views(camera, multicrop, skipped, monkeypatch):
-    pictures = build_dataset("folder", camera)
+    dataset = build_dataset("folder", camera)
     shapes = sizes_read(monkeypatch)
-    (smaller,) = load(pictures, multicrop, skipped, batch_size=12, cache_gb=0)
+    (smaller,) = load(dataset, multicrop, skipped, batch_size=12, cache_gb=0)
     assert {height for _, height, _ in shapes[1:]} >= {40, 80}
     monkeypatch.setattr(decoding, "JpegImageFile", type(None))
     shapes.clear()
-    (whole,) = load(pictures, multicrop, skipped, batch_size=12, cache_gb=0)
+    (whole,) = load(dataset, multicrop, skipped, batch_size=12, cache_gb=0)
     assert min(height for _, height, _ in shapes) == 320
     assert torch.equal(smaller.index, whole.index)
     assert 0 not in smaller.index
@@ -305,9 +305,9 @@ def test_large_jpegs_are_decoded_smaller_and_show_the_same_views(camera, multicr
 
 
 def test_large_jpegs_from_workers_and_from_shards(camera, multicrop, skipped, tmp_path):
-    pictures = build_dataset("folder", camera)
-    (here,) = load(pictures, multicrop, skipped, batch_size=12, cache_gb=0)
-    (there,) = load(pictures, multicrop, skipped, batch_size=12, cache_gb=0, num_workers=1)
+    dataset = build_dataset("folder", camera)
+    (here,) = load(dataset, multicrop, skipped, batch_size=12, cache_gb=0)
+    (there,) = load(dataset, multicrop, skipped, batch_size=12, cache_gb=0, num_workers=1)
     write_shards(scan_image_folder(camera), tmp_path / "shards", shard_bytes=10**8)
     shards = build_dataset("shards", tmp_path / "shards")
     (sharded,) = load(shards, multicrop, skipped, batch_size=12, cache_gb=0)
@@ -320,8 +320,8 @@ def test_large_jpegs_from_workers_and_from_shards(camera, multicrop, skipped, tm
 
 def test_images_of_one_size_lie_and_are_cropped_on_the_device(tmp_path, multicrop, skipped, monkeypatch):
     """On a pretended GPU, where reading a value back is an error; labels, indices and keys are the CPU's."""
-    pictures = put(tmp_path / "same", [(40, 50)] * 16, broken=(3,))
-    here = list(load(pictures, multicrop, skipped))
+    dataset = put(tmp_path / "same", [(40, 50)] * 16, broken=(3,))
+    here = list(load(dataset, multicrop, skipped))
     mode = FakeTensorMode()
 
     def sent(values, device):
@@ -329,17 +329,17 @@ def test_images_of_one_size_lie_and_are_cropped_on_the_device(tmp_path, multicro
         with mode:
             return torch.empty(values.shape, dtype=values.dtype, device=device)
 
-    def together(self, pictures, boxes, *, cache_weights):
+    def together(self, dataset, boxes, *, cache_weights):
         assert not cache_weights  # of tables on the CPU
         with mode:
-            return original(self, pictures, boxes, cache_weights=cache_weights)
+            return original(self, dataset, boxes, cache_weights=cache_weights)
 
     original = MultiCrop.crop_batch_matmul
     monkeypatch.setattr(MultiCrop, "crop_batch_matmul", together)
     monkeypatch.setattr(crops, "to_device_async", sent)
     monkeypatch.setattr(loading, "to_device_async", sent)
     monkeypatch.setattr(loading, "place_on_device", sent)
-    batches = list(load(pictures, multicrop, skipped, device=torch.device("cuda")))
+    batches = list(load(dataset, multicrop, skipped, device=torch.device("cuda")))
     for batch, same in zip(batches, here, strict=True):
         for views, there in ((batch.global_views, same.global_views), (batch.local_views, same.local_views)):
             assert views.device.type == "cuda" and views.shape == there.shape and views.dtype == there.dtype
@@ -359,45 +359,45 @@ def test_images_too_many_for_the_device_stay_where_they_are(monkeypatch):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_evaluation_reads_in_order_and_leaves_broken_ones_out(tmp_path, skipped, num_workers):
-    pictures = put(tmp_path / "some", [(30 + i, 40) for i in range(11)], broken=(0, 1, 2, 3, 7))
+    dataset = put(tmp_path / "some", [(30 + i, 40) for i in range(11)], broken=(0, 1, 2, 3, 7))
     transform = EvalTransform(16, 0.875, [0.5] * 3, [0.5] * 3)
-    loader = build_eval_loader(pictures, transform, batch_size=4, num_workers=num_workers, channels=3, skipped=skipped)
+    loader = build_eval_loader(dataset, transform, batch_size=4, num_workers=num_workers, channels=3, skipped=skipped)
     batches = list(loader)
     assert len(loader) == 3
     assert torch.cat([indices for _, indices in batches]).tolist() == [4, 5, 6, 8, 9, 10]
     for views, indices in batches:
         assert views.dtype == torch.uint8
         for view, index in zip(views, indices.tolist(), strict=True):
-            assert torch.equal(view, transform(pictures.read(index, 3)))
+            assert torch.equal(view, transform(dataset.read(index, 3)))
     assert skipped.count() == 5
 
 
 def test_evaluation_of_nothing_readable_is_an_error(tmp_path, skipped):
-    pictures = put(tmp_path / "none", [(30, 40)] * 3, broken=range(3))
+    dataset = put(tmp_path / "none", [(30, 40)] * 3, broken=range(3))
     transform = EvalTransform(16, 0.875, [0.5] * 3, [0.5] * 3)
     with pytest.raises(UserError, match="none of the images can be read"):
-        list(build_eval_loader(pictures, transform, batch_size=2, num_workers=0, channels=3, skipped=skipped))
+        list(build_eval_loader(dataset, transform, batch_size=2, num_workers=0, channels=3, skipped=skipped))
 
 
 # --- memory and cores ------------------------------------------------------------------------------------------
 
 
 def test_decoded_images_are_the_images(tmp_path, skipped):
-    pictures = put(tmp_path / "mixed", [(30 + i, 60 - i) for i in range(9)], broken=(2,))
-    kept = cache_in_memory(pictures, 3, budget=10**6, skipped=skipped, show=False)
+    dataset = put(tmp_path / "mixed", [(30 + i, 60 - i) for i in range(9)], broken=(2,))
+    kept = cache_in_memory(dataset, 3, budget=10**6, skipped=skipped, show=False)
     assert kept.readable.tolist() == [0, 1, 3, 4, 5, 6, 7, 8]
     assert kept.stacked() is None
     for i in kept.readable.tolist():
-        assert torch.equal(kept.read(i), pictures.read(i, 3))
+        assert torch.equal(kept.read(i), dataset.read(i, 3))
     with pytest.raises(UnreadableImageError, match=r"002\.png"):
         kept.read(2)
 
 
 def test_filling_stops_when_the_estimate_was_too_low(tmp_path, skipped):
     large = {100, 200, 300, 301, 302}
-    pictures = put(tmp_path / "many", [(400, 400) if i in large else (2, 2) for i in range(400)])
-    assert sum(pictures.read(i, 3).numel() for i in range(400)) > 2_000_000
-    assert cache_in_memory(pictures, 3, budget=1_000_000, skipped=skipped, show=False) is None
+    dataset = put(tmp_path / "many", [(400, 400) if i in large else (2, 2) for i in range(400)])
+    assert sum(dataset.read(i, 3).numel() for i in range(400)) > 2_000_000
+    assert cache_in_memory(dataset, 3, budget=1_000_000, skipped=skipped, show=False) is None
 
 
 def test_threads_keep_the_order_and_pass_errors_on():

@@ -64,9 +64,9 @@ def test_panels_come_at_the_start_after_epochs_and_at_the_end(pretrain_config, m
     drawn = []
     original = run_figures.make_overlay_inputs
 
-    def record(picture, maps, *rest):
-        drawn.append((picture, maps))
-        return original(picture, maps, *rest)
+    def record(pixels, maps, *rest):
+        drawn.append((pixels, maps))
+        return original(pixels, maps, *rest)
 
     monkeypatch.setattr(run_figures, "make_overlay_inputs", record)
     run = pretrain(pretrain_config(f"method={method}", *EVERY_EPOCH))
@@ -79,8 +79,8 @@ def test_panels_come_at_the_start_after_epochs_and_at_the_end(pretrain_config, m
     # The last panel is of the weights that are exported: DINO's teacher.
     loaded = load_backbone(str(run))
     mean, std = (torch.tensor(part).view(-1, 1, 1) for part in (loaded.mean, loaded.std))
-    for picture, maps in drawn[-3:]:
-        expected = cls_attention(loaded.backbone, ((picture / 255 - mean) / std)[None])[0, 0]
+    for pixels, maps in drawn[-3:]:
+        expected = cls_attention(loaded.backbone, ((pixels / 255 - mean) / std)[None])[0, 0]
         torch.testing.assert_close(maps, expected, rtol=1e-3, atol=1e-5)
     # The same images at all times.
     assert all(torch.equal(drawn[place][0], drawn[place % 3][0]) for place in range(len(drawn)))

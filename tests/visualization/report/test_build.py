@@ -154,27 +154,27 @@ def test_curves_and_verdicts(content):
     assert loss.lines == {"loss": [(9, 4.0), (19, 2.0)]}
     assert [(verdict.name, verdict.step) for verdict in content.verdicts] == [("diverging", 11), ("skipped-steps", 4)]
     assert content.verdicts[0].remedy == "Less."
-    assert "2 steps were left out, steps 4 to 6" in content.verdicts[1].text
+    assert "2 steps were skipped, steps 4 to 6" in content.verdicts[1].text
 
 
 def test_the_gallery_shows_the_images_and_masks_of_the_attention_record(content, measured, sample):
     names = [scan_image_folder(sample / "test").name(place) for place in (6, 18, 30, 42)]  # evenly spread
-    assert [seen.name for seen in content.attended] == [picture.name for picture in content.segmented] == names
+    assert [seen.name for seen in content.attended] == [pixels.name for pixels in content.segmented] == names
     truths = MaskFolder(sample / "test_masks")
     with np.load(measured / "attention" / "ious.npz") as arrays:
         ious = dict(zip(arrays["images"].tolist(), arrays["model/mass/mean"].tolist(), strict=True))
     assert names[0] in ious
-    for seen, picture in zip(content.attended, content.segmented, strict=True):
+    for seen, pixels in zip(content.attended, content.segmented, strict=True):
         truth = truths.read(seen.name, (48, 48))
         assert torch.equal(seen.truth, truth)
-        assert torch.equal(picture.truth, truth)
+        assert torch.equal(pixels.truth, truth)
         torch.testing.assert_close(seen.maps.sum((-2, -1)), torch.ones(3))
         assert len(seen.ious) == 4
-        assert picture.ious["attention"] == pytest.approx(seen.ious[-1])
-        assert list(picture.masks) == ["attention", "lost", "tokencut", "pca", "found"]
+        assert pixels.ious["attention"] == pytest.approx(seen.ious[-1])
+        assert list(pixels.masks) == ["attention", "lost", "tokencut", "pca", "found"]
         counted = pool_mask_to_patches(truth, seen.maps.shape[1:])
-        for name, mask in picture.masks.items():
-            assert picture.ious[name] == pytest.approx(iou(mask, counted).item())
+        for name, mask in pixels.masks.items():
+            assert pixels.ious[name] == pytest.approx(iou(mask, counted).item())
         assert seen.name not in ious or seen.ious[-1] == pytest.approx(ious[seen.name], abs=1e-6)
 
 
@@ -222,7 +222,7 @@ def test_what_is_missing_stands_with_its_command(content, measured):
 def test_every_section_says_how_it_was_computed(content):
     assert content.how.keys() >= {"Numbers", "Training", "Attention", "Masks", "Neighbors", "Feature map"}
     assert "stored features of 192 images" in content.how["Neighbors"]
-    truths = torch.stack([picture.truth for picture in content.segmented])
+    truths = torch.stack([pixels.truth for pixels in content.segmented])
     assert f"the whole image {truths.double().mean():.2f}, the center prior" in content.how["Masks"]
     assert "failures" in content.neighbors_text
 
@@ -241,7 +241,7 @@ def test_page_and_json_hold_the_same_and_are_the_same_again(measured, tmp_path, 
     again = gathered(measured)
     assert [line["value"] for line in plain["headlines"]] == [line.value for line in again.headlines]
     assert [line["ious"] for line in plain["attended"]] == [seen.ious for seen in again.attended]
-    assert [line["ious"] for line in plain["segmented"]] == [picture.ious for picture in again.segmented]
+    assert [line["ious"] for line in plain["segmented"]] == [pixels.ious for pixels in again.segmented]
     assert [[near["name"] for near in row] for row in plain["neighbors"]] == [
         [near.name for near in row] for row in again.neighbors
     ]
@@ -429,7 +429,7 @@ def test_a_page_that_cannot_be_written_is_told_before_the_work(copied, monkeypat
     monkeypatch.setattr(report, "collect_report", None)  # it would fail
     (tmp_path / "data.json").write_text("{}")
     assert main(["report", f"run={copied}", *QUICK, f"out={tmp_path / 'data.html'}"]) == 2
-    assert "data.json is there and may be of something else" in capsys.readouterr().err
+    assert "data.json already exists and may belong to something else" in capsys.readouterr().err
     assert (tmp_path / "data.json").read_text() == "{}"
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     assert main(["report", f"run={copied}", *QUICK, f"out={tmp_path / 'new' / 'page.html'}"]) == 2

@@ -53,7 +53,7 @@ EMPTY = ReportData(
 )
 
 
-def picture(seed: int, size: tuple[int, int]) -> Image.Image:
+def pixels(seed: int, size: tuple[int, int]) -> Image.Image:
     """Smooth colors (width, height), as photographs have them."""
     coarse = np.random.default_rng(seed).integers(0, 255, (7, 9, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
@@ -76,7 +76,7 @@ def seen(seed: int, name: str, heads: int = 3, rows: int = 24, columns: int = 32
     maps = maps_of(seed, heads, rows, columns) / 2 + 0.5 / (rows * columns)
     with_mean = torch.cat([maps, maps.mean(0, keepdim=True)])
     ious = iou(attention_mass_mask(with_mean, 0.6), pool_mask_to_patches(truth, (rows, columns))).tolist()
-    return GalleryImage(name, picture(seed, (121, 90)), maps, truth, ious)
+    return GalleryImage(name, pixels(seed, (121, 90)), maps, truth, ious)
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +102,11 @@ def content() -> ReportData:
     ]
     masks = {"attention": disc(24, 32), ODD: torch.ones(24, 32, dtype=torch.bool)}
     segmented = [
-        Segmented(f"{place}.jpg", picture(place, (121, 90)), disc(90, 121), masks, {"attention": score, ODD: 1 - score})
+        Segmented(f"{place}.jpg", pixels(place, (121, 90)), disc(90, 121), masks, {"attention": score, ODD: 1 - score})
         for place, score in enumerate([0.5, 0.9, 0.1])
     ]
     near = [
-        Near(picture(7, (32, 32)), ODD, label, cosine) for label, cosine in (("cat", None), ("cat", 0.9), (ODD, 0.5))
+        Near(pixels(7, (32, 32)), ODD, label, cosine) for label, cosine in (("cat", None), ("cat", 0.9), (ODD, 0.5))
     ]
     points = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
     plane = FeatureMap(
@@ -114,12 +114,12 @@ def content() -> ReportData:
         torch.arange(30) % 4 - 1,
         ["cat", "dog", ODD],
         [f"{place}{ODD}" for place in range(30)],
-        [picture(place, (48, 32)) for place in range(30)],
+        [pixels(place, (48, 32)) for place in range(30)],
         "The first two principal components.",
     )
     panels = [
-        TitledFigure(ODD, picture(3, (900, 300)), "How to read `it`."),
-        TitledFigure("small", picture(4, (300, 300)), ODD),
+        TitledFigure(ODD, pixels(3, (900, 300)), "How to read `it`."),
+        TitledFigure("small", pixels(4, (300, 300)), ODD),
     ]
     return ReportData(
         title=ODD,
@@ -216,8 +216,8 @@ def test_page_of_nothing_says_what_is_missing():
 def test_a_full_report_stays_small(content):
     """A quarter of one: 10 images with 12 heads, 250 thumbnails, 6 masks, 5 rows of neighbors."""
     attended = [seen(place, str(place), heads=12, rows=30, columns=40) for place in range(10)]
-    attended = [each._replace(image=picture(place, (480, 360))) for place, each in enumerate(attended)]
-    photos = [picture(place, (96, 96)) for place in range(45)]
+    attended = [each._replace(image=pixels(place, (480, 360))) for place, each in enumerate(attended)]
+    photos = [pixels(place, (96, 96)) for place in range(45)]
     plane = FeatureMap(
         torch.randn(250, 2),
         torch.arange(250) % 10,
