@@ -567,7 +567,7 @@ def test_a_full_disk_leaves_whole_shards_and_the_command_goes_on_later(sample, d
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     error = capsys.readouterr().err
     assert f"{tmp_path / 'out'}: File too large" in error
-    assert "the same command goes on" in error
+    assert "the same command resumes" in error
     assert not list((tmp_path / "out").glob("*.tar*"))
     assert not list((tmp_path / "out").glob(".*.tmp"))
     assert main(words) == 0
