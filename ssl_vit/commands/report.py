@@ -56,9 +56,7 @@ def write(config: ReportConfig) -> ReportFile:
     out = config.out or config.run / "report.html"
     export = out.with_suffix(".json")
     _check_place(config, out, export)
-    print(
-        f"Gathering {escape_path(config.run)}: records, curves, attention, neighbors, a map of the features", flush=True
-    )
+    print(f"Gathering {escape_path(config.run)}: results, curves, attention, neighbors, feature map", flush=True)
     if config.inspect and config.run.is_dir() and not (config.run / "inspect" / INSPECT_JSON).exists():
         _inspect(config)
     content = collect_report(config, _command(config))

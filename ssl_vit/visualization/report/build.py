@@ -161,8 +161,8 @@ def _health(damaged: int, names: set[str]) -> str:
 def _tell_numbers(run: RunFolder, sections: _Sections, *, some: bool) -> None:
     place = escape_path(run.path)
     commands = {
-        "knn": f"`ssl-vit knn checkpoint={place} data.root=LABELLED`",
-        "linear": f"`ssl-vit linear checkpoint={place} data.root=LABELLED`",
+        "knn": f"`ssl-vit knn checkpoint={place} data.root=LABELED`",
+        "linear": f"`ssl-vit linear checkpoint={place} data.root=LABELED`",
         "attention": f"`ssl-vit attention checkpoint={place} images=FOLDER masks=FOLDER out={place}/attention`",
     }
     measured = {record.task for record in run.records if record.score.metrics}

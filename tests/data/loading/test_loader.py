@@ -208,7 +208,7 @@ def test_no_readable_image_is_an_error_at_once(tmp_path, multicrop, skipped, cac
 
 def test_few_images_are_told_of(tmp_path, multicrop, skipped, caplog):
     loader = load(put(tmp_path / "few", [(40, 40)] * 3), multicrop, skipped)
-    assert "3 images are fewer than one step needs" in caplog.text
+    assert "3 images, fewer than one step needs" in caplog.text
     (batch,) = loader
     assert len(batch.index) == 8
 

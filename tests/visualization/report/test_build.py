@@ -215,7 +215,7 @@ def test_the_map_holds_principal_components_of_evenly_spread_images(content, sam
 
 def test_what_is_missing_stands_with_its_command(content, measured):
     assert content.missing.keys() == {"Numbers", "Inside"}
-    assert f"`ssl-vit linear checkpoint={measured} data.root=LABELLED`" in content.missing["Numbers"]
+    assert f"`ssl-vit linear checkpoint={measured} data.root=LABELED`" in content.missing["Numbers"]
     assert f"`ssl-vit inspect checkpoint={measured}`" in content.missing["Inside"]
 
 
