@@ -149,8 +149,8 @@ def build_train_loader(
 
 def _repeat_warning(count: int, batch_size: int, repeats: int) -> str:
     return (
-        f"the dataset has {pluralize(count, 'image')}, fewer than one step needs (data.batch_size={batch_size}): each is "
-        f"used up to {repeats} times per epoch"
+        f"the dataset has {pluralize(count, 'image')}, fewer than one step needs (data.batch_size={batch_size}): "
+        f"each is used up to {repeats} times per epoch"
     )
 
 
