@@ -28,7 +28,7 @@ def test_training_views_figure_of_a_run_of_an_earlier_version(pretrain_config, s
     assert read_run_settings(run) == settings_of(config)
     figure = training_views_figure(run, count=2)
     assert "first 2 images" in figure.text
-    assert "did not write down its images" in figure.text
+    assert "stored no image list" in figure.text
     assert "2 global views of 48 px" in figure.text
     dataset = scan_image_folder(sample / "train")
     assert figure.image.tobytes() == views_figure(load_views(config, dataset, tmp_path, count=2)).tobytes()

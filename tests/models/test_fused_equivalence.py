@@ -236,5 +236,5 @@ print(first, faults())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
-    assert before > 30_000
+    assert before > 5_000  # 39,000 pages of 4 kB, or fewer where the system gives larger ones
     assert after < 1_000

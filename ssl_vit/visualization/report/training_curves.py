@@ -93,7 +93,7 @@ def downsample_curve(line: Line, most: int = POINTS) -> Line:
     """Reduce a line to at most `most` points: each the mean of consecutive values, at the last of their steps.
 
     Example:
-        >>> thinned([(0, 1.0), (1, 3.0), (2, 5.0)], most=2)
+        >>> downsample_curve([(0, 1.0), (1, 3.0), (2, 5.0)], most=2)
         [(1, 2.0), (2, 5.0)]
     """
     size = -(-len(line) // most)
