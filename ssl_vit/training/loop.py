@@ -1,4 +1,4 @@
-"""The training loop of every run: pretraining, fine-tuning, and the published linear protocols."""
+"""The training loop of runs: pretraining and fine-tuning."""
 
 from __future__ import annotations
 
