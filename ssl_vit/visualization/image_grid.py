@@ -151,12 +151,3 @@ def _truncate_start(line: str, size: int, max_width: int) -> str:
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(FONT, size - 1)  # wider than most
-
-
-# Former names, until evaluation/video draws through tracking_figure.
-as_image, fitted, font = to_pil, fit_size, _font
-
-
-def shortened(line: str, width: int) -> str:
-    """Return the end of a line of 13 pixels that is wider than this."""
-    return _truncate_start(line, 13, width)
