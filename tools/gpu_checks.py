@@ -180,7 +180,7 @@ def parts(context: BenchContext) -> dict[str, Any]:
     found = {f"{name}, ms": 1000 * context.seconds(call) for name, call in calls(context, batch=batch).items()}
     found |= {
         f"{name}, ms per image": found[f"{name}, ms"] / batch
-        for name in ("color augmentation, global", "color augmentation, local", "corruption")
+        for name in ("colors, global", "colors, local", "corruption")
     }
     found |= {f"loss K={k}, ms": 1000 * context.seconds(loss_call(context, batch, k)) for k in (4096, 65536)}
     queries, index_size = (10_000, 50_000) if context.on_gpu else (50, 500)
@@ -224,10 +224,8 @@ def calls(context: BenchContext, *, batch: int) -> dict[str, Callable[[], object
             corruption(clean, keys[:, view], view=view)
 
     return {
-        "color augmentation, global": lambda: method.color_augmentation(batch_data.global_views, batch_data.key),
-        "color augmentation, local": lambda: method.color_augmentation(
-            batch_data.local_views, batch_data.key, first_view=2
-        ),
+        "colors, global": lambda: method.color_augmentation(batch_data.global_views, batch_data.key),
+        "colors, local": lambda: method.color_augmentation(batch_data.local_views, batch_data.key, first_view=2),
         "corruption": torch.no_grad()(corrupt),
         "crops of CIFAR": lambda: cifar.crop_batch(images, batch_data.key),
         "drop path": lambda: sample_drop_paths(
