@@ -80,10 +80,11 @@ def _peer_is_gone(error: Exception) -> bool:
 
 
 def _data_worker_died(error: BaseException | None) -> bool:
-    """Return whether torch's SIGCHLD handler is the root cause.
+    """Return whether torch's SIGCHLD handler is the root cause, or the closed connection to a worker.
 
-    It raises wherever the process happens to be, also inside code that answers with an error of its own.
+    The handler raises wherever the process happens to be, also inside code that answers with an error of its own. A
+    worker that dies while a batch is handed over ends in an EOFError first.
     """
-    while error and "DataLoader worker" not in str(error):
+    while error and "DataLoader worker" not in str(error) and not isinstance(error, EOFError):
         error = error.__cause__ or error.__context__
     return error is not None

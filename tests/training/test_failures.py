@@ -18,6 +18,7 @@ from ssl_vit.commands.pretrain import pretrain
 from ssl_vit.methods.dino import DINO
 from ssl_vit.methods.sit import SiT
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.training import failures
 from tests.helpers.cli import (
     assert_same_run,
     checkpoint,
@@ -422,3 +423,9 @@ def test_steps_of_a_gpu_are_counted_one_later_and_a_checkpoint_leaves_one_to_go_
     resumed.on_train_end()
     assert not trainer.should_stop
     assert not resumed.exhausted
+
+
+def test_data_worker_died_knows_a_connection_that_was_closed():
+    assert failures._data_worker_died(EOFError())
+    assert failures._data_worker_died(RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."))
+    assert not failures._data_worker_died(RuntimeError("shapes do not match"))
