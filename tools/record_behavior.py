@@ -133,6 +133,7 @@ RENAMED_FILES: dict[str, str] = {  # parts of paths inside of OUT
     r"/panels/": "/images/",
     r"pictures\.safetensors": "image_list.safetensors",
     r"/origin\.json": "/source.json",
+    r"-seed(\d+)/state\.pt": r"-seed\1/checkpoints/last.ckpt",  # published linear probes
 }
 RENAMED_COLUMNS: dict[str, str] = {  # of metrics.csv and other tables
     "^train/spread$": "train/feature_std",
@@ -170,7 +171,9 @@ RENAMED_WEIGHTS: dict[str, str] = {}  # of checkpoints; where names still differ
 COMPARED = {".ckpt", ".pt", ".safetensors", ".csv", ".json", ".jsonl", ".npz", ".png", ".jpg"}
 # The images, the program's own store of features (results/features.npz holds the same; its folders carry the times
 # of files), copies of results, and the checkpoint before the last, which depends on how long an epoch took.
-IGNORED_FILES = re.compile(r"^(data|cache|logs)/|/eval/features/|history\.jsonl$|previous\.ckpt$")
+IGNORED_FILES = re.compile(
+    r"^(data|cache|logs)/|/eval/features/|history\.jsonl$|previous\.ckpt$|-seed\d+/protocol\.json$"
+)
 # Images with text in them: differences are shown, but are none of the numbers.
 DRAWN = re.compile(r"\.(png|jpg)$")
 PIXELS = re.compile(r"/(masks|overlays)/")
@@ -299,9 +302,13 @@ def numbers(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield what a file holds by its translated name."""
     if path.suffix in (".ckpt", ".pt"):
         content = torch.load(path, map_location="cpu", weights_only=True)
+        if path.name == "state.pt":  # a published linear probe of version 0.1
+            heads = {f"heads.{name}": value for name, value in content["heads"].items()}
+            content = {"state_dict": heads, "optimizer_states": [content["optimizer"]]}
         kept = ("state_dict", "optimizer_states", "epoch", "global_step")
-        if path.suffix == ".ckpt":
-            content = {key: content[key] for key in kept}
+        if "-seed" in path.as_posix():
+            kept = kept[:2]
+        content = {key: content[key] for key in kept}
         yield from flat("", content, RENAMED_WEIGHTS)
     elif path.suffix == ".safetensors":
         yield from flat("", safetensors.torch.load_file(path), RENAMED_WEIGHTS)

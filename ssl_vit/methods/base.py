@@ -24,7 +24,7 @@ from ssl_vit.methods.gradient_clipping import FiniteCheck, clip_grad_per_paramet
 from ssl_vit.methods.health import HealthCheck, check_feature_std
 from ssl_vit.methods.schedules import Schedule, TrainingPlan, cosine
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.checkpoint_file import CHECKPOINT_KEY
+from ssl_vit.models.checkpoint_file import CHECKPOINT_KEY, set_epoch_counts
 from ssl_vit.models.feature_statistics import alignment, effective_rank, feature_std, uniformity
 from ssl_vit.models.fsdp import apply_fsdp
 from ssl_vit.runtime.distributed import all_reduce_mean, gather_from_ranks, norms
@@ -269,12 +269,7 @@ class SSLMethod(L.LightningModule):
         self.timer.mark("ema")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # Resumed at the end of an epoch, Lightning 2.6 counts the next one as not started, and a checkpoint at its end
-        # would repeat it. The counts follow from the step.
-        epoch = (self.global_step - 1) // self.plan.steps_per_epoch  # of the last step
-        counts = {"ready": epoch + 1, "started": epoch + 1, "processed": epoch, "completed": epoch}
-        for progress in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
-            progress.update(counts)
+        set_epoch_counts(checkpoint, self.global_step, self.plan.steps_per_epoch)
         checkpoint[CHECKPOINT_KEY] = {
             "version": __version__,
             "method": self.config.name,

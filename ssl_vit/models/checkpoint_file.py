@@ -38,3 +38,15 @@ def torch_load_weights_only(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise refused
     return content
+
+
+def set_epoch_counts(checkpoint: dict[str, Any], step: int, steps_per_epoch: int) -> None:
+    """Set the epoch counts of a Lightning checkpoint after `step` optimizer steps, from which they follow.
+
+    Resumed at the end of an epoch, Lightning 2.6 counts the next one as not started, and a checkpoint at its end would
+    repeat it.
+    """
+    epoch = (step - 1) // steps_per_epoch  # of the last step
+    counts = {"ready": epoch + 1, "started": epoch + 1, "processed": epoch, "completed": epoch}
+    for progress in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+        progress.update(counts)

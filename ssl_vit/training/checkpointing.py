@@ -13,6 +13,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from ssl_vit.models.checkpoint_file import LAST, torch_load_weights_only
 from ssl_vit.runtime.atomic_io import atomic_write, fsync_dir
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.launch import is_rank_zero
 
 PREVIOUS = "previous.ckpt"
 BEST = "best_knn.ckpt"  # never resumed from
@@ -62,8 +63,15 @@ class LatestCheckpoint(NamedTuple):
     damaged: list[Path]  # newer ones that cannot be read
 
 
-def find_latest_checkpoint(folder: Path) -> LatestCheckpoint | None:
+_REPLACE = "use run.overwrite=true to replace the run, or another run.name"
+
+
+def find_latest_checkpoint(folder: Path, *, otherwise: str = _REPLACE) -> LatestCheckpoint | None:
     """Return the newest intact checkpoint of a run, or None where none was written.
+
+    Args:
+        folder: Of the checkpoints.
+        otherwise: What to do where none can be restored, for the message.
 
     Raises:
         UserError: There are checkpoints, and all of them are damaged.
@@ -78,9 +86,28 @@ def find_latest_checkpoint(folder: Path) -> LatestCheckpoint | None:
     if damaged:
         raise UserError(
             f"every checkpoint in {folder} is damaged: {', '.join(path.name for path in damaged)}. Restore one of them "
-            "to resume, or use run.overwrite=true to replace the run, or another run.name"
+            f"to resume, or {otherwise}"
         )
     return None
+
+
+def resume_point(folder: Path, *, otherwise: str = _REPLACE) -> tuple[LatestCheckpoint | None, list[str]]:
+    """Return the checkpoint to resume from, with notes on what is missing; damaged ones are renamed.
+
+    Raises:
+        UserError: There are checkpoints, and all of them are damaged.
+    """
+    found = find_latest_checkpoint(folder, otherwise=otherwise)
+    if found is None:
+        return None, []
+    notes = []
+    if found.path.name != LAST and not found.damaged:
+        notes.append(f"{LAST} is missing: resuming from {found.path.name}")
+    for path in found.damaged:
+        notes.append(f"{path} is damaged: resuming from the checkpoint before it")
+        if is_rank_zero():  # otherwise it would become previous.ckpt
+            path.replace(path.with_name(f"{path.name}.damaged"))
+    return found, notes
 
 
 def read_global_step(path: Path) -> int | None:

@@ -64,10 +64,12 @@ def raise_if_diverged(checkpoints: RunCheckpoint, steps: SkippedSteps | None, st
             f"{steps.in_a_row} steps in a row had a loss or gradient that is not finite and were skipped; "
             f"{steps.journal.path} lists their images"
         )
-    raise AllRanksError(
-        f"diverged at step {step:,}: {reason}. {checkpoints.resume_hint} Or start again with a lower "
-        "method.optimizer.lr, a longer method.optimizer.warmup, or trainer.precision=32-true."
+    advice = (
+        " Or start again with a lower method.optimizer.lr, a longer method.optimizer.warmup, or "
+        "trainer.precision=32-true."
     )
+    advice = "" if steps is None else advice  # a published protocol has no such keys
+    raise AllRanksError(f"diverged at step {step:,}: {reason}. {checkpoints.resume_hint}{advice}")
 
 
 def _with_rank(message: str) -> UserError:

@@ -1,4 +1,4 @@
-"""The training loop of runs: pretraining and fine-tuning."""
+"""The training loop of every run: pretraining, fine-tuning, and the published linear protocols."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class FitResult:
     def summary(self, lines: Sequence[str] = ()) -> str:
         """Return where the run stopped, what was skipped, more lines, and where its weights are."""
         total, weights = self.run.plan.total_steps, self.run.path / "backbone.safetensors"
-        stopped = f"Stopped and saved after step {self.step:,} of {total:,}. Resume with run.resume=true."
+        stopped = f"Stopped and saved after step {self.step:,} of {total:,}. Resume with {self.run.resume_with}."
         backbone = f"Backbone: {weights} ({weights.with_suffix('.json')} shows how to load it)"
         return "\n".join([*([] if self.complete else [stopped]), *self.notes, *lines, backbone])
 
@@ -80,7 +80,7 @@ def fit(
         callbacks: They see the end of a step before its checkpoint is written.
         skipped: Log of the images that cannot be read.
         loggers: Of metrics.
-        steps: Count of the skipped steps, one of the callbacks.
+        steps: Count of the skipped steps, one of the callbacks; None: a protocol that skips none.
         is_best: Whether this step's checkpoint is the best so far.
         on_start: Called in the first process when all is ready, just before the first step.
 
@@ -91,9 +91,9 @@ def fit(
     checkpoints = RunCheckpoint(
         run.path / "checkpoints",
         config,
-        steps_per_epoch=run.plan.steps_per_epoch,
         signals=signals,
         is_best=is_best,
+        resume_with=run.resume_with,
     )
     everything = [signals, *callbacks, checkpoints]
     trainer = build_trainer(config, run.plan, [*loggers], everything, checkpoints.io, run.path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,12 +14,32 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from ssl_vit.config.evaluate import AugmentationConfig, RandAugmentConfig, RandomResizedCropConfig
+from ssl_vit.config.pretrain import TrainerConfig
 from ssl_vit.methods.schedules import Schedule
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.runtime.errors import UserError
 
 _HIDDEN = 1024  # of SiT's non-linear head
 _WIDE = 768  # from this width on DINO takes the last block and the mean patch token, as for ViT-B
+
+TRAINER = TrainerConfig(
+    max_epochs=1,  # the plan has the length
+    max_steps=None,
+    max_time=None,
+    accelerator="auto",
+    devices=1,
+    num_nodes=1,
+    strategy="auto",
+    precision="32-true",
+    accumulate_grad_batches=1,
+    fused_attention="auto",
+    compile=False,
+    activation_checkpointing=False,
+    log_every_n_steps=1,
+    checkpoint_every=timedelta(minutes=5),
+    keep_every_epochs=None,
+    max_skipped_steps=0,
+)
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,11 @@ from ssl_vit.config.pretrain import PretrainConfig, RunDirConfig
 from ssl_vit.data.dataset import ImageDataset
 from ssl_vit.data.sources.image_folder import ImageFolder
 from ssl_vit.methods.schedules import TrainingPlan, make_plan
-from ssl_vit.models.checkpoint_file import LAST
 from ssl_vit.runtime.atomic_io import atomic_write, write_json
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.launch import is_rank_zero
 from ssl_vit.training.callbacks.preemption import requeued
-from ssl_vit.training.checkpointing import find_latest_checkpoint
+from ssl_vit.training.checkpointing import resume_point
 from ssl_vit.training.resume_checks import (
     CONFIG,
     DATA,
@@ -48,10 +47,11 @@ class RunState(NamedTuple):
     done: int = 0  # optimizer steps in the checkpoint
     previous_plan: TrainingPlan | None = None  # before `run.extend_to_epochs` changed the length
     notes: tuple[str, ...] = ()  # messages about the resumed state
+    resume_with: str = "run.resume=true"  # for messages
 
 
 @contextmanager
-def lock_run_dir(run: RunDirConfig) -> Iterator[None]:
+def lock_run_dir(run: RunDirConfig, *, alternative: str = "another run.name") -> Iterator[None]:
     """Hold the lock of the run directory; it is released when its process ends, however that happens.
 
     Only the first process of a run takes the lock. A command that fails before its run begins leaves no empty
@@ -70,7 +70,7 @@ def lock_run_dir(run: RunDirConfig) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
-            f"another process is training in {run.path}. Wait for it, stop it, or use another run.name"
+            f"another process is training in {run.path}. Wait for it, stop it, or use {alternative}"
         ) from None
     except OSError as error:
         raise UserError(f"run.folder={run.folder}: {error.strerror}. Choose a writable directory") from None
@@ -149,7 +149,7 @@ def _resumed(config: AnyRun, dataset: ImageDataset, train_part: Callable[[ImageD
             f"{previous_plan.total_steps:,}"
         )
     state = RunState(run.path, dataset, train, plan, previous_plan=previous_plan)
-    found = find_latest_checkpoint(run.path / "checkpoints")
+    found, about = resume_point(run.path / "checkpoints")
     if found is None:
         if (run.path / "backbone.safetensors").exists():
             raise UserError(
@@ -157,13 +157,7 @@ def _resumed(config: AnyRun, dataset: ImageDataset, train_part: Callable[[ImageD
                 "run.overwrite=true to replace the run, or another run.name"
             )
         return state._replace(notes=(*notes, *more, "No checkpoint was written: the run starts from scratch"))
-    if found.path.name != LAST and not found.damaged:
-        notes.append(f"{LAST} is missing: resuming from {found.path.name}")
-    for path in found.damaged:
-        notes.append(f"{path} is damaged: resuming from the checkpoint before it")
-        if is_rank_zero():  # otherwise it would become previous.ckpt
-            path.replace(path.with_name(f"{path.name}.damaged"))
-    return state._replace(checkpoint=found.path, done=found.step, notes=(*notes, *more))
+    return state._replace(checkpoint=found.path, done=found.step, notes=(*notes, *about, *more))
 
 
 def write_run_metadata(config: AnyRun, dataset: ImageDataset) -> None:

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from filelock import FileLock
 from timm.scheduler import CosineLRScheduler
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -21,6 +22,7 @@ from ssl_vit.models.export import export_backbone
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.training import published_linear as published
 from ssl_vit.training.published_protocols import dino_probe, sit_probe
+from tests.helpers.cli import state
 
 
 def make_model(**sizes):
@@ -188,46 +190,66 @@ def test_it_learns_and_the_frozen_model_stays_as_it_was(config, tmp_path, monkey
     assert record.score.metrics[0].n == 120
 
 
+@pytest.mark.parametrize("stop", [8, 12])  # within the second of three epochs of six steps, and at its end
 @pytest.mark.parametrize("protocol", ["dino", "sit"])
-def test_interrupted_and_resumed_equals_uninterrupted(config, monkeypatch, protocol, tmp_path, capsys):
+def test_interrupted_and_resumed_equals_uninterrupted(config, stop_at, protocol, stop, tmp_path, capsys):
     whole = published_probe(config(protocol, f"out={tmp_path / 'whole.json'}"))[1]
-    save = published.save_state
-
-    def stop(folder, probe, identity, course):
-        save(folder, probe, identity, course)
-        if course.epoch == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(published, "save_state", stop)
-        with pytest.raises(KeyboardInterrupt):
-            published_probe(config(protocol))
+    with stop_at(stop), pytest.raises(KeyboardInterrupt):
+        published_probe(config(protocol))
+    assert f"Stopped and saved after step {stop} of 18. Resume with the same command." in capsys.readouterr().out
     parts = published_probe(config(protocol))[1]
     assert without_time(whole) == without_time(parts)
     first, second = (folder_of(path) for path in (whole, parts))
     assert (first / "epochs.jsonl").read_text() == (second / "epochs.jsonl").read_text()
+    weights = [state(folder)[0] for folder in (first, second)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not any("backbone" in name for name in weights[0])  # it is frozen
 
     capsys.readouterr()
     again = published_probe(config(protocol))[1]
-    assert "is complete already" in capsys.readouterr().out
+    assert "is already complete" in capsys.readouterr().out
     assert without_time(again) == without_time(whole)
 
 
 def test_a_folder_of_another_probe_is_not_gone_on_with(config):
     published_probe(config("dino", "epochs=1"))
-    with pytest.raises(UserError, match="holds a probe with another protocol"):
+    with pytest.raises(UserError, match="contains a probe with another protocol"):
         published_probe(config("dino", "epochs=2"))
+
+
+@pytest.mark.parametrize("damage", [("last.ckpt",), ("last.ckpt", "previous.ckpt")])
+def test_published_probe_survives_a_damaged_checkpoint(config, stop_at, tmp_path, capsys, damage):
+    whole = published_probe(config("dino", f"out={tmp_path / 'whole.json'}"))[1]
+    for stop in (5, 8):
+        with stop_at(stop), pytest.raises(KeyboardInterrupt):
+            published_probe(config("dino"))
+    checkpoints = folder_of(tmp_path / "record.json") / "checkpoints"
+    for name in damage:
+        (checkpoints / name).write_bytes(b"half a checkpoint")
+    if len(damage) == 2:
+        with pytest.raises(UserError, match=r"every checkpoint in .* delete .* to start from scratch"):
+            published_probe(config("dino"))
+        return
+    parts = published_probe(config("dino"))[1]
+    assert "last.ckpt is damaged: resuming from the checkpoint before it" in capsys.readouterr().out
+    assert without_time(whole) == without_time(parts)
+
+
+def test_published_probe_keeps_a_second_command_out(config, tmp_path):
+    with FileLock(tmp_path / ".record-seed0.lock"), pytest.raises(UserError, match=r"use out=OTHER\.json"):
+        published_probe(config("dino"))
 
 
 def test_another_seed_is_another_probe_and_both_are_kept(config, capsys):
     first, path = published_probe(config("dino", "epochs=1"))
     other, _ = published_probe(config("dino", "epochs=1", "seed=1"))
-    assert "complete already" not in capsys.readouterr().out
+    assert "already complete" not in capsys.readouterr().out
     assert (first.seeds["evaluation"], other.seeds["evaluation"]) == (0, 1)
-    weights = [torch.load(folder_of(path, seed) / "state.pt", weights_only=True)["heads"] for seed in (0, 1)]
+    weights = [state(folder_of(path, seed))[0] for seed in (0, 1)]
     assert not any(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     again, _ = published_probe(config("dino", "epochs=1"))
-    assert "complete already" in capsys.readouterr().out
+    assert "already complete" in capsys.readouterr().out
     assert again.score.metrics == first.score.metrics
 
 

@@ -382,6 +382,27 @@ def test_nothing_to_resume_is_said(pretrain_words, capsys):
     assert "contains no run" in capsys.readouterr().err
 
 
+def test_pretrain_refuses_to_resume_a_run_of_version_0_1_and_its_weights_load(pretrain_words, tmp_path, capsys):
+    words = pretrain_words("trainer.max_steps=1")
+    assert main(["pretrain", *words]) == 0
+    run = tmp_path / "runs" / "dino"
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    values["panels"] = values.pop("image_logging")
+    values["trainer"]["accumulate"] = values["trainer"].pop("accumulate_grad_batches")
+    values["trainer"]["log_every"] = values["trainer"].pop("log_every_n_steps")
+    values["data"]["workers"] = values["data"].pop("num_workers")
+    (run / "config.yaml").write_text(yaml.safe_dump(values))
+    (run / "image_list.safetensors").rename(run / "pictures.safetensors")
+    capsys.readouterr()
+    for word in ("run.resume=true", "run.resume=auto"):
+        assert main(["pretrain", *words, word]) == 2
+        message = capsys.readouterr().err
+        assert f"{run} is a run of ssl-vit 0.1, which this version cannot resume" in message
+        assert "another run.name" in message
+    assert state(run)[1] == 1
+    assert load_backbone(str(run)).run == run
+
+
 @pytest.mark.parametrize("text", ["", "seed: [", "!!python/object/apply:os.system ['touch gone']", "42"])
 def test_a_damaged_config_is_told_in_words(pretrain_words, tmp_path, capsys, text):
     run = pretrain_words("trainer.max_steps=1")

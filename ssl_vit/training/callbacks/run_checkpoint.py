@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 
@@ -27,9 +26,9 @@ class RunCheckpoint(L.Callback):
     Args:
         folder: For the checkpoints.
         config: Its `checkpoint_every`, `max_time` and `keep_every_epochs`.
-        steps_per_epoch: Optimizer steps.
         signals: Whether a stop was requested.
         is_best: Whether this step is the best so far; its callback must see the end of the step first.
+        resume_with: How to resume, for messages.
 
     Raises:
         AllRanksError: From a hook of Lightning: a checkpoint cannot be written, for example because the disk is full.
@@ -40,14 +39,14 @@ class RunCheckpoint(L.Callback):
         folder: Path,
         config: TrainerConfig,
         *,
-        steps_per_epoch: int,
         signals: PreemptionHandler,
         is_best: Callable[[], bool] = lambda: False,
+        resume_with: str = "run.resume=true",
     ) -> None:
         self.folder = folder
-        self.steps_per_epoch = steps_per_epoch
         self.signals = signals
         self.is_best = is_best
+        self.resume_with = resume_with
         self.every = config.checkpoint_every.total_seconds()
         self.max_time = config.max_time.total_seconds() if config.max_time else float("inf")
         self.keep_every_epochs = config.keep_every_epochs
@@ -60,7 +59,7 @@ class RunCheckpoint(L.Callback):
         """How to resume, for the messages of what stopped the run."""
         if not self.saved_step:
             return "No checkpoint was written."
-        return f"The checkpoint of step {self.saved_step:,} is intact: resume from it with run.resume=true."
+        return f"The checkpoint of step {self.saved_step:,} is intact: resume from it with {self.resume_with}."
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.started = self.saved = time.monotonic()
@@ -83,17 +82,6 @@ class RunCheckpoint(L.Callback):
             self._save(trainer, module, [*names, BEST] if self.is_best() else names)
         if stop:
             trainer.should_stop = True
-
-    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Set the epoch counts, which follow from the step.
-
-        Resumed at the end of an epoch, Lightning 2.6 counts the next one as not started, and a checkpoint of its end
-        would repeat it.
-        """
-        epoch = (trainer.global_step - 1) // self.steps_per_epoch  # of the last step
-        counts = {"ready": epoch + 1, "started": epoch + 1, "processed": epoch, "completed": epoch}
-        for progress in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
-            progress.update(counts)
 
     def _save(self, trainer: L.Trainer, module: L.LightningModule, more_names: list[str]) -> None:
         parameters = [parameter.detach() for parameter in module.parameters()]
