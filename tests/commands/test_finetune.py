@@ -1,4 +1,4 @@
-"""Fine-tuning: it learns, its parts are what the papers say, and it is a run like any other."""
+"""Tests of `ssl-vit finetune`: results, exact resuming, optimizer and augmentation."""
 
 import hashlib
 import json
@@ -87,7 +87,7 @@ def record_of(run):
 # --- what comes out --------------------------------------------------------------------------------------------
 
 
-def test_it_learns_and_the_test_images_are_answered_by_the_weights_that_it_leaves_behind(config, tmp_path, capsys):
+def test_finetune_learns_and_tests_the_exported_weights(config, tmp_path, capsys):
     folder = tmp_path / "images"
     make_synthetic_dataset(folder, num_images=900, seed=1)
     run = finetune(
@@ -125,20 +125,20 @@ def test_it_learns_and_the_test_images_are_answered_by_the_weights_that_it_leave
     assert json.loads((run / "head.json").read_text())["classes"] == dataset.classes
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(config):
+def test_finetune_is_determined_by_its_seed(config):
     first, again, other = (finetune(config(f"run.name={n}", f"seed={s}")) for n, s in (("a", 0), ("b", 0), ("c", 1)))
     assert_same_run(first, again)
     assert not torch.equal(state(first)[0]["student.head.0.weight"], state(other)[0]["student.head.0.weight"])
 
 
-def test_loading_processes_and_memory_do_not_change_the_run(config):
+def test_finetune_does_not_depend_on_data_workers_and_cache(config):
     inside = finetune(config("run.name=inside"))
     outside = finetune(config("run.name=outside", "data.num_workers=2", "cache_gb=0"))
     (first, _), (second, _) = state(inside), state(outside)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_one_set_of_images_is_divided_by_class_into_three(config, sample):
+def test_split_dataset_splits_by_class(config, sample):
     dataset = scan_image_folder(sample / "train")  # 16 of each of 12 classes
     parts = split_dataset(config(), dataset, None)
     places = torch.cat([parts.train.indices, parts.val.indices, parts.test.indices])
@@ -150,7 +150,7 @@ def test_one_set_of_images_is_divided_by_class_into_three(config, sample):
     assert again.test.indices.tolist() != parts.test.indices.tolist()
 
 
-def test_larger_images_resample_the_position_embeddings_once(config, model):
+def test_prepare_for_finetuning_resamples_the_position_embeddings_once(config, model):
     loaded = load_backbone(str(model))
     larger = prepare_for_finetuning(loaded, image_size=96, drop_path=0.0).eval()
     assert larger.vit.pos_embed.shape == (1, 1 + 12 * 12, 32)
@@ -162,13 +162,13 @@ def test_larger_images_resample_the_position_embeddings_once(config, model):
     assert record_of(run)["protocol"]["transform"]["image_size"] == 96
 
 
-def test_gray_images_and_registers(config, tmp_path):
+def test_finetune_with_gray_images_and_registers(config, tmp_path):
     path = exported(tmp_path, in_chans=1, reg_tokens=1)
     run = finetune(config(f"checkpoint={path}"))
     assert load_backbone(str(run)).backbone(torch.rand(1, 1, 48, 48)).registers.shape == (1, 1, 32)
 
 
-def test_from_scratch_and_from_a_fine_tuned_run(config, model):
+def test_finetune_starts_from_scratch_or_a_fine_tuned_run(config, model):
     scratch = finetune(config(f"checkpoint=random:{model}", "run.name=scratch"))
     assert "random weights" in record_of(scratch)["model"]["source"]
     again = finetune(config(f"checkpoint={scratch}", "run.name=again"))
@@ -179,7 +179,7 @@ def test_from_scratch_and_from_a_fine_tuned_run(config, model):
 
 
 @pytest.mark.parametrize("stop", [5, 10])  # in the middle of the first epoch of 10 steps, and at its end
-def test_stopped_and_resumed_equals_uninterrupted(config, stop_at, stop, capsys):
+def test_finetune_stopped_and_resumed_equals_uninterrupted(config, stop_at, stop, capsys):
     words = ("trainer.max_steps=13", "method.drop_path=0.2", "validate_every_epochs=1")
     whole = finetune(config(*words, "run.name=whole"))
     with stop_at(stop):
@@ -193,7 +193,7 @@ def test_stopped_and_resumed_equals_uninterrupted(config, stop_at, stop, capsys)
     assert first == second
 
 
-def test_a_run_that_is_complete_says_so_and_gives_the_same_record(config, capsys):
+def test_finetune_of_a_complete_run_gives_the_same_result(config, capsys):
     run = finetune(config())
     before = record_of(run)
     capsys.readouterr()
@@ -204,7 +204,7 @@ def test_a_run_that_is_complete_says_so_and_gives_the_same_record(config, capsys
     assert before["protocol_hash"] == after["protocol_hash"]
 
 
-def test_a_longer_run_says_what_becomes_of_its_schedules(config, capsys):
+def test_finetune_reports_the_schedules_of_an_extended_run(config, capsys):
     words = ("trainer.max_steps=null", "trainer.max_epochs=1")
     finetune(config(*words))
     run = finetune(config(*words, "run.resume=true", "run.extend_to_epochs=2"))
@@ -212,7 +212,7 @@ def test_a_longer_run_says_what_becomes_of_its_schedules(config, capsys):
     assert "The run was 10 steps long and is now 20" in capsys.readouterr().out
 
 
-def test_changed_settings_are_refused_and_harmless_ones_are_not(config):
+def test_finetune_refuses_changed_keys_on_resume(config):
     finetune(config())
     with pytest.raises(UserError, match=r"method.mixup: 0.8 -> 0.5"):
         finetune(config("run.resume=true", "method.mixup=0.5"))
@@ -238,14 +238,14 @@ def begun(config, sample, tmp_path, stop_at):
     return Begun(run, folder, lambda *more: finetune(config(f"checkpoint={model}", "run.resume=true", *more)))
 
 
-def test_a_run_never_goes_on_to_be_tested_on_what_it_has_learned_from(begun):
+def test_finetune_refuses_other_splits_on_resume(begun):
     with pytest.raises(UserError, match=r"168 train, 24 val, 48 test .*; now 144 train, 12 val, 36"):
         begun.go_on(f"data.root={begun.folder / 'train'}")
     assert state(begun.run)[1] == 2
     assert not (begun.run / "eval").exists()
 
 
-def test_a_run_does_not_go_on_with_another_test_set(begun):
+def test_finetune_refuses_another_test_set_on_resume(begun):
     changed = begun.folder.with_name("changed")
     shutil.copytree(begun.folder / "test", changed)
     image = sorted(changed.rglob("*.png"))[0]
@@ -259,7 +259,7 @@ def test_a_run_does_not_go_on_with_another_test_set(begun):
     assert record_of(begun.run)["data"]["n_test"] == 48
 
 
-def test_a_run_does_not_go_on_under_the_name_of_another_model(begun, tmp_path):
+def test_finetune_refuses_another_model_on_resume(begun, tmp_path):
     root = f"data.root={begun.folder}"
     first = (tmp_path / "model.safetensors").read_bytes()
     export_backbone(make_model(init="timm"), tmp_path / "model.safetensors", mean=[0.5] * 3, std=[0.25] * 3,
@@ -272,14 +272,14 @@ def test_a_run_does_not_go_on_under_the_name_of_another_model(begun, tmp_path):
     assert record_of(begun.run)["model"]["sha256"] == hashlib.sha256(first).hexdigest()
 
 
-def test_a_run_that_does_not_know_what_it_comes_from_says_so_and_goes_on(begun, capsys):
+def test_finetune_resumes_without_its_source_file(begun, capsys):
     (begun.run / "source.json").write_text("{")
     begun.go_on(f"data.root={begun.folder}")
     assert "model and splits could not be compared" in capsys.readouterr().out
     assert state(begun.run)[1] == 4
 
 
-def test_a_run_that_keeps_its_images_is_tested_on_its_own(config, sample, tmp_path, stop_at):
+def test_finetune_with_keep_image_list_is_tested_on_its_own_images(config, sample, tmp_path, stop_at):
     folder = tmp_path / "images"
     shutil.copytree(sample / "train", folder)
     words = (f"data.root={folder}", "trainer.max_steps=12")
@@ -293,7 +293,7 @@ def test_a_run_that_keeps_its_images_is_tested_on_its_own(config, sample, tmp_pa
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_equals_uninterrupted(words, config, tmp_path):
+def test_finetune_killed_and_resumed_equals_uninterrupted(words, config, tmp_path):
     more = ("trainer.max_steps=60", "trainer.checkpoint_every=0s")
     whole = finetune(config(*more, "run.name=whole"))
     process = start_command(words(*more, "run.name=parts"), name="finetune")
@@ -305,7 +305,7 @@ def test_killed_and_resumed_equals_uninterrupted(words, config, tmp_path):
     assert_same_run(whole, last.parents[1])
 
 
-def test_a_broken_image_is_skipped_counted_and_named(words, sample, tmp_path, capsys):
+def test_finetune_skips_counts_and_lists_unreadable_images(words, sample, tmp_path, capsys):
     folder = tmp_path / "images"
     make_synthetic_dataset(folder, num_images=60, seed=0)
     for part in ("train", "test"):
@@ -334,7 +334,7 @@ def test_a_broken_image_is_skipped_counted_and_named(words, sample, tmp_path, ca
         ("baselines=true", "baselines"),
     ],
 )
-def test_mistakes_are_named_before_anything_is_written(words, tmp_path, capsys, word, says):
+def test_finetune_reports_mistakes_before_anything_is_written(words, tmp_path, capsys, word, says):
     assert main(["finetune", *words(word)]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
@@ -344,7 +344,7 @@ def test_mistakes_are_named_before_anything_is_written(words, tmp_path, capsys, 
 
 
 @pytest.mark.parametrize("reg_tokens", [0, 1])
-def test_each_layer_learns_at_its_own_rate(reg_tokens, tmp_path):
+def test_finetune_scales_the_learning_rate_by_layer(reg_tokens, tmp_path):
     """lr of layer l of L: lr · decay^(L - l); embeddings are layer 0, block i is i + 1, final norm and head are L."""
     loaded = load_backbone(str(exported(tmp_path, depth=3, reg_tokens=reg_tokens)))
     config = method_config("method.layer_decay=0.7")
@@ -365,7 +365,7 @@ def test_each_layer_learns_at_its_own_rate(reg_tokens, tmp_path):
     assert not found
 
 
-def test_the_learning_rates_of_a_run_follow_the_schedule(config):
+def test_finetune_learning_rates_follow_the_schedule(config):
     run = finetune(config("trainer.max_steps=8", "method.optimizer.warmup=3steps", "method.layer_decay=0.5"))
     peak = 0.0005 * 16 / 256
     lr = [peak * step / 2 for step in range(3)]
@@ -382,7 +382,7 @@ def batch_of(count, *, size=32, channels=3, epoch=0):
     return Batch(views, views[:, :0], index % 5, index, sample_keys(0, epoch, index))
 
 
-def test_rand_augment_is_timms_and_follows_an_images_key_alone():
+def test_rand_augment_equals_timm_and_depends_on_the_key_alone():
     config = method_config().rand_augment
     augment = RandAugment(config, size=32, mean=[0.4, 0.5, 0.6])
     before = batch_of(12).global_views.clone()
@@ -403,7 +403,7 @@ def test_rand_augment_is_timms_and_follows_an_images_key_alone():
     assert np.array_equal(together[3, 0].permute(1, 2, 0).numpy(), wanted)
 
 
-def test_every_magnitude_and_gray_images_are_augmented():
+def test_rand_augment_accepts_every_magnitude_and_gray_images():
     for magnitude in (0, 10):
         config = method_config(f"method.rand_augment.magnitude={magnitude}", "method.rand_augment.layers=6")
         for channels in (1, 3):
@@ -411,7 +411,7 @@ def test_every_magnitude_and_gray_images_are_augmented():
             assert augment(batch_of(40, channels=channels)).global_views.float().std() > 10
 
 
-def test_the_generators_of_the_process_are_left_as_they_were():
+def test_augmentation_leaves_the_global_generators_unchanged():
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
@@ -431,7 +431,7 @@ def mixed(mixing, *, key=0):
 
 
 @pytest.mark.parametrize("words", [("method.cutmix=0",), ("method.mixup=0",), ()], ids=["mixup", "cutmix", "both"])
-def test_targets_say_how_much_of_each_image_is_there(words):
+def test_mixup_cutmix_targets_are_the_shares_of_the_images(words):
     mixing = MixupCutmix(method_config("method.erasing=0", "method.smoothing=0", *words), 5)
     kinds = set()
     for key in range(20):
@@ -446,7 +446,7 @@ def test_targets_say_how_much_of_each_image_is_there(words):
     assert kinds == ({"mixup", "cutmix"} if not words else {"mixup"} if "cutmix=0" in words[0] else {"cutmix"})
 
 
-def test_smoothing_alone_is_torchs():
+def test_label_smoothing_equals_torch():
     images, targets = mixed(MixupCutmix(method_config("method.erasing=0", "method.mixup=0", "method.cutmix=0"), 5))
     logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
     ours, wanted = F.cross_entropy(logits, targets), F.cross_entropy(logits, torch.arange(6) % 5, label_smoothing=0.1)
@@ -454,7 +454,7 @@ def test_smoothing_alone_is_torchs():
     assert torch.equal(images[:, 0, 0, 0], torch.arange(6.0))
 
 
-def test_erasing_takes_a_rectangle_of_a_quarter_of_the_images():
+def test_erasing_fills_a_rectangle_in_a_quarter_of_the_images():
     count = 2000
     mixing = MixupCutmix(method_config("method.mixup=0", "method.cutmix=0"), 5)
     key = sample_keys(0, 0, torch.arange(count))

@@ -1,4 +1,4 @@
-"""A run is what it says: it learns from any folder, stops and goes on exactly, and never loses what it has."""
+"""Tests of `ssl-vit pretrain`: what a run writes, its determinism, and its messages."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.helpers.cli import assert_same_weights, rows, run_command, state
 
 
 @pytest.mark.parametrize("method", ["dino", "sit"])
-def test_a_run_leaves_what_its_user_needs(pretrain_config, method):
+def test_pretrain_writes_config_metrics_and_backbone(pretrain_config, method):
     run = pretrain(pretrain_config(f"method={method}", "online.every_epochs=1", "trainer.max_steps=13"))
     assert {"config.yaml", "metrics.csv", "backbone.safetensors", "backbone.json"} <= {p.name for p in run.iterdir()}
     metrics = rows(run)
@@ -27,7 +27,7 @@ def test_a_run_leaves_what_its_user_needs(pretrain_config, method):
     assert ("teacher" in from_run.source) == (method == "dino")
 
 
-def test_accumulation_updates_teacher_and_center_once_per_step(pretrain_config):
+def test_pretrain_with_accumulation_updates_teacher_and_center_once_per_step(pretrain_config):
     """One batch of 16 and two micro-batches of 8 give the same model, teacher and center."""
     words = ("trainer.max_steps=4", "trainer.precision=32-true", "backbone.drop_path=0.0")
     whole = pretrain(pretrain_config(*words, "run.name=whole"))
@@ -39,7 +39,7 @@ def test_accumulation_updates_teacher_and_center_once_per_step(pretrain_config):
     assert first["center.value"].abs().max() > 0
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(pretrain_config):
+def test_pretrain_is_determined_by_its_seed(pretrain_config):
     first, again, other = (
         pretrain(pretrain_config(f"run.name={name}", f"seed={seed}")) for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )
@@ -47,13 +47,13 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(pretrain_conf
     assert not torch.equal(state(first)[0]["center.value"], state(other)[0]["center.value"])
 
 
-def test_loading_processes_do_not_change_the_run(pretrain_config):
+def test_pretrain_does_not_depend_on_data_workers(pretrain_config):
     inside = pretrain(pretrain_config("run.name=inside", "data.cache_gb=0", "data.num_workers=0"))
     outside = pretrain(pretrain_config("run.name=outside", "data.cache_gb=0", "data.num_workers=2"))
     assert_same_weights(inside, outside)
 
 
-def test_a_run_folder_is_never_overwritten_by_accident(pretrain_words, tmp_path, capsys):
+def test_pretrain_never_overwrites_a_run_unasked(pretrain_words, tmp_path, capsys):
     words = pretrain_words("trainer.max_steps=1")
     assert main(["pretrain", *words]) == 0
     before = (tmp_path / "runs" / "dino" / "metrics.csv").stat().st_mtime_ns
@@ -65,7 +65,7 @@ def test_a_run_folder_is_never_overwritten_by_accident(pretrain_words, tmp_path,
     assert main(["pretrain", *words, "run.overwrite=true"]) == 0
 
 
-def test_a_broken_image_is_skipped_counted_and_named(pretrain_words, sample, tmp_path, capsys):
+def test_pretrain_skips_counts_and_lists_unreadable_images(pretrain_words, sample, tmp_path, capsys):
     folder = tmp_path / "images"
     folder.mkdir()
     good = sorted((sample / "train").rglob("*.png"))[:16]
@@ -89,20 +89,20 @@ def test_a_broken_image_is_skipped_counted_and_named(pretrain_words, sample, tmp
         ("method.views.local_crops.size=20", "not a multiple"),
     ],
 )
-def test_mistakes_are_named_before_anything_is_written(pretrain_words, tmp_path, capsys, word, says):
+def test_pretrain_reports_mistakes_before_anything_is_written(pretrain_words, tmp_path, capsys, word, says):
     assert main(["pretrain", *pretrain_words(word)]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
-def test_gray_images_train_with_one_channel(pretrain_config):
+def test_pretrain_with_one_channel(pretrain_config):
     run = pretrain(
         pretrain_config("backbone.in_chans=1", "method.views.mean=[0.5]", "method.views.std=[0.25]", "run.name=gray")
     )
     assert load_backbone(str(run)).backbone(torch.rand(1, 1, 48, 48)).cls.shape == (1, 32)
 
 
-def test_wandb_offline_keeps_its_run_across_resume(pretrain_words, tmp_path):
+def test_pretrain_keeps_its_wandb_run_across_a_resume(pretrain_words, tmp_path):
     words = pretrain_words("logger=wandb", "logger.offline=true", "trainer.max_steps=3")
     done = run_command(words)
     assert done.returncode == 0, done.stderr
@@ -114,7 +114,7 @@ def test_wandb_offline_keeps_its_run_across_resume(pretrain_words, tmp_path):
     assert (run / "wandb_id.txt").read_text() == name
 
 
-def test_accumulation_without_warm_up_is_watched_step_by_step(pretrain_config):
+def test_pretrain_with_accumulation_logs_by_optimizer_step(pretrain_config):
     """Before the first step there is no row of metrics to judge, though a batch has ended."""
     words = (
         "trainer.accumulate_grad_batches=2",
@@ -125,7 +125,7 @@ def test_accumulation_without_warm_up_is_watched_step_by_step(pretrain_config):
     assert [row["step"] for row in rows(pretrain(pretrain_config(*words)))] == ["1", "3"]
 
 
-def test_too_few_labeled_images_for_knn_are_pretrained_on(pretrain_config, tmp_path):
+def test_pretrain_accepts_too_few_labeled_images_for_knn(pretrain_config, tmp_path):
     """Four images in class folders: none to spare for queries."""
     folder = tmp_path / "few"
     make_synthetic_dataset(folder, num_images=5, seed=0)

@@ -1,4 +1,4 @@
-"""Nothing is lost: kill -9 at any moment, full disks, numbers that are not finite, processes that fail."""
+"""Tests of failures: kill -9 at any moment, full disks, values that are not finite, lost processes."""
 
 import errno
 import json
@@ -67,13 +67,13 @@ def check_kills(words, run, *, kills):
     assert [int(row["step"]) for row in rows(run)] == list(range(steps))
 
 
-def test_killed_and_resumed_equals_uninterrupted(pretrain_words, tmp_path):
+def test_pretrain_killed_and_resumed_equals_uninterrupted(pretrain_words, tmp_path):
     check_kills(pretrain_words("trainer.max_steps=200"), tmp_path / "runs" / "dino", kills=2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["dino", "sit"])
-def test_killed_twenty_times_and_resumed_equals_uninterrupted(pretrain_words, tmp_path, method):
+def test_pretrain_killed_twenty_times_and_resumed_equals_uninterrupted(pretrain_words, tmp_path, method):
     words = pretrain_words(f"method={method}", "trainer.max_steps=2000", "data.cache_gb=0", "data.num_workers=1")
     check_kills(words, tmp_path / "runs" / method, kills=20)
 
@@ -81,7 +81,7 @@ def test_killed_twenty_times_and_resumed_equals_uninterrupted(pretrain_words, tm
 # --- a full disk -----------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(pretrain_config, monkeypatch):
+def test_run_checkpoint_keeps_the_previous_file_when_a_write_fails(pretrain_config, monkeypatch):
     """The write fails half-way."""
     original = torch.save
 
@@ -101,7 +101,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(pretrain_conf
     assert [row["step"] for row in rows(resumed)] == [str(step) for step in range(9)]
 
 
-def test_a_disk_that_is_full_from_the_start_is_told_in_one_line(pretrain_words):
+def test_pretrain_reports_a_full_disk_in_one_line(pretrain_words):
     """The operating system refuses to let any file grow beyond 100 kB."""
     limit = 100_000
     done = subprocess.run(
@@ -132,7 +132,7 @@ def spoil(monkeypatch, method, steps):
 
 
 @pytest.mark.parametrize(("name", "method"), [("dino", DINO), ("sit", SiT)])
-def test_a_step_that_is_not_finite_is_left_out_and_written_down(pretrain_config, monkeypatch, capsys, name, method):
+def test_skipped_steps_logs_a_step_that_is_not_finite(pretrain_config, monkeypatch, capsys, name, method):
     words = (f"method={name}", "trainer.max_steps=4", "run.name=spoiled", "trainer.checkpoint_every=0s")
     spoil(monkeypatch, method, {3})
     run = pretrain(pretrain_config(*words))
@@ -149,7 +149,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_written_down(pretrain_config,
     assert "Skipped 1 step with a loss or gradient that is not finite" in capsys.readouterr().out
 
 
-def test_a_gradient_alone_is_enough(pretrain_config, monkeypatch):
+def test_skipped_steps_counts_a_gradient_that_is_not_finite(pretrain_config, monkeypatch):
     """sqrt(0) x 0 has a finite value and no gradient."""
     original = DINO.step
 
@@ -162,7 +162,7 @@ def test_a_gradient_alone_is_enough(pretrain_config, monkeypatch):
         pretrain(pretrain_config("trainer.max_steps=9", "trainer.max_skipped_steps=2"))
 
 
-def test_the_budget_counts_steps_in_a_row_across_a_resume(pretrain_config, monkeypatch):
+def test_skipped_steps_counts_in_a_row_across_a_resume(pretrain_config, monkeypatch):
     words = ("trainer.max_skipped_steps=2", "trainer.checkpoint_every=0s")
     spoil(monkeypatch, DINO, {1, 2, 4, 5})
     run = pretrain(pretrain_config(*words, "trainer.max_steps=7", "run.name=enough"))
@@ -179,13 +179,13 @@ def test_the_budget_counts_steps_in_a_row_across_a_resume(pretrain_config, monke
     assert lines == [4, 5, 6]
 
 
-def test_weights_that_are_not_finite_are_not_saved(pretrain_config):
+def test_run_checkpoint_never_saves_weights_that_are_not_finite(pretrain_config):
     words = ("method.optimizer.warmup=0steps", "method.optimizer.lr=1e41", "trainer.checkpoint_every=0s")
     with pytest.raises(UserError, match=r"diverged at step 1: a weight is not finite\. No checkpoint was written"):
         pretrain(pretrain_config(*words))
 
 
-def test_a_loss_scale_that_helps_no_more_is_not_waited_for(pretrain_config, monkeypatch):
+def test_skipped_steps_ends_a_run_whose_loss_scale_no_longer_helps(pretrain_config, monkeypatch):
     """In 16-mixed steps are left out while the scale is looked for; endless ones end the run all the same."""
     from lightning.pytorch.plugins import MixedPrecision
 
@@ -253,7 +253,7 @@ def run_two(tmp_path, words, fault):
     return done, time.monotonic() - start
 
 
-def test_a_number_that_is_not_finite_in_one_process_skips_the_step_in_all(pretrain_words, tmp_path):
+def test_skipped_steps_skips_in_all_processes_alike(pretrain_words, tmp_path):
     words = pretrain_words("trainer.max_steps=5", "trainer.checkpoint_every=0s")
     done, _ = run_two(tmp_path, words, NAN_IN_ONE)
     assert done.returncode == 0, done.stderr
@@ -266,7 +266,7 @@ def test_a_number_that_is_not_finite_in_one_process_skips_the_step_in_all(pretra
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_an_error_in_one_process_stops_all_with_one_message(pretrain_words, tmp_path, rank):
+def test_translate_training_errors_stops_all_processes_with_one_message(pretrain_words, tmp_path, rank):
     words = pretrain_words("trainer.max_steps=100000", "trainer.checkpoint_every=0s")
     done, seconds = run_two(tmp_path, words, ERROR_IN_ONE.format(rank=rank))
     assert done.returncode != 0
@@ -277,7 +277,7 @@ def test_an_error_in_one_process_stops_all_with_one_message(pretrain_words, tmp_
     assert checkpoint(tmp_path / "runs" / "dino")["global_step"] == 2
 
 
-def test_processes_that_see_different_images_do_not_start(pretrain_words, tmp_path):
+def test_consistency_check_refuses_different_images(pretrain_words, tmp_path):
     fault = """
 from ssl_vit.data.sources import image_folder
 import os
@@ -300,7 +300,7 @@ def children_of(process):
     return [child for child in children if b"ssl_vit" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
-def test_a_process_that_is_killed_ends_the_run_and_the_first_says_where_it_stands(pretrain_words, tmp_path):
+def test_translate_training_errors_reports_a_killed_process(pretrain_words, tmp_path):
     run = tmp_path / "runs" / "dino"
     words = pretrain_words("trainer.max_steps=100000", "trainer.devices=2", "trainer.checkpoint_every=0s")
     process = start_command(words)
@@ -314,7 +314,7 @@ def test_a_process_that_is_killed_ends_the_run_and_the_first_says_where_it_stand
     assert "Traceback" not in output
 
 
-def test_a_loading_process_that_is_killed_ends_the_run_in_words(pretrain_words, tmp_path):
+def test_translate_training_errors_reports_a_killed_data_worker(pretrain_words, tmp_path):
     """As the system does when memory runs out."""
     run = tmp_path / "runs" / "dino"
     words = pretrain_words(
@@ -331,7 +331,7 @@ def test_a_loading_process_that_is_killed_ends_the_run_in_words(pretrain_words, 
     assert "Traceback" not in output
 
 
-def test_a_loading_process_that_is_killed_inside_other_code_ends_the_run_in_words(pretrain_config, monkeypatch):
+def test_translate_training_errors_finds_a_killed_data_worker_behind_other_errors(pretrain_config, monkeypatch):
     """torch raises from a signal handler, wherever the process is; what is interrupted may raise its own instead."""
 
     def interrupted(self, batch, batch_idx):
@@ -346,7 +346,7 @@ def test_a_loading_process_that_is_killed_inside_other_code_ends_the_run_in_word
 
 
 @pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
-def test_saved_by_two_processes_and_resumed_by_one_and_the_reverse(pretrain_words, tmp_path, first, second):
+def test_pretrain_resumes_with_another_number_of_processes(pretrain_words, tmp_path, first, second):
     words = pretrain_words(
         "trainer.precision=32-true", "backbone.drop_path=0.2", "trainer.max_steps=14", "online.every_epochs=1"
     )
@@ -377,7 +377,7 @@ PreemptionHandler.on_train_batch_end = ask
     assert checkpoint(run, "best_knn.ckpt")["global_step"] in (12, 14)
 
 
-def test_steps_of_a_gpu_are_counted_one_later_and_a_checkpoint_leaves_one_to_go_on_with(tmp_path):
+def test_skipped_steps_counts_one_step_later_on_a_gpu(tmp_path):
     """The last step that is known is not the one at hand; what is saved can be resumed."""
     from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""The published linear protocols: what they learn with, what they say of themselves, and that they go on."""
+"""Tests of the published linear protocols: their parts, their results, and exact resuming."""
 
 import json
 import math
@@ -75,7 +75,7 @@ def without_time(path):
 # --- what is published -----------------------------------------------------------------------------------------
 
 
-def test_dinos_learning_rate_is_torchs_cosine_of_the_epoch():
+def test_dino_probe_learning_rate_is_the_cosine_of_torch():
     probe = dino_probe(make_model(), 5, epochs=None, batch_size=1024)
     assert probe.epochs == 100
     assert any("smaller batch of an epoch" in text for text in probe.about["not reproduced"])
@@ -89,7 +89,7 @@ def test_dinos_learning_rate_is_torchs_cosine_of_the_epoch():
         schedule.step()
 
 
-def test_sits_learning_rate_is_timms_cosine_with_warm_up():
+def test_sit_probe_learning_rate_is_the_cosine_of_timm_with_warmup():
     probe = sit_probe(make_model(reg_tokens=1), 5, epochs=None, batch_size=480)
     assert probe.epochs == 501
     reference = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3 * 480 / 512)
@@ -100,7 +100,7 @@ def test_sits_learning_rate_is_timms_cosine_with_warm_up():
 
 
 @pytest.mark.parametrize(("width", "depth", "inputs"), [(32, 2, 64), (32, 6, 128), (768, 1, 1536)])
-def test_dinos_features_are_four_class_tokens_or_the_last_with_the_patch_mean(width, depth, inputs):
+def test_dino_probe_features_are_four_class_tokens_or_the_last_with_the_patch_mean(width, depth, inputs):
     model = make_model(embed_dim=width, depth=depth, img_size=16)
     probe = dino_probe(model, 5, epochs=1, batch_size=8)
     images = torch.rand(2, 3, 16, 16)
@@ -119,7 +119,7 @@ def test_dinos_features_are_four_class_tokens_or_the_last_with_the_patch_mean(wi
     assert float(head.weight.detach().std()) == pytest.approx(0.01, rel=0.2)
 
 
-def test_sits_answer_is_the_mean_of_two_heads_and_its_loss_their_sum():
+def test_sit_probe_logits_are_the_mean_of_two_heads_and_its_loss_their_sum():
     model = make_model(reg_tokens=1)
     probe = sit_probe(model, 5, epochs=1, batch_size=8)
     features = probe.features(model, torch.rand(4, 3, 48, 48))
@@ -143,7 +143,7 @@ def test_sits_answer_is_the_mean_of_two_heads_and_its_loss_their_sum():
     ("protocol", "heads"), [("dino", ["", ", last epoch"]), ("sit", [", linear", ", linear, last epoch",
                             ", nonlinear", ", nonlinear, last epoch"])]
 )  # fmt: skip
-def test_the_record_says_what_it_was_chosen_on_and_gives_the_last_epoch_beside_it(config, protocol, heads):
+def test_published_probe_reports_its_selection_and_the_last_epoch(config, protocol, heads):
     record, path = published_probe(config(protocol, "figure=true"))
     assert [metric.name for metric in record.score.metrics[::2]] == [f"top-1{suffix}" for suffix in heads]
     assert list(record.score.predictions) == heads
@@ -167,7 +167,7 @@ def test_the_record_says_what_it_was_chosen_on_and_gives_the_last_epoch_beside_i
     assert path.with_name(record.by_class["figure"]).is_file()
 
 
-def test_it_learns_and_the_frozen_model_stays_as_it_was(config, tmp_path, monkeypatch):
+def test_published_probe_learns_and_leaves_the_backbone_unchanged(config, tmp_path, monkeypatch):
     folder = tmp_path / "images"
     make_synthetic_dataset(folder, num_images=600, seed=3)
     seen = []
@@ -192,7 +192,7 @@ def test_it_learns_and_the_frozen_model_stays_as_it_was(config, tmp_path, monkey
 
 @pytest.mark.parametrize("stop", [8, 12])  # within the second of three epochs of six steps, and at its end
 @pytest.mark.parametrize("protocol", ["dino", "sit"])
-def test_interrupted_and_resumed_equals_uninterrupted(config, stop_at, protocol, stop, tmp_path, capsys):
+def test_published_probe_stopped_and_resumed_equals_uninterrupted(config, stop_at, protocol, stop, tmp_path, capsys):
     whole = published_probe(config(protocol, f"out={tmp_path / 'whole.json'}"))[1]
     with stop_at(stop), pytest.raises(KeyboardInterrupt):
         published_probe(config(protocol))
@@ -212,7 +212,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(config, stop_at, protocol,
     assert without_time(again) == without_time(whole)
 
 
-def test_a_folder_of_another_probe_is_not_gone_on_with(config):
+def test_published_probe_refuses_the_directory_of_another_protocol(config):
     published_probe(config("dino", "epochs=1"))
     with pytest.raises(UserError, match="contains a probe with another protocol"):
         published_probe(config("dino", "epochs=2"))
@@ -241,7 +241,7 @@ def test_published_probe_keeps_a_second_command_out(config, tmp_path):
         published_probe(config("dino"))
 
 
-def test_another_seed_is_another_probe_and_both_are_kept(config, capsys):
+def test_published_probe_keeps_a_directory_per_seed(config, capsys):
     first, path = published_probe(config("dino", "epochs=1"))
     other, _ = published_probe(config("dino", "epochs=1", "seed=1"))
     assert "already complete" not in capsys.readouterr().out
@@ -253,7 +253,7 @@ def test_another_seed_is_another_probe_and_both_are_kept(config, capsys):
     assert again.score.metrics == first.score.metrics
 
 
-def test_a_probe_of_another_precision_is_not_gone_on_with(config, monkeypatch):
+def test_published_probe_refuses_another_precision(config, monkeypatch):
     monkeypatch.setattr(published, "autocast_dtype", lambda device: None)
     published_probe(config("dino", "epochs=1"))
     monkeypatch.setattr(published, "autocast_dtype", lambda device: torch.bfloat16)
@@ -262,7 +262,7 @@ def test_a_probe_of_another_precision_is_not_gone_on_with(config, monkeypatch):
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
-def test_images_of_the_same_names_but_other_sizes_are_others(config, sample, tmp_path, part):
+def test_published_probe_refuses_images_of_other_sizes(config, sample, tmp_path, part):
     folder = tmp_path / "images"
     shutil.copytree(sample, folder)
     published_probe(config("dino", "epochs=1", f"data.root={folder}"))
@@ -272,7 +272,7 @@ def test_images_of_the_same_names_but_other_sizes_are_others(config, sample, tmp
         published_probe(config("dino", "epochs=1", f"data.root={folder}"))
 
 
-def test_where_other_test_images_can_be_read_it_starts_anew_with_a_word(config, sample, tmp_path, capsys):
+def test_published_probe_restarts_where_other_test_images_are_readable(config, sample, tmp_path, capsys):
     folder = tmp_path / "images"
     shutil.copytree(sample, folder)
     words = ("dino", "epochs=2", f"data.root={folder}")
@@ -294,7 +294,7 @@ def test_where_other_test_images_can_be_read_it_starts_anew_with_a_word(config, 
     assert len((folder_of(whole) / "epochs.jsonl").read_text().splitlines()) == 2
 
 
-def test_other_processes_of_a_launch_leave_it_to_the_first(words, tmp_path, monkeypatch, capsys):
+def test_published_probe_runs_in_the_first_process_only(words, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["linear", *words("dino")]) == 0
@@ -302,7 +302,7 @@ def test_other_processes_of_a_launch_leave_it_to_the_first(words, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_a_broken_image_is_skipped_and_counted(config, tmp_path):
+def test_published_probe_skips_and_counts_unreadable_images(config, tmp_path):
     folder = tmp_path / "images"
     make_synthetic_dataset(folder, num_images=60, seed=0)
     for part in ("train", "test"):
@@ -323,7 +323,7 @@ def test_a_broken_image_is_skipped_and_counted(config, tmp_path):
         ("dino", ["protocol=mae"], "protocol"),
     ],
 )
-def test_mistakes_in_words(words, models, sample, capsys, protocol, more, says):
+def test_linear_reports_mistakes_of_published_protocols(words, models, sample, capsys, protocol, more, says):
     more = [word.format(models=models, sample=sample) for word in more]
     assert main(["linear", *words(protocol, *more)]) == 2
     assert says in capsys.readouterr().err

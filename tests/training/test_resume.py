@@ -1,4 +1,4 @@
-"""A run that was stopped, by whatever, and resumed equals one that was not; what has changed is said or refused."""
+"""Tests of resuming: a stopped run equals an uninterrupted one; changes are reported or refused."""
 
 import json
 import os
@@ -27,7 +27,7 @@ FULL = ("online.every_epochs=1", "backbone.drop_path=0.2", "trainer.max_steps=27
 @pytest.mark.parametrize(
     ("method", "stop"), [("dino", 5), ("dino", 12), ("sit", 5)]
 )  # in the middle of the first epoch of 12 steps, and at its end
-def test_stopped_and_resumed_equals_uninterrupted(pretrain_config, stop_at, method, stop):
+def test_pretrain_stopped_and_resumed_equals_uninterrupted(pretrain_config, stop_at, method, stop):
     words = (f"method={method}", *FULL)
     whole = pretrain(pretrain_config(*words, "run.name=whole"))
     with stop_at(stop):
@@ -38,7 +38,7 @@ def test_stopped_and_resumed_equals_uninterrupted(pretrain_config, stop_at, meth
 
 
 @pytest.mark.parametrize("stops", [(12, 24), (7, 12, 24, 25, 36), (24, 36, 48)])
-def test_stopped_again_and_again_equals_uninterrupted(pretrain_config, stop_at, stops):
+def test_pretrain_stopped_several_times_equals_uninterrupted(pretrain_config, stop_at, stops):
     """At the ends of the epochs, too: Lightning alone repeats the one after the second."""
     words = ("trainer.max_steps=50",)
     whole = pretrain(pretrain_config(*words, "run.name=whole"))
@@ -50,7 +50,7 @@ def test_stopped_again_and_again_equals_uninterrupted(pretrain_config, stop_at, 
     assert_same_run(whole, parts)
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(pretrain_config, stop_at, capsys):
+def test_resume_falls_back_to_the_previous_checkpoint(pretrain_config, stop_at, capsys):
     words = (*FULL, "trainer.checkpoint_every=0s")
     whole = pretrain(pretrain_config(*words, "run.name=whole"))
     with stop_at(7):
@@ -65,7 +65,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(pretrain_config, stop
     assert_same_run(whole, parts)
 
 
-def test_all_checkpoints_damaged_is_told_in_words(pretrain_config):
+def test_resume_refuses_when_all_checkpoints_are_damaged(pretrain_config):
     run = pretrain(pretrain_config("trainer.checkpoint_every=0s"))
     for name in ("last.ckpt", "previous.ckpt"):
         (run / "checkpoints" / name).write_bytes(b"half a checkpoint")
@@ -73,7 +73,7 @@ def test_all_checkpoints_damaged_is_told_in_words(pretrain_config):
         pretrain(pretrain_config("run.resume=true"))
 
 
-def test_every_damage_to_a_checkpoint_is_seen(tmp_path):
+def test_find_latest_checkpoint_detects_every_damage(tmp_path):
     """A flipped bit anywhere, or a cut anywhere: the file is refused, or what it says is untouched."""
     path = tmp_path / "last.ckpt"
     content = {"global_step": 4, "weights": torch.arange(300.0), "inner": {"list": [torch.ones(5), 3, "text"]}}
@@ -99,7 +99,7 @@ def test_every_damage_to_a_checkpoint_is_seen(tmp_path):
             find_latest_checkpoint(tmp_path)
 
 
-def test_a_row_that_was_cut_off_is_written_again(pretrain_config, stop_at):
+def test_resume_rewrites_a_row_that_was_cut_off(pretrain_config, stop_at):
     words = ("trainer.max_steps=9",)
     whole = pretrain(pretrain_config(*words, "run.name=whole"))
     with stop_at(4):
@@ -110,7 +110,7 @@ def test_a_row_that_was_cut_off_is_written_again(pretrain_config, stop_at):
     assert_same_run(whole, parts)
 
 
-def test_a_run_that_had_saved_nothing_starts_anew(pretrain_config, capsys):
+def test_resume_without_a_checkpoint_starts_from_scratch(pretrain_config, capsys):
     run = pretrain(pretrain_config())
     whole = run.rename(run.with_name("whole"))
     shutil.copytree(whole, run)
@@ -125,7 +125,7 @@ def test_a_run_that_had_saved_nothing_starts_anew(pretrain_config, capsys):
 
 
 @pytest.mark.parametrize("word", ["run.resume=true", "run.resume=auto", "run.resume=false"])
-def test_checkpoints_without_a_configuration_are_a_run_too(pretrain_config, word):
+def test_open_run_dir_refuses_checkpoints_without_a_config(pretrain_config, word):
     run = pretrain(pretrain_config())
     (run / "config.yaml").unlink()
     with pytest.raises(UserError, match=r"contains checkpoints but no config\.yaml"):
@@ -133,19 +133,19 @@ def test_checkpoints_without_a_configuration_are_a_run_too(pretrain_config, word
     assert state(run)[1] == 4
 
 
-def test_a_lost_last_checkpoint_is_said(pretrain_config, capsys):
+def test_resume_reports_a_missing_last_checkpoint(pretrain_config, capsys):
     run = pretrain(pretrain_config("trainer.checkpoint_every=0s"))
     (run / "checkpoints" / "last.ckpt").unlink()
     pretrain(pretrain_config("trainer.checkpoint_every=0s", "run.resume=true"))
     assert "last.ckpt is missing: resuming from previous.ckpt" in capsys.readouterr().out
 
 
-def test_the_first_epoch_is_saved_however_short(pretrain_config):
+def test_run_checkpoint_saves_the_first_epoch(pretrain_config):
     run = pretrain(pretrain_config("trainer.max_steps=13", "trainer.checkpoint_every=10m"))
     assert checkpoint(run, "previous.ckpt")["global_step"] == 12
 
 
-def test_a_run_is_replaced_only_when_the_new_one_begins(pretrain_config, tmp_path):
+def test_overwrite_replaces_a_run_only_when_the_new_one_starts(pretrain_config, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "a.jpg").write_bytes(b"no image")
@@ -158,14 +158,14 @@ def test_a_run_is_replaced_only_when_the_new_one_begins(pretrain_config, tmp_pat
     assert sorted(path.name for path in run.parent.iterdir()) == [".dino.lock", "dino"]
 
 
-def test_resume_auto_starts_where_there_is_no_run_and_goes_on_where_there_is(pretrain_config, stop_at):
+def test_resume_auto_starts_or_resumes(pretrain_config, stop_at):
     with stop_at(2):
         run = pretrain(pretrain_config("run.resume=auto"))
         assert state(run)[1] == 2
     assert state(pretrain(pretrain_config("run.resume=auto")))[1] == 4
 
 
-def test_accumulated_steps_resume_exactly(pretrain_config, stop_at):
+def test_resume_is_exact_with_accumulated_steps(pretrain_config, stop_at):
     words = ("trainer.accumulate_grad_batches=2", "trainer.max_steps=9")
     whole = pretrain(pretrain_config(*words, "run.name=whole"))
     with stop_at(5):
@@ -178,7 +178,7 @@ def test_accumulated_steps_resume_exactly(pretrain_config, stop_at):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_a_signal_to_the_whole_group_saves_stops_and_says_how_to_go_on(pretrain_words, tmp_path, number):
+def test_preemption_handler_saves_and_stops_on_a_signal_to_the_group(pretrain_words, tmp_path, number):
     """As a terminal and a scheduler send it: loading processes get it too."""
     run = tmp_path / "runs" / "dino"
     words = pretrain_words("trainer.max_steps=100000", "data.cache_gb=0", "data.num_workers=1")
@@ -193,7 +193,7 @@ def test_a_signal_to_the_whole_group_saves_stops_and_says_how_to_go_on(pretrain_
     load_backbone(str(run / "backbone.safetensors"))
 
 
-def test_slurm_puts_the_job_back_and_the_same_command_goes_on(pretrain_words, tmp_path):
+def test_preemption_handler_requeues_a_slurm_job_that_resumes(pretrain_words, tmp_path):
     """SIGUSR1 before the time is up, `scontrol requeue`, and SLURM starts the same command again."""
     fake = tmp_path / "bin" / "scontrol"
     fake.parent.mkdir()
@@ -225,7 +225,7 @@ def test_slurm_puts_the_job_back_and_the_same_command_goes_on(pretrain_words, tm
     assert [int(row["step"]) for row in rows(run)] == list(range(60))
 
 
-def test_submitits_own_handler_comes_after_the_checkpoint(pretrain_config, monkeypatch):
+def test_preemption_handler_calls_submitit_after_the_checkpoint(pretrain_config, monkeypatch):
     """It resubmits the job and ends the process; by then the run must be saved."""
     seen = []
     run = pretrain_config().run.path
@@ -245,12 +245,12 @@ def test_submitits_own_handler_comes_after_the_checkpoint(pretrain_config, monke
     assert seen == [2]
 
 
-def test_time_limit_saves_and_stops(pretrain_config):
+def test_run_checkpoint_saves_and_stops_at_max_time(pretrain_config):
     run = pretrain(pretrain_config("trainer.max_steps=100000", "trainer.max_time=2s"))
     assert 0 < state(run)[1] < 100000
 
 
-def test_some_epochs_are_kept_for_good(pretrain_config):
+def test_run_checkpoint_keeps_every_nth_epoch(pretrain_config):
     run = pretrain(pretrain_config("trainer.max_steps=36", "trainer.keep_every_epochs=2"))
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["epoch_0002.ckpt", "last.ckpt", "previous.ckpt"]
@@ -261,7 +261,7 @@ def test_some_epochs_are_kept_for_good(pretrain_config):
 # --- what has changed ------------------------------------------------------------------------------------------
 
 
-def test_a_changed_meaning_is_refused_and_a_harmless_change_is_said(pretrain_words, capsys):
+def test_compare_configs_refuses_changed_keys_and_reports_allowed_ones(pretrain_words, capsys):
     words = pretrain_words("trainer.max_steps=1")
     assert main(["pretrain", *words]) == 0
     harmless = ["run.resume=true", "data.num_workers=1", "trainer.log_every_n_steps=7"]
@@ -275,7 +275,7 @@ def test_a_changed_meaning_is_refused_and_a_harmless_change_is_said(pretrain_wor
     assert "Changed: data.num_workers: 0 -> 1" in capsys.readouterr().out
 
 
-def test_a_longer_run_is_refused_unless_it_is_extended(pretrain_words, tmp_path, capsys):
+def test_extend_to_epochs_is_required_for_a_longer_run(pretrain_words, tmp_path, capsys):
     words = pretrain_words("trainer.max_steps=null", "trainer.max_epochs=1")
     run = tmp_path / "runs" / "dino"
     assert main(["pretrain", *words]) == 0
@@ -300,19 +300,19 @@ def test_a_longer_run_is_refused_unless_it_is_extended(pretrain_words, tmp_path,
     assert "run.extend_to_epochs=1 is 12 steps, but the run already has 24" in capsys.readouterr().err
 
 
-def test_a_value_that_resume_does_not_have_is_one_mistake(pretrain_words, capsys):
+def test_resume_accepts_true_false_and_auto_only(pretrain_words, capsys):
     assert main(["pretrain", *pretrain_words("run.resume=maybe")]) == 2
     message = capsys.readouterr().err
     assert "1 mistake" in message
     assert "run.resume: write true, false or auto (got 'maybe')" in message
 
 
-def test_extending_needs_a_run_to_go_on_with(pretrain_words, capsys):
+def test_extend_to_epochs_requires_resume(pretrain_words, capsys):
     assert main(["pretrain", *pretrain_words("run.extend_to_epochs=5")]) == 2
     assert "add run.resume=true" in capsys.readouterr().err
 
 
-def test_changed_images_are_refused_with_the_difference_or_left_as_they_were(pretrain_words, tmp_path, capsys, stop_at):
+def test_check_dataset_unchanged_refuses_changes_or_keeps_the_list(pretrain_words, tmp_path, capsys, stop_at):
     folder = tmp_path / "own"
     make_synthetic_dataset(folder, num_images=60, seed=0)
     words = pretrain_words(f"data.root={folder / 'train'}", "trainer.max_steps=9", "data.cache_gb=0")
@@ -340,7 +340,7 @@ def test_changed_images_are_refused_with_the_difference_or_left_as_they_were(pre
 
 @pytest.mark.parametrize("name", ["data.json", "image_list.safetensors", "metrics.csv"])
 @pytest.mark.parametrize("damage", ["gone", "nonsense"])
-def test_a_file_of_the_run_that_is_lost_does_not_lose_the_run(pretrain_config, stop_at, name, damage):
+def test_resume_survives_the_loss_of_metadata(pretrain_config, stop_at, name, damage):
     with stop_at(2):
         run = pretrain(pretrain_config())
     (run / name).unlink()
@@ -351,7 +351,7 @@ def test_a_file_of_the_run_that_is_lost_does_not_lose_the_run(pretrain_config, s
     assert [row["step"] for row in rows(run)][-2:] == ["2", "3"]
 
 
-def test_a_moved_folder_is_the_same_folder(pretrain_words, tmp_path):
+def test_check_dataset_unchanged_accepts_a_moved_folder(pretrain_words, tmp_path):
     folder = tmp_path / "own"
     make_synthetic_dataset(folder, num_images=60, seed=0)
     words = pretrain_words(f"data.root={folder / 'train'}", "trainer.max_steps=2")
@@ -360,7 +360,7 @@ def test_a_moved_folder_is_the_same_folder(pretrain_words, tmp_path):
     assert main(["pretrain", *words, f"data.root={folder / 'elsewhere'}", "run.resume=true"]) == 0
 
 
-def test_a_second_command_is_kept_out_of_the_run_folder(pretrain_words, tmp_path, capsys):
+def test_lock_run_dir_keeps_a_second_command_out(pretrain_words, tmp_path, capsys):
     run = tmp_path / "runs" / "dino"
     words = pretrain_words("trainer.max_steps=100000")
     process = start_command(words)
@@ -377,7 +377,7 @@ def test_a_second_command_is_kept_out_of_the_run_folder(pretrain_words, tmp_path
     assert main(["pretrain", *pretrain_words("trainer.max_steps=1", "run.overwrite=true")]) == 0
 
 
-def test_nothing_to_resume_is_said(pretrain_words, capsys):
+def test_resume_without_a_run_is_refused(pretrain_words, capsys):
     assert main(["pretrain", *pretrain_words("run.resume=true")]) == 2
     assert "contains no run" in capsys.readouterr().err
 
@@ -404,7 +404,7 @@ def test_pretrain_refuses_to_resume_a_run_of_version_0_1_and_its_weights_load(pr
 
 
 @pytest.mark.parametrize("text", ["", "seed: [", "!!python/object/apply:os.system ['touch gone']", "42"])
-def test_a_damaged_config_is_told_in_words(pretrain_words, tmp_path, capsys, text):
+def test_read_config_reports_a_damaged_file(pretrain_words, tmp_path, capsys, text):
     run = pretrain_words("trainer.max_steps=1")
     assert main(["pretrain", *run]) == 0
     (tmp_path / "runs" / "dino" / "config.yaml").write_text(text)

@@ -1,4 +1,4 @@
-"""metrics.csv and checkpoints survive what happens to them."""
+"""Tests of the metrics file and of runs without readable images."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from ssl_vit.training.loggers import ResumableCSVLogger
 from tests.helpers.cli import rows
 
 
-def test_metrics_of_one_step_share_a_row_and_new_columns_may_come_later(tmp_path):
+def test_csv_logger_merges_rows_of_a_step_and_adds_columns(tmp_path):
     path = tmp_path / "metrics.csv"
     metrics = ResumableCSVLogger(path, done=0)
     metrics.log_metrics({"loss": 3.0}, step=0)
@@ -24,7 +24,7 @@ def test_metrics_of_one_step_share_a_row_and_new_columns_may_come_later(tmp_path
     ]
 
 
-def test_metrics_go_on_behind_the_steps_that_are_done(tmp_path):
+def test_csv_logger_drops_rows_behind_the_resumed_step(tmp_path):
     path = tmp_path / "metrics.csv"
     first = ResumableCSVLogger(path, done=0)
     for step in range(6):  # steps 4 and 5 came after the last checkpoint
@@ -38,7 +38,7 @@ def test_metrics_go_on_behind_the_steps_that_are_done(tmp_path):
     assert [row["loss"] for row in rows(tmp_path)] == ["0.0", "1.0", "2.0", "3.0", "14.0", "15.0", "16.0", "17.0"]
 
 
-def test_a_folder_without_readable_images_leaves_no_run_behind(pretrain_config, tmp_path):
+def test_pretrain_without_readable_images_leaves_no_run(pretrain_config, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "a.jpg").write_bytes(b"no image")

@@ -1,4 +1,4 @@
-"""What is wrong with a run has a name, numbers and a remedy, before it starts if possible; a healthy one is quiet."""
+"""Tests of health warnings before and during a run, and of the statistics behind them."""
 
 import json
 import math
@@ -59,11 +59,11 @@ SOUND = ("trainer.max_steps=2000", "trainer=auto", "trainer.accelerator=cpu")
         (("method.views.local_crops.size=96", "method.views.local_crops.count=0"), 1600, []),
     ],
 )
-def test_what_can_be_seen_from_the_configuration(pretrain_config, words, num_images, expected):
+def test_check_config_finds_likely_problems(pretrain_config, words, num_images, expected):
     assert names(pretrain_config(*SOUND, *words), num_images) == expected
 
 
-def test_the_verdicts_stand_before_the_run(pretrain_config, capsys):
+def test_check_config_warnings_are_printed_and_logged(pretrain_config, capsys):
     run = pretrain(pretrain_config("method.teacher.temperature=0.3", "method.teacher.momentum=[0.5,1.0]"))
     told = [json.loads(line)["name"] for line in (run / "health.jsonl").open()]
     assert told == ["short-epochs", "hot-teacher", "slow-teacher"]
@@ -88,7 +88,7 @@ def test_the_verdicts_stand_before_the_run(pretrain_config, capsys):
         ({"train/loss": 5.9}, None),
     ],
 )
-def test_each_verdict_has_its_name(numbers, name):
+def test_check_metrics_names_each_problem(numbers, name):
     checks = [check_teacher_distance, partial(check_assignments, prototypes=1024), check_feature_std]
     verdict = check_metrics(HEALTHY | numbers, checks, first_loss=4.0)
     assert verdict is None if name is None else verdict.name == name
@@ -96,7 +96,7 @@ def test_each_verdict_has_its_name(numbers, name):
         assert verdict.remedy
 
 
-def test_a_method_without_prototypes_is_judged_by_its_features():
+def test_check_metrics_needs_no_teacher():
     checks = [check_feature_std]
     assert check_metrics({"train/loss": 4.0, "train/feature_std": 0.9}, checks, first_loss=None) is None
     verdict = check_metrics({"train/loss": 4.0, "train/feature_std": 0.0}, checks, first_loss=None)
@@ -114,7 +114,7 @@ DRIVEN = {
 
 
 @pytest.mark.parametrize("name", DRIVEN)
-def test_a_run_driven_into_trouble_is_told(pretrain_config, capsys, monkeypatch, name):
+def test_health_monitor_warns_of_a_bad_run(pretrain_config, capsys, monkeypatch, name):
     if name == "single-collapse":
         from ssl_vit.losses.factored_logits import FactoredLogits
         from ssl_vit.methods.heads import Prototypes
@@ -135,7 +135,7 @@ def test_a_run_driven_into_trouble_is_told(pretrain_config, capsys, monkeypatch,
     assert all(verdict["finding"] and verdict["remedy"] for verdict in told)
 
 
-def test_a_healthy_run_hears_nothing(pretrain_config, capsys):
+def test_health_monitor_is_silent_in_a_healthy_run(pretrain_config, capsys):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", r".*\[[a-z-]+\]")
         run = pretrain(pretrain_config("trainer.max_steps=24", "method.optimizer.warmup=0steps"))
@@ -145,7 +145,7 @@ def test_a_healthy_run_hears_nothing(pretrain_config, capsys):
     assert state(run)[1] == 24
 
 
-def test_the_distance_between_models_is_relative():
+def test_relative_parameter_distance_is_relative():
     one, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     other.load_state_dict(one.state_dict())
     assert relative_parameter_distance(other, one) == 0
@@ -155,7 +155,7 @@ def test_the_distance_between_models_is_relative():
     assert relative_parameter_distance(other, one).item() == pytest.approx(2)
 
 
-def test_spread_is_one_for_features_all_over_the_sphere_and_zero_for_equal_ones():
+def test_feature_std_is_one_on_the_sphere_and_zero_for_equal_features():
     generator = torch.Generator().manual_seed(0)
     assert feature_std(torch.randn(4000, 64, generator=generator)).item() == pytest.approx(1, abs=0.02)
     assert feature_std(torch.ones(100, 64)).item() == pytest.approx(0, abs=1e-6)

@@ -1,4 +1,4 @@
-"""Panels during a run: when and of what they are drawn, and that the run is the same with and without them."""
+"""Tests of logged images: when they are drawn, of what, and that they do not change the run."""
 
 import errno
 import shutil
@@ -60,7 +60,7 @@ def callback(config, root):
 
 
 @pytest.mark.parametrize("method", ["dino", "sit"])
-def test_panels_come_at_the_start_after_epochs_and_at_the_end(pretrain_config, monkeypatch, capsys, method):
+def test_image_logger_draws_at_the_start_after_epochs_and_at_the_end(pretrain_config, monkeypatch, capsys, method):
     drawn = []
     original = run_figures.make_overlay_inputs
 
@@ -86,7 +86,7 @@ def test_panels_come_at_the_start_after_epochs_and_at_the_end(pretrain_config, m
     assert all(torch.equal(drawn[place][0], drawn[place % 3][0]) for place in range(len(drawn)))
 
 
-def test_short_epochs_do_not_draw_more_often_than_every_so_many_steps(pretrain_config, sample, monkeypatch):
+def test_image_logger_draws_less_often_with_short_epochs(pretrain_config, sample, monkeypatch):
     monkeypatch.setattr(image_logger, "MIN_STEPS", MIN_STEPS)
     for words, every in (
         (("data.batch_size=64", "image_logging.every_epochs=1"), 67),  # of 3 steps
@@ -97,7 +97,7 @@ def test_short_epochs_do_not_draw_more_often_than_every_so_many_steps(pretrain_c
         assert callback(config, sample / "train").every == every
 
 
-def test_images_are_spread_over_those_there_are(pretrain_config, sample):
+def test_image_logger_spreads_its_images_over_the_dataset(pretrain_config, sample):
     config = pretrain_config("image_logging.every_epochs=1", "image_logging.num_images=4")
     assert callback(config, sample / "train").indices == [24, 72, 120, 168]
     assert callback(
@@ -105,18 +105,18 @@ def test_images_are_spread_over_those_there_are(pretrain_config, sample):
     ).indices == [*range(48)]
 
 
-def test_gray_images_are_drawn_too(pretrain_config):
+def test_image_logger_draws_gray_images(pretrain_config):
     gray = ("backbone.in_chans=1", "method.views.mean=[0.5]", "method.views.std=[0.25]")
     run = pretrain(pretrain_config("method=sit", *gray, *EVERY_EPOCH, "trainer.max_steps=1"))
     assert list(files(run)) == [*names("attention", 0, 1), *names("reconstruction", 0, 1)]
 
 
-def test_not_every_sit_run_restores(pretrain_config):
+def test_image_logger_draws_no_reconstruction_where_it_is_disabled(pretrain_config):
     words = ("method=sit", "method.reconstruction.enabled=false", *EVERY_EPOCH, "trainer.max_steps=1")
     assert list(files(pretrain(pretrain_config(*words)))) == names("attention", 0, 1)
 
 
-def test_sharded_models_have_no_panels(pretrain_config, sample):
+def test_image_logger_draws_nothing_with_fsdp(pretrain_config, sample):
     config = pretrain_config("image_logging.every_epochs=1", "trainer.strategy=fsdp")
     unseen = callback(config, sample / "train")
     unseen.on_train_start(SimpleNamespace(global_step=0, is_global_zero=True), L.LightningModule())
@@ -128,7 +128,7 @@ def test_sharded_models_have_no_panels(pretrain_config, sample):
 
 
 @pytest.mark.parametrize("method", ["dino", "sit"])
-def test_the_run_is_the_same_with_panels_without_and_interrupted(pretrain_config, stop_at, method):
+def test_image_logger_does_not_change_the_run(pretrain_config, stop_at, method):
     # With drop path, by which a mode that is not restored would be seen.
     words = (f"method={method}", *EVERY_EPOCH, "backbone.drop_path=0.3")
     drawn = pretrain(pretrain_config(*words, "run.name=drawn"))
@@ -143,7 +143,7 @@ def test_the_run_is_the_same_with_panels_without_and_interrupted(pretrain_config
     assert files(resumed) == files(drawn)
 
 
-def test_own_images_stay_the_same_though_others_come(pretrain_config, sample, tmp_path):
+def test_image_logger_keeps_its_own_images_when_others_are_added(pretrain_config, sample, tmp_path):
     folder = tmp_path / "own"
     folder.mkdir()
     one = next((sample / "test").rglob("*.png"))
@@ -173,7 +173,7 @@ def test_own_images_stay_the_same_though_others_come(pretrain_config, sample, tm
 # --- what goes wrong -------------------------------------------------------------------------------------------
 
 
-def test_images_that_cannot_be_drawn_are_left_out(pretrain_config, sample, tmp_path):
+def test_image_logger_skips_unusable_images(pretrain_config, sample, tmp_path):
     folder = tmp_path / "own"
     folder.mkdir()
     shutil.copy(next((sample / "test").rglob("*.png")), folder / "good.png")
@@ -186,7 +186,7 @@ def test_images_that_cannot_be_drawn_are_left_out(pretrain_config, sample, tmp_p
     assert len(listed.splitlines()) == 1
 
 
-def test_no_image_that_can_be_drawn_is_told_once(pretrain_config, tmp_path, caplog):
+def test_image_logger_warns_once_without_usable_images(pretrain_config, tmp_path, caplog):
     folder = tmp_path / "own"
     folder.mkdir()
     (folder / "broken.png").write_bytes(b"nothing")
@@ -196,7 +196,7 @@ def test_no_image_that_can_be_drawn_is_told_once(pretrain_config, tmp_path, capl
     assert "step 3" not in caplog.text
 
 
-def test_a_full_disk_does_not_stop_the_run(pretrain_config, monkeypatch, caplog):
+def test_image_logger_survives_a_full_disk(pretrain_config, monkeypatch, caplog):
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
@@ -209,7 +209,7 @@ def test_a_full_disk_does_not_stop_the_run(pretrain_config, monkeypatch, caplog)
     assert "No space left" in caplog.text
 
 
-def test_a_device_without_memory_to_spare_does_not_stop_the_run(pretrain_config, monkeypatch, caplog):
+def test_image_logger_survives_a_full_device(pretrain_config, monkeypatch, caplog):
     def exhausted(*_args, **_kwargs):
         raise torch.OutOfMemoryError("tried to allocate")
 
@@ -220,7 +220,7 @@ def test_a_device_without_memory_to_spare_does_not_stop_the_run(pretrain_config,
 
 
 @pytest.mark.parametrize("method", ["dino", "sit"])
-def test_a_model_that_has_diverged_has_no_panels(pretrain_config, sample, tmp_path, caplog, method):
+def test_image_logger_draws_nothing_of_a_diverged_model(pretrain_config, sample, tmp_path, caplog, method):
     config = pretrain_config(f"method={method}", *EVERY_EPOCH)
     model = build_method(config, make_plan(config, 192))
     for parameter in model.parameters():
@@ -235,7 +235,7 @@ def test_a_model_that_has_diverged_has_no_panels(pretrain_config, sample, tmp_pa
 # --- wandb -----------------------------------------------------------------------------------------------------
 
 
-def test_wandb_receives_the_panels(pretrain_config, monkeypatch):
+def test_image_logger_sends_images_to_wandb(pretrain_config, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     wandb.setup()  # as something else in this process may have: from then on it reads no environment
     run = pretrain(pretrain_config("method=sit", *EVERY_EPOCH, "logger=wandb", "logger.offline=true"))

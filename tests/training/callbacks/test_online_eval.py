@@ -1,4 +1,4 @@
-"""Accuracy during a run: what it is measured on and by, and the best checkpoint that it keeps."""
+"""Tests of the online evaluation: its data, its values, and the best checkpoint."""
 
 import contextlib
 import io
@@ -57,7 +57,7 @@ def flat(sample, tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_every_beginning_of_the_order_is_as_balanced_as_the_classes_allow(seed):
+def test_class_balanced_order_has_balanced_prefixes(seed):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(-1, 9, (200,), generator=generator).clamp(max=5) * 3  # not from 0 on, one class larger
     order = class_balanced_order(labels, seed=seed)
@@ -72,7 +72,7 @@ def test_every_beginning_of_the_order_is_as_balanced_as_the_classes_allow(seed):
     assert not torch.equal(order.indices, class_balanced_order(labels, seed=seed + 1).indices)
 
 
-def test_fewer_images_than_classes_are_of_classes_at_random():
+def test_class_balanced_order_samples_classes_at_random():
     labels = torch.arange(100)
     assert class_balanced_order(labels, seed=0).indices[:5].max() > 20
 
@@ -88,14 +88,14 @@ def chosen(sizes, **settings):
     return select_online_data(config, labeled(sizes), seed=0)
 
 
-def test_queries_are_never_in_the_bank_and_no_class_is_used_up_by_them():
+def test_select_online_data_keeps_train_and_val_disjoint():
     found = chosen({0: 100, 1: 40, 2: 7, 3: 4, 4: 2, 5: 1, -1: 50})
     assert Counter(found.val.labels.tolist()) == {0: 20, 1: 8, 2: 1, 3: 1, 4: 1}
     assert Counter(found.train.labels.tolist()) == {0: 80, 1: 32, 2: 6, 3: 3, 4: 1, 5: 1}
     assert not set(found.train.indices.tolist()) & set(found.val.indices.tolist())
 
 
-def test_limits_leave_balanced_parts():
+def test_select_online_data_balances_limited_parts():
     found = chosen({0: 1000, 1: 500, 2: 20}, train_images=61, val_images=12)
     assert Counter(found.val.labels.tolist()) == {0: 4, 1: 4, 2: 4}
     counts = Counter(found.train.labels.tolist())
@@ -104,7 +104,7 @@ def test_limits_leave_balanced_parts():
 
 
 @pytest.mark.parametrize("sizes", [{-1: 30}, {0: 30}, {0: 1, 1: 1, 2: 1}, {-1: 30, 4: 9}])
-def test_without_two_classes_and_an_image_to_spare_there_is_nothing_to_measure(sizes):
+def test_select_online_data_needs_two_classes_and_spare_images(sizes):
     assert chosen(sizes) is None
 
 
@@ -131,7 +131,7 @@ def slow_values(loaded, config, dataset):
 
 
 @pytest.mark.parametrize("method", ["dino", "sit"])
-def test_values_are_those_of_the_evaluations_before_the_first_step_and_at_the_end(pretrain_config, method):
+def test_online_eval_equals_the_textbook_at_the_start_and_the_end(pretrain_config, method):
     config = pretrain_config(f"method={method}", "trainer.max_steps=7", *SMALL_EPOCHS)
     run = pretrain(config)
     dataset = build_dataset("folder", config.data.root)
@@ -144,14 +144,14 @@ def test_values_are_those_of_the_evaluations_before_the_first_step_and_at_the_en
     assert all(seconds > 0 for seconds in measured(run, "online/seconds").values())
 
 
-def test_neighbors_are_as_many_as_there_are(pretrain_config, capsys):
+def test_online_eval_limits_k_to_the_train_images(pretrain_config, capsys):
     run = pretrain(pretrain_config("online.every_epochs=1", "online.train_images=15", "online.k=[200,15]"))
     assert "kNN (k=200 (all 15), 15) and a linear classifier, 15 train" in capsys.readouterr().out
     assert measured(run, "online/knn@200") == measured(run, "online/knn@15")
 
 
 @pytest.mark.parametrize("value", [math.nan, 1.0])
-def test_features_of_which_nothing_can_be_said_are_nan_and_the_run_goes_on(pretrain_config, monkeypatch, caplog, value):
+def test_online_eval_logs_nan_for_unusable_features(pretrain_config, monkeypatch, caplog, value):
     def spoiled(*args, **kwargs):
         features = extract(*args, **kwargs)
         features.cls.fill_(value)
@@ -166,7 +166,7 @@ def test_features_of_which_nothing_can_be_said_are_nan_and_the_run_goes_on(pretr
     assert not (run / "checkpoints" / "best_knn.ckpt").exists()
 
 
-def test_images_that_are_gone_do_not_stop_the_run(pretrain_config, sample, tmp_path, monkeypatch):
+def test_online_eval_survives_deleted_images(pretrain_config, sample, tmp_path, monkeypatch):
     folder = tmp_path / "labeled"
     shutil.copytree(sample / "test", folder)
     original = OnlineEval._update
@@ -185,7 +185,7 @@ def test_images_that_are_gone_do_not_stop_the_run(pretrain_config, sample, tmp_p
 # --- whose labels ----------------------------------------------------------------------------------------------
 
 
-def test_without_labels_nothing_is_measured_and_one_line_says_so(pretrain_config, flat, capsys):
+def test_online_eval_reports_missing_labels(pretrain_config, flat, capsys):
     run = pretrain(pretrain_config(f"data.root={flat}", "online.every_epochs=1", "trainer.max_steps=2"))
     output = capsys.readouterr().out
     assert output.count("No online evaluation") == 1
@@ -195,7 +195,7 @@ def test_without_labels_nothing_is_measured_and_one_line_says_so(pretrain_config
     assert not (run / "checkpoints" / "best_knn.ckpt").exists()
 
 
-def test_what_is_not_wanted_is_not_mentioned(pretrain_config, capsys):
+def test_pretrain_mentions_no_evaluation_that_is_turned_off(pretrain_config, capsys):
     pretrain(pretrain_config("trainer.max_steps=1"))
     assert "nline" not in capsys.readouterr().out
 
@@ -203,7 +203,7 @@ def test_what_is_not_wanted_is_not_mentioned(pretrain_config, capsys):
 @pytest.mark.parametrize(
     ("root", "bank", "queries"), [("test", 36, 12), (".", 192, 48)], ids=["class folders", "train and test"]
 )
-def test_labeled_images_may_lie_elsewhere(pretrain_config, flat, sample, capsys, root, bank, queries):
+def test_online_eval_reads_labeled_images_from_its_own_root(pretrain_config, flat, sample, capsys, root, bank, queries):
     words = (f"data.root={flat}", f"online.root={sample / root}", "online.every_epochs=1", "trainer.max_steps=2")
     config = pretrain_config(*words)
     run = pretrain(config)
@@ -213,7 +213,7 @@ def test_labeled_images_may_lie_elsewhere(pretrain_config, flat, sample, capsys,
     assert {part.dataset.root.name for part in found} == ({"test"} if root == "test" else {"train", "test"})
 
 
-def test_a_labeled_folder_that_is_none_is_told_before_anything_is_written(pretrain_config, flat, tmp_path):
+def test_online_eval_refuses_an_unlabeled_root_before_anything_is_written(pretrain_config, flat, tmp_path):
     run = pretrain(pretrain_config("trainer.max_steps=1"))
     with pytest.raises(UserError, match="two or more class folders"):
         pretrain(pretrain_config(f"online.root={flat}", "online.every_epochs=1", "run.overwrite=true"))
@@ -224,7 +224,7 @@ def test_a_labeled_folder_that_is_none_is_told_before_anything_is_written(pretra
         pretrain(pretrain_config(f"online.root={tmp_path / 'three'}", "online.every_epochs=1", "run.name=other"))
 
 
-def test_half_widths_are_those_of_so_few_images(pretrain_config, capsys):
+def test_online_eval_plan_reports_the_confidence_interval(pretrain_config, capsys):
     """1.96 · √(p (1 - p) / n) at p = 1/2, for many images."""
     pretrain(pretrain_config("online.every_epochs=5", "trainer.max_steps=1"))
     queries, points = re.search(
@@ -277,7 +277,7 @@ def marks(run, name="last.ckpt"):
     return checkpoint(run, name)["callbacks"]["OnlineEval"]
 
 
-def test_the_best_is_kept_as_it_was_measured_and_never_by_step_0(whole, sample, tmp_path):
+def test_online_eval_keeps_the_best_checkpoint_after_step_0(whole, sample, tmp_path):
     run, _ = whole
     best, step = state(run, "best_knn.ckpt")
     assert step == BEST  # a tie is no improvement, nor is what is not a number
@@ -292,7 +292,7 @@ def test_the_best_is_kept_as_it_was_measured_and_never_by_step_0(whole, sample, 
     assert main(["knn", *words, f"out={tmp_path / 'best.json'}"]) == 0
 
 
-def test_the_conclusion_tells_the_best_from_the_last(whole):
+def test_online_eval_summary_shows_first_last_and_best(whole):
     run, said = whole
     table = re.findall(r"^  (random weights|last|best kNN) +(\d+) +([\d.]+)", said, flags=re.M)
     assert table == [("random weights", "0", "90.0"), ("last", "16", "10.0"), ("best kNN", "15", "60.0")]
@@ -300,7 +300,7 @@ def test_the_conclusion_tells_the_best_from_the_last(whole):
 
 
 @pytest.mark.parametrize("stops", [(4, 15), (6, 7)])
-def test_resumed_runs_keep_the_same_best(scripted, stop_at, whole, stops):
+def test_online_eval_keeps_the_same_best_when_resumed(scripted, stop_at, whole, stops):
     for stop in stops:
         with stop_at(stop):
             run = pretrain(scripted("run.resume=auto"))
@@ -335,7 +335,7 @@ def kill_at(step, place, patch):
 
 @pytest.mark.parametrize("place", ["before the checkpoint", "between checkpoint and best"])
 @pytest.mark.parametrize("step", [6, 15])
-def test_killed_around_the_best_and_resumed_equals_uninterrupted(scripted, whole, monkeypatch, step, place):
+def test_online_eval_killed_around_the_best_equals_uninterrupted(scripted, whole, monkeypatch, step, place):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(step, place, patch)
         pretrain(scripted())
@@ -347,7 +347,7 @@ def test_killed_around_the_best_and_resumed_equals_uninterrupted(scripted, whole
     assert not list((run / "checkpoints").glob(".*"))
 
 
-def test_killed_before_the_best_of_the_last_step_is_kept(scripted, monkeypatch):
+def test_online_eval_restores_the_best_of_the_last_step(scripted, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(3, "between checkpoint and best", patch)
         pretrain(scripted("trainer.max_steps=3"))
@@ -356,7 +356,7 @@ def test_killed_before_the_best_of_the_last_step_is_kept(scripted, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["gone", "damaged"])
-def test_a_best_that_is_lost_is_sought_anew(scripted, stop_at, caplog, damage):
+def test_online_eval_restarts_the_search_for_a_lost_best(scripted, stop_at, caplog, damage):
     with stop_at(7):
         run = pretrain(scripted())
     best = run / "checkpoints" / "best_knn.ckpt"
@@ -370,7 +370,7 @@ def test_a_best_that_is_lost_is_sought_anew(scripted, stop_at, caplog, damage):
     assert state(run, "best_knn.ckpt")[1] == 12
 
 
-def test_the_best_is_no_place_to_go_on_from(scripted, whole, tmp_path):
+def test_resume_never_uses_the_best_checkpoint(scripted, whole, tmp_path):
     shutil.copytree(whole[0], tmp_path / "runs" / "dino")
     for path in (tmp_path / "runs" / "dino" / "checkpoints").iterdir():
         if path.name != "best_knn.ckpt":
@@ -379,7 +379,7 @@ def test_the_best_is_no_place_to_go_on_from(scripted, whole, tmp_path):
         pretrain(scripted("run.resume=true"))
 
 
-def test_values_of_other_images_are_not_compared(scripted, stop_at, caplog):
+def test_online_eval_does_not_compare_other_images(scripted, stop_at, caplog):
     with stop_at(7):
         run = pretrain(scripted())
     with stop_at(12):
