@@ -39,7 +39,7 @@ def labeled(**keys):
 # --- folders ---------------------------------------------------------------------------------------------------
 
 
-def test_flat_and_nested_folders_in_sorted_order(tmp_path):
+def test_scan_image_folder_sorts_flat_and_nested_folders(tmp_path):
     put(tmp_path, "b.png", "a.png", "z/y/x.png", "z/a.png", "B.png")
     dataset = build_dataset("folder", tmp_path)
     assert names_of(dataset) == ["B.png", "a.png", "b.png", "z/a.png", "z/y/x.png"]
@@ -48,7 +48,7 @@ def test_flat_and_nested_folders_in_sorted_order(tmp_path):
     assert dataset.read(3, 3)[:, 0, 0].tolist() == [10, 20, 30]
 
 
-def test_extensions_in_any_case_and_the_rest_counted(tmp_path):
+def test_scan_image_folder_takes_extensions_in_any_case_and_counts_the_rest(tmp_path):
     put(tmp_path, "a.JPEG", "b.PnG", "c.webp", ".hidden.png", ".cache/d.png")
     for name in ("notes.txt", "more.TXT", "table.csv", "README", "a.png.part"):
         (tmp_path / name).touch()
@@ -60,7 +60,7 @@ def test_extensions_in_any_case_and_the_rest_counted(tmp_path):
     assert "2 .txt" in dataset.describe()
 
 
-def test_class_folders_are_labels(tmp_path):
+def test_scan_image_folder_takes_class_folders_for_labels(tmp_path):
     put(tmp_path, "dog/1.png", "cat/deep/2.png", "cat/1.png", "ant/1.png")
     dataset = build_dataset("folder", tmp_path)
     assert dataset.classes == ["ant", "cat", "dog"]
@@ -73,7 +73,7 @@ def test_class_folders_are_labels(tmp_path):
     }
 
 
-def test_an_image_outside_of_class_folders_and_split_folders_mean_no_labels(tmp_path):
+def test_scan_image_folder_has_no_labels_outside_of_class_folders(tmp_path):
     put(tmp_path / "mixed", "dog/1.png", "cat/1.png", "stray.png")
     put(tmp_path / "splits", "train/cat/1.png", "test/cat/2.png")
     for root in ("mixed", "splits"):
@@ -82,7 +82,7 @@ def test_an_image_outside_of_class_folders_and_split_folders_mean_no_labels(tmp_
         assert dataset.classes == []
 
 
-def test_link_loops_end_and_each_image_is_found_once(tmp_path):
+def test_scan_image_folder_finds_each_image_once_despite_link_loops(tmp_path):
     put(tmp_path, "z/real/1.png", "z/2.png", "outside/3.png")
     root = tmp_path / "z"
     (root / "up").symlink_to(root)
@@ -99,13 +99,13 @@ def test_link_loops_end_and_each_image_is_found_once(tmp_path):
         dataset.read(4, 3)
 
 
-def test_a_pipe_named_like_an_image_does_not_hang(tmp_path):
+def test_scan_image_folder_does_not_hang_at_a_pipe(tmp_path):
     put(tmp_path, "a.png")
     os.mkfifo(tmp_path / "b.png")
     assert names_of(build_dataset("folder", tmp_path)) == ["a.png"]
 
 
-def test_strange_names_are_printable_and_readable(tmp_path):
+def test_image_folder_reads_files_of_any_name(tmp_path):
     strange = ["with space", "new\nline", "\N{GRINNING FACE}", os.fsdecode(b"caf\xe9"), "tab\t"]
     put(tmp_path, "plain/0.png")
     for name in strange:
@@ -119,7 +119,7 @@ def test_strange_names_are_printable_and_readable(tmp_path):
         assert dataset.name(i).isprintable()
 
 
-def test_folders_without_images_say_what_they_hold(tmp_path):
+def test_scan_image_folder_refuses_folders_without_images(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         build_dataset("folder", tmp_path / "nowhere")
     with pytest.raises(UserError, match="it is empty"):
@@ -144,12 +144,12 @@ def test_fingerprint_follows_names_and_sizes(tmp_path):
     assert len({first, second, build_dataset("folder", tmp_path).fingerprint(sizes=True)}) == 3
 
 
-def test_counts_names_the_most_frequent_and_sums_up_the_rest():
+def test_format_counts_names_the_most_frequent_and_sums_up_the_rest():
     kinds = Counter({f".{i}": i for i in range(1, 12)})
     assert format_counts(kinds, limit=2) == "11 .11, 10 .10, 9 more kinds"
 
 
-def test_walking_is_the_same_whatever_the_order_of_the_disk(tmp_path, monkeypatch):
+def test_walk_images_does_not_depend_on_the_order_of_the_disk(tmp_path, monkeypatch):
     put(tmp_path, "b/1.png", "a/2.png", "c/3.png")
     (tmp_path / "l1").symlink_to(tmp_path / "a")
     (tmp_path / "l2").symlink_to(tmp_path / "c")
@@ -163,7 +163,7 @@ def test_walking_is_the_same_whatever_the_order_of_the_disk(tmp_path, monkeypatc
 # --- lists -----------------------------------------------------------------------------------------------------
 
 
-def test_a_list_keeps_its_order_and_takes_both_kinds_of_paths(tmp_path):
+def test_read_image_list_keeps_its_order_and_takes_relative_and_absolute_paths(tmp_path):
     put(tmp_path, "sub/b.png", "a.png", "other/no_extension")
     strange = os.fsdecode(b"caf\xe9 1.png")
     (tmp_path / "a.png").rename(tmp_path / strange)
@@ -177,7 +177,7 @@ def test_a_list_keeps_its_order_and_takes_both_kinds_of_paths(tmp_path):
     assert len(dataset.fingerprint(sizes=True)) == 64
 
 
-def test_lists_that_are_none(tmp_path):
+def test_read_image_list_refuses_folders_missing_and_empty_files(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         build_dataset("list", tmp_path / "list.txt")
     with pytest.raises(UserError, match=r"data\.source=folder"):
@@ -191,7 +191,7 @@ def test_lists_that_are_none(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["val", "test"])
-def test_train_and_val_or_test_below_the_root(tmp_path, part):
+def test_build_labeled_splits_finds_train_and_val_or_test_below_the_root(tmp_path, part):
     put(tmp_path, "train/a/1.png", "train/b/2.png", f"{part}/a/3.png", f"{part}/b/4.png", f"{part}/b/5.png")
     split = build_labeled_splits(labeled(root=tmp_path))
     assert split.train.classes == split.test.classes == ["a", "b"]
@@ -199,7 +199,7 @@ def test_train_and_val_or_test_below_the_root(tmp_path, part):
     assert split.test.labels.tolist() == [0, 1, 1]
 
 
-def test_named_folders_and_one_folder_alone(tmp_path):
+def test_build_labeled_splits_takes_two_folders_or_one(tmp_path):
     put(tmp_path, "x/a/1.png", "x/b/2.png", "y/a/3.png", "y/b/4.png")
     named = build_labeled_splits(labeled(train=tmp_path / "x", test=tmp_path / "y"))
     assert len(named.train) == len(named.test) == 2
@@ -209,14 +209,14 @@ def test_named_folders_and_one_folder_alone(tmp_path):
     assert build_labeled_splits(labeled(train=tmp_path / "x")).test is None
 
 
-def test_train_may_be_the_name_of_a_class(tmp_path):
+def test_build_labeled_splits_takes_train_for_a_class_without_val_or_test(tmp_path):
     put(tmp_path, "train/1.png", "car/2.png")
     split = build_labeled_splits(labeled(root=tmp_path))
     assert split.test is None
     assert split.train.classes == ["car", "train"]
 
 
-def test_labeled_sets_that_are_none(tmp_path):
+def test_build_labeled_splits_refuses_unlabeled_and_different_sets(tmp_path):
     put(tmp_path, "two/train/a/1.png", "two/train/b/1.png", "two/test/a/1.png", "two/test/c/1.png")
     with pytest.raises(UserError, match="only in train: b; only in test: c"):
         build_labeled_splits(labeled(root=tmp_path / "two"))
@@ -256,7 +256,7 @@ def make_cifar(root, kind, monkeypatch):
 
 
 @pytest.mark.parametrize(("source", "kind", "count"), [("cifar10", CIFAR10, 20), ("cifar100", CIFAR100, 4)])
-def test_cifar(tmp_path, monkeypatch, source, kind, count):
+def test_load_torchvision_dataset_reads_cifar(tmp_path, monkeypatch, source, kind, count):
     make_cifar(tmp_path, kind, monkeypatch)
     dataset = build_dataset(source, tmp_path)
     assert len(dataset) == count
@@ -271,7 +271,7 @@ def test_cifar(tmp_path, monkeypatch, source, kind, count):
     assert split.test.fingerprint(sizes=True) != split.train.fingerprint(sizes=True)
 
 
-def test_stl10(tmp_path, monkeypatch):
+def test_load_torchvision_dataset_reads_stl10(tmp_path, monkeypatch):
     rng, folder = np.random.default_rng(0), tmp_path / STL10.base_folder
     folder.mkdir()
     for name, count in {"train_X.bin": 5, "unlabeled_X.bin": 7, "test_X.bin": 4}.items():
@@ -292,7 +292,7 @@ def test_stl10(tmp_path, monkeypatch):
     assert split.test.labels.tolist() == [0, 1, 2, 3]
 
 
-def test_missing_and_damaged_torchvision_files_are_named(tmp_path, monkeypatch):
+def test_load_torchvision_dataset_names_missing_and_damaged_files(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cifar-10-batches-py lacks data_batch_1, .*batches\.meta"):
         build_dataset("cifar10", tmp_path)
     with pytest.raises(UserError, match="stl10_binary lacks"):
@@ -303,7 +303,7 @@ def test_missing_and_damaged_torchvision_files_are_named(tmp_path, monkeypatch):
         build_dataset("cifar10", tmp_path)
 
 
-def test_luma_is_pillows():
+def test_rgb_to_gray_equals_pillow():
     rgb = np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8)
     assert np.array_equal(rgb_to_gray(torch.from_numpy(rgb).permute(2, 0, 1))[0], Image.fromarray(rgb).convert("L"))
 
@@ -311,7 +311,7 @@ def test_luma_is_pillows():
 # --- the list of skipped images ------------------------------------------------------------------------------
 
 
-def test_skipped_images_are_listed_once_by_whoever_finds_them(tmp_path):
+def test_skipped_image_log_lists_each_image_once(tmp_path):
     first, second = (SkippedImageLog(tmp_path / "run" / "skipped_images.txt") for _ in range(2))
     assert first.count() == 0
     first.record(UnreadableImageError("a.jpg", "empty"))
@@ -323,7 +323,7 @@ def test_skipped_images_are_listed_once_by_whoever_finds_them(tmp_path):
     assert first.count() == second.count() == 3
 
 
-def test_skipped_images_of_several_processes(tmp_path):
+def test_skipped_image_log_is_shared_by_processes(tmp_path):
     skipped = SkippedImageLog(tmp_path / "skipped_images.txt")
     context = torch.multiprocessing.get_context("fork")
     processes = [context.Process(target=record_many, args=(skipped, shift)) for shift in range(3)]

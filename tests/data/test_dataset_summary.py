@@ -41,7 +41,7 @@ def messy(tmp_path):
     return root
 
 
-def test_everything_is_counted(messy):
+def test_summarize_dataset_counts_everything(messy):
     report = summarize_dataset(scan_image_folder(messy))
     assert report.num_images == 12
     assert report.extensions == {".jpg": 8, ".png": 3, ".gif": 1}
@@ -65,7 +65,7 @@ def test_everything_is_counted(messy):
     assert report.ignored == {".csv": 1}
 
 
-def test_the_command_reports_and_writes_all_names(messy, tmp_path, capsys):
+def test_scan_command_prints_a_summary_and_writes_all_names(messy, tmp_path, capsys):
     assert main(["scan", f"data.root={messy}", f"out={tmp_path / 'report'}"]) == 0
     shown = capsys.readouterr().out
     assert "12 images" in shown
@@ -77,7 +77,7 @@ def test_the_command_reports_and_writes_all_names(messy, tmp_path, capsys):
     assert written == summarize_dataset(scan_image_folder(messy)).as_json()
 
 
-def test_long_lists_are_cut_on_the_terminal_only(tmp_path):
+def test_as_text_truncates_long_lists(tmp_path):
     for i in range(11):
         (tmp_path / f"{i}.jpg").write_bytes(b"x" * i)
     report = summarize_dataset(scan_image_folder(tmp_path))
@@ -85,7 +85,7 @@ def test_long_lists_are_cut_on_the_terminal_only(tmp_path):
     assert "... and 3 more" in report.as_text()
 
 
-def test_a_good_folder_and_a_list(tmp_path, capsys):
+def test_scan_command_takes_folders_and_lists(tmp_path, capsys):
     put(tmp_path, "a/1.png")
     put(tmp_path, "b/2.png")
     (tmp_path / "list.txt").write_text("a/1.png\n")
@@ -98,7 +98,7 @@ def test_a_good_folder_and_a_list(tmp_path, capsys):
     assert "1 image, " in capsys.readouterr().out
 
 
-def test_mistakes_end_with_a_message(tmp_path, capsys):
+def test_scan_command_mistakes_end_with_a_message(tmp_path, capsys):
     assert main(["scan", f"data.root={tmp_path / 'nowhere'}"]) == 2
     assert "does not exist" in capsys.readouterr().err
     assert main(["scan", f"data.root={tmp_path}"]) == 2

@@ -112,7 +112,7 @@ def good_files():
 
 
 @fuzz(damaged(st.deferred(lambda: st.sampled_from(good_files()))), examples=300)
-def test_a_damaged_image_is_an_image_or_broken(content, folder):
+def test_decode_of_a_damaged_image_gives_pixels_or_a_reason(content, folder):
     (folder / "x").write_bytes(content)
     start = time.monotonic()
     for channels in (1, 3):
@@ -131,7 +131,7 @@ def test_a_damaged_image_is_an_image_or_broken(content, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("color", ["one bit", "gray 16", "gray and alpha", "RGB and alpha"])
-def test_the_largest_images_take_bounded_memory(tmp_path, color):
+def test_decode_of_the_largest_images_takes_bounded_memory(tmp_path, color):
     """A quarter of a GiB as RGB, a few kB on disk: decoding takes at most 1.5 GB."""
     bits, kind, width = {
         "one bit": (1, 0, 1 / 8), "gray 16": (16, 0, 2), "gray and alpha": (8, 4, 2), "RGB and alpha": (8, 6, 4)
@@ -189,7 +189,7 @@ def command_lines():
 
 
 @fuzz(st.deferred(command_lines), examples=40)
-def test_any_command_line_gives_a_valid_configuration_or_says_what_is_wrong(line, folder):
+def test_load_config_of_any_overrides_is_valid_or_explains_what_is_wrong(line, folder):
     command, words = line
     try:
         config = load(command, *words)
@@ -250,7 +250,7 @@ def small(config):
 
 
 @fuzz(pretrain_values(), examples=200)
-def test_what_validates_can_be_trained(values, folder):
+def test_load_config_accepts_only_what_can_be_trained(values, folder):
     """Schedules, the model, the views of an image: all of them finite, or a clean error before."""
     try:
         config = PretrainConfig.model_validate(values)
@@ -305,7 +305,7 @@ def loads_or_refuses(path):
 
 
 @fuzz(damaged(st.deferred(lambda: st.sampled_from(checkpoint_files()))), examples=100)
-def test_a_damaged_checkpoint_loads_or_is_refused(content, folder):
+def test_load_backbone_of_a_damaged_checkpoint_loads_or_refuses(content, folder):
     (folder / "x.ckpt").write_bytes(content)
     loads_or_refuses(folder / "x.ckpt")
 
@@ -327,6 +327,6 @@ def odd_contents(draw):
 
 
 @fuzz(odd_contents(), examples=100)
-def test_a_checkpoint_of_odd_contents_loads_or_is_refused(content, folder):
+def test_load_backbone_of_odd_contents_loads_or_refuses(content, folder):
     torch.save(content, folder / "x.ckpt")
     loads_or_refuses(folder / "x.ckpt")

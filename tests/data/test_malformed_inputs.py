@@ -79,7 +79,7 @@ def refused(capfd, words):
 
 
 @pytest.mark.parametrize("name", READABLE)
-def test_odd_images_are_read(folder, name):
+def test_decode_reads_odd_images(folder, name):
     READABLE[name](folder / name)
     read = decode(folder / name)
     sizes = {"one_pixel.png": (1, 1), "a_line.png": (1, 20_000)}
@@ -89,13 +89,13 @@ def test_odd_images_are_read(folder, name):
 
 
 @pytest.mark.parametrize("name", ["png_called.jpg", "rgb16.png", "rgb16.tif", "animated.png", "pages.tif"])
-def test_lossless_ones_give_their_first_pixels_exactly(folder, name):
+def test_decode_reads_lossless_odd_images_exactly(folder, name):
     READABLE[name](folder / name)
     assert (decode(folder / name).permute(1, 2, 0).numpy() == pixels()).all()
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_images_say_why(folder, name):
+def test_decode_gives_the_reason_for_unreadable_images(folder, name):
     make, part = BROKEN[name]
     make(folder / name)
     with pytest.raises(UnreadableImageError) as caught:
@@ -105,7 +105,7 @@ def test_broken_images_say_why(folder, name):
     assert caught.value.reason.isprintable()
 
 
-def test_an_image_that_vanishes_between_error_and_reason_is_skipped(folder, monkeypatch):
+def test_decode_of_a_file_that_vanishes_gives_a_reason(folder, monkeypatch):
     (folder / "a.jpg").write_text("no image")
     stat = Path.stat
     looks = []
@@ -121,7 +121,7 @@ def test_an_image_that_vanishes_between_error_and_reason_is_skipped(folder, monk
         decode(folder / "a.jpg")
 
 
-def test_paths_in_a_list_that_no_disk_can_hold(folder):
+def test_read_image_list_takes_paths_that_no_disk_can_have(folder):
     (folder / "list.txt").write_bytes(b"a\0b.jpg\n" + b"n" * 300 + b".jpg\n/dev/zero\n.\n")
     dataset = build_dataset("list", folder / "list.txt")
     reasons = []
@@ -133,7 +133,7 @@ def test_paths_in_a_list_that_no_disk_can_hold(folder):
     assert all("device" in reason for reason in reasons[2:])
 
 
-def test_files_and_folders_without_permission(public):
+def test_scan_image_folder_skips_what_it_may_not_read(public):
     (public / "closed").mkdir()
     for name in ("good.png", "closed.png", "closed/inside.png"):
         image().save(public / name)
@@ -153,7 +153,7 @@ def test_files_and_folders_without_permission(public):
 
 
 @pytest.mark.parametrize("way", [(), FROM_DISK], ids=["memory", "disk"])
-def test_a_folder_of_everything_trains_and_names_what_it_skips(folder, tmp_path, pretrain_words, capfd, way):
+def test_pretrain_on_a_folder_of_everything_names_what_it_skips(folder, tmp_path, pretrain_words, capfd, way):
     broken = put_hostile(folder)
     words = pretrain_words(f"data.root={folder}", "trainer.max_steps=18", *way)  # three epochs: each skips some
     assert main(["pretrain", *words]) == 0
@@ -166,7 +166,7 @@ def test_a_folder_of_everything_trains_and_names_what_it_skips(folder, tmp_path,
 
 
 @pytest.mark.parametrize("name", [b"a=b, [c] {d: 1}", b"caf\xe9 \xf0\x9f\x98\x80\n2", b"--overwrite", b"n" * 250])
-def test_folders_of_any_name_hold_images_and_runs(tmp_path, pretrain_words, name, monkeypatch):
+def test_pretrain_takes_folders_of_any_name(tmp_path, pretrain_words, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = os.fsdecode(name)
     for i in range(16):
@@ -195,7 +195,7 @@ def change(root):
 
 @pytest.mark.parametrize("way", [(), ("data.cache_gb=0",), FROM_DISK], ids=["memory", "disk", "workers"])
 @pytest.mark.parametrize("everything", [False, True])
-def test_a_folder_that_changes_during_the_run(folder, tmp_path, pretrain_words, capfd, monkeypatch, way, everything):
+def test_pretrain_survives_a_folder_that_changes(folder, tmp_path, pretrain_words, capfd, monkeypatch, way, everything):
     for i in range(64):
         (folder / str(i % 4)).mkdir(exist_ok=True)
         image(seed=i).save(folder / str(i % 4) / f"{i}.png")
@@ -226,7 +226,7 @@ def test_a_folder_that_changes_during_the_run(folder, tmp_path, pretrain_words, 
 
 
 @pytest.mark.slow
-def test_two_hundred_thousand_files_in_one_folder(folder, pretrain_words, capfd):
+def test_scan_image_folder_of_two_hundred_thousand_files(folder, pretrain_words, capfd):
     for i in range(200_000):
         first = folder / f"{i - i % 1000}.png"  # of a thousand names for the same file
         if i % 1000:
@@ -249,12 +249,12 @@ def test_two_hundred_thousand_files_in_one_folder(folder, pretrain_words, capfd)
         *("backbone=1", "logger=1e3", "+data=3", "method.views.blur.sigma.x=1", f"method={'x' * 300}", "seed=${"),
     ],
 )
-def test_numbers_and_words_without_sense_are_mistakes_of_the_configuration(capfd, word):
+def test_pretrain_refuses_nonsensical_values(capfd, word):
     assert "does not exist" not in refused(capfd, ["pretrain", "data.root=nowhere", word])
 
 
 @pytest.mark.parametrize("ratio", [(0.1, 0.2), (5.0, 9.0)])
-def test_an_image_of_one_pixel_has_views_of_any_ratio(ratio):
+def test_multicrop_of_one_pixel_has_views_of_any_ratio(ratio):
     crops = CropsConfig(count=1, size=8, scale=(0.1, 0.2), ratio=ratio)
     boxes = sample_crop_boxes(torch.arange(20), 1, 1, crops=crops, flip=0.5)
     assert boxes.height.tolist() == boxes.width.tolist() == [1] * 20
@@ -272,14 +272,14 @@ def mark(tmp_path):
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_a_checkpoint_cannot_run_code(mark, tmp_path, capfd, name):
+def test_load_backbone_runs_no_code_of_a_checkpoint(mark, tmp_path, capfd, name):
     CHECKPOINTS[name](tmp_path / "x.ckpt", mark)
     text = refused(capfd, ["export", f"checkpoint={tmp_path / 'x.ckpt'}", f"out={tmp_path / 'o.safetensors'}"])
     assert "x.ckpt" in text
 
 
 @pytest.mark.parametrize("name", SAFETENSORS)
-def test_a_safetensors_file_with_a_hostile_header_is_refused(mark, tmp_path, capfd, name, exported):
+def test_load_backbone_refuses_a_hostile_safetensors_header(mark, tmp_path, capfd, name, exported):
     content, sidecar = exported
     (tmp_path / "x.safetensors").write_bytes(SAFETENSORS[name](content, mark))
     (tmp_path / "x.json").write_text(sidecar)
@@ -289,7 +289,7 @@ def test_a_safetensors_file_with_a_hostile_header_is_refused(mark, tmp_path, cap
 
 
 @pytest.mark.parametrize("name", SIDECARS)
-def test_nonsense_beside_a_safetensors_file_is_refused(mark, tmp_path, capfd, name, exported):
+def test_load_backbone_refuses_nonsense_in_the_json_file(mark, tmp_path, capfd, name, exported):
     content, sidecar = exported
     (tmp_path / "x.safetensors").write_bytes(content)
     (tmp_path / "x.json").write_text(SIDECARS[name](json.loads(sidecar), mark))
@@ -299,14 +299,14 @@ def test_nonsense_beside_a_safetensors_file_is_refused(mark, tmp_path, capfd, na
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_cannot_run_code(mark, tmp_path, capfd, name):
+def test_load_config_runs_no_code_of_a_recipe(mark, tmp_path, capfd, name):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "evil.yaml").write_bytes(RECIPES[name](mark))
     text = refused(capfd, ["pretrain", "data.root=nowhere", "recipe=evil", f"--config-dir={tmp_path}"])
     assert "does not exist" not in text  # it is the recipe that is refused, not the folder
 
 
-def test_a_recipe_may_read_the_environment_as_text(tmp_path, monkeypatch):
+def test_load_config_reads_environment_variables_as_text(tmp_path, monkeypatch):
     """`${oc.env:...}` gives a string and nothing more; it reaches config.yaml, and no other place."""
     monkeypatch.setenv("IMAGES", "${eval:1} !!python/name:os.system")
     (tmp_path / "recipes").mkdir()
@@ -316,7 +316,7 @@ def test_a_recipe_may_read_the_environment_as_text(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_config_of_a_run_folder_cannot_run_code(mark, tmp_path, capfd, name, pretrain_words):
+def test_load_config_runs_no_code_of_a_run_directory(mark, tmp_path, capfd, name, pretrain_words):
     run = tmp_path / "runs" / "dino"
     assert main(["pretrain", *pretrain_words("trainer.max_steps=1")]) == 0
     (run / "config.yaml").write_text(CONFIGS[name](mark))

@@ -1,10 +1,17 @@
-"""Index of a folder of shards: where each image lies, and the names of the classes."""
+"""Positions of the images in tar shards (WebDataset layout): read from the tar headers, or from an index file."""
 
 from __future__ import annotations
 
 import logging
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,86 +20,166 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from ssl_vit.data.dataset import escape_path
+from ssl_vit.data.sources.decode import EXTENSIONS
 from ssl_vit.data.sources.packed_paths import PackedPaths
-from ssl_vit.data.sources.tar_index import Integers, TarIndex
 from ssl_vit.runtime.atomic_io import atomic_write
 from ssl_vit.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
-LISTING = "shards.safetensors"
-MANIFEST = "ssl-vit-shards.json"
+Integers = npt.NDArray[np.int64]
+
+INDEX_FILE = "shards.safetensors"
+MANIFEST_FILE = "ssl-vit-shards.json"
+
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")  # gzip, bz2, xz, zstd, lz4
+_EXPECTED = EXTENSIONS | {".cls", ".json"}
+_LABEL = re.compile(rb"\s*\d{1,18}\s*")  # fits into int64
+_MAX_LABEL_BYTES = 32  # of a .cls member, white space included
+# Raised by tarfile on damaged headers; OSError: the disk's own errors.
+_TAR_ERRORS = (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError, MemoryError)
+
+
+class TarIndex(NamedTuple):
+    """The n images of one tar file, in its order."""
+
+    names: PackedPaths  # (n,) of the members
+    offset: Integers  # (n,) bytes from the start of the file
+    size: Integers  # (n,) bytes
+    label: Integers  # (n,) -1 where unknown
+    bytes: int  # of the whole file
+    ignored: Counter[str]  # number of other members by kind
+    damage: str  # empty if there is none
 
 
 class ShardIndex(NamedTuple):
-    """Where N images lie in T tar files."""
+    """The N images of T tar files."""
 
     tars: PackedPaths  # (T,) paths relative to their folder
     bytes: Integers  # (T,) of each tar file
     names: PackedPaths  # (N,) of the members
-    tar: npt.NDArray[np.int32]  # (N,) which tar file
+    tar: npt.NDArray[np.int32]  # (N,) index of the tar file
     offset: Integers  # (N,) bytes from its start
     size: Integers  # (N,) bytes
-    number: Integers  # (N,) of the class, -1 where unknown
+    label: Integers  # (N,) -1 where unknown
 
 
 class ShardManifest(BaseModel):
-    """What a folder of shards was made of; the same makes the same shards again."""
+    """The input of `write_shards`; the same input gives the same shards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    dataset: int  # found, the unreadable ones included
-    shard_bytes: int  # most bytes of a tar file, unless it holds a single image
+    num_images: int  # unreadable ones included
+    shard_bytes: int  # maximum size of a tar file, unless it has a single image
     fingerprint: str  # of the images' names and sizes
-    classes: list[str]  # the names of the numbers in .cls members
+    classes: list[str]  # names of the labels in .cls members
 
 
-def concat_indices(tars: PackedPaths, listed: list[TarIndex]) -> ShardIndex:
-    """Concatenate the indices of several tar files, given their names and members."""
-    names = [tar.names for tar in listed]
-    starts = np.cumsum([0, *(len(one.text) for one in names)])
-    ends = [one.ends[1:] + start for one, start in zip(names, starts[:-1], strict=True)]
-    return ShardIndex(
-        tars,
-        np.array([tar.bytes for tar in listed], dtype=np.int64),
-        PackedPaths(np.concatenate([one.text for one in names]), np.concatenate([np.zeros(1, np.int64), *ends])),
-        np.repeat(np.arange(len(listed), dtype=np.int32), [len(one) for one in names]),
-        np.concatenate([tar.offset for tar in listed]),
-        np.concatenate([tar.size for tar in listed]),
-        np.concatenate([tar.number for tar in listed]),
+class _Member(NamedTuple):
+    name: str
+    key: str  # shared by the members of a sample: the path up to the first dot of the file name
+    kind: str  # the extension after the last dot
+    dots: int  # in the extension from the first dot on
+    offset: int
+    size: int
+    label: int  # of a .cls member, else -1
+
+
+def index_tar(path: Path) -> TarIndex:
+    """List the images of a tar file, one per sample; only headers and `.cls` members are read.
+
+    Of several images of a sample (`7.jpg`, `7.seg.png`), the one with the fewest dots is used, then the first. Links,
+    devices and sparse files are ignored. Nothing is unpacked, so names such as `../../x.jpg` are harmless. Of a
+    damaged file, the samples before the damaged one are used.
+
+    Raises:
+        UserError: The file is compressed.
+    """
+    ignored: Counter[str] = Counter()
+    damage: list[str] = []
+    images: list[_Member] = []
+    labels: list[int] = []
+    complete = 0  # images of samples that are followed by another
+    for _, sample in groupby(_read_members(path, ignored, damage), key=attrgetter("key")):
+        complete = len(images)
+        members = list(sample)
+        candidates = [member for member in members if member.kind in EXTENSIONS]
+        if candidates:
+            images.append(min(candidates, key=attrgetter("dots")))
+            labels.append(max(member.label for member in members))
+            ignored["further images of a sample"] += len(candidates) - 1
+        ignored.update(member.kind for member in members if member.kind not in _EXPECTED)
+    if damage:
+        del images[complete:], labels[complete:]
+    return TarIndex(
+        PackedPaths.from_iterable(image.name.encode("utf-8", "surrogateescape") for image in images),
+        np.array([image.offset for image in images], dtype=np.int64),
+        np.array([image.size for image in images], dtype=np.int64),
+        np.array(labels, dtype=np.int64),
+        path.stat().st_size if path.exists() else 0,
+        +ignored,
+        "; ".join(damage),
     )
 
 
-def write_listing(folder: Path, listing: ShardIndex) -> None:
-    """Write the listing into the tar files' folder, whole or not at all."""
-    with atomic_write(folder / LISTING) as file:
-        file.write(save(_as_arrays(listing)))
+def compressed_message(path: Path) -> str:
+    """Explain why a compressed tar file cannot be used."""
+    return (
+        f"{escape_path(path.absolute())} is compressed, which prevents random access to its images. Unpack it to a "
+        "plain .tar; the images are compressed themselves"
+    )
 
 
-def read_listing(folder: Path, tars: PackedPaths, sizes: Integers) -> ShardIndex | None:
-    """Load the index of a folder with these tar files (T,), of these sizes (T,) in bytes; None if it has none.
+def concat_indices(tars: PackedPaths, indices: list[TarIndex]) -> ShardIndex:
+    """Concatenate the indices of tar files with these paths."""
+    names = [index.names for index in indices]
+    starts = np.cumsum([0, *(len(paths.text) for paths in names)])
+    ends = [paths.ends[1:] + start for paths, start in zip(names, starts[:-1], strict=True)]
+    return ShardIndex(
+        tars,
+        np.array([index.bytes for index in indices], dtype=np.int64),
+        PackedPaths(np.concatenate([paths.text for paths in names]), np.concatenate([np.zeros(1, np.int64), *ends])),
+        np.repeat(np.arange(len(indices), dtype=np.int32), [len(paths) for paths in names]),
+        np.concatenate([index.offset for index in indices]),
+        np.concatenate([index.size for index in indices]),
+        np.concatenate([index.label for index in indices]),
+    )
 
-    A damaged listing, or one of other files, is not used, which is said.
+
+def write_shard_index(folder: Path, index: ShardIndex) -> None:
+    """Write the index into the folder of the tar files, atomically."""
+    arrays: dict[str, npt.NDArray[np.generic]] = {}
+    for name, value in index._asdict().items():
+        packed = isinstance(value, PackedPaths)
+        arrays |= {f"{name}.text": value.text, f"{name}.ends": value.ends} if packed else {name: value}
+    with atomic_write(folder / INDEX_FILE) as file:
+        file.write(save(arrays))
+
+
+def read_shard_index(folder: Path, tars: PackedPaths, sizes: Integers) -> ShardIndex | None:
+    """Load the index of a folder with these tar files (T,) of these sizes (T,) in bytes; None if it has none.
+
+    A damaged or outdated index is ignored with a warning.
     """
-    path = folder / LISTING
+    path = folder / INDEX_FILE
     if not path.is_file():
         return None
     try:
         arrays = load_file(path)
-        listing = ShardIndex(
+        index = ShardIndex(
             PackedPaths(arrays["tars.text"], arrays["tars.ends"]),
             arrays["bytes"],
             PackedPaths(arrays["names.text"], arrays["names.ends"]),
-            *(arrays[name] for name in ("tar", "offset", "size", "number")),
+            *(arrays[name] for name in ("tar", "offset", "size", "label")),
         )
-        _check(listing)
+        _check_index(index)
     except (SafetensorError, KeyError, ValueError) as error:
         log.warning(f"{escape_path(path)} is damaged ({escape_path(str(error))}); the tar files are indexed again")
         return None
-    if listing.tars.fingerprint() != tars.fingerprint() or not np.array_equal(listing.bytes, sizes):
+    if index.tars.fingerprint() != tars.fingerprint() or not np.array_equal(index.bytes, sizes):
         log.warning(f"{escape_path(path)} does not belong to the tar files of this folder; they are indexed again")
         return None
-    return listing
+    return index
 
 
 def read_manifest(folder: Path) -> ShardManifest | None:
@@ -101,7 +188,7 @@ def read_manifest(folder: Path) -> ShardManifest | None:
     Raises:
         UserError: It is damaged.
     """
-    path = folder / MANIFEST
+    path = folder / MANIFEST_FILE
     if not path.is_file():
         return None
     try:
@@ -110,32 +197,62 @@ def read_manifest(folder: Path) -> ShardManifest | None:
         raise UserError(f"{escape_path(path.absolute())} is not what ssl-vit shard writes; delete it") from None
 
 
-def _as_arrays(listing: ShardIndex) -> dict[str, npt.NDArray[np.generic]]:
-    arrays: dict[str, npt.NDArray[np.generic]] = {}
-    for name, value in listing._asdict().items():
-        arrays |= (
-            {f"{name}.text": value.text, f"{name}.ends": value.ends}
-            if isinstance(value, PackedPaths)
-            else {name: value}
-        )
-    return arrays
-
-
-def _check(listing: ShardIndex) -> None:
-    """Raise a ValueError where the listing would lead out of its own arrays or files."""
-    count = len(listing.names)
-    for names in (listing.tars, listing.names):
-        if names.text.dtype != np.uint8 or names.ends.ndim != 1 or not len(names.ends):
-            raise ValueError("names of another form")
-        if names.ends[0] != 0 or names.ends[-1] != len(names.text) or (np.diff(names.ends) < 0).any():
-            raise ValueError("names that overlap")
-    columns = (listing.tar, listing.offset, listing.size, listing.number)
-    if any(column.dtype.kind != "i" for column in (*columns, listing.bytes, listing.tars.ends, listing.names.ends)):
-        raise ValueError("columns that are not of whole numbers")
-    if any(column.shape != (count,) for column in columns) or listing.bytes.shape != (len(listing.tars),):
+def _check_index(index: ShardIndex) -> None:
+    """Raise a ValueError if the index refers to anything outside of its own arrays or files."""
+    count = len(index.names)
+    for paths in (index.tars, index.names):
+        if paths.text.dtype != np.uint8 or paths.ends.ndim != 1 or not len(paths.ends):
+            raise ValueError("names of another type or shape")
+        if paths.ends[0] != 0 or paths.ends[-1] != len(paths.text) or (np.diff(paths.ends) < 0).any():
+            raise ValueError("overlapping names")
+    columns = (index.tar, index.offset, index.size, index.label)
+    if any(column.dtype.kind != "i" for column in (*columns, index.bytes, index.tars.ends, index.names.ends)):
+        raise ValueError("columns that are not integers")
+    if any(column.shape != (count,) for column in columns) or index.bytes.shape != (len(index.tars),):
         raise ValueError("columns of different lengths")
-    if not count or listing.tar.min() < 0 or listing.tar.max() >= len(listing.tars):
+    if not count or index.tar.min() < 0 or index.tar.max() >= len(index.tars):
         raise ValueError("images in no tar file")
-    ends = listing.offset + listing.size
-    if listing.offset.min() < 0 or listing.size.min() < 0 or (ends > listing.bytes[listing.tar]).any():
+    ends = index.offset + index.size
+    if index.offset.min() < 0 or index.size.min() < 0 or (ends > index.bytes[index.tar]).any():
         raise ValueError("images outside of their tar files")
+
+
+def _read_members(path: Path, ignored: Counter[str], damage: list[str]) -> Iterator[_Member]:
+    """Yield the regular files of a tar file, up to and including a damaged one, whose damage is added to `damage`."""
+    try:
+        with path.open("rb") as file:
+            if file.read(8).startswith(_COMPRESSED):
+                raise UserError(compressed_message(path))
+            file.seek(0)
+            end = os.fstat(file.fileno()).st_size
+            with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+                while (info := tar.next()) is not None:
+                    tar.members.clear()  # type: ignore[attr-defined] # else it keeps them all
+                    if not info.isreg() or info.issparse():
+                        ignored["links, devices and sparse files"] += not info.isdir()
+                    elif (member := _parse_member(info, file)).key.endswith("/"):
+                        ignored["hidden"] += 1
+                    else:
+                        yield member
+                    if info.size < 0 or info.offset_data + info.size * info.isreg() > end:
+                        damage.append(f"truncated in {escape_path(info.name.encode('utf-8', 'surrogateescape'))}")
+                        return
+                file.seek(tar.offset)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    damage.append(f"truncated or damaged at byte {tar.offset:,}")
+    except UserError:  # a ValueError too
+        raise
+    except _TAR_ERRORS as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        damage.append(escape_path(" ".join(reason.split())) or type(error).__name__)
+
+
+def _parse_member(info: tarfile.TarInfo, file: BinaryIO) -> _Member:
+    """Parse the member whose content starts at the position of `file`."""
+    folder, _, name = info.name.rpartition("/")
+    stem, _, extension = name.partition(".")
+    kind = f".{extension.rpartition('.')[2].lower()}" if extension else "without extension"
+    label = -1
+    if kind == ".cls" and 0 <= info.size <= _MAX_LABEL_BYTES and _LABEL.fullmatch(text := file.read(info.size)):
+        label = int(text)
+    return _Member(info.name, f"{folder}/{stem}", kind, extension.count("."), info.offset_data, info.size, label)

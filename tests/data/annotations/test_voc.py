@@ -65,7 +65,7 @@ def voc(tmp_path: Path) -> Path:
     return root
 
 
-def test_objects_void_and_boxes_are_what_the_files_say(voc):
+def test_annotation_has_the_instances_void_pixels_and_boxes_of_the_files(voc):
     given = VOCDataset(voc, "val").annotation(f"{NAMES[1]}.jpg", SIZE)
     values = torch.from_numpy(instances(1))
     assert torch.equal(given.instances, torch.stack([values == 1, values == 2]))
@@ -82,7 +82,7 @@ def run(voc: Path, tiny_model: Path, out: Path, *words: str) -> dict:
     return json.loads((out / "summary.json").read_text())
 
 
-def test_jaccard_is_that_of_the_best_head_of_each_object(voc, tiny_model, tmp_path, capsys):
+def test_attention_voc_scores_the_best_head_of_each_object(voc, tiny_model, tmp_path, capsys):
     record = run(voc, tiny_model, tmp_path / "out", "split=val", "methods=[attention,lost]")
     gallery = SegmentationWriter(tmp_path / "out", [f"{name}.jpg" for name in NAMES])
     oracle, by_mean = [], []
@@ -104,7 +104,7 @@ def test_jaccard_is_that_of_the_best_head_of_each_object(voc, tiny_model, tmp_pa
     assert "each object by itself" in capsys.readouterr().out
 
 
-def test_the_baselines_of_each_object_stand_beside_the_heads(voc, tiny_model, tmp_path, capsys):
+def test_attention_voc_scores_baselines_per_object(voc, tiny_model, tmp_path, capsys):
     record = run(voc, tiny_model, tmp_path / "out", "baselines=false")
     baselines = {score["name"]: score for score in record["baselines"]}
     found = {
@@ -132,7 +132,7 @@ def test_the_baselines_of_each_object_stand_beside_the_heads(voc, tiny_model, tm
     assert table.count("  center prior ") == 2
 
 
-def test_a_list_of_boxes_gives_corloc_alone(voc, tiny_model, tmp_path, capsys):
+def test_attention_voc_main_split_gives_corloc_only(voc, tiny_model, tmp_path, capsys):
     record = run(voc, tiny_model, tmp_path / "out", "split=Main/trainval", "methods=[attention,lost]")
     names = [metric["name"] for metric in record["score"]["metrics"]]
     assert "lost CorLoc" in names
@@ -151,7 +151,7 @@ def test_a_list_of_boxes_gives_corloc_alone(voc, tiny_model, tmp_path, capsys):
         ([], "images=FOLDER, or voc="),
     ],
 )
-def test_mistakes_get_a_clear_word(voc, tiny_model, tmp_path, capsys, words, message):
+def test_attention_voc_mistakes_end_with_a_message(voc, tiny_model, tmp_path, capsys, words, message):
     words = [word.format(root=voc) for word in words]
     assert main(["attention", f"checkpoint={tiny_model}", f"out={tmp_path / 'out'}", *words]) == 2
     error = capsys.readouterr().err
@@ -159,7 +159,7 @@ def test_mistakes_get_a_clear_word(voc, tiny_model, tmp_path, capsys, words, mes
     assert "Traceback" not in error
 
 
-def test_images_without_usable_truth_say_why(voc):
+def test_annotation_of_unusable_files_gives_the_reason(voc):
     masks, data = voc / "SegmentationObject", VOCDataset(voc, "val")
     write_palette(instances(0)[:, :-1].copy(), masks / f"{NAMES[0]}.png")
     write_palette(np.full(SIZE, 255, dtype=np.uint8), masks / f"{NAMES[1]}.png")
@@ -193,7 +193,7 @@ def test_images_without_usable_truth_say_why(voc):
         ("L", [0, 128], False),
     ],
 )
-def test_255_is_void_beside_labels_alone(tmp_path, mode, values, void):
+def test_mask_folder_takes_255_for_void_in_label_masks_only(tmp_path, mode, values, void):
     mask = np.resize(np.array(values, dtype=np.uint8), (6, 10))
     if mode == "P":
         write_palette(mask, tmp_path / "a.png")

@@ -72,7 +72,7 @@ def epoch(count, batch_size, number=0, **course):
 # --- which images --------------------------------------------------------------------------------------------
 
 
-def test_every_image_once_per_epoch_in_another_order():
+def test_batch_sampler_yields_each_image_once_per_epoch_in_another_order():
     epochs = [[index for batch in epoch(40, 8, e) for index, _ in batch] for e in range(3)]
     for order in epochs:
         assert sorted(order) == list(range(40))
@@ -81,21 +81,21 @@ def test_every_image_once_per_epoch_in_another_order():
     assert epoch(40, 8, 1, seed=1) != epoch(40, 8, 1)
 
 
-def test_keys_are_those_of_seed_epoch_and_index():
+def test_batch_sampler_keys_follow_seed_epoch_and_index():
     for batch in epoch(40, 8, 2, seed=5):
         index, key = torch.tensor(batch).unbind(1)
         assert torch.equal(key, sample_keys(5, 2, index))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_steps_are_whole_and_the_rest_is_left_out(accumulate):
+def test_batch_sampler_drops_the_remainder(accumulate):
     batches = epoch(45, 8 // accumulate, accumulate=accumulate)
     assert [len(batch) for batch in batches] == [8 // accumulate] * 5 * accumulate
     assert len({index for batch in batches for index, _ in batch}) == 40
 
 
 @pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (4, 1), (1, 2), (2, 2)])
-def test_any_number_of_processes_sees_the_same_steps(world, accumulate):
+def test_batch_sampler_gives_any_number_of_processes_the_same_steps(world, accumulate):
     whole = epoch(50, 16, 3)
     parts = [epoch(50, 16 // world // accumulate, 3, rank=r, world=world, accumulate=accumulate) for r in range(world)]
     for step, picks in enumerate(whole):
@@ -103,7 +103,7 @@ def test_any_number_of_processes_sees_the_same_steps(world, accumulate):
         assert sorted(pick for part in parts for m in micro for pick in part[m]) == sorted(picks)
 
 
-def test_few_images_are_repeated_with_other_views():
+def test_batch_sampler_repeats_few_images_with_other_keys():
     batches = ResumableBatchSampler(5, 8, seed=0, rank=0, world=1, accumulate=2)
     assert len(batches) == 2
     assert batches.repeats == 4
@@ -113,7 +113,7 @@ def test_few_images_are_repeated_with_other_views():
     assert len({key for _, key in picks}) == 16
 
 
-def test_starting_behind_a_step_gives_the_tail_of_its_epoch_and_whole_ones_after():
+def test_batch_sampler_resumes_within_an_epoch():
     course = {"seed": 0, "rank": 1, "world": 2, "accumulate": 2}
     batches = ResumableBatchSampler(100, 4, **course, first_step=2 * 6 + 4)  # 6 steps of 16 per epoch
     assert len(batches) == 12
@@ -127,7 +127,7 @@ def test_starting_behind_a_step_gives_the_tail_of_its_epoch_and_whole_ones_after
 # --- batches of views ------------------------------------------------------------------------------------------
 
 
-def test_the_way_is_chosen_by_what_the_images_are(tmp_path, multicrop, skipped):
+def test_build_train_loader_chooses_the_loader_by_the_images(tmp_path, multicrop, skipped):
     same, mixed = put(tmp_path / "same", [(40, 40)] * 16), put(tmp_path / "mixed", [(40, 40), (50, 30)] * 8)
     assert isinstance(load(same, multicrop, skipped), InMemoryLoader)
     assert load(mixed, multicrop, skipped).dataset.read.__name__ == "read"  # of the images kept in memory
@@ -136,7 +136,7 @@ def test_the_way_is_chosen_by_what_the_images_are(tmp_path, multicrop, skipped):
         assert load(dataset, multicrop, skipped, cache_gb=7e-5).dataset.read.func == dataset.read
 
 
-def test_all_ways_show_the_same_views(tmp_path, multicrop, skipped):
+def test_build_train_loader_gives_the_same_views_from_memory_and_disk(tmp_path, multicrop, skipped):
     dataset = put(tmp_path / "same", [(40, 50)] * 16)
     ways = [
         load(dataset, multicrop, skipped, **way) for way in ({}, {"cache_gb": 0}, {"cache_gb": 0, "num_workers": 2})
@@ -153,7 +153,7 @@ def test_all_ways_show_the_same_views(tmp_path, multicrop, skipped):
             assert difference.abs().max() <= 3  # resampling in float and in fixed point
 
 
-def test_images_of_different_sizes_from_memory_and_from_disk(tmp_path, multicrop, skipped):
+def test_build_train_loader_crops_mixed_sizes_alike_from_memory_and_disk(tmp_path, multicrop, skipped):
     dataset = put(tmp_path / "mixed", [(30 + i, 60 - i) for i in range(16)])
     for memory, disk in zip(
         load(dataset, multicrop, skipped, channels=1),
@@ -164,7 +164,7 @@ def test_images_of_different_sizes_from_memory_and_from_disk(tmp_path, multicrop
         assert all(torch.equal(a, b) for a, b in zip(memory, disk, strict=True))
 
 
-def test_two_processes_and_one_show_the_same_views(tmp_path, multicrop, skipped):
+def test_build_train_loader_gives_two_processes_the_views_of_one(tmp_path, multicrop, skipped):
     dataset = put(tmp_path / "same", [(40, 40)] * 16)
     whole = load(dataset, multicrop, skipped)
     parts = [load(dataset, multicrop, skipped, rank=rank, world=2) for rank in range(2)]
@@ -173,7 +173,7 @@ def test_two_processes_and_one_show_the_same_views(tmp_path, multicrop, skipped)
             assert torch.equal(field, torch.cat(parts_of_it))
 
 
-def test_labels_travel_with_their_images(tmp_path, multicrop, skipped):
+def test_build_train_loader_keeps_labels_with_their_images(tmp_path, multicrop, skipped):
     images = torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1).expand(20, 3, 8, 8)
     dataset = ArrayDataset(images, torch.arange(20) % 3 - 1, ["a", "b"], title="plain")
     for batch in load(dataset, multicrop, skipped, batch_size=5):
@@ -181,7 +181,7 @@ def test_labels_travel_with_their_images(tmp_path, multicrop, skipped):
         assert torch.equal(batch.global_views[:, 0, 0, 0, 0].long(), batch.index)
 
 
-def test_broken_images_are_replaced_by_the_next_good_one(tmp_path, multicrop, skipped):
+def test_build_train_loader_replaces_unreadable_images_by_the_next(tmp_path, multicrop, skipped):
     sizes, broken = [(40, 40)] * 16, (3, 4, 15)
     dataset = put(tmp_path / "some", sizes, broken=broken)
     expected = {3: 5, 4: 5, 15: 0}
@@ -199,14 +199,14 @@ def test_broken_images_are_replaced_by_the_next_good_one(tmp_path, multicrop, sk
 
 
 @pytest.mark.parametrize("cache_gb", [0, 1.0])
-def test_no_readable_image_is_an_error_at_once(tmp_path, multicrop, skipped, cache_gb):
+def test_build_train_loader_refuses_a_dataset_without_readable_images(tmp_path, multicrop, skipped, cache_gb):
     dataset = put(tmp_path / "none", [(40, 40)] * 4, broken=range(4))
     with pytest.raises(UserError, match="none of the 4 images can be read"):
         load(dataset, multicrop, skipped, cache_gb=cache_gb)
     assert skipped.count() == 4
 
 
-def test_few_images_are_told_of(tmp_path, multicrop, skipped, caplog):
+def test_build_train_loader_warns_of_few_images(tmp_path, multicrop, skipped, caplog):
     loader = load(put(tmp_path / "few", [(40, 40)] * 3), multicrop, skipped)
     assert "3 images, fewer than one step needs" in caplog.text
     (batch,) = loader
@@ -244,7 +244,7 @@ def fit(loader, *, save_at=None, checkpoint=None, resume=False):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("way", [{}, {"cache_gb": 0, "num_workers": 1}])
 @pytest.mark.parametrize("stop", [3, 4])  # at the end of the first epoch of 3 steps, and within the second
-def test_lightning_sees_every_epoch_and_resumes_within_one(tmp_path, multicrop, skipped, way, stop):
+def test_batch_sampler_works_in_a_lightning_trainer(tmp_path, multicrop, skipped, way, stop):
     dataset = put(tmp_path / "same", [(40, 40)] * 24)
     expected = [key for number in range(3) for batch in epoch(24, 8, number) for _, key in batch]
     last = tmp_path / "last.ckpt"
@@ -286,7 +286,7 @@ def sizes_read(monkeypatch):
     return shapes
 
 
-def test_large_jpegs_are_decoded_smaller_and_show_the_same_views(camera, multicrop, skipped, monkeypatch):
+def test_multicrop_dataset_decodes_large_jpegs_smaller_with_the_same_views(camera, multicrop, skipped, monkeypatch):
     dataset = build_dataset("folder", camera)
     shapes = sizes_read(monkeypatch)
     (smaller,) = load(dataset, multicrop, skipped, batch_size=12, cache_gb=0)
@@ -304,7 +304,7 @@ def test_large_jpegs_are_decoded_smaller_and_show_the_same_views(camera, multicr
         assert difference.flatten().quantile(0.999) < 60  # of edges, which lie up to half a pixel elsewhere
 
 
-def test_large_jpegs_from_workers_and_from_shards(camera, multicrop, skipped, tmp_path):
+def test_build_train_loader_reads_large_jpegs_alike_from_workers_and_shards(camera, multicrop, skipped, tmp_path):
     dataset = build_dataset("folder", camera)
     (here,) = load(dataset, multicrop, skipped, batch_size=12, cache_gb=0)
     (there,) = load(dataset, multicrop, skipped, batch_size=12, cache_gb=0, num_workers=1)
@@ -318,7 +318,7 @@ def test_large_jpegs_from_workers_and_from_shards(camera, multicrop, skipped, tm
 # --- on a GPU --------------------------------------------------------------------------------------------------
 
 
-def test_images_of_one_size_lie_and_are_cropped_on_the_device(tmp_path, multicrop, skipped, monkeypatch):
+def test_in_memory_loader_crops_on_the_device(tmp_path, multicrop, skipped, monkeypatch):
     """On a pretended GPU, where reading a value back is an error; labels, indices and keys are the CPU's."""
     dataset = put(tmp_path / "same", [(40, 50)] * 16, broken=(3,))
     here = list(load(dataset, multicrop, skipped))
@@ -347,7 +347,7 @@ def test_images_of_one_size_lie_and_are_cropped_on_the_device(tmp_path, multicro
             assert torch.equal(getattr(batch, name), getattr(same, name))
 
 
-def test_images_too_many_for_the_device_stay_where_they_are(monkeypatch):
+def test_place_on_device_keeps_too_large_datasets_on_the_cpu(monkeypatch):
     images = torch.zeros(10, 3, 8, 8, dtype=torch.uint8)
     assert place_on_device(images, torch.device("cpu")) is images
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 2 * images.nbytes - 1))
@@ -358,7 +358,7 @@ def test_images_too_many_for_the_device_stay_where_they_are(monkeypatch):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_evaluation_reads_in_order_and_leaves_broken_ones_out(tmp_path, skipped, num_workers):
+def test_eval_loader_keeps_the_order_and_skips_unreadable_images(tmp_path, skipped, num_workers):
     dataset = put(tmp_path / "some", [(30 + i, 40) for i in range(11)], broken=(0, 1, 2, 3, 7))
     transform = EvalTransform(16, 0.875, [0.5] * 3, [0.5] * 3)
     loader = build_eval_loader(dataset, transform, batch_size=4, num_workers=num_workers, channels=3, skipped=skipped)
@@ -372,7 +372,7 @@ def test_evaluation_reads_in_order_and_leaves_broken_ones_out(tmp_path, skipped,
     assert skipped.count() == 5
 
 
-def test_evaluation_of_nothing_readable_is_an_error(tmp_path, skipped):
+def test_eval_loader_refuses_a_dataset_without_readable_images(tmp_path, skipped):
     dataset = put(tmp_path / "none", [(30, 40)] * 3, broken=range(3))
     transform = EvalTransform(16, 0.875, [0.5] * 3, [0.5] * 3)
     with pytest.raises(UserError, match="none of the images can be read"):
@@ -382,7 +382,7 @@ def test_evaluation_of_nothing_readable_is_an_error(tmp_path, skipped):
 # --- memory and cores ------------------------------------------------------------------------------------------
 
 
-def test_decoded_images_are_the_images(tmp_path, skipped):
+def test_in_memory_images_equal_the_decoded_files(tmp_path, skipped):
     dataset = put(tmp_path / "mixed", [(30 + i, 60 - i) for i in range(9)], broken=(2,))
     kept = cache_in_memory(dataset, 3, budget=10**6, skipped=skipped, show=False)
     assert kept.readable.tolist() == [0, 1, 3, 4, 5, 6, 7, 8]
@@ -393,21 +393,21 @@ def test_decoded_images_are_the_images(tmp_path, skipped):
         kept.read(2)
 
 
-def test_filling_stops_when_the_estimate_was_too_low(tmp_path, skipped):
+def test_cache_in_memory_stops_when_the_estimate_was_too_low(tmp_path, skipped):
     large = {100, 200, 300, 301, 302}
     dataset = put(tmp_path / "many", [(400, 400) if i in large else (2, 2) for i in range(400)])
     assert sum(dataset.read(i, 3).numel() for i in range(400)) > 2_000_000
     assert cache_in_memory(dataset, 3, budget=1_000_000, skipped=skipped, show=False) is None
 
 
-def test_threads_keep_the_order_and_pass_errors_on():
+def test_map_threads_keeps_the_order_and_raises_errors():
     assert list(map_threads(lambda i: i * i, 100, label="", show=False)) == [i * i for i in range(100)]
     assert list(map_threads(lambda i: i, 0, label="", show=False)) == []
     with pytest.raises(ZeroDivisionError):
         list(map_threads(lambda i: 1 // (i - 3), 10, label="", show=False))
 
 
-def test_workers_follow_the_cores_one_may_use(monkeypatch, tmp_path):
+def test_resolve_num_workers_follows_the_available_cores(monkeypatch, tmp_path):
     assert available_cpus() >= 1
     monkeypatch.setattr(parallel, "available_cpus", lambda: 8)
     assert resolve_num_workers("auto", processes=1) == 7

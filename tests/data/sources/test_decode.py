@@ -45,7 +45,7 @@ def hwc(image):
         ("ppm", {}, 0),
     ],
 )
-def test_every_format_gives_its_pixels(tmp_path, ending, options, tolerance):
+def test_decode_reads_every_format(tmp_path, ending, options, tolerance):
     pixels = smooth()
     Image.fromarray(pixels).save(tmp_path / f"a.{ending}", **options)
     image = decode(tmp_path / f"a.{ending}")
@@ -54,7 +54,7 @@ def test_every_format_gives_its_pixels(tmp_path, ending, options, tolerance):
     assert np.abs(hwc(image).astype(int) - pixels).max() <= tolerance
 
 
-def test_of_a_gif_the_first_frame(tmp_path):
+def test_decode_reads_the_first_frame_of_a_gif(tmp_path):
     frames = [Image.new("RGB", (6, 5), color) for color in (RED, GRAY)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert (hwc(decode(tmp_path / "a.gif")) == RED).all()
@@ -88,7 +88,7 @@ def in_mode(mode):
         *[("CMYK", e) for e in ("jpg", "tif")],
     ],
 )
-def test_every_mode_gives_its_color(tmp_path, mode, ending):
+def test_decode_reads_every_mode(tmp_path, mode, ending):
     image, expected = in_mode(mode)
     options = {"lossless": True} if ending == "webp" else {}
     image.save(tmp_path / f"a.{ending}", **options)
@@ -100,7 +100,7 @@ def test_every_mode_gives_its_color(tmp_path, mode, ending):
     assert np.abs(gray.numpy().astype(int) - luma).max() <= 1
 
 
-def test_transparent_pixels_are_white_whatever_color_hides_there(tmp_path):
+def test_decode_composites_transparent_pixels_on_white(tmp_path):
     pixels = np.zeros((4, 4, 4), np.uint8)
     pixels[:2] = (*RED, 255)
     Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -112,7 +112,7 @@ def test_transparent_pixels_are_white_whatever_color_hides_there(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["png", "tif"])
-def test_sixteen_bits_are_stretched_from_their_own_range(tmp_path, ending):
+def test_decode_rescales_sixteen_bits_from_their_own_range(tmp_path, ending):
     values = np.linspace(1000, 5095, 64).round().astype(np.uint16).reshape(8, 8)  # 12 bits, as a scanner gives them
     Image.fromarray(values).save(tmp_path / f"a.{ending}")
     expected = np.linspace(0, 255, 64).reshape(8, 8)
@@ -121,7 +121,7 @@ def test_sixteen_bits_are_stretched_from_their_own_range(tmp_path, ending):
     assert decode(tmp_path / f"a.{ending}", channels=1).shape == (1, 8, 8)
 
 
-def test_floats_are_stretched_and_holes_in_them_are_black(tmp_path):
+def test_decode_rescales_floats_and_makes_nan_black(tmp_path):
     values = np.array([[-1, 0, 1], [np.nan, np.inf, 0.5]], np.float32)
     Image.fromarray(values).save(tmp_path / "a.tif")
     assert decode(tmp_path / "a.tif", channels=1)[0].tolist() == [[0, 128, 255], [0, 0, 191]]
@@ -131,7 +131,7 @@ def test_floats_are_stretched_and_holes_in_them_are_black(tmp_path):
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_undone(tmp_path, ending, orientation):
+def test_decode_applies_the_exif_orientation(tmp_path, ending, orientation):
     upright = smooth(16, 32)
     stored = {
         1: upright,
@@ -151,12 +151,12 @@ def test_exif_orientation_is_undone(tmp_path, ending, orientation):
     assert np.abs(image.astype(int) - upright).mean() < 4
 
 
-def test_damaged_exif_costs_the_orientation_only(tmp_path):
+def test_decode_ignores_damaged_exif_data(tmp_path):
     Image.fromarray(smooth()).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0nonsense")
     assert decode(tmp_path / "a.jpg").shape == (3, 24, 40)
 
 
-def test_the_content_tells_the_format_not_the_name(tmp_path):
+def test_decode_identifies_the_format_by_content(tmp_path):
     Image.fromarray(smooth()).save(tmp_path / "a.png")
     (tmp_path / "a.png").rename(tmp_path / "a.JPG")
     assert np.array_equal(hwc(decode(tmp_path / "a.JPG")), smooth())
@@ -178,7 +178,7 @@ def cut(pixels, path, share):
     path.write_bytes(content[: int(len(content) * share)])
 
 
-def test_broken_files_are_named_with_a_reason(tmp_path):
+def test_decode_names_unreadable_files_and_the_reason(tmp_path):
     noise = RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "text.jpg").write_text("this is no image")
@@ -205,7 +205,7 @@ def test_broken_files_are_named_with_a_reason(tmp_path):
         assert caught.value.name == str(tmp_path / name)
 
 
-def test_damaged_bytes_never_raise_anything_else(tmp_path):
+def test_decode_of_damaged_bytes_raises_no_other_error(tmp_path):
     rng = np.random.default_rng(1)
     broken = 0
     for ending in ("jpg", "webp", "bmp", "tif", "gif", "ppm"):
@@ -222,7 +222,7 @@ def test_damaged_bytes_never_raise_anything_else(tmp_path):
     assert broken > 50
 
 
-def test_strange_file_names(tmp_path):
+def test_decode_reads_files_of_any_name(tmp_path):
     names = [
         "with space.png",
         "new\nline.png",
@@ -241,7 +241,7 @@ def test_strange_file_names(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_reading_leaves_pillows_settings_alone(tmp_path):
+def test_decode_leaves_pillows_settings_unchanged(tmp_path):
     before = Image.MAX_IMAGE_PIXELS, decoding.ImageFile.LOAD_TRUNCATED_IMAGES
     Image.new("L", (3, 2)).save(tmp_path / "a.png")
     decode(tmp_path / "a.png")
@@ -280,7 +280,7 @@ KINDS = {
 @pytest.mark.parametrize("by", [2, 4, 8])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_jpeg_decoded_smaller_is_the_whole_one_averaged(photos, kind, channels, by):
+def test_decode_of_a_scaled_jpeg_averages_its_pixels(photos, kind, channels, by):
     mode, options = KINDS[kind]
     photograph(photos).convert(mode).save(file := BytesIO(), "JPEG", quality=92, **options)
     asked = []
@@ -294,7 +294,7 @@ def test_a_jpeg_decoded_smaller_is_the_whole_one_averaged(photos, kind, channels
     assert torch.equal(decode(file, channels, lambda height, width: 1), whole)
 
 
-def test_sides_are_rounded_up(photos, tmp_path):
+def test_decode_of_a_scaled_jpeg_rounds_sides_up(photos, tmp_path):
     photograph(photos, side=(123, 205)).save(tmp_path / "a.jpg", quality=92)
     whole = decode(tmp_path / "a.jpg")
     for by in (2, 4, 8):
@@ -304,18 +304,18 @@ def test_sides_are_rounded_up(photos, tmp_path):
         assert (smaller - averaged(whole, by)).abs()[:, *inner].mean() < 1
 
 
-def test_a_turned_jpeg_of_incomplete_blocks_is_decoded_whole(photos, tmp_path):
+def test_decode_does_not_scale_rotated_jpegs_of_incomplete_blocks(photos, tmp_path):
     photograph(photos, side=(120, 205)).save(tmp_path / "a.jpg", exif=with_orientation(6))
     assert decode(tmp_path / "a.jpg", 3, lambda height, width: pytest.fail("asked")).shape == (3, 205, 120)
 
 
 @pytest.mark.parametrize("ending", ["png", "webp", "bmp", "tif", "gif", "ppm"])
-def test_other_formats_are_decoded_whole(tmp_path, ending):
+def test_decode_scales_no_other_format(tmp_path, ending):
     Image.fromarray(smooth(64, 64)).save(tmp_path / f"a.{ending}")
     assert decode(tmp_path / f"a.{ending}", 3, lambda height, width: pytest.fail("asked")).shape == (3, 64, 64)
 
 
-def test_of_a_jpeg_with_several_images_the_first(photos, tmp_path):
+def test_decode_reads_the_first_image_of_a_multi_picture_jpeg(photos, tmp_path):
     """As telephones write them: behind the photograph a preview or a map of depths."""
     first = photograph(photos)
     first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", first.size)])
@@ -324,7 +324,7 @@ def test_of_a_jpeg_with_several_images_the_first(photos, tmp_path):
     assert (smaller - averaged(decode(tmp_path / "a.jpg"), 4)).abs().mean() < 1
 
 
-def test_a_broken_jpeg_is_broken_at_any_size(photos, tmp_path):
+def test_decode_refuses_a_damaged_jpeg_at_any_scale(photos, tmp_path):
     cut(np.asarray(photograph(photos)), tmp_path / "a.jpg", 0.5)
     for by in (1, 2, 4, 8):
         with pytest.raises(UnreadableImageError, match="truncated"):

@@ -80,19 +80,19 @@ def random_tree(rng, depth=3):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_paths_are_sorted_as_bytes_and_none_is_missing(tmp_path, seed):
+def test_walk_images_finds_all_paths_sorted_as_bytes(tmp_path, seed):
     expected = sorted({os.fsencode(name) for name in random_tree(random.Random(seed))})
     put(tmp_path, *expected)
     assert walk_images(tmp_path).names == expected
 
 
-def test_files_and_folders_of_like_names(tmp_path):
+def test_walk_images_sorts_files_and_folders_of_similar_names(tmp_path):
     expected = [b"a-b/1.png", b"a.png", b"a.png.d/1.png", b"a/0.png", b"a/b/1.png", b"a/b0.png", b"a0.png", b"a0/1.png"]
     put(tmp_path, *expected)
     assert walk_images(tmp_path).names == expected
 
 
-def test_twenty_thousand_files_are_quick_packed_and_remembered(tmp_path, walks):
+def test_cached_walk_of_twenty_thousand_files_is_fast_packed_and_cached(tmp_path, walks):
     expected = [f"class {i % 20:02d}/image {i:05d}.jpg" for i in range(20_000)]
     put(tmp_path / "root", *expected)
     settle(tmp_path / "root")
@@ -126,7 +126,7 @@ def slow_class_folders(names):
         [b"caf\xe9/1", "caf\N{LATIN SMALL LETTER E WITH ACUTE}/1".encode(), "\N{GRINNING FACE}/1".encode()],
     ],
 )
-def test_labels_are_those_of_the_textbook_form(names):
+def test_labels_from_folders_equals_the_textbook_form(names):
     labels, classes = labels_from_folders(PackedPaths.from_iterable(sorted(names)))
     slow_labels, slow_classes = slow_class_folders(sorted(names))
     assert labels.tolist() == slow_labels
@@ -136,7 +136,7 @@ def test_labels_are_those_of_the_textbook_form(names):
 # --- what is remembered ----------------------------------------------------------------------------------------
 
 
-def test_the_cache_gives_what_a_walk_gives(root, walks):
+def test_cached_walk_equals_a_walk(root, walks):
     tree = walk_images(root)
     names, ignored = cached_walk(root)
     assert walks == []
@@ -185,7 +185,7 @@ def add_and_set_the_clock_back(root):
         (add_and_set_the_clock_back, set(), {b"a/new.png"}),
     ],
 )  # fmt: skip
-def test_every_change_is_noticed(root, walks, change, gone, new):
+def test_cached_walk_notices_every_change(root, walks, change, gone, new):
     before = set(cached_walk(root)[0])
     assert walks == []
     change(root)
@@ -195,7 +195,7 @@ def test_every_change_is_noticed(root, walks, change, gone, new):
     assert after == walk_images(root).names
 
 
-def test_a_file_in_a_folder_that_was_empty_is_noticed(root, walks):
+def test_cached_walk_notices_a_file_in_a_formerly_empty_folder(root, walks):
     (root / "empty").mkdir()
     settle(root)
     before = cached_walk(root)[0]
@@ -206,7 +206,7 @@ def test_a_file_in_a_folder_that_was_empty_is_noticed(root, walks):
     assert len(walks) == 2
 
 
-def test_a_rewritten_file_keeps_its_name_and_the_index(root, walks):
+def test_cached_walk_stays_valid_when_a_file_is_rewritten(root, walks):
     before = scan_image_folder(root)
     names, sizes = before.fingerprint(sizes=False), before.fingerprint(sizes=True)
     (root / "a" / "1.png").write_bytes(b"longer")
@@ -216,7 +216,7 @@ def test_a_rewritten_file_keeps_its_name_and_the_index(root, walks):
     assert after.fingerprint(sizes=True) != sizes
 
 
-def test_what_has_just_changed_is_not_remembered(root, walks, tmp_path):
+def test_cached_walk_does_not_cache_recent_changes(root, walks, tmp_path):
     (file,) = cache_files(tmp_path)
     file.unlink()
     put(root, "new.png")
@@ -226,7 +226,7 @@ def test_what_has_just_changed_is_not_remembered(root, walks, tmp_path):
     assert cache_files(tmp_path) == []
 
 
-def test_what_is_found_quickly_is_not_remembered(tmp_path, walks, monkeypatch):
+def test_cached_walk_does_not_cache_fast_walks(tmp_path, walks, monkeypatch):
     monkeypatch.setattr(index, "_MIN_SECONDS", 60.0)
     put(tmp_path / "root", "1.png")
     settle(tmp_path / "root")
@@ -235,7 +235,7 @@ def test_what_is_found_quickly_is_not_remembered(tmp_path, walks, monkeypatch):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_tree_with_an_unreadable_folder_is_not_remembered(root, walks, monkeypatch):
+def test_cached_walk_does_not_cache_trees_with_unreadable_folders(root, walks, monkeypatch):
     put(root, "locked/1.png")
     settle(root)
     scandir = os.scandir
@@ -253,7 +253,7 @@ def test_a_tree_with_an_unreadable_folder_is_not_remembered(root, walks, monkeyp
     assert "unreadable folder" not in ignored
 
 
-def test_folders_do_not_share_what_is_remembered(root, walks):
+def test_cached_walk_caches_each_folder_separately(root, walks):
     below = cached_walk(root / "a")[0]
     assert below == [b"1.png", b"2.png", b"deep/3.png"]
     assert cached_walk(root / "a")[0] == below
@@ -261,7 +261,7 @@ def test_folders_do_not_share_what_is_remembered(root, walks):
     assert walks == [root / "a"]
 
 
-def test_the_same_folder_by_a_relative_path(root, walks, monkeypatch):
+def test_cached_walk_resolves_relative_paths(root, walks, monkeypatch):
     monkeypatch.chdir(root.parent)
     assert cached_walk(root.relative_to(root.parent))[0] == walk_images(root).names
     assert walks == []
@@ -290,7 +290,7 @@ def flip(file):
         lambda file: PackedPaths.from_iterable([]).save(file),
     ],
 )
-def test_a_damaged_or_foreign_cache_is_rewritten(root, walks, tmp_path, damage):
+def test_cached_walk_rewrites_a_damaged_or_foreign_cache(root, walks, tmp_path, damage):
     (file,) = cache_files(tmp_path)
     good = cached_walk(root)
     damage(file)
@@ -301,14 +301,14 @@ def test_a_damaged_or_foreign_cache_is_rewritten(root, walks, tmp_path, damage):
 
 
 @pytest.mark.parametrize("cache", ["a file", "a file/below", "/proc/none"])
-def test_a_cache_that_cannot_be_written_is_no_error(root, walks, tmp_path, monkeypatch, cache):
+def test_cached_walk_works_without_a_writable_cache(root, walks, tmp_path, monkeypatch, cache):
     (tmp_path / "a file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
     assert cached_walk(root) == cached_walk(root)
     assert len(walks) == 2
 
 
-def test_without_a_home_nothing_is_written(root, walks, tmp_path, monkeypatch):
+def test_cached_walk_without_a_home_writes_nothing(root, walks, tmp_path, monkeypatch):
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
@@ -318,7 +318,7 @@ def test_without_a_home_nothing_is_written(root, walks, tmp_path, monkeypatch):
     assert list(work.iterdir()) == []
 
 
-def test_nobody_waits_for_another_process_that_writes(root, walks, tmp_path):
+def test_cached_walk_does_not_wait_for_another_writer(root, walks, tmp_path):
     (file,) = cache_files(tmp_path)
     file.unlink()
     with FileLock(file.with_suffix(".lock")):
@@ -327,7 +327,7 @@ def test_nobody_waits_for_another_process_that_writes(root, walks, tmp_path):
     assert cache_files(tmp_path) == []
 
 
-def test_processes_that_write_at_once_do_no_harm(root, tmp_path):
+def test_cached_walk_is_safe_with_concurrent_writers(root, tmp_path):
     (file,) = cache_files(tmp_path)
     expected = walk_images(root).names
     context = torch.multiprocessing.get_context("fork")
@@ -354,7 +354,7 @@ def find_often(root, file, expected):
     cached_walk(root)
 
 
-def test_odd_names_come_back_byte_by_byte(tmp_path, walks):
+def test_cached_walk_keeps_any_file_name_byte_by_byte(tmp_path, walks):
     odd = [b"caf\xe9/1.png", b"new\nline/2\r\n.png", "\N{GRINNING FACE}/ 3 .png".encode(), b"\xff\xfe/\x01.png"]
     put(tmp_path / "root", *odd)
     settle(tmp_path / "root")
@@ -369,7 +369,7 @@ def test_odd_names_come_back_byte_by_byte(tmp_path, walks):
 # --- names and lists -------------------------------------------------------------------------------------------
 
 
-def test_names_are_packed_cut_and_saved(tmp_path):
+def test_packed_paths_slice_save_and_load(tmp_path):
     single = [b"x" * (i % 7) + b"%d" % i for i in range(9000)] + [b""]
     names = PackedPaths.from_iterable(iter(single))
     assert len(names) == 9001
@@ -386,7 +386,7 @@ def test_names_are_packed_cut_and_saved(tmp_path):
     assert names != single[1:]
 
 
-def test_saved_names_that_are_none(tmp_path):
+def test_packed_paths_load_refuses_other_files(tmp_path):
     path = tmp_path / "names.safetensors"
     with pytest.raises(FileNotFoundError):
         PackedPaths.load(path)
@@ -402,7 +402,7 @@ def test_saved_names_that_are_none(tmp_path):
         PackedPaths.load(path)
 
 
-def test_a_run_can_go_on_with_its_own_list_of_images(root, tmp_path):
+def test_with_names_gives_a_run_its_own_image_list(root, tmp_path):
     before = scan_image_folder(root)
     before.names.save(tmp_path / "image_list.safetensors")
     put(root, "a/new.png")
@@ -416,7 +416,7 @@ def test_a_run_can_go_on_with_its_own_list_of_images(root, tmp_path):
         own.read(3, 3)
 
 
-def test_a_long_list_is_packed_whatever_its_line_ends(tmp_path):
+def test_read_image_list_takes_any_line_ends(tmp_path):
     ends = (b"\n", b"\r\n", b"\r", b"\n \n")
     (tmp_path / "list.txt").write_bytes(b"".join(b"%d.png%b" % (i, ends[i % 4]) for i in range(10_000)))
     dataset = read_image_list(tmp_path / "list.txt")

@@ -34,7 +34,7 @@ def files(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.png")}
 
 
-def test_folder_holds_a_fifth_for_testing_with_a_mask_for_each(tmp_path):
+def test_make_synthetic_dataset_writes_a_fifth_as_test_images_with_masks(tmp_path):
     make_synthetic_dataset(tmp_path, num_images=130, seed=3)
     train, test, masks = (files(tmp_path / kind) for kind in ("train", "test", "test_masks"))
     assert (len(train), len(test)) == (104, 26)
@@ -47,7 +47,7 @@ def test_folder_holds_a_fifth_for_testing_with_a_mask_for_each(tmp_path):
         assert set(np.unique(np.asarray(mask))) == {0, 255}
 
 
-def test_same_seed_same_bytes(tmp_path):
+def test_make_synthetic_dataset_is_a_function_of_the_seed(tmp_path):
     for name, seed in {"a": 0, "b": 0, "other": 1}.items():
         make_synthetic_dataset(tmp_path / name, num_images=60, seed=seed)
     a, b, other = (files(tmp_path / name) for name in ("a", "b", "other"))
@@ -56,14 +56,14 @@ def test_same_seed_same_bytes(tmp_path):
     assert all(a[path] != other[path] for path in a)
 
 
-def test_objects_fill_about_a_third(drawn):
+def test_render_fills_about_a_third_with_objects(drawn):
     area = drawn[0][1].mean(axis=(1, 2))
     assert 0.30 < area.mean() < 0.35
     assert area.min() > 0.12
     assert area.max() < 0.6
 
 
-def test_trivial_features_do_badly(drawn):
+def test_render_makes_classes_hard_for_trivial_features(drawn):
     """Chance is .083; the bands leave out what would make the demo's figures worthless or hopeless."""
     (bank, bank_masks, bank_labels), (queries, masks, labels) = drawn
 
@@ -78,7 +78,7 @@ def test_trivial_features_do_badly(drawn):
     assert 0.5 < with_mask < 0.85
 
 
-def test_light_from_above_tells_which_way_is_up(drawn):
+def test_render_shows_the_orientation_by_light_from_above(drawn):
     """Ridge regression on 6 x 6 brightnesses finds the quarter turn, which chance finds in .25 of the images."""
     (bank, _, _), (queries, _, _) = drawn
 

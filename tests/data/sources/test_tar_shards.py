@@ -27,8 +27,8 @@ from ssl_vit.data.dataset import SkippedImageLog, UnreadableImageError
 from ssl_vit.data.dataset_factory import build_dataset, build_labeled_splits
 from ssl_vit.data.loading.loader import build_train_loader
 from ssl_vit.data.sources.image_folder import scan_image_folder
+from ssl_vit.data.sources.shard_index import index_tar
 from ssl_vit.data.sources.shard_writer import write_shards
-from ssl_vit.data.sources.tar_index import index_tar
 from ssl_vit.data.sources.tar_shards import TarShardDataset, load_shards
 from ssl_vit.data.transforms.multicrop import MultiCrop
 from ssl_vit.runtime.errors import UserError
@@ -80,7 +80,7 @@ def assert_same_images(dataset, others):
 # --- the same as a folder --------------------------------------------------------------------------------------
 
 
-def test_images_and_labels_are_those_of_the_folder(drawn):
+def test_load_shards_has_the_images_and_labels_of_the_folder(drawn):
     folder, shards = map(build_dataset, ("folder", "shards"), drawn)
     assert len(list(drawn[1].glob("*.tar"))) > 2
     assert_same_images(folder, shards)
@@ -93,11 +93,11 @@ def test_images_and_labels_are_those_of_the_folder(drawn):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_training_sees_the_same_batches_as_from_the_folder(drawn, tmp_path, num_workers):
+def test_load_shards_gives_the_same_batches_as_the_folder(drawn, tmp_path, num_workers):
     assert_same_batches(*drawn, tmp_path, num_workers=num_workers, batch_size=64)
 
 
-def test_photographs_too(photos, tmp_path):
+def test_load_shards_gives_the_same_batches_of_photos(photos, tmp_path):
     write_shards(scan_image_folder(photos), tmp_path / "shards", shard_bytes=10**7)
     assert len(list((tmp_path / "shards").glob("*.tar"))) > 1
     assert_same_batches(photos, tmp_path / "shards", tmp_path, num_workers=0, batch_size=80)
@@ -122,7 +122,7 @@ def assert_same_batches(folder, shards, tmp_path, *, num_workers, batch_size):
         assert all(torch.equal(a, b) for a, b in zip(from_folder, from_shards, strict=True))
 
 
-def test_a_run_from_shards_stopped_and_resumed_equals_one_from_the_folder(pretrain_config, drawn, stop_at):
+def test_pretrain_from_shards_resumed_equals_pretrain_from_the_folder(pretrain_config, drawn, stop_at):
     words = ("trainer.max_steps=15", "data.cache_gb=0", "online.every_epochs=1")
     shards = ("data.source=shards", f"data.root={drawn[1]}", "run.name=parts")
     whole = pretrain(pretrain_config(*words, f"data.root={drawn[0]}", "run.name=whole"))
@@ -135,7 +135,7 @@ def test_a_run_from_shards_stopped_and_resumed_equals_one_from_the_folder(pretra
     assert all(torch.equal(value, second["state_dict"][name]) for name, value in first["state_dict"].items())
 
 
-def test_tar_files_in_place_of_images_are_hinted_at(drawn):
+def test_scan_image_folder_of_tar_files_suggests_data_source_shards(drawn):
     with pytest.raises(UserError, match=r"data\.source=shards reads tar files"):
         build_dataset("folder", drawn[1])
 
@@ -145,7 +145,7 @@ def state(run):
 
 
 @pytest.mark.parametrize(("method", "processes"), [("fork", 2), ("spawn", 1)])
-def test_processes_read_side_by_side(drawn, method, processes):
+def test_tar_shard_dataset_is_read_by_several_processes(drawn, method, processes):
     dataset = load_shards(drawn[1])
     for i in range(len(dataset)):
         dataset.read(i, 3)  # so that the tar files are open already
@@ -155,8 +155,8 @@ def test_processes_read_side_by_side(drawn, method, processes):
         assert all(torch.equal(image, dataset.read(i, 3)) for i, image in zip(places, read, strict=True))
 
 
-def test_threads_read_side_by_side_with_fewer_open_files_than_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("ssl_vit.data.sources.tar_shards._MOST_OPEN", 2)
+def test_tar_shard_dataset_is_read_by_threads_with_few_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("ssl_vit.data.sources.tar_shards._MAX_OPEN", 2)
     for n in range(9):
         tar(tmp_path / f"{n}.tar", [(f"{i}.jpg", jpeg(10 * n + i)) for i in range(3)])
     dataset = load_shards(tmp_path)
@@ -173,7 +173,7 @@ def test_threads_read_side_by_side_with_fewer_open_files_than_shards(tmp_path, m
 # --- the layout, and what others write and read ----------------------------------------------------------------
 
 
-def test_webdataset_reads_what_we_write(drawn):
+def test_write_shards_is_read_by_webdataset(drawn):
     folder = scan_image_folder(drawn[0])
     paths = sorted(map(str, drawn[1].glob("*.tar")))
     read = list(webdataset.WebDataset(paths, shardshuffle=False).decode("rgb8").to_tuple("png", "cls", "json"))
@@ -184,7 +184,7 @@ def test_webdataset_reads_what_we_write(drawn):
         assert facts == {"path": folder.name(i)}
 
 
-def test_we_read_what_webdataset_writes(tmp_path):
+def test_load_shards_reads_what_webdataset_writes(tmp_path):
     classes = [3, 7, 7, 3, 11, 3, 7, 11, 3, 3]
     with webdataset.ShardWriter(str(tmp_path / "%03d.tar"), maxcount=4, verbose=0) as writer:
         for i, label in enumerate(classes):
@@ -199,7 +199,7 @@ def test_we_read_what_webdataset_writes(tmp_path):
         assert np.array_equal(dataset.read(i, 3).permute(1, 2, 0).numpy(), expected)
 
 
-def test_labels_are_there_where_every_sample_has_one(tmp_path):
+def test_load_shards_has_labels_if_every_sample_has_one(tmp_path):
     tar(tmp_path / "a" / "1.tar", samples(4, label=lambda i: i % 2))
     tar(tmp_path / "a" / "2.tar", samples(4, label=lambda i: 5))
     assert load_shards(tmp_path / "a").classes == ["0", "1", "5"]
@@ -210,7 +210,7 @@ def test_labels_are_there_where_every_sample_has_one(tmp_path):
         assert dataset.labels.tolist() == [-1] * 8
 
 
-def test_one_image_of_each_sample_and_only_plain_files(tmp_path):
+def test_index_tar_lists_one_regular_file_per_sample(tmp_path):
     def special(kind, name, target=""):
         info = tarfile.TarInfo(name)
         info.type, info.linkname = kind, target
@@ -262,7 +262,7 @@ def test_one_image_of_each_sample_and_only_plain_files(tmp_path):
 # --- damage ----------------------------------------------------------------------------------------------------
 
 
-def test_broken_images_are_named_with_their_reason(tmp_path):
+def test_read_names_unreadable_images_and_the_reason(tmp_path):
     tar(tmp_path / "x.tar", [("0.jpg", jpeg()[:200]), ("1.jpg", b""), ("2.jpg", b"no image"), ("3.jpg", jpeg())])
     dataset = load_shards(tmp_path)
     for index, told in enumerate(("Truncated", "an empty file", "first bytes are damaged")):
@@ -271,7 +271,7 @@ def test_broken_images_are_named_with_their_reason(tmp_path):
     assert dataset.read(3, 3).shape == (3, 24, 24)
 
 
-def test_shards_that_change_under_a_run_break_only_their_images(tmp_path):
+def test_read_after_a_shard_changed_fails_for_its_images_only(tmp_path):
     path = tar(tmp_path / "x.tar", samples(3))
     dataset = load_shards(tmp_path)
     os.truncate(path, 2000)
@@ -283,18 +283,18 @@ def test_shards_that_change_under_a_run_break_only_their_images(tmp_path):
         pickle.loads(pickle.dumps(dataset)).read(0, 3)
 
 
-def test_of_a_shard_that_is_cut_off_the_samples_before_are_used(tmp_path, caplog):
+def test_index_tar_of_a_truncated_shard_keeps_the_samples_before(tmp_path, caplog):
     tar(tmp_path / "1.tar", samples(5, label=lambda i: i % 2))
     path = tar(tmp_path / "2.tar", samples(5, label=lambda i: i % 2))
     whole = path.read_bytes()
     with tarfile.open(path) as file:
         fourth, last = file.getmember("000003.jpg"), file.getmember("000004.cls")
     for end, told, kept in (
-        (fourth.offset_data + 100, "cut off in 000003.jpg", 3),
-        (fourth.offset_data, "cut off in 000003.jpg", 3),
+        (fourth.offset_data + 100, "truncated in 000003.jpg", 3),
+        (fourth.offset_data, "truncated in 000003.jpg", 3),
         (fourth.offset_data + fourth.size, "unexpected end of data", 3),
-        (fourth.offset + 100, "cut off or damaged at byte", 2),  # who knows what else belonged to the third sample
-        (last.offset_data + tarfile.BLOCKSIZE, "cut off or damaged at byte", 4),
+        (fourth.offset + 100, "truncated or damaged at byte", 2),  # who knows what else belonged to the third sample
+        (last.offset_data + tarfile.BLOCKSIZE, "truncated or damaged at byte", 4),
     ):
         caplog.clear()
         path.write_bytes(whole[:end])
@@ -303,14 +303,14 @@ def test_of_a_shard_that_is_cut_off_the_samples_before_are_used(tmp_path, caplog
         assert dataset.labels.tolist() == [0, 1, 0, 1, 0, *[0, 1, 0, 1][:kept]]
         assert dataset.describe().endswith("damaged shards: 1")
         assert [record.getMessage().splitlines()[0] for record in caplog.records] == [
-            "1 of 2 shards are damaged; the samples before the damage are used"
+            "1 of 2 shards damaged; the samples before the damage are used"
         ]
         assert f"2.tar: {told}" in caplog.text
         for i in range(5 + kept):
             dataset.read(i, 3)
 
 
-def test_no_damage_ends_in_more_than_fewer_images(tmp_path):
+def test_index_tar_of_any_damage_lists_fewer_images_at_worst(tmp_path):
     """Bytes of headers changed at random, and the file cut anywhere."""
     path = tar(tmp_path / "x.tar", [*samples(6), ("y" * 300 + ".jpg", jpeg())], kind=tarfile.PAX_FORMAT)
     whole = np.frombuffer(path.read_bytes(), dtype=np.uint8)
@@ -339,7 +339,7 @@ def negative_size(content):
 
 
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
-def test_a_size_below_zero_does_not_loop(tmp_path, kind):
+def test_index_tar_of_a_negative_size_ends(tmp_path, kind):
     info = tarfile.TarInfo("0.jpg")
     info.type = kind
     path = tar(tmp_path / "x.tar", [(info, jpeg()), *samples(2)])
@@ -348,7 +348,7 @@ def test_a_size_below_zero_does_not_loop(tmp_path, kind):
     assert len(index_tar(path).names) == 0
 
 
-def test_what_is_no_folder_of_shards_is_told(tmp_path):
+def test_load_shards_explains_what_is_wrong_with_a_folder(tmp_path):
     def message(root):
         with pytest.raises(UserError) as caught:
             load_shards(root)
@@ -358,7 +358,7 @@ def test_what_is_no_folder_of_shards_is_told(tmp_path):
     assert "contains no .tar file" in message(tmp_path)
     path = tar(tmp_path / "a" / "x.tar", [])
     assert "is a file" in message(path)
-    assert "no image in the 1 .tar files of this folder, and nothing else" in message(tmp_path)
+    assert "no image in 1 .tar file of this folder" in message(tmp_path)
     path.write_bytes(b"")
     assert "x.tar: empty file" in message(tmp_path)
     path.write_bytes(b"no tar at all" * 100)
@@ -383,7 +383,7 @@ def listed(sample, tmp_path):
     return tmp_path
 
 
-def test_a_listing_saves_reading_the_shards_and_changes_nothing(listed, monkeypatch):
+def test_read_shard_index_replaces_reading_the_shards(listed, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("ssl_vit.data.sources.tar_shards.index_tar", None)  # to call it would fail
         kept = load_shards(listed)
@@ -397,7 +397,7 @@ def test_a_listing_saves_reading_the_shards_and_changes_nothing(listed, monkeypa
     assert kept.classes == anew.classes
 
 
-def test_a_listing_of_other_shards_is_not_used(listed, caplog):
+def test_read_shard_index_ignores_an_index_of_other_shards(listed, caplog):
     last = max(listed.glob("*.tar"))
     before = load_shards(listed)
     count = len(index_tar(last).names)
@@ -419,11 +419,11 @@ def test_a_listing_of_other_shards_is_not_used(listed, caplog):
         lambda arrays: arrays | {"offset": arrays["offset"].astype(np.float64)},
         lambda arrays: arrays | {"names.ends": arrays["names.ends"][::-1].copy()},
         lambda arrays: arrays | {"names.ends": np.zeros(0, dtype=np.int64)},
-        lambda arrays: {name: array for name, array in arrays.items() if name != "number"},
+        lambda arrays: {name: array for name, array in arrays.items() if name != "label"},
         None,
     ],
 )
-def test_a_damaged_listing_is_not_used(listed, caplog, harm):
+def test_read_shard_index_ignores_a_damaged_index(listed, caplog, harm):
     before = load_shards(listed)
     file = listed / "shards.safetensors"
     if harm:
@@ -442,7 +442,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.tar")}
 
 
-def test_the_command_says_what_it_wrote_and_training_takes_it(sample, tmp_path, capsys):
+def test_shard_command_reports_what_it_wrote(sample, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["shard", f"data.root={sample / 'train'}", f"out={out}", "shard_mb=0.3"]) == 0
     shown = capsys.readouterr().out
@@ -456,7 +456,7 @@ def test_the_command_says_what_it_wrote_and_training_takes_it(sample, tmp_path, 
     assert [m.name for m in members[:3]] == ["000000000.png", "000000000.cls", "000000000.json"]
 
 
-def test_the_same_input_gives_the_same_bytes_also_when_interrupted(sample, drawn, tmp_path, monkeypatch):
+def test_write_shards_gives_the_same_bytes_after_an_interruption(sample, drawn, tmp_path, monkeypatch):
     dataset = scan_image_folder(sample / "train")
     from ssl_vit.data.sources import shard_writer as sharding
 
@@ -465,9 +465,9 @@ def test_the_same_input_gives_the_same_bytes_also_when_interrupted(sample, drawn
             raise KeyboardInterrupt
         original(path, *rest, **options)
 
-    original = sharding._write
+    original = sharding._write_shard
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sharding, "_write", interrupted)
+        patch.setattr(sharding, "_write_shard", interrupted)
         write_shards(dataset, tmp_path, shard_bytes=200_000)
     assert len(contents(tmp_path)) == 2
     assert not (tmp_path / "shards.safetensors").exists()
@@ -479,7 +479,7 @@ def test_the_same_input_gives_the_same_bytes_also_when_interrupted(sample, drawn
     assert (tmp_path / "shards.safetensors").read_bytes() == (drawn[1] / "shards.safetensors").read_bytes()
 
 
-def test_it_writes_into_no_folder_of_other_shards(sample, tmp_path, capsys):
+def test_write_shards_refuses_a_folder_of_other_shards(sample, tmp_path, capsys):
     def shard(*words):
         return main(["shard", f"data.root={sample / 'train'}", "shard_mb=0.2", *words]), capsys.readouterr().err
 
@@ -509,7 +509,7 @@ def test_it_writes_into_no_folder_of_other_shards(sample, tmp_path, capsys):
     assert "x.tar" in error
 
 
-def test_unreadable_files_are_left_out_and_odd_names_survive(tmp_path):
+def test_write_shards_skips_unreadable_files_and_keeps_any_name(tmp_path):
     root = tmp_path / "photos"
     root.mkdir()
     odd = ["new\nline.jpg", "\U0001f431.JPEG", os.fsdecode(b"caf\xe9.jpg"), " space .jpg", "really a jpeg.png"]
@@ -535,7 +535,7 @@ def test_unreadable_files_are_left_out_and_odd_names_survive(tmp_path):
     assert all(torch.equal(found.read(n, 3), dataset.read(i, 3)) for n, i in enumerate(places))
 
 
-def test_of_a_list_what_is_no_file_is_left_out(tmp_path):
+def test_write_shards_skips_paths_of_a_list_that_are_no_files(tmp_path):
     (tmp_path / "good.jpg").write_bytes(jpeg())
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder.jpg").mkdir()
@@ -549,7 +549,7 @@ def test_of_a_list_what_is_no_file_is_left_out(tmp_path):
     assert sorted(line.split("\t")[0] for line in lines) == ["folder.jpg", r"nul\x00.jpg", "pipe.jpg"]
 
 
-def test_without_a_readable_image_there_are_no_shards(tmp_path):
+def test_write_shards_refuses_images_that_are_all_unreadable(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_text("no image")
     with pytest.raises(UserError, match=r"none of the 1 images can be read; .*skipped_images\.txt lists the reasons"):
@@ -557,7 +557,7 @@ def test_without_a_readable_image_there_are_no_shards(tmp_path):
     assert not (tmp_path / "out" / "shards.safetensors").exists()
 
 
-def test_a_full_disk_leaves_whole_shards_and_the_command_goes_on_later(sample, drawn, tmp_path, capsys):
+def test_write_shards_resumes_after_a_full_disk(sample, drawn, tmp_path, capsys):
     words = ["shard", f"data.root={sample / 'train'}", f"out={tmp_path / 'out'}", "shard_mb=0.2"]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, limits[1]))  # no file may become larger
@@ -577,7 +577,7 @@ def test_a_full_disk_leaves_whole_shards_and_the_command_goes_on_later(sample, d
 # --- evaluation ------------------------------------------------------------------------------------------------
 
 
-def test_evaluation_takes_shards_in_train_and_test(sample, tmp_path):
+def test_build_labeled_splits_reads_shards_in_train_and_test(sample, tmp_path):
     for part in ("train", "test"):
         write_shards(scan_image_folder(sample / part), tmp_path / part, shard_bytes=10**6)
     words = ["checkpoint=x", "data.source=shards", f"data.root={tmp_path}"]

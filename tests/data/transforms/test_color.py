@@ -72,7 +72,7 @@ def jitter_by(**strength: float) -> JitterConfig:
 
 
 @pytest.mark.parametrize("channels", [3, 1])
-def test_jitter_is_torchvisions_in_every_order(channels):
+def test_apply_jitter_equals_torchvision_in_every_order(channels):
     orders = torch.tensor(list(itertools.permutations(range(4))))
     x = torch.rand(24, channels, 9, 11, generator=torch.Generator().manual_seed(1))
     factor = 0.6 + 0.8 * torch.rand(24, 3, generator=torch.Generator().manual_seed(2))
@@ -84,7 +84,7 @@ def test_jitter_is_torchvisions_in_every_order(channels):
     torch.testing.assert_close(x, expected, atol=2e-5, rtol=0)
 
 
-def test_hue_of_gray_black_and_pure_colors():
+def test_shift_hue_of_gray_black_and_pure_colors():
     x = torch.tensor([[0, 0, 0], [1, 1, 1], [0.5, 0.5, 0.5], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]])
     x = x[:, :, None, None].float()
     for shift in (-0.5, -0.1, 0.0, 1 / 3):
@@ -93,7 +93,7 @@ def test_hue_of_gray_black_and_pure_colors():
         torch.testing.assert_close(ours, tv.adjust_hue(x, shift), atol=1e-6, rtol=0)
 
 
-def test_gray_and_solarize_are_torchvisions():
+def test_rgb_to_luma_and_solarize_equal_torchvision():
     x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(rgb_to_luma(x), tv.rgb_to_grayscale(x))
     levels = torch.arange(256, dtype=torch.uint8).view(16, 16)
@@ -144,7 +144,9 @@ def in_pixels(views: ViewsConfig, out: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("size", "count"), [(16, 24), (32, 16), (96, 8), (224, 2)])
 @pytest.mark.parametrize("channels", [3, 1])
-def test_views_are_the_textbooks(dino: ViewsConfig, photos: Path, size: int, count: int, channels: int):
+def test_color_augmentation_equals_the_textbook_form(
+    dino: ViewsConfig, photos: Path, size: int, count: int, channels: int
+):
     statistics = {"mean": dino.mean[:channels], "std": dino.std[:channels]}
     views = dino.model_copy(update=statistics)
     image = photograph(sorted(photos.iterdir())[3])
@@ -158,7 +160,7 @@ def test_views_are_the_textbooks(dino: ViewsConfig, photos: Path, size: int, cou
 
 @pytest.mark.parametrize("hue", [0.0, 0.1, 0.5])
 @pytest.mark.parametrize("p", [0.0, 1.0])
-def test_views_are_the_textbooks_at_the_ends_of_probabilities(dino: ViewsConfig, p: float, hue: float):
+def test_color_augmentation_equals_the_textbook_at_extremes(dino: ViewsConfig, p: float, hue: float):
     jitter = dino.jitter.model_copy(update={"p": p, "hue": hue})
     for more in ({"grayscale": p, "blur": BlurConfig(p=(p, p, p), sigma=(0, 3))}, {"solarize": (p, p, p)}):
         views = dino.model_copy(update={**OFF, "jitter": jitter, **more})
@@ -171,7 +173,7 @@ def test_views_are_the_textbooks_at_the_ends_of_probabilities(dino: ViewsConfig,
 # --- probabilities and ranges --------------------------------------------------------------------------------
 
 
-def test_probability_of_each_change_in_each_view(bare: ViewsConfig, dino: ViewsConfig):
+def test_color_augmentation_applies_each_operation_with_its_probability(bare: ViewsConfig, dino: ViewsConfig):
     """DINO's: jitter .8 and grayscale .2 everywhere, blur 1, .1, .5 and solarize 0, .2, 0 by view."""
     dataset = noise(3000, 4, 3, 8, 8)
     expected = {
@@ -190,13 +192,13 @@ def test_probability_of_each_change_in_each_view(bare: ViewsConfig, dino: ViewsC
             assert share[view] == pytest.approx(p, abs=0.001 if p in (0, 1) else 0.03), (name, view)
 
 
-def test_local_views_are_told_by_their_number(bare: ViewsConfig):
+def test_color_augmentation_treats_local_views_by_their_number(bare: ViewsConfig):
     dataset = noise(200, 2, 3, 8, 8)
     views = bare.model_copy(update={"solarize": (0.0, 1.0, 0.0)})
     assert torch.equal(ColorAugmentation(views)(dataset, keys(200), first_view=2), dataset / 255)
 
 
-def test_brightness_contrast_saturation_and_hue_have_their_ranges(bare: ViewsConfig):
+def test_sample_jitter_params_has_the_configured_ranges(bare: ViewsConfig):
     half = torch.full((2000, 1, 3, 4, 4), 128, dtype=torch.uint8)
     brightness = changed(bare, half, jitter=jitter_by(brightness=0.4)).mean(dim=(1, 2, 3, 4)) / (128 / 255)
     assert uniformity(brightness, 0.6, 1.4) < KS_LIMIT
@@ -216,13 +218,13 @@ def test_brightness_contrast_saturation_and_hue_have_their_ranges(bare: ViewsCon
     assert uniformity(turn, -0.1, 0.1) < KS_LIMIT
 
 
-def test_factors_end_at_zero(bare: ViewsConfig):
+def test_sample_jitter_params_has_no_negative_factors(bare: ViewsConfig):
     half = torch.full((2000, 1, 3, 2, 2), 60, dtype=torch.uint8)
     out = changed(bare, half, jitter=jitter_by(brightness=3.0)).mean(dim=(1, 2, 3, 4)) / (60 / 255)
     assert uniformity(out, 0.0, 4.0) < KS_LIMIT
 
 
-def test_blur_sigma_has_its_range(bare: ViewsConfig):
+def test_color_augmentation_blur_sigma_has_its_range(bare: ViewsConfig):
     """Measured by how far a white dot spreads."""
     dot = torch.zeros(1000, 1, 3, 25, 25, dtype=torch.uint8)
     dot[..., 12, 12] = 255
@@ -231,7 +233,7 @@ def test_blur_sigma_has_its_range(bare: ViewsConfig):
     assert uniformity(variance.sqrt(), 0.7, 2.0) < KS_LIMIT
 
 
-def test_the_order_of_the_jitter_is_uniformly_random(dino: ViewsConfig):
+def test_sample_jitter_params_order_is_uniformly_random(dino: ViewsConfig):
     order = sample_jitter_params(keys(24_000), dino.jitter).order
     codes = (order * torch.tensor([64, 16, 4, 1])).sum(dim=1)
     counts = torch.unique(codes, return_counts=True)[1].double()
@@ -241,7 +243,9 @@ def test_the_order_of_the_jitter_is_uniformly_random(dino: ViewsConfig):
 
 
 @pytest.mark.parametrize("view", [0, 1, 2])
-def test_views_are_distributed_as_the_pil_pipelines(bare: ViewsConfig, dino: ViewsConfig, photos: Path, view: int):
+def test_color_augmentation_matches_the_pil_pipeline(
+    bare: ViewsConfig, dino: ViewsConfig, photos: Path, view: int
+):
     """Brightness, contrast, colorfulness and sharpness of 300 views of one photograph, ours and the textbook's."""
     torch.manual_seed(0)
     random.seed(0)
@@ -268,7 +272,7 @@ def test_views_are_distributed_as_the_pil_pipelines(bare: ViewsConfig, dino: Vie
 # --- what does not matter ------------------------------------------------------------------------------------
 
 
-def test_a_view_does_not_depend_on_its_batch(dino: ViewsConfig):
+def test_color_augmentation_does_not_depend_on_the_batch(dino: ViewsConfig):
     dataset = noise(16, 3, 3, 24, 24)
     photometric = ColorAugmentation(dino)
     together = photometric(dataset, keys(16))
@@ -282,7 +286,7 @@ def test_a_view_does_not_depend_on_its_batch(dino: ViewsConfig):
 
 
 @pytest.mark.parametrize("values", [1, 100_000, 1 << 30])
-def test_a_view_does_not_depend_on_what_is_changed_together_with_it(dino, monkeypatch, values):
+def test_color_augmentation_does_not_depend_on_the_block(dino, monkeypatch, values):
     """To the last bit."""
     dataset = noise(24, 4, 3, 96, 96)
     expected = ColorAugmentation(dino)(dataset, keys(24))
@@ -290,7 +294,7 @@ def test_a_view_does_not_depend_on_what_is_changed_together_with_it(dino, monkey
     assert torch.equal(ColorAugmentation(dino)(dataset, keys(24)), expected)
 
 
-def test_the_number_of_threads_changes_nothing_and_stays(dino):
+def test_color_augmentation_does_not_depend_on_the_number_of_threads(dino):
     dataset = noise(2, 2, 3, 224, 224)
     before, found = torch.get_num_threads(), []
     try:
@@ -304,14 +308,14 @@ def test_the_number_of_threads_changes_nothing_and_stays(dino):
 
 
 @pytest.mark.parametrize(("size", "count"), [(224, 2), (96, 8)])
-def test_a_gpu_is_never_waited_for(dino, size, count):
+def test_color_augmentation_never_waits_for_a_gpu(dino, size, count):
     with FakeGPU():
         views = torch.empty(16, count, 3, size, size, dtype=torch.uint8, device="cuda")
         out = ColorAugmentation(dino)(views, keys(16), first_view=2 if size == 96 else 0)
         assert out.shape == views.shape and out.device.type == "cuda"
 
 
-def test_what_a_gpu_would_be_waited_for_is_found():
+def test_fake_gpu_finds_what_would_wait():
     with FakeGPU():
         x = torch.rand(4, device="cuda")
         for wait in (
@@ -327,7 +331,7 @@ def test_what_a_gpu_would_be_waited_for_is_found():
         assert (x + torch.arange(4).to("cuda", non_blocking=True)).device.type == "cuda"
 
 
-def test_normalization_and_untouched_input(bare: ViewsConfig, dino: ViewsConfig):
+def test_color_augmentation_normalizes_and_keeps_its_input(bare: ViewsConfig, dino: ViewsConfig):
     dataset = noise(3, 2, 3, 8, 8)
     before = dataset.clone()
     out = changed(bare, dataset, mean=dino.mean, std=dino.std)
@@ -338,7 +342,7 @@ def test_normalization_and_untouched_input(bare: ViewsConfig, dino: ViewsConfig)
     assert torch.equal(dataset, before)
 
 
-def test_one_channel_has_no_color(dino: ViewsConfig, bare: ViewsConfig):
+def test_color_augmentation_of_one_channel_has_no_color(dino: ViewsConfig, bare: ViewsConfig):
     gray = {"mean": [0.0], "std": [1.0]}
     dataset = noise(64, 2, 1, 8, 8)
     color_only = changed(bare, dataset, jitter=jitter_by(saturation=0.8, hue=0.5), grayscale=1.0, **gray)
@@ -346,13 +350,13 @@ def test_one_channel_has_no_color(dino: ViewsConfig, bare: ViewsConfig):
     assert changed(dino, dataset, **gray).isfinite().all()
 
 
-def test_no_views_and_no_blur_are_fine(bare: ViewsConfig, dino: ViewsConfig):
+def test_color_augmentation_takes_no_views_and_no_blur(bare: ViewsConfig, dino: ViewsConfig):
     assert ColorAugmentation(dino)(noise(4, 0, 3, 8, 8), keys(4), first_view=2).shape == (4, 0, 3, 8, 8)
     dataset = noise(4, 2, 3, 8, 8)
     assert torch.equal(changed(bare, dataset, blur=BlurConfig(p=(1, 1, 1), sigma=(0, 0))), dataset / 255)
 
 
-def test_pixels_stay_within_zero_and_one(dino: ViewsConfig, bare: ViewsConfig):
+def test_apply_jitter_stays_within_zero_and_one(dino: ViewsConfig, bare: ViewsConfig):
     out = changed(dino, noise(200, 2, 3, 12, 12), mean=bare.mean, std=bare.std)
     assert out.min() >= 0 and out.max() <= 1 + 1e-6
     assert math.isfinite(out.sum())

@@ -48,7 +48,7 @@ def corrupt(config: CorruptionConfig, x: Tensor, seed: int = 0, view: int = 0) -
 
 
 @pytest.mark.parametrize(("size", "count"), [(32, 2000), (96, 800), (224, 600)])
-def test_noise_and_replacement_hide_a_quarter(sit, size, count):
+def test_corruption_hides_a_quarter_by_noise_and_replacement(sit, size, count):
     """As simulated for SiT v1: mean .27, 95 % of images below .41, hardly one above half."""
     hidden = corrupt(sit, torch.zeros(count, 1, size, size)).mask.float().mean(dim=(1, 2, 3))
     assert hidden.mean() == pytest.approx(0.27, abs=0.01)
@@ -57,7 +57,7 @@ def test_noise_and_replacement_hide_a_quarter(sit, size, count):
 
 
 @pytest.mark.parametrize(("size", "side"), [(32, (0.05, 0.25)), (96, (0.05, 0.25)), (64, (0.1, 0.5))])
-def test_blocks_are_added_by_v1s_stopping_rule(sit, size, side):
+def test_corruption_adds_blocks_by_the_stopping_rule_of_sit_v1(sit, size, side):
     noise = sit.noise.model_copy(update={"size": side})
     config = only(sit.model_copy(update={"noise": noise}), "noise")
     ours = corrupt(config, torch.zeros(1500, 1, size, size)).mask.float().mean(dim=(1, 2, 3))
@@ -67,7 +67,7 @@ def test_blocks_are_added_by_v1s_stopping_rule(sit, size, side):
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 48, 48), (3, 40, 72)])
-def test_nothing_else_is_touched(sit, shape):
+def test_corruption_keeps_pixels_outside_of_blocks(sit, shape):
     x = dataset(40, *shape)
     before = x.clone()
     noise_and_mates = sit.model_copy(update={"gray": 0.0, "blur": 0.0})
@@ -78,14 +78,14 @@ def test_nothing_else_is_touched(sit, shape):
     assert ((out != x).any(dim=1, keepdim=True) == mask).all()
 
 
-def test_everything_off_changes_nothing(sit):
+def test_corruption_without_blocks_changes_nothing(sit):
     off = sit.noise.model_copy(update={"p": 0.0})
     x = dataset(8, 3, 32, 32)
     out, mask = corrupt(sit.model_copy(update={"gray": 0.0, "blur": 0.0, "noise": off, "replace": off}), x)
     assert torch.equal(out, x) and not mask.any()
 
 
-def test_gray_blocks_hold_the_mean_of_the_channels(sit):
+def test_corruption_gray_block_is_the_mean_of_the_channels(sit):
     x = dataset(1500, 3, 64, 64)
     out, mask = corrupt(only(sit, "gray"), x)
     block = (out != x).any(dim=1, keepdim=True)
@@ -96,7 +96,7 @@ def test_gray_blocks_hold_the_mean_of_the_channels(sit):
     assert not mask.any()
 
 
-def test_blurred_blocks_are_one_rectangle_of_the_blurred_image(sit):
+def test_corruption_blur_block_is_a_rectangle_of_the_blurred_image(sit):
     x = dataset(200, 3, 40, 56)
     out, mask = corrupt(only(sit, "blur"), x)
     block = (out != x).any(dim=1)  # (B, H, W)
@@ -108,7 +108,7 @@ def test_blurred_blocks_are_one_rectangle_of_the_blurred_image(sit):
     torch.testing.assert_close(corrupt(only(sit, "blur"), flat).images, flat)
 
 
-def test_blur_is_one_of_v1s_kernels(sit):
+def test_corruption_blur_is_a_kernel_of_sit_v1(sit):
     """A white dot well inside its block becomes the kernel: 3 to 15 pixels wide, always odd."""
     dot = torch.zeros(3000, 1, 41, 41)
     dot[..., 20, 20] = 1
@@ -120,7 +120,7 @@ def test_blur_is_one_of_v1s_kernels(sit):
 
 
 @pytest.mark.parametrize("view", [0, 1])
-def test_replaced_blocks_come_clean_from_one_other_image(sit, view):
+def test_corruption_replacement_is_clean_and_from_one_other_image(sit, view):
     """Image i holds the number i everywhere: a block shows who lent it, and nobody lends to one in both views."""
     x = torch.arange(64.0).view(64, 1, 1, 1).expand(64, 3, 32, 32).contiguous()
     out, mask = corrupt(sit, x, view=view)
@@ -140,7 +140,7 @@ def test_replaced_blocks_come_clean_from_one_other_image(sit, view):
 
 
 @pytest.mark.parametrize(("count", "view", "without"), [(1, 0, [0]), (1, 1, [0]), (5, 0, [4]), (6, 1, [4, 5])])
-def test_an_image_without_a_mate_keeps_its_own(sit, count, view, without):
+def test_corruption_without_a_source_image_replaces_nothing(sit, count, view, without):
     x = dataset(count, 3, 32, 32)
     always = sit.model_copy(update={"replace": sit.replace.model_copy(update={"max_area": 1.0})})
     out, mask = corrupt(only(always, "replace"), x, view=view)
@@ -149,7 +149,7 @@ def test_an_image_without_a_mate_keeps_its_own(sit, count, view, without):
 
 
 @pytest.mark.parametrize("view", [0, 1])
-def test_a_batch_cut_into_fours_fares_the_same(sit, view):
+def test_corruption_of_a_batch_split_into_fours_is_the_same(sit, view):
     x, keys = dataset(32, 3, 40, 40).double(), sample_keys(0, 0, torch.arange(32))
     whole = corrupt(sit, x, view=view)
     for size in (4, 8, 16):
@@ -160,7 +160,7 @@ def test_a_batch_cut_into_fours_fares_the_same(sit, view):
         assert torch.equal(torch.cat([part.mask for part in parts]), whole.mask)
 
 
-def test_probabilities(sit):
+def test_corruption_applies_each_kind_with_its_probability(sit):
     x = dataset(2000, 1, 32, 32)
     half = {"noise": sit.noise.model_copy(update={"p": 0.5}), "replace": sit.replace.model_copy(update={"p": 0.25})}
     for name, p in (("noise", 0.5), ("replace", 0.25)):
@@ -171,21 +171,21 @@ def test_probabilities(sit):
     assert (out != colored).any(dim=(1, 2, 3)).float().mean() == pytest.approx(0.3, abs=0.03)
 
 
-def test_noise_is_standard_normal(sit):
+def test_corruption_noise_is_standard_normal(sit):
     x = torch.full((300, 3, 48, 48), 7.0)
     out, mask = corrupt(only(sit, "noise"), x)
     noise = out[mask.expand_as(out)]
     assert noise.mean() == pytest.approx(0, abs=0.01) and noise.std() == pytest.approx(1, abs=0.01)
 
 
-def test_the_same_keys_give_the_same_result(sit):
+def test_corruption_is_a_function_of_the_keys(sit):
     x = dataset(16, 3, 32, 32)
     first, again, other = corrupt(sit, x), corrupt(sit, x), corrupt(sit, x, seed=1)
     assert torch.equal(first.images, again.images) and torch.equal(first.mask, again.mask)
     assert not torch.equal(first.images, other.images)
 
 
-def test_rotation_is_clockwise_and_comes_back():
+def test_rotate_is_clockwise_and_has_order_four():
     x = dataset(8, 3, 12, 12)
     quarter = torch.arange(8) % 4
     turned = rotate(x, quarter)
@@ -195,7 +195,7 @@ def test_rotation_is_clockwise_and_comes_back():
     assert torch.equal(rotate(turned, (4 - quarter) % 4), x)
 
 
-def test_a_gpu_is_never_waited_for(sit):
+def test_corruption_never_waits_for_a_gpu(sit):
     with FakeGPU():
         out, mask = Corruption(sit)(
             torch.empty(16, 3, 64, 64, device="cuda"), sample_keys(0, 0, torch.arange(16)), view=1
@@ -205,7 +205,7 @@ def test_a_gpu_is_never_waited_for(sit):
 
 @pytest.mark.parametrize("size", [16, 32, 96, 224])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_corruption_is_the_textbooks(sit, size, channels):
+def test_corruption_equals_the_textbook_form(sit, size, channels):
     """Noise and other images to the last bit."""
     count = {16: 64, 32: 40, 96: 12, 224: 5}[size]
     x = dataset(count, channels, size, size)
@@ -218,7 +218,7 @@ def test_corruption_is_the_textbooks(sit, size, channels):
 
 
 @pytest.mark.parametrize("size", [24, 25])
-def test_images_do_not_depend_on_what_is_corrupted_together_with_them(sit, monkeypatch, size):
+def test_corruption_does_not_depend_on_the_chunk(sit, monkeypatch, size):
     x = dataset(14, 3, size, size)
     expected = corrupt(sit, x)
     for values in (1, 8 * 3 * size**2, 1 << 30):

@@ -44,7 +44,7 @@ def keys(count: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("height", "width", "scale"), [(375, 500, (0.4, 1.0)), (32, 32, (0.05, 0.4)), (50, 120, (0.3, 1.0))]
 )
-def test_boxes_are_distributed_as_torchvisions(height, width, scale):
+def test_sample_crop_boxes_is_distributed_like_torchvision(height, width, scale):
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
     theirs = torch.tensor([RandomResizedCrop.get_params(image, scale, [3 / 4, 4 / 3]) for _ in range(4000)]).T
@@ -57,7 +57,7 @@ def test_boxes_are_distributed_as_torchvisions(height, width, scale):
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 100), (100, 10), (7, 9)])
-def test_the_central_box_is_torchvisions(height, width):
+def test_sample_crop_boxes_falls_back_to_torchvisions_central_box(height, width):
     """A share of area that no box of an allowed ratio has: all ten attempts fail."""
     theirs = RandomResizedCrop.get_params(torch.empty(3, height, width), (1.9, 2.0), [3 / 4, 4 / 3])
     ours = sample_crop_boxes(keys(5), height, width, crops=crops((1.9, 2.0)), flip=0.5)
@@ -65,19 +65,19 @@ def test_the_central_box_is_torchvisions(height, width):
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 40), (3, 2), (33, 20), (500, 375)])
-def test_boxes_lie_inside_the_image(height, width):
+def test_sample_crop_boxes_stays_inside_the_image(height, width):
     box = sample_crop_boxes(keys(2000), height, width, crops=crops((0.05, 1.0)), flip=0.5)
     assert (box.top >= 0).all() and (box.left >= 0).all() and (box.height >= 1).all() and (box.width >= 1).all()
     assert (box.top + box.height <= height).all() and (box.left + box.width <= width).all()
 
 
 @pytest.mark.parametrize("flip", [0.0, 0.5, 1.0])
-def test_flips(flip):
+def test_sample_crop_boxes_flips_with_its_probability(flip):
     share = sample_crop_boxes(keys(4000), 32, 32, crops=crops((0.4, 1.0)), flip=flip).flip.float().mean()
     assert share == pytest.approx(flip, abs=0.03 if flip == 0.5 else 0)
 
 
-def test_resampling_gives_torchvisions_pixels(photos: Path):
+def test_bicubic_weights_give_torchvisions_pixels(photos: Path):
     """Against the 8-bit antialiased resize of real photographs: never more than one level apart."""
     torch.manual_seed(0)
     for file in sorted(photos.iterdir())[:12]:
@@ -103,7 +103,7 @@ def test_resampling_gives_torchvisions_pixels(photos: Path):
                 assert distance.mean() < 0.3
 
 
-def test_one_by_one_and_as_a_batch_the_views_are_the_same(views: ViewsConfig, photos: Path):
+def test_crop_batch_equals_crop_image(views: ViewsConfig, photos: Path):
     dataset = torch.stack([tv.resize(photograph(file), [64, 80]) for file in sorted(photos.iterdir())[:8]])
     crop = MultiCrop(views)
     batch_global, batch_local = crop.crop_batch(dataset, keys(8))
@@ -115,7 +115,7 @@ def test_one_by_one_and_as_a_batch_the_views_are_the_same(views: ViewsConfig, ph
         assert (one_local.int() - batch_local[i].int()).abs().max() <= 1
 
 
-def test_views_depend_on_the_key_alone(views: ViewsConfig):
+def test_crop_batch_depends_on_the_keys_only(views: ViewsConfig):
     dataset = torch.randint(0, 256, (6, 3, 40, 40), dtype=torch.uint8)
     crop = MultiCrop(views)
     together = crop.crop_batch(dataset, keys(6))
@@ -128,7 +128,7 @@ def test_views_depend_on_the_key_alone(views: ViewsConfig):
         assert not torch.equal(together[kind], other[kind])
 
 
-def test_every_view_has_its_own_box(views: ViewsConfig):
+def test_crop_batch_gives_every_view_its_own_box(views: ViewsConfig):
     global_views, local_views = MultiCrop(views).crop_batch(
         torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8), keys(4)
     )
@@ -136,13 +136,13 @@ def test_every_view_has_its_own_box(views: ViewsConfig):
     assert not torch.equal(local_views[:, 0], local_views[:, 1])
 
 
-def test_no_local_crops():
+def test_multicrop_without_local_crops():
     crop = MultiCrop(make_views("method=sit"))
     assert crop.crop_batch(torch.zeros(4, 3, 40, 40, dtype=torch.uint8), keys(4))[1].shape == (4, 0, 3, 48, 48)
     assert crop.crop_image(torch.zeros(3, 40, 50, dtype=torch.uint8), keys(1)[0])[1].shape == (0, 3, 48, 48)
 
 
-def test_gray_images_keep_one_channel(views: ViewsConfig):
+def test_multicrop_of_gray_images_keeps_one_channel(views: ViewsConfig):
     assert MultiCrop(views).crop_image(torch.zeros(1, 30, 50, dtype=torch.uint8), keys(1)[0])[0].shape == (2, 1, 48, 48)
     assert MultiCrop(views).crop_batch(torch.zeros(2, 1, 30, 50, dtype=torch.uint8), keys(2))[1].shape == (
         2,
@@ -161,13 +161,13 @@ def test_gray_images_keep_one_channel(views: ViewsConfig):
         (10, 100, (0.3, 1.0), (0, 5385750, 1252500, 1628250, 65205)),
     ],
 )
-def test_boxes_are_those_of_earlier_versions(height, width, scale, sums):
+def test_sample_crop_boxes_equals_earlier_versions(height, width, scale, sums):
     """So that a run resumes with the views it would have seen."""
     boxes = sample_crop_boxes(keys(500), height, width, crops=crops(scale), flip=0.5)
     assert tuple(int((part.long() * torch.arange(1, 501)).sum()) for part in boxes) == sums
 
 
-def test_a_view_is_torchvisions_crop_to_the_bit(views: ViewsConfig, photos: Path):
+def test_crop_image_equals_torchvision_to_the_bit(views: ViewsConfig, photos: Path):
     crop = MultiCrop(views)
     kinds = (views.global_crops, 0), (views.local_crops, views.global_crops.count)
     for file, key in zip(sorted(photos.iterdir())[:10], keys(10), strict=True):
@@ -179,7 +179,7 @@ def test_a_view_is_torchvisions_crop_to_the_bit(views: ViewsConfig, photos: Path
                 assert torch.equal(view, tv.horizontal_flip(theirs) if flip else theirs)
 
 
-def test_larger_images_are_cut_alike_alone_and_together(views: ViewsConfig, photos: Path):
+def test_crop_batch_of_larger_images_equals_crop_image(views: ViewsConfig, photos: Path):
     dataset = torch.stack([tv.resize(photograph(file), [90, 110]) for file in sorted(photos.iterdir())[:6]])
     crop = MultiCrop(views)
     together = crop.crop_batch(dataset, keys(6))
@@ -188,7 +188,7 @@ def test_larger_images_are_cut_alike_alone_and_together(views: ViewsConfig, phot
         assert torch.equal(kind, torch.stack(made))
 
 
-def test_weights_looked_up_are_those_computed():
+def test_cached_bicubic_weights_equal_the_computed_ones():
     length, start = torch.meshgrid(torch.arange(1, 21), torch.arange(20), indexing="ij")
     fits = start + length <= 20
     stretch = start[fits], length[fits]
@@ -201,7 +201,7 @@ def test_weights_looked_up_are_those_computed():
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 5000), (95, 95), (150, 200), (263, 376), (768, 1024), (3000, 4001)])
-def test_an_image_may_shrink_as_far_as_no_box_gets_smaller_than_its_view(views: ViewsConfig, height, width):
+def test_jpeg_scale_keeps_every_box_larger_than_its_view(views: ViewsConfig, height, width):
     crop = MultiCrop(views)
     draws = crop.sample_params(keys(60))
     sizes = torch.tensor(crop.sizes)
@@ -218,7 +218,7 @@ def test_an_image_may_shrink_as_far_as_no_box_gets_smaller_than_its_view(views: 
 
 
 @pytest.mark.parametrize("by", [2, 4, 8])
-def test_boxes_in_a_smaller_image_are_those_to_half_a_pixel(by):
+def test_scale_boxes_is_exact_to_half_a_pixel(by):
     whole = sample_crop_boxes(keys(2000), 301, 403, crops=crops((0.05, 1.0)), flip=0.5)
     small = scale_boxes(whole, by)
     for start, length, last in ((0, 2, -(-301 // by)), (1, 3, -(-403 // by))):
@@ -232,7 +232,7 @@ def test_boxes_in_a_smaller_image_are_those_to_half_a_pixel(by):
 # --- on a GPU --------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_read_back_from_a_gpu(views: ViewsConfig):
+def test_crop_batch_matmul_reads_nothing_back_from_a_gpu(views: ViewsConfig):
     """On a pretended one, where reading a value is an error."""
     crop = MultiCrop(views)
     with FakeTensorMode():
@@ -248,7 +248,7 @@ def test_nothing_is_read_back_from_a_gpu(views: ViewsConfig):
 # --- the whole augmentation ------------------------------------------------------------------------------------
 
 
-def test_views_look_like_a_textbooks(photos: Path):
+def test_crop_image_is_distributed_like_the_textbook_form(photos: Path):
     """Crops and photometric transforms together: the distribution of the views' brightness and contrast."""
     torch.manual_seed(0)
     random.seed(0)
