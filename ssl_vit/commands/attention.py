@@ -31,6 +31,7 @@ from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone, random_init
 from ssl_vit.runtime.device import best_device
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.progress import progress_bar
+from ssl_vit.runtime.text import pluralize
 from ssl_vit.visualization.overlays import OverlayInputs, make_overlay_inputs, overlay_grid
 from ssl_vit.visualization.segmentation_writer import SegmentationWriter, plot_iou_curves
 
@@ -217,11 +218,17 @@ def _write_figure(
 def _report(config: AttentionConfig, summary: AttentionSummary) -> str:
     """Return counts, speed and where the files are."""
     rate = summary.written / summary.seconds
-    lines = [f"{summary.written} images in {summary.seconds:.0f} s ({rate:.1f} images/s); see {summary.figure}"]
+    lines = [
+        f"{pluralize(summary.written, 'image')} in {summary.seconds:.0f} s ({rate:.1f} images/s); see {summary.figure}"
+    ]
     if summary.skipped:
-        lines.append(f"{summary.skipped} images could not be used: see {config.out / 'skipped_images.txt'}")
+        lines.append(
+            f"{pluralize(summary.skipped, 'image')} could not be used: see {config.out / 'skipped_images.txt'}"
+        )
     if summary.unscored:
-        lines.append(f"{summary.unscored} images have no usable mask: see {config.out / 'unscored_images.txt'}")
+        lines.append(
+            f"{pluralize(summary.unscored, 'image')} without a usable mask: see {config.out / 'unscored_images.txt'}"
+        )
     lines += summary.notes
     lines.append(f"{config.out} contains overlays/, heads/, masks/ and maps/ under the images' names")
     return "\n".join(lines)

@@ -33,6 +33,7 @@ from ssl_vit.runtime.atomic_io import atomic_write, write_json
 from ssl_vit.runtime.device import best_device
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.launch import is_rank_zero
+from ssl_vit.runtime.text import pluralize
 from ssl_vit.training.callbacks.validation import ValidationCallback, predict
 from ssl_vit.training.console import finetune_summary
 from ssl_vit.training.finetune_source import Splits, check_source_unchanged, finetune_source, save_source
@@ -185,7 +186,7 @@ def evaluate_test_set(config: FinetuneConfig, evaluation: Evaluation, splits: Sp
         train_labels=splits.train.labels,
         test_labels=labels,
         data_info={"skipped": sum(part.count() for part in skipped)},
-        warnings=[f"{n:,} images could not be read: {part.path}" for part in skipped if (n := part.count())],
+        warnings=[f"{pluralize(n, 'image')} could not be read: {part.path}" for part in skipped if (n := part.count())],
         confusion_of="",
         figure=config.figure,
     )

@@ -28,6 +28,7 @@ from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone, random_init
 from ssl_vit.runtime.device import best_device
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.progress import progress_bar
+from ssl_vit.runtime.text import pluralize
 from ssl_vit.training.resume_checks import CONFIG, read_config
 from ssl_vit.visualization.analysis.activation_collector import ActivationCollector
 from ssl_vit.visualization.analysis.analysis_result import (
@@ -66,7 +67,7 @@ def main(config: InspectConfig) -> None:
         names = ", ".join(name for name, given in result.skipped.items() if given == reason)
         print(f"not drawn: {names}: {reason}")
     if skipped.count():
-        print(f"{skipped.count()} images could not be read, see {skipped.path}")
+        print(f"{pluralize(skipped.count(), 'image')} could not be read, see {skipped.path}")
 
 
 def inspect(config: InspectConfig) -> InspectSummary:

@@ -80,7 +80,7 @@ def schedule_table(schedules: dict[str, Schedule], points: list[int]) -> list[st
 def skipped_images_summary(skipped: SkippedImageLog) -> list[str]:
     """Return a line about the images that could not be read, if there are any."""
     count = skipped.count()
-    return [f"{pluralize(count, 'image')} could not be read and skipped: {skipped.path} lists them"] if count else []
+    return [f"{pluralize(count, 'image')} could not be read: {skipped.path} lists the skipped images"] if count else []
 
 
 def finetune_summary(run: RunState, method: SSLMethod, splits: Splits, *, start: str) -> str:

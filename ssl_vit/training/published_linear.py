@@ -33,6 +33,7 @@ from ssl_vit.runtime.errors import RankFinished, UserError
 from ssl_vit.runtime.jsonl import JSONLWriter
 from ssl_vit.runtime.launch import torchrun_rank
 from ssl_vit.runtime.rng import seeded_global_rng
+from ssl_vit.runtime.text import pluralize
 from ssl_vit.training.callbacks.probe_evaluation import ProbeEvaluation
 from ssl_vit.training.checkpointing import resume_point
 from ssl_vit.training.loop import fit
@@ -82,7 +83,7 @@ def published_probe(config: LinearConfig) -> tuple[EvalResult, Evaluation]:
         "too high by design; 'last epoch' is not chosen"
     ]
     if unread := sum(part.count() for part in skipped):
-        warnings.append(f"{unread:,} images could not be read: {folder / 'skipped*.txt'}")
+        warnings.append(f"{pluralize(unread, 'image')} could not be read: {folder / 'skipped*.txt'}")
     result = evaluation.write_result(
         [score],
         protocol=protocol,

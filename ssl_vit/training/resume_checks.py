@@ -98,7 +98,9 @@ def compare_configs(before: dict[str, Any], now: PretrainConfig | FinetuneConfig
     if refused:
         head = "run.resume=true: these keys differ from the run's config.yaml. Set them back"
         epochs = before["trainer"]["max_epochs"]
-        was_extended = epochs > now.trainer.max_epochs and not extended
+        was_extended = before["trainer"]["max_steps"] is None and (
+            epochs > now.trainer.max_epochs or now.trainer.max_steps is not None
+        )
         option = f"run.extend_to_epochs={epochs} resumes it" if was_extended else "run.extend_to_epochs=N extends a run"
         hint = [f"({option})"] if length & changed.keys() and not extended else []
         raise UserError("\n  ".join([head, *refused, *hint]))

@@ -243,9 +243,7 @@ def test_sample_jitter_params_order_is_uniformly_random(dino: ViewsConfig):
 
 
 @pytest.mark.parametrize("view", [0, 1, 2])
-def test_color_augmentation_matches_the_pil_pipeline(
-    bare: ViewsConfig, dino: ViewsConfig, photos: Path, view: int
-):
+def test_color_augmentation_matches_the_pil_pipeline(bare: ViewsConfig, dino: ViewsConfig, photos: Path, view: int):
     """Brightness, contrast, colorfulness and sharpness of 300 views of one photograph, ours and the textbook's."""
     torch.manual_seed(0)
     random.seed(0)
