@@ -14,9 +14,8 @@ def main(config: ShardConfig) -> None:
     dataset = load(config.data.root)
     print(dataset.describe())
     shards = write_shards(dataset, config.out, shard_bytes=int(config.shard_mb * 1e6))
-    print(
-        f"{pluralize(shards.num_images, 'image')} in {pluralize(shards.tars, 'shard')} in {config.out}, {shards.bytes / 1e6:,.1f} MB"
-    )
+    written = f"{pluralize(shards.num_images, 'image')} in {pluralize(shards.tars, 'shard')}"
+    print(f"{written} in {config.out}, {shards.bytes / 1e6:,.1f} MB")
     if count := shards.skipped.count():
         print(f"{pluralize(count, 'unreadable image')} skipped, listed in {shards.skipped.path}")
     print(f"To train on them: ssl-vit pretrain data.source=shards data.root={config.out}")

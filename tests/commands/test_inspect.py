@@ -151,7 +151,7 @@ def test_inspect_skips_and_lists_corrupt_images(tiny_model, tmp_path, capsys):
     content, _ = read(tmp_path / "out")
     assert (content["images"]["count"], content["images"]["skipped"]) == (4, 1)
     assert (tmp_path / "out" / "skipped_images.txt").read_text().startswith("broken.jpg\t")
-    assert "1 images could not be read" in capsys.readouterr().out
+    assert "1 image could not be read" in capsys.readouterr().out
     assert main([*argv, f"images={images / '2.png'}", "baselines=false"]) == 0
     content, _ = read(tmp_path / "out")
     assert content["images"]["count"] == 1
