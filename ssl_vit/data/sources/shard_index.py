@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
@@ -69,7 +69,8 @@ class ShardManifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    num_images: int  # unreadable ones included
+    # unreadable ones included; `pictures` in version 0.1
+    num_images: int = Field(validation_alias=AliasChoices("num_images", "pictures"))
     shard_bytes: int  # maximum size of a tar file, unless it has a single image
     fingerprint: str  # of the images' names and sizes
     classes: list[str]  # names of the labels in .cls members
@@ -166,11 +167,12 @@ def read_shard_index(folder: Path, tars: PackedPaths, sizes: Integers) -> ShardI
         return None
     try:
         arrays = load_file(path)
+        label = "label" if "label" in arrays else "number"  # of version 0.1
         index = ShardIndex(
             PackedPaths(arrays["tars.text"], arrays["tars.ends"]),
             arrays["bytes"],
             PackedPaths(arrays["names.text"], arrays["names.ends"]),
-            *(arrays[name] for name in ("tar", "offset", "size", "label")),
+            *(arrays[name] for name in ("tar", "offset", "size", label)),
         )
         _check_index(index)
     except (SafetensorError, KeyError, ValueError) as error:

@@ -1,7 +1,8 @@
 """Write image files into tar shards (WebDataset layout): bytes as they are; the same input gives the same shards.
 
-webdataset's ShardWriter is not used: it starts a new shard only after the bound is exceeded (with 200 images of up to
-60 kB and a bound of 200 kB every shard was larger, up to 276 kB), and it cannot replace one shard of a folder.
+webdataset 1.0.2 is not used for writing. Measured with 600 PNG images and a bound of 200 kB: ShardWriter exceeds the
+bound in 74 of 75 shards, and if it is interrupted, it leaves a valid tar file with too few images under the final name.
+TarWriter pads the file to a multiple of 10,240 bytes, and so exceeds the bound in 21 of 99 shards.
 """
 
 from __future__ import annotations

@@ -397,6 +397,21 @@ def test_read_shard_index_replaces_reading_the_shards(listed, monkeypatch):
     assert kept.classes == anew.classes
 
 
+def test_shards_of_version_0_1_load_and_resume(sample, listed, caplog):
+    before, tars = load_shards(listed), contents(listed)
+    manifest, index = listed / "ssl-vit-shards.json", listed / "shards.safetensors"
+    manifest.write_text(manifest.read_text().replace('"num_images"', '"pictures"'))
+    arrays = load_file(index)
+    arrays["number"] = arrays.pop("label")
+    save_file(arrays, index)
+    after = load_shards(listed)
+    assert not caplog.records
+    assert (after.classes, after.fingerprint(sizes=True)) == (before.classes, before.fingerprint(sizes=True))
+    write_shards(scan_image_folder(sample / "train"), listed, shard_bytes=200_000)
+    assert '"num_images"' in manifest.read_text()
+    assert contents(listed) == tars
+
+
 def test_read_shard_index_ignores_an_index_of_other_shards(listed, caplog):
     last = max(listed.glob("*.tar"))
     before = load_shards(listed)
