@@ -203,14 +203,14 @@ def _write_figure(
     annotations: AnnotationSource | None,
     examples: list[Example],
 ) -> Path:
-    """Write `sheet.jpg` with a row of tiles for each example, whose masks are read again from disk."""
+    """Write `overview.jpg` with a row of tiles for each example, whose masks are read again from disk."""
     rows = []
     for index, caption in examples:
         name, image = dataset.name(index), dataset.read(index, 3)
         size = (image.shape[-2], image.shape[-1])
         annotation = annotations.annotation(name, size) if annotations and caption else None
         rows.append((f"{caption}\n{name}".strip(), _overlay_inputs(config, image, writer.load(index), annotation)))
-    path = config.out / "sheet.jpg"
+    path = config.out / "overview.jpg"
     overlay_grid(rows).save(path, quality=90, subsampling=0)
     return path
 

@@ -47,12 +47,12 @@ def main(config: PropagateConfig) -> None:
     warnings = [f"{count} frames, masks or videos could not be used: see {skipped.path}"] if count else []
     write_result(config, models[MODEL], videos, scores, warnings=warnings, started=start)
     shown = dict(list(tiles.items())[:FIGURE_VIDEOS])
-    tracking_figure(shown).save(config.out / "sheet.jpg", quality=90, subsampling=0)
+    tracking_figure(shown).save(config.out / "overview.jpg", quality=90, subsampling=0)
     if scores:
         print(score_table(videos, scores))
     frames = sum(video.frames for video in videos)
     print(f"{frames} frames of {len(videos)} videos in {seconds:.0f} s ({seconds / frames:.2f} s a frame)")
-    print("\n".join([*warnings, f"{config.out} contains masks/, summary.json and sheet.jpg"]))
+    print("\n".join([*warnings, f"{config.out} contains masks/, summary.json and overview.jpg"]))
 
 
 def _track_all(

@@ -70,7 +70,8 @@ def resume_summary(run: RunState, method: SSLMethod) -> list[str]:
 
 
 def schedule_table(schedules: dict[str, Schedule], points: list[int]) -> list[str]:
-    """Return lines with the values of schedules at some steps."""
+    """Return lines with the values of schedules at some steps, each of which is shown once."""
+    points = sorted(set(points))
     lines = [f"  {'at step':<20}" + "".join(f"{point:>10,}" for point in points)]
     for name, schedule in schedules.items():
         lines.append(f"  {name:<20}" + "".join(f"{schedule(point):>10.3g}" for point in points))

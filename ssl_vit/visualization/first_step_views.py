@@ -142,12 +142,16 @@ def read_run_settings(run: Path) -> RunSettings:
     """Read the settings from `config.yaml` of a run directory.
 
     Raises:
-        UserError: There is no configuration of a pretraining run, or it is damaged.
+        UserError: There is no configuration of a pretraining run, it is of version 0.1, or it is damaged.
     """
-    path = run / "config.yaml"
+    path, values = run / "config.yaml", None
     try:
-        return RunSettings.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return RunSettings.model_validate(values)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a run directory") from None
     except (ValidationError, UnicodeDecodeError, RecursionError, yaml.YAMLError):
+        trainer = values.get("trainer") if isinstance(values, dict) else None
+        if isinstance(trainer, dict) and "accumulate" in trainer:  # today accumulate_grad_batches
+            raise UserError(f"{run} is a run of ssl-vit 0.1, whose settings this version cannot read") from None
         raise UserError(f"{path} is damaged, or not of a pretraining run") from None

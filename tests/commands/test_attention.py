@@ -77,7 +77,7 @@ def test_attention_writes_files_of_each_image_at_its_own_size(folder, capsys):
             assert arrays["maps"].sum((1, 2)) == pytest.approx(np.ones(4), abs=1e-5)
             assert tuple(arrays["size"]) == size[::-1]
         assert (out / "heads" / f"{name}.jpg").exists()
-    assert Image.open(out / "sheet.jpg").height > 300
+    assert Image.open(out / "overview.jpg").height > 300
     assert len(list((out / "maps").rglob("*.npz"))) == len(sizes)
     skipped = dict(line.split("\t") for line in (out / "skipped_images.txt").read_text().splitlines())
     assert skipped.keys() == {"broken.jpg", "empty.png", "thin.png"}
@@ -206,7 +206,7 @@ def test_attention_writes_masks_and_scores_of_every_method(folder, tiny_model, c
     assert any(line.startswith("  tokencut+guided ") for line in lines)
     assert max(len(line) for line in lines if str(out) not in line) <= 100
     assert Image.open(out / "curve.png").width > 400
-    assert Image.open(out / "sheet.jpg").width > 1200
+    assert Image.open(out / "overview.jpg").width > 1200
 
 
 def test_attention_scores_equal_those_of_the_written_masks(folder, tiny_model):
@@ -240,7 +240,7 @@ def test_attention_without_class_token_names_other_methods(folder, tmp_path, cap
     out = folder / "out"
     assert sorted(path.name for path in (out / "masks").iterdir()) == ["lost", "pca"]
     assert (out / "overlays" / "odd.jpg").exists()
-    assert (out / "sheet.jpg").exists()
+    assert (out / "overview.jpg").exists()
     assert not (out / "curve.png").exists()
     printed = capsys.readouterr().out
     assert "attention:" not in printed

@@ -111,8 +111,8 @@ def test_finetune_learns_and_tests_the_exported_weights(config, tmp_path, capsys
     assert record["selection"] is None
     assert record["by_class"]["metric"] == "top-1"
     assert str(run / "eval" / record["by_class"]["figure"]) in capsys.readouterr().out.splitlines()
-    with Image.open(run / "eval" / record["by_class"]["figure"]) as sheet:
-        assert min(sheet.size) > 400
+    with Image.open(run / "eval" / record["by_class"]["figure"]) as figure:
+        assert min(figure.size) > 400
 
     model, head = load_backbone(str(run)), load_file(run / "head.safetensors")
     dataset = scan_image_folder(folder / "test")

@@ -1,9 +1,10 @@
-"""Tests of the metrics file and of runs without readable images."""
+"""Tests of the metrics file, of the printed schedules and of runs without readable images."""
 
 import pytest
 
 from ssl_vit.commands.pretrain import pretrain
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.training.console import schedule_table
 from ssl_vit.training.loggers import ResumableCSVLogger
 from tests.helpers.cli import rows
 
@@ -36,6 +37,13 @@ def test_csv_logger_drops_rows_behind_the_resumed_step(tmp_path):
     resumed.save()
     assert [row["step"] for row in rows(tmp_path)] == list("01234567")
     assert [row["loss"] for row in rows(tmp_path)] == ["0.0", "1.0", "2.0", "3.0", "14.0", "15.0", "16.0", "17.0"]
+
+
+def test_schedule_table_of_a_short_run_shows_each_step_once():
+    assert [line.split() for line in schedule_table({"lr": float}, [0, 0, 1, 2])] == [
+        ["at", "step", "0", "1", "2"],
+        ["lr", "0", "1", "2"],
+    ]
 
 
 def test_pretrain_without_readable_images_leaves_no_run(pretrain_config, tmp_path):

@@ -102,3 +102,9 @@ def test_read_run_settings_reports_a_missing_or_damaged_config(tmp_path, text):
         (tmp_path / "config.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=r"config\.yaml.* run"):
         read_run_settings(tmp_path)
+
+
+def test_read_run_settings_reports_a_run_of_version_0_1(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 0\ntrainer: {max_steps: 3, accumulate: 1}\n")
+    with pytest.raises(UserError, match=r"is a run of ssl-vit 0\.1, whose settings"):
+        read_run_settings(tmp_path)

@@ -245,7 +245,7 @@ def test_propagate_beats_keeping_the_first_mask(davis, tiny_model, tmp_path, cap
     assert {(row["video"], row["object"]) for row in rows} == objects
     mean = np.mean([float(row["J-mean"]) for row in rows if row["tracker"] == "model"])
     assert values["model"]["J-mean"]["value"] == pytest.approx(mean, abs=1e-5)
-    assert Image.open(out / "sheet.jpg").width > 1000
+    assert Image.open(out / "overview.jpg").width > 1000
 
 
 def test_propagate_writes_masks_and_scores_them(davis, tiny_model, tmp_path):
