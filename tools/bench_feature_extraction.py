@@ -55,10 +55,9 @@ def table(title: str, name: str, size: int, patch: int, count: int) -> None:
             features._TOKENS = tokens
             backbone.set_fused_attention(fused)
             start = time.process_time()
-            features.extract(
-                loaded, dataset, EvalTransform(size, 1.0, MEAN, STD), blocks=1, batch_size=256, num_workers=0,
-                skipped=SkippedImageLog(Path("none.txt")), show=False,
-            )  # fmt: skip
+            extractor = features.BackboneExtractor(loaded, EvalTransform(size, 1.0, MEAN, STD), blocks=1)
+            skipped = SkippedImageLog(Path("none.txt"))
+            features.extract(extractor, dataset, batch_size=256, num_workers=0, skipped=skipped, show=False)
             rates[variant].append(count / (time.process_time() - start))
         peaks.append(peak())
     first = median(rates[next(iter(VARIANTS))])

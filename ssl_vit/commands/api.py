@@ -25,7 +25,7 @@ from ssl_vit.data.dataset_factory import TrainTestSplit
 from ssl_vit.data.sources.image_folder import load_images_at
 from ssl_vit.data.sources.torch_dataset import TorchDataset
 from ssl_vit.data.transforms.eval_transform import EvalTransform
-from ssl_vit.evaluation.features.extractor import Features, check_size, extract, on_best_device
+from ssl_vit.evaluation.features.extractor import BackboneExtractor, Features, check_size, extract, on_best_device
 from ssl_vit.evaluation.results.eval_result import EvalResult
 from ssl_vit.models.attention_maps import cls_attention, resize_to_patch_multiple
 from ssl_vit.models.checkpoint import LoadedBackbone
@@ -140,11 +140,10 @@ def extract_features(
     size = image_size or loaded.backbone.config.img_size
     check_size(size, loaded.backbone.patch_size)
     with tempfile.TemporaryDirectory() as folder:
+        transform = EvalTransform(size, crop_ratio, loaded.mean, loaded.std)
         return extract(
-            on_best_device(loaded),
+            BackboneExtractor(on_best_device(loaded), transform, blocks=blocks),
             _dataset(images),
-            EvalTransform(size, crop_ratio, loaded.mean, loaded.std),
-            blocks=blocks,
             batch_size=batch_size,
             num_workers=num_workers,
             skipped=SkippedImageLog(Path(folder) / "skipped_images.txt"),

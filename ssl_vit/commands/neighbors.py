@@ -114,7 +114,8 @@ def _queries(
     skipped = SkippedImageLog(config.out.with_name(f"{config.out.stem}-skipped_images.txt"))
     skipped.path.unlink(missing_ok=True)
     size, num_workers = config.data.batch_size, config.data.num_workers
-    features = extract(loaded, first, transform, blocks=1, batch_size=size, num_workers=num_workers, skipped=skipped)
+    extractor = BackboneExtractor(loaded, transform, blocks=1)
+    features = extract(extractor, first, batch_size=size, num_workers=num_workers, skipped=skipped)
     return FeatureSet(first, features, skipped, config.out.parent), None
 
 

@@ -21,11 +21,13 @@ from ssl_vit.evaluation.features.extractor import (
     BackboneExtractor,
     FeatureExtractor,
     Features,
+    RawPixelExtractor,
+    center_cls,
     check_size,
+    mean_cls,
     on_best_device,
     validate_features,
 )
-from ssl_vit.evaluation.features.raw_pixels import RawPixelExtractor, center_cls, mean_cls
 from ssl_vit.evaluation.results import provenance
 from ssl_vit.evaluation.results.confusion_matrix import ConfusionSummary
 from ssl_vit.evaluation.results.eval_result import (

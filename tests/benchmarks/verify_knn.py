@@ -23,7 +23,7 @@ from ssl_vit.data.dataset import SkippedImageLog
 from ssl_vit.data.dataset_factory import build_labeled_splits
 from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.classification.knn import LabeledFeatures, classify, search
-from ssl_vit.evaluation.features.extractor import extract, on_best_device
+from ssl_vit.evaluation.features.extractor import BackboneExtractor, extract, on_best_device
 from ssl_vit.models.checkpoint import load_backbone
 
 KS, TEMPERATURE = (1, 10, 20, 100, 200), 0.07
@@ -60,15 +60,15 @@ def labeled(checkpoint: str, root: Path) -> list[LabeledFeatures]:
     sections = {"source": "folder", "train": None, "test": None, "image_size": None, "crop_ratio": 0.875}
     data = EvalDataConfig(root=root, batch_size=256, num_workers="auto", **sections)
     transform = EvalTransform(loaded.backbone.config.img_size, data.crop_ratio, loaded.mean, loaded.std)
-    settings = {"blocks": 1, "batch_size": data.batch_size, "num_workers": data.num_workers}
+    extractor = BackboneExtractor(loaded, transform, blocks=1)
+    settings = {"batch_size": data.batch_size, "num_workers": data.num_workers}
     parts = []
     with tempfile.TemporaryDirectory() as folder:
         for dataset in build_labeled_splits(data):
             if dataset is None:
                 raise SystemExit(f"{root} does not contain train/ and test/")
-            found = extract(
-                loaded, dataset, transform, **settings, skipped=SkippedImageLog(Path(folder) / "skipped_images.txt")
-            )
+            skipped = SkippedImageLog(Path(folder) / "skipped_images.txt")
+            found = extract(extractor, dataset, **settings, skipped=skipped)
             parts.append(LabeledFeatures(found.cls[:, -1].float(), found.labels))
     return parts
 

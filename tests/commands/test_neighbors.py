@@ -12,7 +12,7 @@ from ssl_vit.data.dataset import SkippedImageLog
 from ssl_vit.data.sources.image_folder import scan_image_folder
 from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.classification.ann_index import IVFIndex
-from ssl_vit.evaluation.features.extractor import extract
+from ssl_vit.evaluation.features.extractor import BackboneExtractor, extract
 from ssl_vit.models.checkpoint import load_backbone
 from ssl_vit.visualization.neighbor_figure import TILE_SIDE
 from tests.reference import probes
@@ -72,15 +72,9 @@ def test_neighbors_exclude_the_query_itself(overrides, sample, tiny_model, tmp_p
     content = run_neighbors(overrides, f"data.root={sample}", "k=6", "limit=9")
     dataset = scan_image_folder(sample / "train")  # with train and test images, the train images are searched
     loaded = load_backbone(str(tiny_model))
-    features = extract(
-        loaded,
-        dataset,
-        EvalTransform(32, 0.875, loaded.mean, loaded.std),
-        blocks=1,
-        batch_size=64,
-        num_workers=0,
-        skipped=SkippedImageLog(tmp_path / "none.txt"),
-    )
+    extractor = BackboneExtractor(loaded, EvalTransform(32, 0.875, loaded.mean, loaded.std), blocks=1)
+    skipped = SkippedImageLog(tmp_path / "none.txt")
+    features = extract(extractor, dataset, batch_size=64, num_workers=0, skipped=skipped)
     every = features.cls[:, -1].double().numpy()
     expected = probes.nearest(every, every, 6, leave_one_out=True)
     index_of = {dataset.name(index): index for index in range(len(dataset))}

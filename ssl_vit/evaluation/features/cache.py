@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import shutil
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,31 +27,6 @@ _SPOT_CHECKS = 16  # images that are extracted again before the cache is used
 _MAX_NAME = 100  # characters of the data's name in the folder's
 
 
-class Array(NamedTuple):
-    """Layout of one of the .npy files."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def header(self) -> bytes:
-        """The bytes before the values."""
-        buffer = io.BytesIO()
-        description = {"descr": self.dtype, "fortran_order": False, "shape": self.shape}
-        np.lib.format.write_array_header_1_0(buffer, description)
-        return buffer.getvalue()
-
-    @property
-    def row_bytes(self) -> int:
-        """Size of one image's values."""
-        return prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
-
-    @property
-    def bytes(self) -> int:
-        """Size of the file."""
-        return len(self.header) + self.shape[0] * self.row_bytes
-
-
 @dataclass(frozen=True)
 class FeatureCache:
     """The features of the N images of a dataset, in a folder.
@@ -71,14 +44,14 @@ class FeatureCache:
     blocks: int  # in the cache, at least those of the extractor
 
     @property
-    def arrays(self) -> dict[str, Array]:
-        """The .npy files by name."""
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of the .npy files by name."""
         count, (width, patch_width) = len(self.dataset), self.extractor.shape
         return {
-            "cls.npy": Array((count, self.blocks, width), "<f2"),
-            "patch_mean.npy": Array((count, patch_width), "<f2"),
-            "labels.npy": Array((count,), "<i8"),
-            "state.npy": Array((count,), "|u1"),
+            "cls.npy": ((count, self.blocks, width), "<f2"),
+            "patch_mean.npy": ((count, patch_width), "<f2"),
+            "labels.npy": ((count,), "<i8"),
+            "state.npy": ((count,), "|u1"),
         }
 
     @property
@@ -90,10 +63,8 @@ class FeatureCache:
         """Create the folder, replacing an existing one, with all images pending and all files at full size."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        for name, array in self.arrays.items():
-            with (self.folder / name).open("wb") as file:
-                file.write(array.header)
-                file.truncate(array.bytes)  # zeros, sparse until they are written
+        for name, (shape, dtype) in self.arrays.items():  # zeros, sparse until they are written
+            np.lib.format.open_memmap(self.folder / name, mode="w+", dtype=dtype, shape=shape)
         np.save(self.folder / "labels.npy", self.dataset.labels.numpy())
         with (self.folder / "paths.txt").open("w", encoding="utf-8") as paths:
             paths.writelines(f"{self.dataset.name(index)}\n" for index in range(len(self.dataset)))
@@ -120,9 +91,8 @@ class FeatureCache:
 
     def state(self) -> npt.NDArray[np.uint8]:
         """Read the state of each image (N,): PENDING, DONE or BROKEN."""
-        array = self.arrays["state.npy"]
-        content = (self.folder / "state.npy").read_bytes()
-        return np.frombuffer(content, dtype=array.dtype, offset=len(array.header))
+        state: npt.NDArray[np.uint8] = np.load(self.folder / "state.npy")
+        return state
 
     def features(self, *, blocks: int) -> Features:
         """Return all features of the last blocks, float16, mapped from the files.
@@ -157,13 +127,13 @@ class FeatureCache:
             sizes = {name: (self.folder / name).stat().st_size for name in manifest["bytes"]}
             if manifest["identity"] != self.identity or sizes != manifest["bytes"]:
                 return False
-            for name, array in self.arrays.items():
-                with (self.folder / name).open("rb") as file:
-                    if sizes[name] != array.bytes or file.read(len(array.header)) != array.header:
-                        return False
+            for name, layout in self.arrays.items():
+                array = np.load(self.folder / name, mmap_mode="r")
+                if (array.shape, array.dtype.str) != layout:
+                    return False
             self.broken()
             return bool(self.state().max() <= BROKEN)
-        except (OSError, ValueError, LookupError, TypeError):  # missing, truncated, or of another format
+        except (OSError, ValueError, LookupError, TypeError, EOFError):  # missing, truncated, or of another format
             return False
 
     def _spot_checks_match(self) -> bool:
@@ -181,9 +151,10 @@ class FeatureCache:
         if not len(indices):
             return True
         cls, patch_mean = (torch.cat(parts) for parts in zip(*self.extractor(images), strict=True))
-        tolerance = self.extractor.tolerance()
-        return _close(self._map("cls.npy")[indices, -self.extractor.blocks :], cls, tolerance) and _close(
-            self._map("patch_mean.npy")[indices], patch_mean, tolerance
+        cached = self._map("cls.npy")[indices, -self.extractor.blocks :], self._map("patch_mean.npy")[indices]
+        return all(
+            _close(values, extracted, self.extractor.tolerance)
+            for values, extracted in zip(cached, (cls, patch_mean), strict=True)
         )
 
     def _map(self, name: str) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +17,12 @@ from filelock import FileLock, Timeout
 from ssl_vit.config.pretrain import Workers
 from ssl_vit.data.dataset import Subset
 from ssl_vit.evaluation.features.cache import BROKEN, DONE, PENDING, FeatureCache
-from ssl_vit.evaluation.features.extractor import iter_features
+from ssl_vit.evaluation.features.extractor import FeatureBatch, iter_features
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.launch import keep_freed_memory, torchrun_rank
 from ssl_vit.runtime.text import pluralize
 
+_VALUES, _STATE = ("cls.npy", "patch_mean.npy"), "state.npy"  # files that are written row by row
 _FLUSH_S = 5.0  # work lost at most when the process is killed
 _POLL_S, _TIMEOUT_S = 0.2, 600.0
 
@@ -95,15 +96,15 @@ def _extract_pending(cache: FeatureCache, share: range, batch_size: int, num_wor
         return FillResult(cache, 0, 0.0)
     pending = Subset(cache.dataset, torch.from_numpy(rows))
     try:
-        with keep_freed_memory(), _CacheWriter(cache, rows) as writer:
+        with keep_freed_memory(), ExitStack() as files:
+            opened = {name: files.enter_context((cache.folder / name).open("r+b")) for name in (*_VALUES, _STATE)}
+            writer = _CacheWriter(cache, rows, opened)
+            files.callback(writer.flush)
             for indices, batch in iter_features(
                 cache.extractor, pending, batch_size=batch_size, num_workers=num_workers, skipped=cache.skipped
             ):
-                writer.put(
-                    indices.numpy(),
-                    {"cls.npy": batch.cls.half().numpy(), "patch_mean.npy": batch.patch_mean.half().numpy()},
-                )
-            writer.finish()
+                writer.put(indices.numpy(), batch)
+            writer.seen = len(rows)  # those that were not put are broken
     except KeyboardInterrupt:
         done = int((cache.state() != PENDING).sum())
         log.warning(
@@ -123,62 +124,47 @@ class _CacheWriter:
     Args:
         cache: Cache with its files.
         rows: Indices (M,) of the images to be extracted, ascending.
+        files: The files of features and states, opened for writing.
     """
 
-    def __init__(self, cache: FeatureCache, rows: npt.NDArray[np.int64]) -> None:
+    def __init__(self, cache: FeatureCache, rows: npt.NDArray[np.int64], files: Mapping[str, BinaryIO]) -> None:
         self.cache = cache
         self.rows = rows
-        self.arrays = cache.arrays
+        self.files = files
+        self.arrays = {name: np.load(cache.folder / name, mmap_mode="r") for name in files}
         self.state = np.full(len(rows), BROKEN, dtype=np.uint8)  # until they are put
         self.seen = 0  # number of rows extracted or found broken
         self.flushed = 0  # number of those on the disk, with their state
         self.last_flush = time.monotonic()
 
-    def __enter__(self) -> _CacheWriter:
-        with ExitStack() as opened:
-            self.files = {
-                name: opened.enter_context((self.cache.folder / name).open("r+b"))
-                for name in ("cls.npy", "patch_mean.npy", "state.npy")
-            }
-            self.opened = opened.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self.opened:
-            self.flush()
-
-    def put(self, indices: npt.NDArray[np.int64], values: dict[str, npt.NDArray[Any]]) -> None:
-        """Write the values of some of the rows, by ascending indices (B,) of `rows`; rows between them are broken."""
-        for name, value in values.items():
-            self._write(name, self.rows[indices], value)
+    def put(self, indices: npt.NDArray[np.int64], batch: FeatureBatch) -> None:
+        """Write the features of some of the rows, by ascending indices (B,) of `rows`; rows between them are broken."""
+        for name, values in zip(_VALUES, batch, strict=True):
+            self._write(name, self.rows[indices], values.half().numpy())
         self.state[indices] = DONE
         self.seen = int(indices[-1]) + 1
         if time.monotonic() - self.last_flush > _FLUSH_S:
             self.flush()
 
-    def finish(self) -> None:
-        """Mark all rows that have not been put as broken."""
-        self.seen = len(self.rows)
-
     def flush(self) -> None:
         """Sync the values to the disk, and only then write their state."""
         if self.seen == self.flushed:
             return
-        for name in ("cls.npy", "patch_mean.npy"):
+        for name in _VALUES:
             self._sync(name)
         if self.cache.skipped.path.exists():
             with self.cache.skipped.path.open("rb") as file:
                 os.fsync(file.fileno())
         new = slice(self.flushed, self.seen)
-        self._write("state.npy", self.rows[new], self.state[new])
-        self._sync("state.npy")
+        self._write(_STATE, self.rows[new], self.state[new])
+        self._sync(_STATE)
         self.flushed, self.last_flush = self.seen, time.monotonic()
 
     def _write(self, name: str, rows: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> None:
         array, file = self.arrays[name], self.files[name]
         gaps = np.flatnonzero(np.diff(rows) != 1) + 1
         for run, part in zip(np.split(rows, gaps), np.split(values, gaps), strict=True):
-            file.seek(len(array.header) + int(run[0]) * array.row_bytes)
+            file.seek(array.offset + int(run[0]) * array[:1].nbytes)
             file.write(part.tobytes())
 
     def _sync(self, name: str) -> None:

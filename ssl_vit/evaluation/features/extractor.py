@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_vit.config.pretrain import Workers
@@ -21,7 +22,8 @@ from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.progress import progress_bar
 
 _TOKENS = 2500  # of a forward pass on a CPU: its activations stay in the cache
-_CHECKED_ROWS = 1 << 14  # at a time: features that are mapped from a file need not fit into memory
+_ROWS = 4096  # at a time: features that are mapped from a file need not fit into memory
+_PIXEL_SIDE = 32  # that larger images are downsampled to, where the pixels are the features
 COLLAPSED = 1e-3  # feature std below which only rounding errors distinguish images
 
 
@@ -38,8 +40,8 @@ class Features:
     labels: Tensor  # (N,) int64
     index: Tensor  # (N,) int64, of the images in the dataset
 
-    def take(self, rows: Tensor) -> Features:
-        """Return the features of some of the images, by mask or index."""
+    def take(self, rows: Tensor | slice) -> Features:
+        """Return the features of some of the images, by mask, index or slice."""
         return Features(self.cls[rows], self.patch_mean[rows], self.labels[rows], self.index[rows])
 
 
@@ -48,29 +50,6 @@ class FeatureBatch(NamedTuple):
 
     cls: Tensor  # (B, blocks, D) float32
     patch_mean: Tensor  # (B, D) float32; (B, 0) where there are no patch tokens
-
-
-class FeatureExtractor(Protocol):
-    """Interface of feature extractors: a backbone, or raw pixels."""
-
-    title: str  # for progress bars
-    transform: EvalTransform
-    channels: int  # of the images
-    blocks: int  # number of last blocks that are kept
-    max_blocks: int
-    shape: tuple[int, int]  # width D of a block, and of the mean patch token
-
-    def identity(self) -> dict[str, Any]:
-        """Return everything that determines the features except the images and `blocks`, as plain containers."""
-        ...
-
-    def tolerance(self) -> float:
-        """Return the largest relative change of a feature vector by rounding."""
-        ...
-
-    def __call__(self, images: Tensor) -> Iterator[FeatureBatch]:
-        """Yield the features of images (B, C, S, S) uint8 in order, some at a time."""
-        ...
 
 
 class BackboneExtractor:
@@ -86,13 +65,16 @@ class BackboneExtractor:
         model = loaded.backbone
         self.model = model
         self.transform = transform
-        self.blocks = blocks
-        self.title = f"features of {loaded.source}"
-        self.channels = model.config.in_chans
+        self.blocks = blocks  # number of last blocks that are kept
         self.max_blocks = model.num_blocks
-        self.shape = (model.embed_dim, model.embed_dim)
+        self.title = f"features of {loaded.source}"
+        self.channels = model.config.in_chans  # of the images
+        self.shape = (model.embed_dim, model.embed_dim)  # width of a block, and of the mean patch token
         self.device = next(model.parameters()).device
         self.dtype = autocast_dtype(self.device)
+        # The largest relative change of a feature vector by rounding: bfloat16 moves features of ViTs by 1 to 3 %, and
+        # differs as much between devices; otherwise it is ten times the rounding error of float16.
+        self.tolerance = 0.05 if self.dtype else 0.005
 
     def identity(self) -> dict[str, Any]:
         """Return the hash of the weights, the architecture, the dtype of the forward pass, and the transform."""
@@ -104,10 +86,6 @@ class BackboneExtractor:
             "forward": str(self.dtype or torch.float32).removeprefix("torch."),
             "transform": self.transform.describe(),
         }
-
-    def tolerance(self) -> float:
-        """Return 0.05 for bfloat16, which moves features of ViTs by 1 to 3 %, and differs as much between devices."""
-        return 0.05 if self.dtype else 0.005
 
     def __call__(self, images: Tensor) -> Iterator[FeatureBatch]:
         """Yield features of images (B, C, S, S) uint8: on a GPU of all at once, on a CPU of a few at a time."""
@@ -124,39 +102,41 @@ class BackboneExtractor:
         return FeatureBatch(cls, tokens[-1].patches.float().mean(dim=1).cpu())
 
 
-def extract(
-    loaded: LoadedBackbone,
-    dataset: ImageDataset,
-    transform: EvalTransform,
-    *,
-    blocks: int,
-    batch_size: int,
-    num_workers: Workers,
-    skipped: SkippedImageLog,
-    show: bool = True,
-) -> Features:
-    """Extract a model's features of all readable images into memory.
+class RawPixelExtractor:
+    """Extract the pixels themselves in place of a model's tokens: a baseline that every score must exceed.
 
     Args:
-        loaded: Model in evaluation mode.
-        dataset: Images.
-        transform: Transform that resizes and normalizes the images.
-        blocks: Number of last blocks whose [CLS] token is kept.
-        batch_size: Images loaded together, and on a GPU processed together; a CPU processes fewer at a time.
-        num_workers: Loading processes.
-        skipped: Log of the unreadable images.
-        show: Show a progress bar.
-
-    Raises:
-        UserError: No image can be read.
+        transform: Transform that has cropped the images as for the model.
+        channels: Channels of the images.
     """
-    extractor = BackboneExtractor(loaded, transform, blocks=blocks)
-    return extract_features(
-        extractor, dataset, batch_size=batch_size, num_workers=num_workers, skipped=skipped, show=show
-    )
+
+    title = "raw pixels"
+    blocks = max_blocks = 1
+    tolerance = 0.005
+
+    def __init__(self, transform: EvalTransform, *, channels: int) -> None:
+        self.transform = transform
+        self.channels = channels
+        self.shape = (channels * min(transform.image_size, _PIXEL_SIDE) ** 2, 0)
+
+    def identity(self) -> dict[str, Any]:
+        """Return how the images are cropped and downsampled."""
+        transform = {key: value for key, value in self.transform.describe().items() if key not in ("mean", "std")}
+        return {"kind": "raw pixels", "channels": self.channels, "largest_side": _PIXEL_SIDE, "transform": transform}
+
+    def __call__(self, images: Tensor) -> Iterator[FeatureBatch]:
+        """Yield the values in [0, 1] of images (B, C, S, S) uint8."""
+        pixels = images.float() / 255
+        if pixels.shape[-1] > _PIXEL_SIDE:
+            pixels = F.interpolate(pixels, size=(_PIXEL_SIDE, _PIXEL_SIDE), mode="bilinear", antialias=True)
+        pixels = pixels.flatten(1).unsqueeze(1)  # (B, 1, D)
+        yield FeatureBatch(pixels, pixels.new_empty(len(pixels), 0))
 
 
-def extract_features(
+FeatureExtractor = BackboneExtractor | RawPixelExtractor
+
+
+def extract(
     extractor: FeatureExtractor,
     dataset: ImageDataset,
     *,
@@ -166,6 +146,14 @@ def extract_features(
     show: bool = True,
 ) -> Features:
     """Extract the features of all readable images into memory, as float32.
+
+    Args:
+        extractor: Model or baseline.
+        dataset: Images.
+        batch_size: Images loaded together, and on a GPU processed together; a CPU processes fewer at a time.
+        num_workers: Loading processes.
+        skipped: Log of the unreadable images.
+        show: Show a progress bar.
 
     Raises:
         UserError: No image can be read.
@@ -236,9 +224,7 @@ def validate_features(features: Features, source: str) -> None:
         UserError: They are not finite, zero, or the same for every image.
     """
     count, infinite, zero = len(features.cls), 0, 0
-    for cls, patch_mean in zip(
-        torch.split(features.cls, _CHECKED_ROWS), torch.split(features.patch_mean, _CHECKED_ROWS), strict=True
-    ):
+    for cls, patch_mean in zip(torch.split(features.cls, _ROWS), torch.split(features.patch_mean, _ROWS), strict=True):
         infinite += int((~(cls.flatten(1).isfinite().all(dim=1) & patch_mean.isfinite().all(dim=1))).sum())
         zero += int((cls[:, -1].float().norm(dim=1) < 1e-6).sum())
     if infinite:
@@ -257,6 +243,18 @@ def validate_features(features: Features, source: str) -> None:
             f"models: 0.1 to 1, below {COLLAPSED:g} only rounding errors distinguish images). Use an earlier "
             "checkpoint, or train again and watch the health warnings of the run"
         )
+
+
+def mean_cls(features: Features) -> Tensor:
+    """Compute the mean [CLS] of all images (blocks, D) float32, in chunks."""
+    total = sum(part.float().sum(dim=0).double() for part in torch.split(features.cls, _ROWS))
+    return torch.as_tensor(total / len(features.cls)).float()
+
+
+def center_cls(features: Features, mean: Tensor) -> Features:
+    """Subtract the training mean (1, D) from the features: else an image's brightness dominates the cosine."""
+    parts = [(part - mean).to(part.dtype) for part in torch.split(features.cls, _ROWS)]
+    return replace(features, cls=torch.cat(parts))
 
 
 def subsample(features: Tensor, most: int = 1 << 15) -> Tensor:

@@ -60,12 +60,8 @@ def write_parquet(path: Path, splits: Sequence[FeatureSplit], *, pca: bool) -> N
     """Write a table with a row per readable image.
 
     Columns: `path`, `split`, `label` and `class` (null where there is none), `embedding`, the last [CLS] as a list of D
-    float32, and with `pca` `x` and `y`, its first two principal components.
-
-    Raises:
-        UserError: pyarrow is not installed.
+    float32, and with `pca` `x` and `y`, its first two principal components. Check with `check_pyarrow` before.
     """
-    check_pyarrow()
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -127,12 +123,7 @@ def _chunks(splits: Sequence[FeatureSplit]) -> Iterator[FeatureSplit]:
     """Yield the splits in chunks of at most `_ROWS` images."""
     for split in splits:
         for start in range(0, len(split.features.index), _ROWS):
-            all_rows, rows = split.features, slice(start, start + _ROWS)
-            yield split._replace(
-                features=Features(
-                    all_rows.cls[rows], all_rows.patch_mean[rows], all_rows.labels[rows], all_rows.index[rows]
-                )
-            )
+            yield split._replace(features=split.features.take(slice(start, start + _ROWS)))
 
 
 def _names(split: FeatureSplit) -> list[str]:

@@ -20,7 +20,7 @@ from ssl_vit.data.dataset_factory import TrainTestSplit, build_labeled_folder_sp
 from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.classification.knn import LabeledFeatures, knn
 from ssl_vit.evaluation.classification.ridge_regression import best_ridge, ridge_path
-from ssl_vit.evaluation.features.extractor import Features, extract, validate_features
+from ssl_vit.evaluation.features.extractor import BackboneExtractor, Features, extract, validate_features
 from ssl_vit.evaluation.results.statistics import wilson
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.checkpoint import LoadedBackbone
@@ -204,16 +204,9 @@ class OnlineEval(L.Callback):
             self.best = point
 
     def _features(self, backbone: Backbone, dataset: Subset) -> Features:
-        return extract(
-            LoadedBackbone(backbone, self.transform.mean, self.transform.std, "the run", None, None),
-            dataset,
-            self.transform,
-            blocks=1,
-            batch_size=256,
-            num_workers=0,
-            skipped=self.skipped,
-            show=False,
-        )
+        loaded = LoadedBackbone(backbone, self.transform.mean, self.transform.std, "the run", None, None)
+        extractor = BackboneExtractor(loaded, self.transform, blocks=1)
+        return extract(extractor, dataset, batch_size=256, num_workers=0, skipped=self.skipped, show=False)
 
     def plan(self) -> list[str]:
         """Return a line on what will be evaluated, and how precise it is; nothing if it is turned off."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog
 from ssl_vit.data.transforms.eval_transform import EvalTransform
-from ssl_vit.evaluation.features.extractor import extract
+from ssl_vit.evaluation.features.extractor import BackboneExtractor, extract
 from ssl_vit.methods.finetune import Classifier, FineTune
 from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.device import upcast
@@ -55,9 +55,8 @@ def predict(
     model.eval()
     loaded = LoadedBackbone(model.backbone, transform.mean, transform.std, "the run", None, None)
     with torch.compiler.set_stance("force_eager"):  # these batches have other sizes
-        features = extract(
-            loaded, dataset, transform, blocks=1, batch_size=_BATCH_SIZE, num_workers=0, skipped=skipped, show=show
-        )
+        extractor = BackboneExtractor(loaded, transform, blocks=1)
+        features = extract(extractor, dataset, batch_size=_BATCH_SIZE, num_workers=0, skipped=skipped, show=show)
     with torch.no_grad():
         head = model.head
         logits = head(features.cls[:, -1].float().to(next(head.parameters()).device))

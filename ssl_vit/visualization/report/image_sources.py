@@ -160,10 +160,8 @@ def _described_now(
     some = dataset if len(places) == len(dataset) else Subset(dataset, places)
     with skipped_list() as skipped:
         features = extract(
-            run.model,
+            BackboneExtractor(run.model, transform, blocks=1),
             some,
-            transform,
-            blocks=1,
             batch_size=config.data.batch_size,
             num_workers=config.data.num_workers,
             skipped=skipped,

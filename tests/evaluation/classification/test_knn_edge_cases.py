@@ -18,7 +18,7 @@ from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.classification import knn as knn_module
 from ssl_vit.evaluation.classification.knn import LabeledFeatures, classify, knn, search
 from ssl_vit.evaluation.classification.nearest_neighbors import exact_search
-from ssl_vit.evaluation.features.extractor import extract
+from ssl_vit.evaluation.features.extractor import BackboneExtractor, extract
 from ssl_vit.models.checkpoint import load_backbone
 from tests.reference import probes
 
@@ -275,9 +275,8 @@ def test_extract_does_not_depend_on_the_batch_size(tiny_model, cifar, tmp_path):
     for batch_size in (7, 256):
         skipped = SkippedImageLog(tmp_path / "skipped_images.txt")
         transform = EvalTransform(32, 0.875, HALF, HALF)
-        parts.append(
-            extract(loaded, dataset, transform, blocks=1, batch_size=batch_size, num_workers=0, skipped=skipped)
-        )
+        extractor = BackboneExtractor(loaded, transform, blocks=1)
+        parts.append(extract(extractor, dataset, batch_size=batch_size, num_workers=0, skipped=skipped))
     assert torch.equal(parts[0].index, torch.arange(len(dataset)))
     assert torch.equal(parts[0].index, parts[1].index)
     cosine = torch.nn.functional.cosine_similarity(parts[0].cls[:, -1], parts[1].cls[:, -1])
@@ -330,7 +329,8 @@ def test_knn_of_real_images_equals_float64(engine, tiny_model, cifar, tmp_path):
     for name in ("train", "test"):
         dataset = scan_image_folder(cifar / name)
         transform = EvalTransform(32, 0.875, HALF, HALF)
-        features = extract(loaded, dataset, transform, blocks=1, batch_size=256, num_workers=0, skipped=skipped)
+        extractor = BackboneExtractor(loaded, transform, blocks=1)
+        features = extract(extractor, dataset, batch_size=256, num_workers=0, skipped=skipped)
         parts.append(LabeledFeatures(features.cls[:, -1], features.labels))
     result = knn(*parts, ks=[10, 20, 200], temperature=0.07, engine=engine)
     for k in (10, 20, 200):

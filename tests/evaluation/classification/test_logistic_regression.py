@@ -11,7 +11,7 @@ from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.classification import linear_classifier
 from ssl_vit.evaluation.classification.linear_classifier import FeatureVariant
 from ssl_vit.evaluation.classification.logistic_regression import FINAL_TOLERANCE, logistic_path, standard_space
-from ssl_vit.evaluation.features.extractor import extract
+from ssl_vit.evaluation.features.extractor import BackboneExtractor, extract
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.checkpoint import LoadedBackbone
 from tests.reference import probes
@@ -135,7 +135,7 @@ def test_logistic_path_equals_scikit_learn_on_real_images(cifar, tmp_path):
         "skipped": SkippedImageLog(tmp_path / "skipped_images.txt"),
         "show": False,
     }
-    features = extract(loaded, dataset, transform, blocks=1, **settings)
+    features = extract(BackboneExtractor(loaded, transform, blocks=1), dataset, **settings)
     assert_as_good_as_scikit_learn(FeatureVariant(1, True).of(features), features.labels)
 
 

@@ -24,8 +24,7 @@ from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.features import cache_writer
 from ssl_vit.evaluation.features.cache import candidate_caches, features_folder
 from ssl_vit.evaluation.features.cache_writer import fill_cache
-from ssl_vit.evaluation.features.extractor import BackboneExtractor, extract_features, validate_features
-from ssl_vit.evaluation.features.raw_pixels import RawPixelExtractor
+from ssl_vit.evaluation.features.extractor import BackboneExtractor, RawPixelExtractor, extract, validate_features
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.models.export import export_backbone
@@ -105,9 +104,7 @@ def flush_at_once(monkeypatch):
 def test_cache_holds_the_features_of_extract_in_float16(dataset, features, tmp_path):
     extractor = tokens()
     found = fill(dataset, features).features(blocks=2)
-    wanted = extract_features(
-        extractor, dataset, batch_size=8, num_workers=0, skipped=SkippedImageLog(tmp_path / "x.txt")
-    )
+    wanted = extract(extractor, dataset, batch_size=8, num_workers=0, skipped=SkippedImageLog(tmp_path / "x.txt"))
     assert found.cls.dtype == found.patch_mean.dtype == torch.float16
     assert torch.equal(found.cls, wanted.cls.half())
     assert torch.equal(found.patch_mean, wanted.patch_mean.half())

@@ -12,8 +12,15 @@ from ssl_vit.data.sources.image_folder import scan_image_folder
 from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.classification.knn import LabeledFeatures, knn
 from ssl_vit.evaluation.features import extractor as module
-from ssl_vit.evaluation.features.extractor import Features, check_size, extract, extract_features, validate_features
-from ssl_vit.evaluation.features.raw_pixels import RawPixelExtractor, center_cls
+from ssl_vit.evaluation.features.extractor import (
+    BackboneExtractor,
+    Features,
+    RawPixelExtractor,
+    center_cls,
+    check_size,
+    extract,
+    validate_features,
+)
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.errors import UserError
@@ -59,6 +66,10 @@ def transform(size=48):
     return EvalTransform(size, 0.875, MEAN, STD)
 
 
+def tokens(loaded, blocks, size=48):
+    return BackboneExtractor(loaded, transform(size), blocks=blocks)
+
+
 def healthy(count=20, dim=8):
     g = torch.Generator().manual_seed(0)
     return Features(
@@ -68,12 +79,12 @@ def healthy(count=20, dim=8):
 
 def test_extract_returns_the_tokens_of_the_model(loaded, dataset, skipped, in_float32):
     """Blocks in order, the last one last; patch tokens without [CLS] and registers."""
-    found = extract(loaded, dataset, transform(), blocks=2, batch_size=7, num_workers=0, skipped=skipped)
+    found = extract(tokens(loaded, 2), dataset, batch_size=7, num_workers=0, skipped=skipped)
     images = torch.stack([dataset.read(index, 3) for index in range(len(dataset))])
     x = (images / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    tokens = loaded.backbone.vit.forward_features(x)  # (N, 1 + 2 + 9, D)
-    torch.testing.assert_close(found.cls[:, -1], tokens[:, 0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.patch_mean, tokens[:, 3:].mean(1), rtol=1e-4, atol=1e-5)
+    outputs = loaded.backbone.vit.forward_features(x)  # (N, 1 + 2 + 9, D)
+    torch.testing.assert_close(found.cls[:, -1], outputs[:, 0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.patch_mean, outputs[:, 3:].mean(1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(
         found.cls[:, 0], loaded.backbone.get_intermediate_tokens(x, 2)[0].cls, rtol=1e-4, atol=1e-5
     )
@@ -85,9 +96,9 @@ def test_extract_returns_the_tokens_of_the_model(loaded, dataset, skipped, in_fl
 
 def test_extract_does_not_depend_on_the_chunk_size(loaded, dataset, skipped, in_float32, monkeypatch):
     found = []
-    for tokens in (1, 40, 10**6):  # one image at a time, uneven passes, whole batches
-        monkeypatch.setattr(module, "_TOKENS", tokens)
-        found.append(extract(loaded, dataset, transform(), blocks=2, batch_size=7, num_workers=0, skipped=skipped))
+    for most in (1, 40, 10**6):  # one image at a time, uneven passes, whole batches
+        monkeypatch.setattr(module, "_TOKENS", most)
+        found.append(extract(tokens(loaded, 2), dataset, batch_size=7, num_workers=0, skipped=skipped))
     for other in found[1:]:
         torch.testing.assert_close(other.cls, found[0].cls, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(other.patch_mean, found[0].patch_mean, rtol=1e-4, atol=1e-5)
@@ -98,7 +109,7 @@ def test_extract_in_bfloat16_is_close_to_float32(loaded, dataset, skipped, monke
     both = []
     for dtype in (None, torch.bfloat16):
         monkeypatch.setattr(module, "autocast_dtype", lambda device, dtype=dtype: dtype)
-        both.append(extract(loaded, dataset, transform(), blocks=1, batch_size=16, num_workers=0, skipped=skipped).cls)
+        both.append(extract(tokens(loaded, 1), dataset, batch_size=16, num_workers=0, skipped=skipped).cls)
     assert torch.nn.functional.cosine_similarity(both[0][:, 0], both[1][:, 0]).min() > 0.999
 
 
@@ -109,7 +120,7 @@ def test_extract_skips_and_lists_unreadable_images(loaded, sample, skipped, tmp_
             (tmp_path / "some" / label / f"{number}.png").write_bytes(file.read_bytes())
     (tmp_path / "some" / "a" / "1.png").write_bytes(b"no image")
     dataset = scan_image_folder(tmp_path / "some")
-    found = extract(loaded, dataset, transform(), blocks=1, batch_size=2, num_workers=0, skipped=skipped)
+    found = extract(tokens(loaded, 1), dataset, batch_size=2, num_workers=0, skipped=skipped)
     assert found.index.tolist() == [0, 2, 3, 4, 5]
     assert found.labels.tolist() == [0, 0, 1, 1, 1]
     torch.testing.assert_close(found.cls[0], found.cls[2], rtol=1e-3, atol=1e-3)  # the same image in both classes
@@ -121,12 +132,12 @@ def test_extract_accepts_images_of_any_size_and_mode(loaded, tmp_path, skipped):
     for number, (mode, size) in enumerate([("L", (200, 50)), ("RGBA", (31, 90)), ("P", (48, 48)), ("1", (7, 300))]):
         Image.new(mode, size, 1).save(tmp_path / "odd" / f"{number}.png")
     dataset = scan_image_folder(tmp_path / "odd")
-    found = extract(loaded, dataset, transform(32), blocks=1, batch_size=4, num_workers=0, skipped=skipped)
+    found = extract(tokens(loaded, 1, 32), dataset, batch_size=4, num_workers=0, skipped=skipped)
     assert found.cls.shape == (4, 1, 32)
 
 
 def pixels(dataset, transform, **settings):
-    return extract_features(RawPixelExtractor(transform, channels=3), dataset, show=False, **settings)
+    return extract(RawPixelExtractor(transform, channels=3), dataset, show=False, **settings)
 
 
 def test_raw_pixel_extractor_downsamples_to_32(dataset, skipped):

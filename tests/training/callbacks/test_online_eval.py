@@ -20,7 +20,7 @@ from ssl_vit.data.dataset import SkippedImageLog
 from ssl_vit.data.dataset_factory import build_dataset
 from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.classification.ridge_regression import best_ridge, ridge_path
-from ssl_vit.evaluation.features.extractor import extract, on_best_device
+from ssl_vit.evaluation.features.extractor import BackboneExtractor, extract, on_best_device
 from ssl_vit.methods.schedules import make_plan
 from ssl_vit.models.checkpoint import load_backbone
 from ssl_vit.runtime.errors import UserError
@@ -117,8 +117,8 @@ def slow_values(loaded, config, dataset):
     transform = EvalTransform(views.global_crops.size, 0.875, views.mean, views.std)
     parts = select_online_data(config.online, dataset, seed=config.seed)
     skipped = SkippedImageLog(config.run.path / "none.txt")
-    how = {"blocks": 1, "batch_size": 64, "num_workers": 0, "skipped": skipped}
-    bank, queries = (extract(loaded, part, transform, **how) for part in parts)
+    how = {"batch_size": 64, "num_workers": 0, "skipped": skipped}
+    bank, queries = (extract(BackboneExtractor(loaded, transform, blocks=1), part, **how) for part in parts)
     known, asked = (part.cls[:, -1].double().numpy() for part in (bank, queries))
     values = {}
     for k in config.online.k:

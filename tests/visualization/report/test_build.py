@@ -20,7 +20,7 @@ from ssl_vit.data.annotations.object_masks import MaskFolder
 from ssl_vit.data.dataset import SkippedImageLog
 from ssl_vit.data.sources.image_folder import scan_image_folder
 from ssl_vit.data.transforms.eval_transform import EvalTransform
-from ssl_vit.evaluation.features.extractor import extract
+from ssl_vit.evaluation.features.extractor import BackboneExtractor, extract
 from ssl_vit.evaluation.segmentation.iou import iou, pool_mask_to_patches
 from ssl_vit.models.checkpoint import load_backbone
 from ssl_vit.runtime.errors import UserError
@@ -182,10 +182,8 @@ def test_neighbors_are_the_nearest_training_images_of_stored_features(content, s
     loaded = load_backbone(str(tiny_model))
     transform = EvalTransform(32, 0.875, loaded.mean, loaded.std)
     bank, asked = (scan_image_folder(sample / part) for part in ("train", "test"))
-    found = [
-        extract(loaded, part, transform, blocks=1, batch_size=64, num_workers=0, skipped=SkippedImageLog(sample / "no"))
-        for part in (bank, asked)
-    ]
+    extractor, skipped = BackboneExtractor(loaded, transform, blocks=1), SkippedImageLog(sample / "no")
+    found = [extract(extractor, part, batch_size=64, num_workers=0, skipped=skipped) for part in (bank, asked)]
     known, asking = (torch.nn.functional.normalize(part.cls[:, -1], dim=1) for part in found)
     similarity = asking @ known.T
     assert 8 < len(content.neighbors) <= 12
