@@ -23,7 +23,7 @@ from ssl_vit.data.annotations.voc import VOCDataset
 from ssl_vit.data.dataset import SkippedImageLog, UnreadableImageError
 from ssl_vit.data.sources.image_folder import ImageFolder, load_images_at
 from ssl_vit.evaluation.segmentation.image_outputs import run_backbone
-from ssl_vit.evaluation.segmentation.mask_predictor import build_predictors, check_methods
+from ssl_vit.evaluation.segmentation.mask_methods import build_predictors, check_methods
 from ssl_vit.evaluation.segmentation.mask_scores import PredictedMasks
 from ssl_vit.evaluation.segmentation.segmentation_evaluator import MethodResult, SegmentationEvaluator
 from ssl_vit.evaluation.segmentation.segmentation_result import score_table, write_image_scores, write_result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ EDGE = 0.01  # standard deviation of the colors in a window, in [0, 1], below wh
 
 
 def refine(mask: Tensor, image: Tensor) -> Tensor:
-    """Move the outline of a mask of patches to the edges of its image.
+    """Move the outline of a mask of patches (rows, columns) bool to the edges of its image (1 or 3, H, W) uint8.
 
     The mask at the image's size goes through a guided filter with the image as guide (He et al. 2013, TPAMI 35(6):
     window by window the mask is replaced by the linear function of the colors that fits it best; radius one patch,
@@ -24,37 +25,31 @@ def refine(mask: Tensor, image: Tensor) -> Tensor:
     builds lack it, and on ECSSD it helped less. A mask of one component may have several afterwards; a mask of all or
     no patches stays as it is.
 
-    Args:
-        mask: (rows, columns) bool.
-        image: (1 or 3, H, W) uint8, at its own size.
-
     Returns:
         (H, W) bool.
 
     Raises:
         UserError: OpenCV's extra modules are not installed.
     """
-    check_opencv()
-    import cv2
-
     height, width = image.shape[-2:]
     patch = math.sqrt(height / mask.shape[0] * width / mask.shape[1])  # pixels
     radius = max(1, round(RADIUS * patch))
     guide = np.ascontiguousarray(image.permute(1, 2, 0).numpy())  # (H, W, C)
     blocks = upsample_mask(mask, (height, width)).float().numpy()  # (H, W)
-    filtered = cv2.ximgproc.guidedFilter(guide, blocks, radius, (255 * EDGE) ** 2)
+    filtered = import_opencv().ximgproc.guidedFilter(guide, blocks, radius, (255 * EDGE) ** 2)
     return torch.from_numpy(filtered > 0.5)
 
 
-def check_opencv() -> None:
-    """Check early that masks can be refined.
+def import_opencv() -> ModuleType:
+    """Import OpenCV with its extra modules.
 
     Raises:
-        UserError: OpenCV's extra modules are not installed.
+        UserError: They are not installed.
     """
     try:
-        import cv2.ximgproc  # noqa: F401
+        import cv2.ximgproc
     except ImportError:
         raise UserError(
             "refined masks need OpenCV's extra modules: install them by `pip install 'ssl-vit[refine]'`"
         ) from None
+    return cv2

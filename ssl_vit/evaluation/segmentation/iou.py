@@ -6,6 +6,7 @@ pixels are counted once per patch and no mask has to be enlarged.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -30,10 +31,7 @@ class PatchCounts(NamedTuple):
 def pool_mask_to_patches(mask: Tensor, grid: tuple[int, int], valid: Tensor | None = None) -> PatchCounts:
     """Count the pixels of a foreground mask (H, W) bool within each patch of a grid (rows, columns).
 
-    Args:
-        mask: Foreground, without void pixels.
-        grid: Rows and columns of patches.
-        valid: (H, W) bool, False for void pixels, which then belong neither to intersections nor to unions.
+    Void pixels, where `valid` (H, W) is False, belong neither to intersections nor to unions.
     """
     (height, width), (rows, columns) = mask.shape, grid
     patch = patch_of_pixel(height, rows)[:, None] * columns + patch_of_pixel(width, columns)  # (H, W)
@@ -48,17 +46,10 @@ def iou(masks: Tensor, target: PatchCounts) -> Tensor:
     return inside / ((masks * target.valid).sum((-2, -1)) + target.foreground.sum() - inside).clamp(min=1)
 
 
-def score_heads(maps: Tensor, target: PatchCounts, mass: float) -> dict[str, Tensor]:
-    """Compute the IoUs (heads + 1,) of one image's attention maps (heads, rows, columns) and, last, of their mean.
-
-    Returns:
-        By rule: `mass`, the fewest patches that hold a share of the attention; `area`, as many patches as the
-        foreground has, which knows the area and so is no prediction.
-    """
+def area_mask(maps: Tensor, target: PatchCounts) -> Tensor:
+    """Return as many top patches of maps (..., rows, columns) as the foreground has, whose area is no prediction."""
     share = target.foreground.sum() / target.valid.sum()
-    count = max(1, round(share.item() * target.foreground.numel()))
-    maps = torch.cat([maps, maps.mean(0, keepdim=True)])
-    return {"mass": iou(attention_mass_mask(maps, mass), target), "area": iou(topk_mask(maps, count), target)}
+    return topk_mask(maps, max(1, round(share.item() * target.foreground.numel())))
 
 
 def mass_curve(maps: Tensor, target: PatchCounts) -> Tensor:
@@ -70,10 +61,7 @@ def choose_heads(scores: Tensor, seed: int) -> tuple[Tensor, list[int]]:
     """Choose the fixed head for each image (n,) int64 by the scores (n, heads) of other images, for n > 1.
 
     The images are split at random into two halves; the head with the best mean score on either half is used for the
-    other one.
-
-    Returns:
-        The head of each image, and the two heads that were chosen.
+    other one. The two heads are returned, too.
     """
     count = len(scores)
     first = torch.zeros(count, dtype=torch.bool)
@@ -91,8 +79,7 @@ def cross_validated_iou(scores: Tensor, seed: int) -> tuple[Tensor, list[int]]:
 def majority_patches(target: PatchCounts) -> Tensor:
     """Return the patches (rows, columns) bool that are mostly foreground: no mask has more pixels right.
 
-    Its IoU is near the largest that patches can have, but not always the largest: an object that fills no patch by
-    half has none.
+    Its IoU is near the largest, not always the largest: an object that fills no patch by half has none.
     """
     return target.foreground > target.valid / 2
 
@@ -102,35 +89,33 @@ def downsample_mask(mask: Tensor) -> Tensor:
     return upsample_mask(mask, (PRIOR_SIDE, PRIOR_SIDE))
 
 
+def averages_of_others(masks: Tensor) -> Iterator[Tensor]:
+    """Yield for each of n > 1 masks (n, 64, 64) bool the average (64, 64) float32 of the others."""
+    total = masks.sum(0)
+    for own in masks:
+        yield (total - own.long()) / (len(masks) - 1)
+
+
 def center_prior(masks: Tensor) -> tuple[Tensor, float]:
     """Compute the IoU (n,) of the dataset-average mask: what the positions of objects alone are worth.
 
-    Each image is scored against the average of the other images' masks (n, 64, 64) bool. The threshold is the best
-    of .05, .10, ..., .95 on these very images, which favors this baseline.
-
-    Args:
-        masks: Of at least two images, resized to a square; IoU does not change with the aspect.
-
-    Returns:
-        The IoU of each image, and the threshold.
+    Each image is scored against the average of the other images' masks (n, 64, 64) bool, resized to a square; IoU does
+    not change with the aspect. The threshold, which is returned, too, is the best of .05, .10, ..., .95 on these very
+    images, which favors this baseline.
     """
-    total = masks.sum(0)  # (64, 64)
-    curves = torch.stack([_iou_by_threshold((total - own.long()) / (len(masks) - 1), own) for own in masks])
-    best = int(curves.mean(0).argmax())
-    return curves[:, best], THRESHOLDS[best].item()
-
-
-def _iou_by_threshold(average: Tensor, own: Tensor) -> Tensor:
-    masks = average >= THRESHOLDS[:, None, None]  # (thresholds, 64, 64)
-    return (masks & own).sum((-2, -1)).double() / (masks | own).sum((-2, -1)).clamp(min=1)
+    curves = []
+    for average, own in zip(averages_of_others(masks), masks, strict=True):
+        chosen = average >= THRESHOLDS[:, None, None]  # (thresholds, 64, 64)
+        curves.append((chosen & own).sum((-2, -1)).double() / (chosen | own).sum((-2, -1)).clamp(min=1))
+    by_threshold = torch.stack(curves)  # (n, thresholds)
+    best = int(by_threshold.mean(0).argmax())
+    return by_threshold[:, best], THRESHOLDS[best].item()
 
 
 def largest_box(mask: Tensor, size: tuple[int, int]) -> Tensor | None:
     """Return the box (4,) in pixels around the largest part of a mask of patches (rows, columns) bool; None if empty.
 
-    Args:
-        mask: Its parts are connected by sides of patches.
-        size: Height and width of the image.
+    Parts are connected by sides of patches; `size` is the height and width of the image.
     """
     boxes = component_boxes(mask)
     if not len(boxes):

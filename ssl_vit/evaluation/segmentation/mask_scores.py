@@ -10,13 +10,15 @@ from torch import Tensor
 from ssl_vit.data.annotations.object_masks import Annotation
 from ssl_vit.evaluation.segmentation.iou import (
     PRIOR_SIDE,
+    PatchCounts,
+    area_mask,
+    averages_of_others,
     corloc_hit,
     downsample_mask,
     iou,
     majority_patches,
     mass_curve,
     pool_mask_to_patches,
-    score_heads,
 )
 from ssl_vit.evaluation.segmentation.patch_mask import Segmentation
 from ssl_vit.evaluation.segmentation.saliency_metrics import BETA_SQUARED, BETA_SQUARED_SELFMASK, count_levels, f_beta
@@ -45,7 +47,7 @@ class AttentionScores(NamedTuple):
     """Scores of the attention maps of the heads and, last, of their mean."""
 
     masks: MaskScores  # of heads + 1 masks
-    ious: dict[str, Tensor]  # (heads + 1,) by rule
+    ious: dict[str, Tensor]  # (heads + 1,) by rule: masks with the share `mass` of the attention, or of the true area
     curve: Tensor  # (19, heads + 1): IoU by the share of the attention inside the masks
     instance_ious: Tensor | None  # (objects, heads + 1): IoU with each object, with instance masks
 
@@ -79,14 +81,24 @@ def score_attention(maps: Tensor, mass: float, annotation: Annotation) -> Attent
     """Score one image's attention maps (heads, rows, columns) with masks that hold a share of the attention."""
     grid = (maps.shape[-2], maps.shape[-1])
     target = pool_mask_to_patches(annotation.foreground, grid, annotation.valid)
-    by_rule = score_heads(maps, target, mass)
     maps = torch.cat([maps, maps.mean(0, keepdim=True)])
     masks = attention_mass_mask(maps, mass)
-    instance_ious = None
-    if annotation.instances is not None:
-        targets = [pool_mask_to_patches(instance, grid, annotation.valid) for instance in annotation.instances]
-        instance_ious = torch.stack([iou(masks, instance) for instance in targets])
-    return AttentionScores(score_masks(maps, masks, annotation), by_rule, mass_curve(maps, target), instance_ious)
+    ious = {"mass": iou(masks, target), "area": iou(area_mask(maps, target), target)}
+    instances = pool_instances(annotation, grid)
+    instance_ious = torch.stack([iou(masks, instance) for instance in instances]) if instances else None
+    return AttentionScores(score_masks(maps, masks, annotation), ious, mass_curve(maps, target), instance_ious)
+
+
+def pool_instances(annotation: Annotation, grid: tuple[int, int]) -> list[PatchCounts]:
+    """Count the pixels of each object within the patches of a grid; none without instance masks."""
+    instances = () if annotation.instances is None else annotation.instances
+    return [pool_mask_to_patches(instance, grid, annotation.valid) for instance in instances]
+
+
+def mean_instance_iou(annotation: Annotation, grid: tuple[int, int], mask: Tensor | None = None) -> Tensor:
+    """Compute the IoU () with each object, averaged over them, of a mask (rows, columns) or of its majority patches."""
+    instances = pool_instances(annotation, grid)
+    return torch.stack([iou(majority_patches(one) if mask is None else mask, one) for one in instances]).mean()
 
 
 def resize_annotation(annotation: Annotation) -> Annotation:
@@ -101,40 +113,22 @@ def resize_annotation(annotation: Annotation) -> Annotation:
     )
 
 
-def prior_maps(annotations: list[Annotation]) -> list[Tensor]:
-    """Compute for each resized annotation the average foreground (64, 64) float32 of the other images."""
-    total = torch.stack([annotation.foreground for annotation in annotations]).sum(0)
-    return [(total - own.foreground.long()).float() / (len(annotations) - 1) for own in annotations]
-
-
-def score_center_prior(annotations: list[Annotation], threshold: float) -> list[MaskScores]:
-    """Score the average foreground of the other images in each image.
+def score_center_prior(annotations: list[Annotation], threshold: float) -> tuple[list[MaskScores], list[Tensor]]:
+    """Score the average foreground of the other images in each of some resized images.
 
     Metrics and boxes do not change with the aspect, but for rounding to 64 cells.
+
+    Returns:
+        The scores, and the IoU () with each object, averaged over the objects; the latter empty without instance masks.
     """
-    averages = zip(prior_maps(annotations), annotations, strict=True)
-    return [score_masks(average[None], (average >= threshold)[None], own) for average, own in averages]
-
-
-def center_prior_instance_iou(annotations: list[Annotation], threshold: float) -> Tensor:
-    """Compute the IoU (n,) of the center prior with each image's objects, averaged over the objects."""
-    averages = zip(prior_maps(annotations), annotations, strict=True)
-    return torch.stack([mean_instance_iou(average >= threshold, own) for average, own in averages])
-
-
-def mean_instance_iou(mask: Tensor, annotation: Annotation) -> Tensor:
-    """Compute the IoU () of a mask of patches (rows, columns) with each object, averaged over the objects."""
-    assert annotation.instances is not None
-    grid = (mask.shape[-2], mask.shape[-1])
-    targets = [pool_mask_to_patches(instance, grid, annotation.valid) for instance in annotation.instances]
-    return torch.stack([iou(mask, target) for target in targets]).mean()
-
-
-def ceiling_instance_iou(annotation: Annotation, grid: tuple[int, int]) -> Tensor:
-    """Compute the IoU () of each object's majority patches with the object itself, averaged over the objects."""
-    assert annotation.instances is not None
-    targets = [pool_mask_to_patches(instance, grid, annotation.valid) for instance in annotation.instances]
-    return torch.stack([iou(majority_patches(target), target) for target in targets]).mean()
+    scores, instance_ious = [], []
+    averages = averages_of_others(torch.stack([annotation.foreground for annotation in annotations]))
+    for average, annotation in zip(averages, annotations, strict=True):
+        mask = average >= threshold
+        scores.append(score_masks(average[None], mask[None], annotation))
+        if annotation.instances is not None:
+            instance_ious.append(mean_instance_iou(annotation, (PRIOR_SIDE, PRIOR_SIDE), mask))
+    return scores, instance_ious
 
 
 def stack_mask_scores(images: list[MaskScores]) -> MaskScores:

@@ -21,8 +21,6 @@ from ssl_vit.evaluation.segmentation.mask_scores import (
     AttentionScores,
     MaskScores,
     PredictedMasks,
-    ceiling_instance_iou,
-    center_prior_instance_iou,
     mean_instance_iou,
     resize_annotation,
     score_attention,
@@ -70,9 +68,8 @@ _STORED: list[Any] = [_Scored, AttentionScores, MaskScores, Annotation]
 class SegmentationEvaluator:
     """Streaming evaluation of one or two models on the same images.
 
-    The scores, the F at 255 thresholds and the 64 x 64 annotation of each image (some 80 kB) are stored in files until
-    the end. In memory they would lie between the large maps of the images that come and go, and fragment the heap by
-    several MB for each image.
+    The scores of each image (some 80 kB) are stored in files until the end: in memory they would lie between the large
+    maps of the images that come and go, and fragment the heap by several MB for each image.
 
     Args:
         folder: Empty, for these temporary files.
@@ -89,25 +86,28 @@ class SegmentationEvaluator:
 
     def update(self, index: int, predicted: list[PredictedMasks], annotation: Annotation) -> None:
         """Score the masks that each model predicts for one image."""
-        grid = _grid(predicted[0])
-        whole = torch.ones(1, *grid, dtype=torch.bool)
-        ceiling = majority_patches(pool_mask_to_patches(annotation.foreground, grid, annotation.valid))[None]
-        scored = _Scored(
-            [score_attention(one.maps, self.mass, annotation) for one in predicted if one.maps is not None],
-            [
-                {
-                    name: score_masks(found.score_map[None], found.mask[None], annotation)
-                    for name, found in one.methods.items()
-                }
-                for one in predicted
-            ],
-            resize_annotation(annotation),
-            {name: score_masks(mask.float(), mask, annotation) for name, mask in ((WHOLE, whole), (CEILING, ceiling))},
-            {},
-        )
+        maps, methods_of = predicted[0]
+        map_ = next(iter(methods_of.values())).score_map if maps is None else maps
+        grid = (map_.shape[-2], map_.shape[-1])
+        whole = torch.ones(grid, dtype=torch.bool)
+        ceiling = majority_patches(pool_mask_to_patches(annotation.foreground, grid, annotation.valid))
+        attention = [score_attention(one.maps, self.mass, annotation) for one in predicted if one.maps is not None]
+        methods = [
+            {
+                name: score_masks(found.score_map[None], found.mask[None], annotation)
+                for name, found in one.methods.items()
+            }
+            for one in predicted
+        ]
+        baselines = {
+            name: score_masks(mask[None].float(), mask[None], annotation)
+            for name, mask in ((WHOLE, whole), (CEILING, ceiling))
+        }
+        instance_ious = {}
         if annotation.instances is not None:
-            scored.instance_ious[WHOLE] = mean_instance_iou(whole[0], annotation)
-            scored.instance_ious[CEILING] = ceiling_instance_iou(annotation, grid)
+            instance_ious[WHOLE] = mean_instance_iou(annotation, grid, whole)
+            instance_ious[CEILING] = mean_instance_iou(annotation, grid)
+        scored = _Scored(attention, methods, resize_annotation(annotation), baselines, instance_ious)
         torch.save(scored, self._folder / f"{len(self.indices)}.pt")
         self.indices.append(index)
         self._boxes_only = not annotation.has_masks
@@ -125,13 +125,10 @@ class SegmentationEvaluator:
         if len(images) > 1:
             resized = [image.resized for image in images]
             _, threshold = center_prior(torch.stack([own.foreground for own in resized]))
-            results.append(_baseline_result(PRIOR, score_center_prior(resized, threshold), threshold=threshold))
-            if images[0].instance_ious:
-                results[-1].others[INSTANCE_IOU] = center_prior_instance_iou(resized, threshold)
+            results.append(_baseline_result(PRIOR, *score_center_prior(resized, threshold), threshold=threshold))
         for name in images[0].baselines:
-            results.append(_baseline_result(name, [image.baselines[name] for image in images]))
-            if images[0].instance_ious:
-                results[-1].others[INSTANCE_IOU] = torch.stack([image.instance_ious[name] for image in images])
+            instance_ious = [image.instance_ious[name] for image in images if image.instance_ious]
+            results.append(_baseline_result(name, [image.baselines[name] for image in images], instance_ious))
         return [_corloc_only(result) for result in results] if self._boxes_only else results
 
     def _model_result(self, images: list[_Scored], model: int, name: str) -> MethodResult:
@@ -141,7 +138,7 @@ class SegmentationEvaluator:
         for method in images[0].methods[model]:
             scores = stack_mask_scores([image.methods[model][method] for image in images])
             result.ious[method] = scores.iou[:, 0]
-            _add_others(result, method, scores)
+            _add_measures(result, method, scores)
         return result
 
     def _add_attention(self, images: list[AttentionScores], result: MethodResult) -> None:
@@ -156,14 +153,14 @@ class SegmentationEvaluator:
         if len(images) > 1:
             columns = {"fixed head": choose_heads(heads, self.seed)[0], **columns}
         for rule, column in columns.items():
-            _add_others(result, f"mass/{rule}", select_columns(scores, column))
+            _add_measures(result, f"mass/{rule}", select_columns(scores, column))
         instances = [image.instance_ious for image in images if image.instance_ious is not None]  # (objects, heads + 1)
         if instances:
             by_head = torch.stack([ious.mean(0) for ious in instances])  # (n, heads + 1)
             oracle = torch.stack([ious[:, :-1].amax(1).mean() for ious in instances])
             self._add_head_rules(result, "object", by_head, oracle, chosen)
         result.details["fixed heads"] = chosen
-        result.details["IoU by mass"] = self._curve(torch.stack([image.curve for image in images]))
+        result.details["IoU by mass"] = self._curve([image.curve for image in images])
 
     def _add_head_rules(
         self, result: MethodResult, rule: str, ious: Tensor, oracle: Tensor, chosen: dict[str, list[int]]
@@ -174,31 +171,29 @@ class SegmentationEvaluator:
         result.ious[f"{rule}/mean"] = ious[:, -1]
         result.ious[f"{rule}/oracle head"] = oracle
 
-    def _curve(self, ious: Tensor) -> dict[str, list[float]]:
-        """Compute the mean IoU by the share of the attention inside the masks, from (n, 19, heads + 1)."""
-        heads = ious[..., :-1]
-        curve = {"mass": THRESHOLDS.tolist(), "mean": ious[..., -1].mean(0).tolist()}
-        curve["oracle head"] = heads.amax(-1).mean(0).tolist()
+    def _curve(self, curves: list[Tensor]) -> dict[str, list[float]]:
+        """Compute the mean IoU by the share of the attention inside the masks, from (19, heads + 1) of each image."""
+        ious = torch.stack(curves)
+        heads, means = ious[..., :-1], ious[..., -1]
+        curve = {"mass": THRESHOLDS, "mean": means.mean(0), "oracle head": heads.amax(-1).mean(0)}
         if len(ious) > 1:
-            by_mass = heads.unbind(1)  # (n, heads) each
-            curve["fixed head"] = [cross_validated_iou(one, self.seed)[0].mean().item() for one in by_mass]
-        return curve
+            fixed = [cross_validated_iou(by_image, self.seed)[0].mean() for by_image in heads.unbind(1)]
+            curve["fixed head"] = torch.stack(fixed)
+        return {name: values.tolist() for name, values in curve.items()}
 
 
-def _grid(predicted: PredictedMasks) -> tuple[int, int]:
-    """Return rows and columns of patches."""
-    maps = predicted.maps if predicted.maps is not None else next(iter(predicted.methods.values())).score_map
-    return maps.shape[-2], maps.shape[-1]
-
-
-def _baseline_result(name: str, images: list[MaskScores], **details: float) -> MethodResult:
+def _baseline_result(
+    name: str, images: list[MaskScores], instance_ious: list[Tensor], **details: float
+) -> MethodResult:
     scores = stack_mask_scores(images)
     result = MethodResult(name, {"IoU": scores.iou[:, 0]}, {}, {**details, "thresholds of maxF@0.3": {}})
-    _add_others(result, "", scores)
+    _add_measures(result, "", scores)
+    if instance_ious:
+        result.others[INSTANCE_IOU] = torch.stack(instance_ious)
     return result
 
 
-def _add_others(result: MethodResult, rule: str, scores: MaskScores) -> None:
+def _add_measures(result: MethodResult, rule: str, scores: MaskScores) -> None:
     """Add all measures but the IoU, of scores (n, 1)."""
     max_f, threshold = max_f_threshold(scores.f_curve[:, 0])
     values = (scores.accuracy[:, 0], scores.f[:, 0], max_f, scores.f_selfmask[:, 0], scores.corloc[:, 0])

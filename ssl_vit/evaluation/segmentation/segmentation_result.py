@@ -81,32 +81,22 @@ def write_result(
         model: The evaluated model.
         results: Its scores, then those of the baselines; empty without ground truth.
         data: Counts of the images, and their fingerprint.
-        notes: What a reader must know about how the ground truth was read.
+        notes: On how the ground truth was read.
         started: Of `time.perf_counter`.
     """
     device = model.backbone.device
     ceiling = next((result.ious["IoU"] for result in results if result.name == CEILING and result.ious), None)
     bound = "" if ceiling is None else f"no mask of such patches reaches more than {ceiling.mean():.2f}"
-    scores = [
-        ModelScores(
-            name=result.name,
-            metrics=[
-                _metric(name, values, result.name, config.attention_mass, bound)
-                for name, values in result.values.items()
-            ],
-            details=result.details,
-        )
-        for result in results
-    ] or [ModelScores(name=MODEL, metrics=[])]
+    scores = [] if results else [ModelScores(name=MODEL, metrics=[])]
+    for result in results:
+        means = [_metric(*item, result.name, config.attention_mass, bound) for item in result.values.items()]
+        scores.append(ModelScores(name=result.name, metrics=means, details=result.details))
     reasons = {"skipped": "could not be used", "unscored": "have no usable mask"}
     EvalResult(
         task="attention",
         title="Object masks, IoU",
         main_metrics=[metric.name for metric in scores[0].metrics if metric.name in MAIN_METRICS],
-        protocol={
-            **PROTOCOL,
-            **config.model_dump(mode="json", include={"attention_mass", "max_side", "methods", "refine"}),
-        },
+        protocol=PROTOCOL | config.model_dump(mode="json", include={"attention_mass", "max_side", "methods", "refine"}),
         model=ModelInfo(**provenance.model_metadata(model, config.checkpoint, config.weights)),
         data=DataInfo(
             name=config.images.resolve().stem if config.images else f"{config.voc} {config.split}",
@@ -123,10 +113,7 @@ def write_result(
 
 
 def _metric(name: str, values: Tensor, owner: str, mass: float, bound: str) -> Metric:
-    """Return the mean of a metric of a model or baseline, with its title and notes.
-
-    The name is `<rule>/<head>` or a method, followed by a measure where it is not the IoU.
-    """
+    """Return the mean of a metric `<rule>/<head>` or `<method>`, and its measure if not IoU, with title and notes."""
     rule, _, head = name.partition("/")
     title = f"{RULES[rule].format(100 * mass)}: {HEADS.get(head, head)}" if rule in RULES else f"masks by {name}"
     level: Literal["score", "ground truth", "detail"] = "score"
@@ -139,10 +126,9 @@ def _metric(name: str, values: Tensor, owner: str, mass: float, bound: str) -> M
 
 
 def mean_metric(name: str, values: Tensor) -> Metric:
-    """Return the mean of per-image values (n,), with its 95 % interval over images.
+    """Return the mean of per-image values (n,) with its 95 % interval over images: Wilson's for yes/no values.
 
-    The interval is Wilson's for yes/no values, else the normal one; a single image has none. The interval of maxF@0.3
-    takes the threshold as given.
+    Else it is the normal one, which a single image does not have; that of maxF@0.3 takes the threshold as given.
     """
     n, mean = len(values), values.double().mean().item()
     if values.dtype.is_floating_point:
@@ -158,12 +144,10 @@ def write_image_scores(path: Path, results: list[MethodResult], names: list[str]
 
     The keys are `<model or baseline>/<metric>`, as in `summary.json`.
     """
-    if results:
-        values: dict[str, Any] = {
-            f"{result.name}/{metric}": of_images.numpy()
-            for result in results
-            for metric, of_images in result.values.items()
-        }
+    values: dict[str, Any] = {
+        f"{result.name}/{name}": of_images.numpy() for result in results for name, of_images in result.values.items()
+    }
+    if values:
         with atomic_write(path) as file:
             np.savez_compressed(file, images=np.array(names), **values)
 

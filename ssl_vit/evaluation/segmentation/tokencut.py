@@ -10,12 +10,7 @@ from scipy.linalg import blas, eigh
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
-from ssl_vit.evaluation.segmentation.patch_mask import (
-    Segmentation,
-    concatenated_keys,
-    connected_component,
-    empty_segmentation,
-)
+from ssl_vit.evaluation.segmentation.patch_mask import Segmentation, concatenated_keys, connected_component
 from ssl_vit.models.attention_maps import LastBlockFeatures
 
 TAU = 0.2  # cosine above which two patches are joined (tau)
@@ -40,7 +35,8 @@ def tokencut_mask(features: LastBlockFeatures) -> Segmentation:
     """
     graph = _Graph(concatenated_keys(features))
     if graph.is_uniform():
-        return empty_segmentation(features)
+        nothing = torch.zeros(features.keys.shape[1:3])
+        return Segmentation(nothing, nothing > 0)
     vector = graph.second_eigenvector()
     size = np.abs(vector)
     seed = int(np.argmax(size >= (1 - _TIE) * size.max()))
@@ -52,10 +48,7 @@ def tokencut_mask(features: LastBlockFeatures) -> Segmentation:
 class _Graph:
     """Graph of N patches, stored as the packed lower half of the matrix B of joined pairs: A = 1e-5 + (1 - 1e-5) B.
 
-    This takes half the memory of a float64 matrix: 225 MB for 7,500 patches.
-
-    Args:
-        keys: (N, D).
+    This takes half the memory of a float64 matrix: 225 MB for 7,500 patches. The keys are (N, D).
     """
 
     def __init__(self, keys: Tensor) -> None:
@@ -76,7 +69,8 @@ class _Graph:
 
     def is_uniform(self) -> bool:
         """Return whether all pairs of patches are joined, or none."""
-        pairs = self.joined.sum() - np.count_nonzero(self.joined[_diagonal(self.count)])
+        rows = np.arange(self.count)
+        pairs = self.joined.sum() - np.count_nonzero(self.joined[rows * (rows + 3) // 2])  # without the diagonal
         return pairs in (0, self.count * (self.count - 1) // 2)
 
     def second_eigenvector(self) -> Vector:
@@ -101,9 +95,3 @@ class _Graph:
             _, vectors = eigsh(operator, k=1, which="LA", v0=random.standard_normal(n), rng=random)
         result: Vector = vectors[:, 0] / root
         return result
-
-
-def _diagonal(n: int) -> npt.NDArray[np.int64]:
-    """Return the indices of the diagonal of an n x n matrix in its packed lower half."""
-    rows = np.arange(n)
-    return rows * (rows + 3) // 2

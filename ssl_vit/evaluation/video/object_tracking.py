@@ -72,9 +72,13 @@ def track_objects(
     if first is None:
         raise UserError(f"{clip.name}: no frame of this video can be read")
     mask = _first_mask(clip, first.name, first.image)
-    ids = _class_ids(mask, f"{clip.name}: the mask of the first frame, {first.name},")
-    objects = ids[1:].tolist()
-    start = _to_classes(mask.ids, ids)
+    objects = [number for number in object_ids(mask.ids) if number not in (0, VOID)]
+    if not objects:
+        raise UserError(f"{clip.name}: the mask of the first frame, {first.name}, contains no object")
+    ids = torch.tensor([0, *objects])  # of each class; class 0 is background, void pixels too
+    class_of_id = torch.zeros(VOID + 1, dtype=torch.int64)
+    class_of_id[ids] = torch.arange(len(ids))
+    start = class_of_id[mask.ids]  # (H, W)
     trackers: dict[str, Callable[[Tensor], Tensor]] = {
         name: LabelPropagator(model, config, first.image, start).step for name, model in models.items()
     }
@@ -107,21 +111,6 @@ def _first_mask(clip: Clip, name: str, image: Tensor) -> Mask:
     if mask.ids.shape != image.shape[-2:]:
         raise UserError(f"{path} has {_size(mask.ids)} pixels, its frame {_size(image)}")
     return mask
-
-
-def _class_ids(mask: Mask, described: str) -> Tensor:
-    """Return the ID of each class: 0, which is background, then those of the objects."""
-    objects = [number for number in object_ids(mask.ids) if number not in (0, VOID)]
-    if not objects:
-        raise UserError(f"{described} contains no object")
-    return torch.tensor([0, *objects])
-
-
-def _to_classes(ids: Tensor, of_class: Tensor) -> Tensor:
-    """Return the classes (H, W) of IDs (H, W); void becomes background."""
-    table = torch.zeros(VOID + 1, dtype=torch.int64)
-    table[of_class] = torch.arange(len(of_class))
-    return table[ids]
 
 
 def _target(clip: Clip, name: str, like: Tensor, *, binary: bool, skip: Skip) -> Tensor | None:

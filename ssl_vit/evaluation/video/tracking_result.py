@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,7 +96,7 @@ def write_result(
         task="propagate",
         title="Video object segmentation",
         main_metrics=[MAIN_METRIC],
-        protocol={**PROTOCOL, **config.model_dump(include={"side", "context", "radius", "top_k", "temperature"})},
+        protocol=PROTOCOL | config.model_dump(include={"side", "context", "radius", "top_k", "temperature"}),
         model=ModelInfo(**provenance.model_metadata(model, config.checkpoint, config.weights)),
         data=DataInfo(
             name=source.resolve().stem,
@@ -126,8 +125,7 @@ def _write_objects(path: Path, videos: list[TrackingResult], trackers: list[str]
     for video in videos:
         for tracker in trackers if video.values else []:
             for number, row in zip(video.objects, object_scores([video], tracker).tolist(), strict=True):
-                values: list[Any] = [f"{value:.6f}" for value in row]
-                writer.writerow([video.name, number, video.scored, tracker, *values])
+                writer.writerow([video.name, number, video.scored, tracker, *(f"{value:.6f}" for value in row)])
     with atomic_write(path) as file:
         file.write(text.getvalue().encode())
 

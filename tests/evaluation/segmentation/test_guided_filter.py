@@ -7,7 +7,7 @@ import torch
 
 from ssl_vit.data.annotations.object_masks import MaskFolder
 from ssl_vit.data.sources.image_folder import load_images_at
-from ssl_vit.evaluation.segmentation.guided_filter import check_opencv, refine
+from ssl_vit.evaluation.segmentation.guided_filter import import_opencv, refine
 from ssl_vit.evaluation.segmentation.iou import pool_mask_to_patches
 from ssl_vit.models.attention_maps import upsample_mask
 from ssl_vit.runtime.errors import UserError
@@ -69,9 +69,9 @@ def test_refine_improves_the_iou_of_real_objects(ecssd):
     assert sum(gains) / len(gains) > 0.03
 
 
-def test_check_opencv_names_the_extra(monkeypatch):
+def test_import_opencv_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2.ximgproc", None)
     with pytest.raises(UserError, match=r"pip install 'ssl-vit\[refine\]'"):
-        check_opencv()
+        import_opencv()
     with pytest.raises(UserError, match=r"pip install 'ssl-vit\[refine\]'"):
         refine(torch.ones(2, 2) > 0, torch.zeros(3, 8, 8, dtype=torch.uint8))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ssl_vit.data.annotations.object_masks import MaskFolder, MissingMaskError
+from ssl_vit.data.annotations.object_masks import MaskFolder, MissingMaskError, annotation_from_mask
 from ssl_vit.evaluation.segmentation.iou import (
     center_prior,
     cross_validated_iou,
@@ -13,8 +13,8 @@ from ssl_vit.evaluation.segmentation.iou import (
     iou,
     majority_patches,
     pool_mask_to_patches,
-    score_heads,
 )
+from ssl_vit.evaluation.segmentation.mask_scores import score_attention
 from ssl_vit.models.attention_maps import attention_mass_mask, topk_mask, upsample_mask
 from ssl_vit.runtime.errors import UserError
 
@@ -48,11 +48,11 @@ def test_iou_of_perfect_and_disjoint_masks():
     assert iou(torch.ones(counts.foreground.shape, dtype=torch.bool), counts) == 0.25
 
 
-def test_score_heads_has_each_rule_for_each_head_and_the_mean_map():
+def test_score_attention_has_each_rule_for_each_head_and_the_mean_map():
     target = blob(60, 80, seed=3)
     maps = torch.rand(4, 6, 8, generator=torch.Generator().manual_seed(2))
     maps /= maps.sum((-2, -1), keepdim=True)
-    scores = score_heads(maps, pool_mask_to_patches(target, (6, 8)), mass=0.6)
+    scores = score_attention(maps, 0.6, annotation_from_mask(target)).ious
     area = round(48 * target.float().mean().item())
     for head in range(4):
         assert scores["mass"][head] == pytest.approx(
@@ -66,11 +66,12 @@ def test_score_heads_has_each_rule_for_each_head_and_the_mean_map():
     )
 
 
-def test_score_heads_gives_a_tiny_object_one_patch():
+def test_score_attention_gives_a_tiny_object_one_patch():
     target = torch.zeros(64, 64, dtype=torch.bool)
     target[3, 3] = True
     maps = torch.eye(4)[None] + 0.1
-    assert score_heads(maps, pool_mask_to_patches(target, (4, 4)), 0.6)["area"][0] == pytest.approx(1 / 256)
+    scores = score_attention(maps, 0.6, annotation_from_mask(target)).ious
+    assert scores["area"][0] == pytest.approx(1 / 256)
 
 
 def test_cross_validated_iou_of_random_heads_is_below_the_best():
