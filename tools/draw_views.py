@@ -18,8 +18,7 @@ from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.dataset import SkippedImageLog
 from ssl_vit.data.dataset_factory import build_dataset
 from ssl_vit.runtime.errors import UserError
-from ssl_vit.visualization.first_step_views import RunSettings, load_first_step
-from ssl_vit.visualization.views_figure import views_figure
+from ssl_vit.visualization.first_step_views import RunSettings, load_first_step, views_figure
 
 
 def main(argv: list[str]) -> None:

@@ -34,7 +34,7 @@ from ssl_vit.runtime.atomic_io import atomic_write, write_json
 from ssl_vit.runtime.device import best_device
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.text import pluralize
-from ssl_vit.visualization.neighbor_figure import NeighborTile, neighbor_figure
+from ssl_vit.visualization.image_rows import NeighborTile, neighbor_figure
 
 MAX_ROWS = 100  # of the figure; the JSON has all queries
 

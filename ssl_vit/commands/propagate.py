@@ -23,7 +23,7 @@ from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone, random_init
 from ssl_vit.runtime.device import best_device
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.progress import progress_bar
-from ssl_vit.visualization.tracking_figure import FRAMES_PER_VIDEO, draw_objects, tracking_figure
+from ssl_vit.visualization.image_rows import FRAMES_PER_VIDEO, draw_objects, tracking_figure
 
 FIGURE_VIDEOS = 12  # rows of the figure
 

@@ -26,11 +26,16 @@ from ssl_vit.models.attention_maps import cls_attention
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.training.callbacks.image_logger import LoggedImage, Renderer
 from ssl_vit.training.resume_checks import DATA, IMAGES
-from ssl_vit.visualization.first_step_views import Pretext, RunSettings, load_first_step, read_run_settings
+from ssl_vit.visualization.first_step_views import (
+    Pretext,
+    RunSettings,
+    load_first_step,
+    read_run_settings,
+    views_figure,
+)
 from ssl_vit.visualization.image_grid import TitledFigure
 from ssl_vit.visualization.overlays import make_overlay_inputs, overlay_grid
 from ssl_vit.visualization.reconstructions import compute_reconstructions, draw_reconstructions, mean_distances
-from ssl_vit.visualization.views_figure import views_figure
 
 ATTENTION_MASS = 0.6  # kept in the masks, as in DINO's figure
 

@@ -70,19 +70,13 @@ def iter_attention(
         except UserError as too_small:
             skip(UnreadableImageError(frame.name, str(too_small)))
             continue
-        if batch and not _fits(frame, resized, batch):
+        most = min(BATCH_PIXELS // resized[0].numel(), PENDING_PIXELS // frame.image[0].numel())
+        if batch and (batch[0][1].shape != resized.shape or len(batch) >= most):
             yield _compute_attention(batch, model, head)
             batch = []
         batch.append((frame, resized))
     if batch:
         yield _compute_attention(batch, model, head)
-
-
-def _fits(frame: Frame, resized: Tensor, batch: list[tuple[Frame, Tensor]]) -> bool:
-    count = len(batch) + 1
-    if batch[0][1].shape != resized.shape:
-        return False
-    return count * resized[0].numel() <= BATCH_PIXELS and count * frame.image[0].numel() <= PENDING_PIXELS
 
 
 def _compute_attention(
@@ -98,10 +92,8 @@ class AttentionRenderer:
     """Renderer of consecutive frames whose color scale changes slowly, so that the video does not flicker.
 
     The upper end of the color scale is a running mean of the upper ends of single frames (their 99.5 % quantile, at
-    least six times uniform); it starts at the median of the first batch.
-
-    Args:
-        attention_mass: Share of the attention inside the outlined mask.
+    least six times uniform); it starts at the median of the first batch. The outlined mask has `attention_mass`, a
+    share of the attention.
     """
 
     def __init__(self, attention_mass: float) -> None:
@@ -135,13 +127,9 @@ def image_writer(directory: Path) -> Iterator[WriteFrame]:
 def video_writer(path: Path, *, rate: Fraction, clock: Fraction) -> Iterator[WriteFrame]:
     """Provide a function that writes frames into a video file, which exists, complete, after the block.
 
-    Frames keep their times. The size of the video is that of the first frame, its sides made even for H.264 by
-    repeating the last line; frames of other sizes are scaled to fit, on black. The color space is BT.709.
-
-    Args:
-        path: With a suffix of `CONTAINERS`.
-        rate: Mean number of frames per second.
-        clock: Ticks per second to which times are rounded.
+    Frames keep their times, rounded to `clock` ticks per second; `rate` is their mean number per second. The size of
+    the video is that of the first frame, its sides made even for H.264 by repeating the last line; frames of other
+    sizes are scaled to fit, on black. The color space is BT.709. The path has a suffix of `CONTAINERS`.
 
     Raises:
         UserError: PyAV is missing, or was built without any of `CODECS`.

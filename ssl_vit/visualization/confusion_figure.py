@@ -49,14 +49,7 @@ def read_hardest_images(predictions: Predictions, dataset: ImageDataset) -> list
 
 
 def plot_confusion(path: Path, summary: ConfusionSummary, hardest: list[HardImage], title: str) -> None:
-    """Draw the figure into a PNG file.
-
-    Args:
-        path: PNG file.
-        summary: Of all test images.
-        hardest: Images to show.
-        title: One line that names model and evaluation.
-    """
+    """Draw the figure into a PNG file; the title is one line that names model and evaluation."""
     height = max(2.6, 1.0 + 0.2 * min(len(summary.classes), MAX_CLASSES))
     with plain_style(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of class names in other scripts
@@ -74,12 +67,13 @@ def plot_confusion(path: Path, summary: ConfusionSummary, hardest: list[HardImag
         names = _shorten(summary.classes[target], 18), f"→ {_shorten(summary.classes[predicted], 18)}"
         lines = [*names, f"rank {rank + 1} of {len(summary.classes)}"]
         tiles.append(captioned(to_pil(image, fit_size(image, TILE_SIDE)), lines, max_width=TILE_SIDE))
-    parts = [chart, text_image(["No image is misclassified"])]
+    parts = [chart]
     if tiles:
-        grid = image_grid(
-            [tiles[start : start + COLUMNS] for start in range(0, len(tiles), COLUMNS)], gap=16, align_bottom=True
-        )
-        parts[1:] = [text_image(["Hardest images: true class → predicted class, and the rank of the true class"]), grid]
+        rows = [tiles[start : start + COLUMNS] for start in range(0, len(tiles), COLUMNS)]
+        parts.append(text_image(["Hardest images: true class → predicted class, and the rank of the true class"]))
+        parts.append(image_grid(rows, gap=16, align_bottom=True))
+    else:
+        parts.append(text_image(["No image is misclassified"]))
     with atomic_write(path) as file:
         page(parts).save(file, format="PNG")
 

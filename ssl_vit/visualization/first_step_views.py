@@ -1,16 +1,19 @@
-"""Views of the first training step: images, crop boxes, augmented views, and inputs and targets of a pretext task."""
+"""Views of the first training step, with crop boxes, inputs and targets of a pretext task, and their figure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import yaml
+from PIL import Image
 from pydantic import ConfigDict, ValidationError
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.utils import draw_bounding_boxes
 
 from ssl_vit.config.methods import SelectedMethodConfig, ViewsConfig
 from ssl_vit.config.pretrain import BackboneConfig, Source
@@ -23,11 +26,17 @@ from ssl_vit.data.transforms.multicrop import MultiCrop
 from ssl_vit.data.transforms.random_resized_crop import sample_crop_boxes
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.rng import view_keys
+from ssl_vit.visualization.image_grid import captioned, fit_size, image_grid, page, stack, text_image, to_pil
 
 Box = tuple[int, int, int, int]  # top, left, height and width in pixels
 # Of normalized global views (B, G, C, S, S) and keys (B,): target and input (G·B, C, S, S), view by view, the hidden
 # pixels (G·B, 1, S, S) and the quarter turns clockwise (G·B,); None if the method's input are the views.
 Pretext = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor] | None]
+
+IMAGE, GLOBAL, LOCAL, PRETEXT = 210, 132, 62, 122  # pixels of a tile's longer side
+LOCAL_COLUMNS = 5
+# Of the views, in order: dark enough for white numbers, and as distinguishable with color blindness as ten can be.
+COLORS = ("#0b62b0", "#c44e00", "#15794f", "#a3195b", "#6b4fbb", "#8a6100", "#00788a", "#b3261e", "#4d6b00", "#5b5b5b")
 
 
 class PretextSample(NamedTuple):
@@ -54,14 +63,8 @@ def load_first_step(
 ) -> list[FirstStepViews]:
     """Load the first images of the first training step with their views, which derive from the same keys.
 
-    They equal those of training up to one level of 255, where training crops images of one size in a batch.
-
-    Args:
-        settings: Of the run.
-        dataset: Training images.
-        pretext: Of the method.
-        count: Number of images, at most `data.batch_size`.
-        skipped: Log of unreadable images, which are replaced by the next readable ones, as in training.
+    They equal those of training up to one level of 255, where training crops images of one size in a batch. There are
+    `count`, at most `data.batch_size`. Unreadable images are replaced by the next readable ones, as in training.
 
     Raises:
         UserError: No image can be read.
@@ -83,14 +86,17 @@ def load_first_step(
     global_views = color(batch.global_views, batch.key)  # (B, G, C, S, S)
     local_views = color(batch.local_views, batch.key, first_view=global_views.shape[1])  # (B, L, C, s, s)
     shown = [_denormalize(part, views) for part in (global_views, local_views)]
-    samples = _pretext_samples(pretext(global_views, batch.key), views)
+    samples = []  # view by view
+    if (made := pretext(global_views, batch.key)) is not None:
+        target, corrupted, hidden, quarter = made
+        parts = _denormalize(target, views), _denormalize(corrupted, views), hidden[:, 0], quarter.tolist()
+        samples = [PretextSample(*sample) for sample in zip(*parts, strict=True)]
     found = []
     for row, index in enumerate(batch.index.tolist()[:count]):
         image = dataset.read(index, channels)
         boxes = crop_boxes(batch.key[row], (image.shape[1], image.shape[2]), views)
         own_views = [view for part in shown for view in part[row]]
-        own_samples = samples[row :: len(batch.key)]  # view by view
-        found.append(FirstStepViews(dataset.name(index), image, boxes, own_views, own_samples))
+        found.append(FirstStepViews(dataset.name(index), image, boxes, own_views, samples[row :: len(batch.key)]))
     return found
 
 
@@ -101,14 +107,6 @@ def crop_boxes(key: Tensor, size: tuple[int, int], views: ViewsConfig) -> list[B
         sampled = sample_crop_boxes(view_keys(key, first, crops.count), *size, crops=crops, flip=views.flip)
         boxes += zip(*(part.tolist() for part in sampled[:4]), strict=True)
     return boxes
-
-
-def _pretext_samples(pretext: tuple[Tensor, Tensor, Tensor, Tensor] | None, views: ViewsConfig) -> list[PretextSample]:
-    if pretext is None:
-        return []
-    target, corrupted, mask, quarter = pretext
-    parts = _denormalize(target, views), _denormalize(corrupted, views), mask[:, 0], quarter.tolist()
-    return [PretextSample(*sample) for sample in zip(*parts, strict=True)]
 
 
 def _denormalize(x: Tensor, views: ViewsConfig) -> Tensor:
@@ -155,3 +153,68 @@ def read_run_settings(run: Path) -> RunSettings:
         if isinstance(trainer, dict) and "accumulate" in trainer:  # today accumulate_grad_batches
             raise UserError(f"{run} is a run of ssl-vit 0.1, whose settings this version cannot read") from None
         raise UserError(f"{path} is damaged, or not of a pretraining run") from None
+
+
+def views_figure(examples: Sequence[FirstStepViews]) -> Image.Image:
+    """Draw one row per image: the image with the boxes of its views, then the views.
+
+    If the method has a pretext task, the columns are the view, its target, the model's input and the hidden pixels.
+    The examples, one or more, are of one run.
+    """
+    first = examples[0]
+    lines = ["The box with a view's number and color is where the view was cropped; a view may be flipped."]
+    if first.pretext:
+        titles = ["image", "view", "rotated: target", "corrupted: input", "hidden pixels"]
+        rows = [[_draw_image(example), *_draw_pretext(example)] for example in examples]
+        lines.append("The method rotates each view and hides parts of it; the model has to restore the target.")
+    else:
+        sizes = [view.shape[-1] for view in first.views]
+        titles = ["image", f"global views, {sizes[0]} px"]
+        titles += [f"local views, {sizes[-1]} px"] if len(first.views) > 2 else []
+        rows = [[_draw_image(example), *_draw_views(example)] for example in examples]
+        lines.append("Tiles show the input of the model: cropped, resized, with augmented colors.")
+    return page([image_grid(rows, column_titles=titles, title_size=14), text_image(lines)])
+
+
+def _draw_image(example: FirstStepViews) -> Image.Image:
+    """Draw the image with the numbered boxes of its views, those of global views on top."""
+    height, width = example.image.shape[-2:]
+    size = fit_size(example.image, IMAGE)
+    scale = torch.tensor([size[1] / width, size[0] / height] * 2)
+    boxes = torch.tensor([[left, top, left + w, top + h] for top, left, h, w in example.boxes]) * scale
+    boxes = boxes.round() - torch.tensor([0, 0, 1, 1])
+    numbers = list(range(len(boxes)))[::-1]
+    image = _draw_boxes(to_pil(example.image, size), boxes.flip(0), numbers)
+    return captioned(image, [example.name, f"{width} x {height} px"], max_width=IMAGE)
+
+
+def _draw_views(example: FirstStepViews) -> list[Image.Image]:
+    tiles = [_draw_view(view, number, LOCAL if number > 1 else GLOBAL) for number, view in enumerate(example.views)]
+    columns = [stack(tiles[:2], horizontal=True)]
+    if local := tiles[2:]:
+        columns.append(image_grid([local[i : i + LOCAL_COLUMNS] for i in range(0, len(local), LOCAL_COLUMNS)]))
+    return columns
+
+
+def _draw_pretext(example: FirstStepViews) -> list[Image.Image]:
+    """Draw the columns view, target, input and hidden pixels, with a tile per view."""
+    columns: list[list[Image.Image]] = [[], [], [], []]
+    for number, (view, sample) in enumerate(zip(example.views, example.pretext, strict=True)):
+        hidden = sample.hidden.float()[None]
+        captions = "", f"by {90 * sample.quarter}°", "", f"{hidden.mean():.0%}"
+        for column, tile, text in zip(columns, (view, sample.target, sample.corrupted, hidden), captions, strict=True):
+            column.append(captioned(_draw_view(tile, number, PRETEXT), [text]))
+    return [stack(column, gap=4) for column in columns]
+
+
+def _draw_view(view: Tensor, number: int, side: int) -> Image.Image:
+    """Draw a view (C, S, S) in [0, 1] as a square tile in a frame of its color, with its number."""
+    box = torch.tensor([[0, 0, side - 1, side - 1]])
+    return _draw_boxes(to_pil(view, (side, side)), box, [number])
+
+
+def _draw_boxes(image: Image.Image, boxes: Tensor, numbers: Sequence[int]) -> Image.Image:
+    """Draw boxes (n, 4), left, top, right and bottom, with the numbers of the views counted from 1."""
+    labels, colors = [str(number + 1) for number in numbers], [COLORS[number % len(COLORS)] for number in numbers]
+    pixels = pil_to_tensor(image)
+    return to_pil(draw_bounding_boxes(pixels, boxes, labels, colors, width=2, fill_labels=True, label_colors="white"))

@@ -56,15 +56,10 @@ def make_overlay_inputs(
     valid: Tensor | None = None,
     methods: Mapping[str, Segmentation] | None = None,
 ) -> OverlayInputs:
-    """Compute masks and IoUs of an image's attention maps.
+    """Compute masks, with a share of the attention, and IoUs of the attention maps of an image (C, H, W) uint8.
 
-    Args:
-        image: (C, H, W) uint8.
-        maps: (heads, rows, columns); None: attention is not drawn.
-        attention_mass: Share of the attention inside a mask.
-        target: Ground truth mask (H, W) bool, if any.
-        valid: (H, W) bool, False where a pixel is void.
-        methods: Segmentations by other methods, at least one if there are no maps.
+    Without maps (heads, rows, columns) there is at least one other method. The target is the ground truth (H, W) bool,
+    if any; `valid` (H, W) is False where a pixel is void.
     """
     maps = torch.zeros(0, 1, 1) if maps is None else torch.cat([maps, maps.mean(0, keepdim=True)])
     masks, methods = attention_mass_mask(maps, attention_mass), methods or {}
@@ -99,11 +94,7 @@ def head_figure(inputs: OverlayInputs) -> Image.Image:
 
 
 def overlay_grid(rows: list[tuple[str, OverlayInputs]]) -> Image.Image:
-    """Draw one row of tiles per image; the heads of one image share one color scale.
-
-    Args:
-        rows: Caption and inputs per image; all have the same number of heads and the same methods.
-    """
+    """Draw one row of tiles per captioned image, all with the same heads and methods; one color scale per image."""
     names = ["", *(name.partition("  ")[0] for name, _ in _tiles(rows[0][1], GRID_TILE))]
     grid = [
         [text_image(caption.splitlines(), max_width=GRID_TILE), *(tile for _, tile in _tiles(inputs, GRID_TILE))]
@@ -113,13 +104,9 @@ def overlay_grid(rows: list[tuple[str, OverlayInputs]]) -> Image.Image:
 
 
 def draw_map(image: Image.Image, map_: Tensor, mask: Tensor, *, top: float) -> Image.Image:
-    """Draw an attention map over a gray image, with the outline of its mask.
+    """Draw an attention map (rows, columns) of sum 1 over a gray version of an RGB image, and its mask's outline.
 
-    Args:
-        image: RGB.
-        map_: (rows, columns) float, sums to 1.
-        mask: (rows, columns) bool.
-        top: Upper end of the color scale, in multiples of uniform attention.
+    `top` is the upper end of the color scale, in multiples of uniform attention.
     """
     size = (image.height, image.width)
     times_uniform = resize_map(map_, size) * map_.numel()

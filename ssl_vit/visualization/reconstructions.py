@@ -57,16 +57,10 @@ class Reconstruction(NamedTuple):
 def compute_reconstructions(
     images: Tensor, corrupt: Corrupt, restore: Restore, views: ViewsConfig, *, seed: int
 ) -> list[Reconstruction]:
-    """Corrupt images as in training, without rotation, restore them, and compare.
+    """Corrupt images (B, C, S, S) uint8 as in training, without rotation, restore them, and compare.
 
-    The corruption depends only on the images and the seed.
-
-    Args:
-        images: (B, C, S, S) uint8. Blocks are exchanged between them, within groups of four.
-        corrupt: The corruption of the run, of normalized images.
-        restore: The model, in evaluation mode.
-        views: Of the run, for the normalization.
-        seed: Of the corruption.
+    The corruption depends only on the images and the seed; blocks are exchanged within groups of four images. Of the
+    run's views the normalization is used.
 
     Raises:
         UserError: The reconstructions are not finite.
@@ -86,18 +80,11 @@ def compute_reconstructions(
 def compare_with_baselines(clean: Tensor, corrupted: Tensor, hidden: Tensor, restored: Tensor) -> Reconstruction:
     """Compute the distances of a reconstruction, of the unchanged input and of the mean color of the visible pixels.
 
-    Args:
-        clean: (C, S, S) in [0, 1], as all images here.
-        corrupted: (C, S, S).
-        hidden: (S, S) bool.
-        restored: (C, S, S).
+    The images are (C, S, S) in [0, 1], the hidden pixels (S, S) bool.
     """
     visible = corrupted[:, ~hidden] if not hidden.all() else corrupted.flatten(1)  # (C, pixels)
-    answers = {
-        MODEL: restored,
-        MEAN_COLOR: visible.mean(dim=1)[:, None, None].expand_as(clean),
-        INPUT: corrupted,
-    }
+    mean_color = visible.mean(dim=1)[:, None, None].expand_as(clean)
+    answers = {MODEL: restored, MEAN_COLOR: mean_color, INPUT: corrupted}
     on_hidden, on_all = (
         {name: distance(answer, clean, where) for name, answer in answers.items()} if where.any() else {}
         for where in (hidden, torch.ones_like(hidden))

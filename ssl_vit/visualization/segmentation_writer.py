@@ -85,10 +85,7 @@ class SegmentationWriter:
 def plot_iou_curves(path: Path, results: list[MethodResult], attention_mass: float) -> None:
     """Plot the IoU by attention mass of the model (solid) and its random-init model (dashed), and the center prior.
 
-    Args:
-        path: PNG file; not written if no result has attention.
-        results: Of all methods.
-        attention_mass: Share of the attention inside the masks, marked by a line.
+    A line marks `attention_mass`, that of the masks. No PNG file is written if no result has attention.
     """
     curves = {result.name: result.details["IoU by mass"] for result in results if "IoU by mass" in result.details}
     if not curves:

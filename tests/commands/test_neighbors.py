@@ -14,7 +14,7 @@ from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.classification.ann_index import IVFIndex
 from ssl_vit.evaluation.features.extractor import BackboneExtractor, extract
 from ssl_vit.models.checkpoint import load_backbone
-from ssl_vit.visualization.neighbor_figure import TILE_SIDE
+from ssl_vit.visualization.image_rows import NEIGHBOR_SIDE
 from tests.reference import probes
 
 
@@ -62,7 +62,7 @@ def test_neighbors_of_an_unlabeled_image(overrides, flat, tmp_path, capsys):
     assert content["search"] == {"index": "exact", "k": 5}
     with Image.open(tmp_path / "figure.png") as figure:
         assert figure.format == "PNG"
-        assert figure.width > 6 * TILE_SIDE
+        assert figure.width > 6 * NEIGHBOR_SIDE
     printed = capsys.readouterr().out
     assert str(tmp_path / "figure.json") in printed
     assert sorted(file.name for file in tmp_path.iterdir()) == ["features", "figure.json", "figure.png", "flat"]

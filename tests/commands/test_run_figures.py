@@ -12,8 +12,7 @@ from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.sources.image_folder import scan_image_folder
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.training.run_dir import write_run_metadata
-from ssl_vit.visualization.first_step_views import read_run_settings
-from ssl_vit.visualization.views_figure import views_figure
+from ssl_vit.visualization.first_step_views import read_run_settings, views_figure
 from tests.conftest import SHRUNK
 from tests.helpers.views import load_views, settings_of
 

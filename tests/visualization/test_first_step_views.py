@@ -14,7 +14,7 @@ from ssl_vit.methods.schedules import make_plan
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.rng import sample_keys
 from ssl_vit.training.trainer import build_method
-from ssl_vit.visualization.first_step_views import crop_boxes, read_run_settings
+from ssl_vit.visualization.first_step_views import COLORS, crop_boxes, read_run_settings, views_figure
 from tests.helpers.views import load_views
 
 
@@ -108,3 +108,14 @@ def test_read_run_settings_reports_a_run_of_version_0_1(tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 0\ntrainer: {max_steps: 3, accumulate: 1}\n")
     with pytest.raises(UserError, match=r"is a run of ssl-vit 0\.1, whose settings"):
         read_run_settings(tmp_path)
+
+
+@pytest.mark.parametrize("overrides", [(), ("method=sit",), ("method.views.local_crops.count=0",)])
+def test_views_figure_has_the_color_of_every_view(pretrain_config, sample, tmp_path, overrides):
+    config = pretrain_config(*overrides)
+    examples = load_views(config, scan_image_folder(sample / "train"), tmp_path, count=3)
+    image = views_figure(examples)
+    assert 500 <= image.width <= 900
+    colors = {"#{:02x}{:02x}{:02x}".format(*color) for _, color in image.getcolors(maxcolors=2**24)}
+    assert set(COLORS[: len(examples[0].views)]) <= colors
+    assert image.height > 3 * 130

@@ -5,8 +5,7 @@ import torch
 from PIL import Image
 
 from ssl_vit.visualization.image_grid import captioned, draw_outline, fit_size, image_grid, to_pil
-from ssl_vit.visualization.neighbor_figure import NeighborTile, neighbor_figure
-from ssl_vit.visualization.tracking_figure import draw_objects, tracking_figure
+from ssl_vit.visualization.image_rows import NeighborTile, draw_objects, neighbor_figure, tracking_figure
 
 
 def colors_of(image):

@@ -12,8 +12,8 @@ from ssl_vit.models.attention_maps import capture_qk, cls_attention_from_qk
 from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.visualization.analysis.attention_statistics import (
-    AttentionRollout,
     HeadStatistics,
+    attention_rollout,
     head_statistics,
     patch_centers,
 )
@@ -39,11 +39,7 @@ class Activations(NamedTuple):
 
 
 class ActivationCollector:
-    """Accumulator of the activations of a model.
-
-    Args:
-        loaded: The model, on its device.
-        image_size: Side S of the images' crops in pixels; None: the model's own.
+    """Accumulator of the activations of a model, of image crops with side S in pixels (None: the model's own).
 
     Raises:
         UserError: The side is not a multiple of the patch, or a single patch.
@@ -70,21 +66,20 @@ class ActivationCollector:
     def update(self, crops: Tensor, *, num_examples: int) -> list[Tensor]:
         """Pass images (B, C, S, S) uint8 through the model; of the first ones also keep maps for figures.
 
-        Returns:
-            The mean patch tokens of the images after each block, (B, D) float32 on the CPU.
+        Return the mean patch tokens of the images after each block, (B, D) float32 on the CPU.
 
         Raises:
             UserError: A block does not compute the plain softmax(q k) attention.
         """
         prefix = self.backbone.num_prefix_tokens
-        rollout = AttentionRollout()
+        blocks: list[tuple[Tensor, Tensor]] = []  # queries and keys of the examples
         last: list[Tensor] = []
 
         def visit(block: int, queries: Tensor, keys: Tensor) -> None:
             self._heads[block].append(head_statistics(queries, keys, prefix=prefix, centers=self.centers))
             if self.backbone.has_cls and num_examples:
                 queries, keys = queries[:num_examples], keys[:num_examples]
-                rollout.add_block(queries, keys)
+                blocks.append((queries.clone(), keys.clone()))
                 if block == self.num_blocks - 1:
                     last.append(cls_attention_from_qk(self.backbone, queries, keys).mean(1).cpu())
 
@@ -96,12 +91,12 @@ class ActivationCollector:
         self._norms.append(token_norms(norms))
         features = tokens[:, 0] if self.backbone.has_cls else tokens[:, prefix:].mean(1)
         self._features.append(features.float().cpu().clone())  # not a view that keeps all tokens
-        rollouts = rollout.compute(prefix, self.grid) if last else None
+        rollouts = attention_rollout(blocks, prefix, self.grid) if last else None
         for index, crop in enumerate(crops[:num_examples]):
             last_map = last[0][index].view(self.grid) if last else None
+            rollout = None if rollouts is None else rollouts[index]
             norm_maps = norms[index].view(self.num_blocks, *self.grid).cpu()
-            rollout_map = None if rollouts is None else rollouts[index]
-            self._examples.append(ExampleMaps(crop.clone(), last_map, rollout_map, norm_maps))
+            self._examples.append(ExampleMaps(crop.clone(), last_map, rollout, norm_maps))
         return [patches.mean(1).float().cpu() for patches in patches_of_blocks]
 
     def compute(self) -> Activations:

@@ -60,12 +60,7 @@ class AnalysisResult:
     skipped: dict[str, str] = field(default_factory=dict)  # reason for each figure that is not drawn
 
     def write(self, directory: Path, metadata: dict[str, Any]) -> None:
-        """Write figures as PNG, `arrays.npz`, and at last `inspect.json`, which lists the files.
-
-        Args:
-            directory: Created if missing; files of the same names are replaced.
-            metadata: Further contents of `inspect.json`: model, images, cost; plain containers.
-        """
+        """Write figures as PNG, `arrays.npz`, and at last `inspect.json`, which lists the files, with the metadata."""
         directory.mkdir(parents=True, exist_ok=True)
         (directory / INSPECT_JSON).unlink(missing_ok=True)  # it would not describe the new files
         for name, figure in self.figures.items():
@@ -77,8 +72,7 @@ class AnalysisResult:
         content = {
             "schema": 1,
             "figures": [
-                {"file": f"{name}.png", "title": figure.title, "text": figure.text}
-                for name, figure in self.figures.items()
+                {"file": f"{name}.png", "title": title, "text": text} for name, (title, _, text) in self.figures.items()
             ],
             "skipped": self.skipped,
             "statistics": json_safe(self.statistics),
@@ -89,7 +83,7 @@ class AnalysisResult:
 
 
 def analyze_weights(result: AnalysisResult, models: dict[str, LoadedBackbone]) -> None:
-    """Analyze position embeddings and patch filters, for which no images are needed."""
+    """Add position embeddings and patch filters, for which no images are needed."""
     similarity = position_similarity(models[MODEL].backbone)
     if similarity is None:
         result.skipped["positions"] = "the model has no learned position embeddings"
@@ -107,13 +101,7 @@ def analyze_weights(result: AnalysisResult, models: dict[str, LoadedBackbone]) -
 def analyze_attention(
     result: AnalysisResult, collector: ActivationCollector, activations: dict[str, Activations]
 ) -> None:
-    """Analyze the attention of the heads, and attention rollout.
-
-    Args:
-        result: Is extended.
-        collector: That of the model.
-        activations: By model.
-    """
+    """Add the attention of the heads of each model, and attention rollout; the collector is that of the model."""
     backbone, examples = collector.backbone, activations[MODEL].examples
     if backbone.has_cls:
         random = activations[RANDOM].examples if RANDOM in activations else []
@@ -145,7 +133,7 @@ def analyze_attention(
 def analyze_features(
     result: AnalysisResult, collector: ActivationCollector, activations: dict[str, Activations]
 ) -> None:
-    """Analyze the norms of the tokens and the spectrum of the features; arguments as of `analyze_attention`."""
+    """Add the norms of the tokens and the spectrum of the features; arguments as of `analyze_attention`."""
     norms = {name: found.norms for name, found in activations.items()}
     block = block_of_largest_norm(norms[MODEL])
     maps = [(example.crop, example.norms[block]) for example in activations[MODEL].examples]
@@ -168,14 +156,9 @@ def analyze_features(
 def analyze_layers(
     result: AnalysisResult, cka: Tensor | None, num_blocks: dict[str, int], other: str | None, num_images: int
 ) -> None:
-    """Analyze the similarity of layers.
+    """Add the similarity of layers: (layers, layers) of those of all models, one model after the other.
 
-    Args:
-        result: Is extended.
-        cka: (layers, layers) of the layers of all models, one model after the other; None for too few images.
-        num_blocks: Number of blocks by model, in that order.
-        other: Name of the model of `compare_to`, if any.
-        num_images: Number of images of the features.
+    It is None for too few images; `num_blocks` is by model, in that order; `other` is the model of `compare_to`.
     """
     if cka is None:
         reason = f"{num_images} images: CKA needs at least {MIN_IMAGES}"

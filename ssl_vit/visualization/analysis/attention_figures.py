@@ -19,13 +19,9 @@ _TILE_SIDE = 330  # pixels of a tile's longer side
 def draw_head_statistic(
     kind: str, values: dict[str, Tensor], collector: ActivationCollector, num_images: int
 ) -> TitledFigure:
-    """Draw one statistic of each head.
+    """Draw one statistic of each head, the mean over the images: (blocks, heads) by model.
 
-    Args:
-        kind: distance, entropy, prefix or diversity.
-        values: (blocks, heads) by model, mean over the images.
-        collector: Of the model, for the sizes of images and tokens.
-        num_images: Number of images.
+    The kind is distance, entropy, prefix or diversity; the collector is that of the model, for the sizes.
     """
     patches_only = (
         f"Mean over {num_images:,} images. Attention between patches only: class token and registers are removed, the "
@@ -67,11 +63,9 @@ def draw_head_statistic(
 def rollout_figure(examples: Sequence[ExampleMaps], random: Sequence[ExampleMaps]) -> TitledFigure:
     """Draw images beside the attention of the last block and the rollout; each column has one color scale.
 
-    Args:
-        examples: Of the model.
-        random: Of the model with random weights, or empty.
+    The examples are those of the model, and those of the model with random weights, if any.
     """
-    columns: dict[str, list[Tensor]] = {
+    columns = {
         "last block, mean of heads": [example.last for example in examples if example.last is not None],
         "rollout, all blocks": [example.rollout for example in examples if example.rollout is not None],
     }

@@ -38,18 +38,13 @@ def uniform_distance(centers: Tensor) -> float:
 
 
 def head_statistics(queries: Tensor, keys: Tensor, *, prefix: int, centers: Tensor) -> HeadStatistics:
-    """Compute the statistics of each head of a block.
+    """Compute the statistics of each head of a block from queries and keys (B, heads, tokens, d), not scaled.
 
     The softmax runs over all tokens, in float32. For all statistics but `prefix` its rows are then restricted to the
     patches and scaled to sum 1: the distance (Dosovitskiy et al. 2021, arXiv 2010.11929, appendix D.7) is the mean over
     the patches i of Σ_j A_ij |p_i - p_j|, the entropy the mean of -Σ_j A_ij ln A_ij over ln N. Diversity compares the
-    whole patch-by-patch matrices of the heads, image by image.
-
-    Args:
-        queries: (B, heads, tokens, d), as they enter the softmax, not scaled.
-        keys: Likewise.
-        prefix: Number of tokens before the patches.
-        centers: (N, 2) positions of the patches in pixels; N is at least 2.
+    whole patch-by-patch matrices of the heads, image by image. `prefix` tokens precede the patches, of which there are
+    two or more, at `centers` (N, 2) in pixels.
     """
     batch, heads, _, _ = queries.shape
     count = len(centers)
@@ -81,34 +76,24 @@ def attention_rows(queries: Tensor, keys: Tensor) -> Iterator[tuple[slice, Tenso
         yield rows, attention_weights(queries[:, :, rows], keys)
 
 
-class AttentionRollout:
-    """Attention rollout of the class tokens of B images through all blocks.
+def attention_rollout(blocks: list[tuple[Tensor, Tensor]], prefix: int, grid: tuple[int, int]) -> Tensor:
+    """Compute the rollout (B, rows, columns) of the class tokens over the patches, scaled to sum 1, on the CPU.
 
     Abnar & Zuidema 2020 (arXiv 2005.00928), section 3: with the mean over the heads A_l of block l, the residual branch
     makes it ½ (A_l + I), whose rows still sum to 1, and the rollout is the product with the last block leftmost. Only
     its first row is needed, so no product of matrices is: the row is propagated from the last block to the first, from
-    the queries and keys of the blocks.
+    the queries and keys (B, heads, tokens, d) of each block.
     """
-
-    def __init__(self) -> None:
-        self._blocks: list[tuple[Tensor, Tensor]] = []
-
-    def add_block(self, queries: Tensor, keys: Tensor) -> None:
-        """Store the queries and keys (B, heads, tokens, d) of the next block."""
-        self._blocks.append((queries.clone(), keys.clone()))
-
-    def compute(self, prefix: int, grid: tuple[int, int]) -> Tensor:
-        """Return the rollout (B, rows, columns) of the class token over the patches, scaled to sum 1, on the CPU."""
-        batch, heads, tokens, _ = self._blocks[0][0].shape
-        row = self._blocks[0][0].new_zeros(batch, tokens, dtype=torch.float32)
-        row[:, 0] = 1
-        for queries, keys in reversed(self._blocks):
-            attended = torch.zeros_like(row)
-            for part, weights in attention_rows(queries, keys):  # (B, heads, M, tokens)
-                attended += torch.einsum("bm,bhmt->bt", row[:, part], weights) / heads
-            row = 0.5 * (attended + row)
-        patches = row[:, prefix:]
-        return (patches / patches.sum(-1, keepdim=True)).view(batch, *grid).cpu()
+    batch, heads, tokens, _ = blocks[0][0].shape
+    row = blocks[0][0].new_zeros(batch, tokens, dtype=torch.float32)
+    row[:, 0] = 1
+    for queries, keys in reversed(blocks):
+        attended = torch.zeros_like(row)
+        for part, weights in attention_rows(queries, keys):  # (B, heads, M, tokens)
+            attended += torch.einsum("bm,bhmt->bt", row[:, part], weights) / heads
+        row = 0.5 * (attended + row)
+    patches = row[:, prefix:]
+    return (patches / patches.sum(-1, keepdim=True)).view(batch, *grid).cpu()
 
 
 def rollout_scale_max(maps: list[Tensor]) -> float:

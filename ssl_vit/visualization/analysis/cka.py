@@ -19,9 +19,6 @@ class LinearCKA:
     kernels K = X Xᵀ, L = Y Yᵀ. Each HSIC is the mean of unbiased estimates over minibatches (Nguyen et al. 2021, arXiv
     2010.15327): with the biased estimate, layers of more dimensions than images would all look alike. A last incomplete
     minibatch is weighted by its number of images if it has at least four.
-
-    Args:
-        minibatch: Images per estimate.
     """
 
     def __init__(self, minibatch: int = MINIBATCH) -> None:
@@ -66,13 +63,7 @@ def unbiased_hsic(layers: list[Tensor]) -> Tensor:
 
 
 def layers_figure(own: Tensor, random: Tensor | None, num_images: int) -> TitledFigure:
-    """Draw the CKA between the layers of a model, and with the layers of its random-init model.
-
-    Args:
-        own: (blocks, blocks).
-        random: (blocks of the model, blocks of the random-init model).
-        num_images: Number of images of the features.
-    """
+    """Draw the CKA (blocks, blocks) between the layers of a model, and with those of its random-init model, if any."""
     plots = [("model and itself", own, "block", "block")]
     if random is not None:
         plots.append(("model and random init", random, "block", "block of random init"))

@@ -46,12 +46,9 @@ def block_of_largest_norm(norms: TokenNorms) -> int:
 
 
 def norms_figure(norms: dict[str, TokenNorms], maps: Sequence[tuple[Tensor, Tensor]], block: int) -> TitledFigure:
-    """Draw norms and outliers over the blocks, and maps of the norms of some images.
+    """Draw norms and outliers of each model over the blocks, and maps of the norms after one block.
 
-    Args:
-        norms: By model.
-        maps: Images (C, H, W) uint8 of the first model with the norms (rows, columns) of their patch tokens.
-        block: Block after which the maps were taken.
+    The maps are images (C, H, W) uint8 of the first model with the norms (rows, columns) of their patch tokens.
     """
     first = next(iter(norms.values()))
     with plain_style():
@@ -114,13 +111,7 @@ def spectrum(features: Tensor) -> Spectrum:
 
 
 def spectrum_figure(spectra: dict[str, Spectrum], *, features: str, num_images: int) -> TitledFigure:
-    """Draw the spectra of models, the first on top.
-
-    Args:
-        spectra: By model.
-        features: Name of the features.
-        num_images: Number of images of the features.
-    """
+    """Draw the spectra of models, the first on top; `features` is the name of the features."""
     first = next(iter(spectra.values()))
     most = len(first.shares)
     with plain_style():

@@ -22,10 +22,9 @@ _MAX_SIDE = 14  # positions shown along a side; of finer grids evenly spaced one
 
 
 def position_similarity(backbone: Backbone) -> Tensor | None:
-    """Compute the cosines between the position embeddings of all patches.
+    """Compute the cosines (rows, columns, rows, columns) float32 between the position embeddings of all patches.
 
-    Returns:
-        (rows, columns, rows, columns) float32, or None if the model has no learned position embeddings.
+    Return None if the model has no learned position embeddings.
     """
     embeddings = backbone.position_embeddings()
     if embeddings is None:
@@ -35,11 +34,7 @@ def position_similarity(backbone: Backbone) -> Tensor | None:
 
 
 def position_figure(similarity: Tensor) -> TitledFigure:
-    """Draw a tile for each position of the grid, with the cosines of its embedding to those of all positions.
-
-    Args:
-        similarity: (rows, columns, rows, columns).
-    """
+    """Draw a tile for each position, with the cosines (rows, columns, rows, columns) to all positions' embeddings."""
     rows, columns = similarity.shape[:2]
     down, across = (torch.linspace(0, side - 1, min(side, _MAX_SIDE)).round().long() for side in (rows, columns))
     zoom = max(1, 60 // max(rows, columns))
@@ -78,8 +73,7 @@ class FilterComponents(NamedTuple):
 def filter_components(weight: Tensor) -> FilterComponents:
     """Compute the PCA of a patch embedding (Dosovitskiy et al. 2021, arXiv 2010.11929, figure 7, left).
 
-    Args:
-        weight: (D, C, p, p); each of the D filters is a point in C·p·p dimensions; their mean is subtracted.
+    Each of the D filters (D, C, p, p) is a point in C·p·p dimensions; their mean is subtracted.
     """
     points = weight.detach().double().cpu().flatten(1)
     _, strengths, components = torch.linalg.svd(points - points.mean(0), full_matrices=False)
