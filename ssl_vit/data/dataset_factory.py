@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from ssl_vit.config.evaluate import EvalDataConfig
 from ssl_vit.config.pretrain import Source
 from ssl_vit.data.dataset import ImageDataset, escape_path
+from ssl_vit.data.sources.decode import EXTENSIONS
 from ssl_vit.data.sources.image_folder import ImageFolder, read_image_list, scan_image_folder
+from ssl_vit.data.sources.image_index import is_hidden
+from ssl_vit.data.sources.split_folders import folder_layout, resembles_split, split_role
 from ssl_vit.data.sources.tar_shards import TarShardDataset, load_shards
 from ssl_vit.data.sources.torchvision_datasets import ArraySource, load_torchvision_dataset
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.text import truncate_list
 
 
 class TrainTestSplit(NamedTuple):
@@ -55,7 +62,7 @@ def build_labeled_splits(data: EvalDataConfig) -> TrainTestSplit:
     if data.source == "folder" or data.source == "shards":
         load = _load_labeled_folder if data.source == "folder" else _load_labeled_shards
         train, test = _split_roots(data)
-        return _checked(load(train), None if test is None else load(test))
+        return _align_classes(load(train), None if test is None else load(test))
     return _torchvision_splits(data.source, data.root)
 
 
@@ -67,7 +74,8 @@ def build_feature_splits(data: EvalDataConfig) -> TrainTestSplit:
     """
     if data.source == "folder" or data.source == "list" or data.source == "shards":
         train, test = _split_roots(data)
-        return _checked(build_dataset(data.source, train), None if test is None else build_dataset(data.source, test))
+        test_images = None if test is None else build_dataset(data.source, test)
+        return _align_classes(build_dataset(data.source, train), test_images)
     return _torchvision_splits(data.source, data.root)
 
 
@@ -78,7 +86,7 @@ def build_labeled_folder_splits(root: Path) -> TrainTestSplit:
         UserError: As `build_labeled_splits`.
     """
     train, test = _find_split_folders(root, "online.root={train}")
-    return _checked(_load_labeled_folder(train), None if test is None else _load_labeled_folder(test))
+    return _align_classes(_load_labeled_folder(train), None if test is None else _load_labeled_folder(test))
 
 
 def _torchvision_splits(source: ArraySource, root: Path | None) -> TrainTestSplit:
@@ -91,20 +99,51 @@ def _torchvision_splits(source: ArraySource, root: Path | None) -> TrainTestSpli
 def _split_roots(data: EvalDataConfig) -> tuple[Path, Path | None]:
     """Return the folders of the train images and, if there are any, of the test images."""
     if data.root is not None:
-        return _find_split_folders(data.root, "data.train={train} data.test={val}")
+        return _find_split_folders(data.root, "data.train={train} data.test={test}")
     assert data.train is not None  # the config requires one of them
     return data.train, data.test
 
 
 def _find_split_folders(root: Path, override: str) -> tuple[Path, Path | None]:
-    """Return `train/` and `val/` or `test/` below a folder, or the folder alone; `override` selects between both."""
-    tests = [root / name for name in ("val", "test") if (root / name).is_dir()]
-    if not (root / "train").is_dir() or not tests:
+    """Return the folders of the train and test images below a folder, or the folder alone if it has no splits.
+
+    Raises:
+        UserError: It is not clear which folder is which; `override` gives the keys that name them.
+    """
+    folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and not is_hidden(os.fsencode(folder.name)))
+    names = [folder.name for folder in folders]
+    if any(map(resembles_split, names)):  # only then is it worth looking into them
+        names = [folder.name for folder in folders if _has_images(folder)]
+    layout = folder_layout(names, lambda name: _subfolders(root / name))
+    if layout.kind == "classes":
         return root, None
-    if len(tests) == 2:
-        example = override.format(**{name: escape_path(root / name) for name in ("train", "val")})
-        raise UserError(f"{escape_path(root)} has both val/ and test/; choose one, for example {example}")
-    return root / "train", tests[0]
+    by_role = {role: [root / name for name in names if split_role(name) == role] for role in ("train", "val", "test")}
+    train, tests = by_role["train"], by_role["val"] + by_role["test"]
+    if layout.kind == "splits" and len(train) == len(tests) == 1:
+        return train[0], tests[0]
+    found = layout.reason or f"it holds {', '.join(f'{name}/' for name in names)}"
+    first, second = (escape_path((group or [root / "FOLDER"])[0]) for group in (train, tests))
+    raise UserError(
+        f"{escape_path(root)}: the train and test images are not clear: {escape_path(found)}; name them with "
+        f"{override.format(train=first, test=second)}"
+    )
+
+
+def _has_images(folder: Path) -> bool:
+    """Return whether there is an image, a tar file or a link to a folder anywhere below a folder."""
+    for _, subfolders, files in os.walk(folder):
+        if any(Path(name).suffix.lower() in EXTENSIONS | {".tar"} for name in files):
+            return True
+        subfolders[:] = [name for name in subfolders if not is_hidden(os.fsencode(name))]
+    return False
+
+
+def _subfolders(folder: Path) -> list[str]:
+    """Return the names of the folders in a folder; none if it has images of its own."""
+    entries = [entry for entry in folder.iterdir() if not is_hidden(os.fsencode(entry.name))]
+    if any(entry.suffix.lower() in EXTENSIONS and entry.is_file() for entry in entries):
+        return []
+    return [entry.name for entry in entries if entry.is_dir()]
 
 
 def _load_labeled_folder(folder: Path) -> ImageFolder:
@@ -125,11 +164,20 @@ def _load_labeled_shards(folder: Path) -> TarShardDataset:
     return dataset
 
 
-def _checked(train: ImageDataset, test: ImageDataset | None) -> TrainTestSplit:
-    """Return the split, unless its sets have different classes."""
-    if test is not None and train.classes != test.classes:
-        pairs = (("train", train, test), ("test", test, train))
-        only = {name: sorted(set(own.classes) - set(other.classes)) for name, own, other in pairs}
-        differences = "; ".join(f"only in {name}: {', '.join(classes)}" for name, classes in only.items() if classes)
-        raise UserError(f"the train and test images have different classes; {differences}")
+def _align_classes(train: ImageDataset, test: ImageDataset | None) -> TrainTestSplit:
+    """Return the split with the labels of the train images, some of which the test images may lack.
+
+    Raises:
+        UserError: There are test images of other classes, or only one of the sets has labels.
+    """
+    if test is None or train.classes == test.classes:
+        return TrainTestSplit(train, test)
+    extra = [name for name in test.classes if name not in train.classes]
+    if extra or not test.classes:
+        found = f"only in test: {', '.join(truncate_list(extra, 8))}" if extra else "the test images have no labels"
+        missing = [name for name in train.classes if name not in test.classes]
+        only = f"; only in train: {', '.join(truncate_list(missing, 8))}" if extra and missing else ""
+        raise UserError(f"the train and test images have different classes; {found}{only}")
+    label_of = torch.tensor([train.classes.index(name) for name in test.classes])
+    test.labels, test.classes = label_of[test.labels], train.classes
     return TrainTestSplit(train, test)

@@ -12,7 +12,8 @@ import numpy as np
 
 from ssl_vit.data.dataset import UnreadableImageError, escape_path
 from ssl_vit.data.sources.decode import open_image, orientation, to_tensor
-from ssl_vit.data.sources.image_folder import SPLITS, ImageFolder, format_counts, sort_counts
+from ssl_vit.data.sources.image_folder import ImageFolder, format_counts, sort_counts
+from ssl_vit.data.sources.split_folders import split_role
 from ssl_vit.runtime.text import pluralize, truncate_list
 from ssl_vit.runtime.workers import map_threads
 
@@ -149,7 +150,7 @@ def _class_counts(names: list[str]) -> dict[str, dict[str, int]]:
     folders = [name.split("/")[:-1] for name in names]
     if not all(folders):
         return {}
-    if not SPLITS.issuperset(first for first, *_ in folders):
+    if len({first for first, *_ in folders}) < 2 or not all(split_role(first) for first, *_ in folders):
         return {"": dict(sorted(Counter(first for first, *_ in folders).items()))}
     per_split: dict[str, Counter[str]] = defaultdict(Counter)
     for split, *rest in folders:
@@ -159,8 +160,8 @@ def _class_counts(names: list[str]) -> dict[str, dict[str, int]]:
 
 
 def _is_leak(names: list[str]) -> bool:
-    splits = {name.partition("/")[0] for name in names}
-    return "train" in splits and bool(splits & {"val", "test"})
+    roles = {split_role(name.partition("/")[0]) for name in names if "/" in name}
+    return "train" in roles and bool(roles & {"val", "test"})
 
 
 def _percentiles(sides: Iterable[int]) -> dict[str, int]:

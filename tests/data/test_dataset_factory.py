@@ -218,7 +218,7 @@ def test_build_labeled_splits_takes_train_for_a_class_without_val_or_test(tmp_pa
 
 def test_build_labeled_splits_refuses_unlabeled_and_different_sets(tmp_path):
     put(tmp_path, "two/train/a/1.png", "two/train/b/1.png", "two/test/a/1.png", "two/test/c/1.png")
-    with pytest.raises(UserError, match="only in train: b; only in test: c"):
+    with pytest.raises(UserError, match="only in test: c; only in train: b"):
         build_labeled_splits(labeled(root=tmp_path / "two"))
     put(tmp_path, "flat/1.png", "flat/a/2.png")
     with pytest.raises(UserError, match=r"1\.png lies in none"):
@@ -231,6 +231,59 @@ def test_build_labeled_splits_refuses_unlabeled_and_different_sets(tmp_path):
         build_labeled_splits(labeled(root=tmp_path / "both"))
     with pytest.raises(UserError, match="a list has no labels"):
         build_labeled_splits(labeled(source="list", root=tmp_path))
+
+
+@pytest.mark.parametrize(
+    "names", [("train", "valid"), ("Train", "Test"), ("training_set", "test_set"), ("trn", "eval")]
+)
+def test_build_labeled_splits_takes_splits_of_any_usual_name(tmp_path, names):
+    train, test = names
+    put(tmp_path, f"{train}/a/1.png", f"{train}/b/2.png", f"{test}/a/3.png", f"{test}/b/4.png", "docs/readme.txt")
+    split = build_labeled_splits(labeled(root=tmp_path))
+    assert split.train.classes == split.test.classes == ["a", "b"]
+    assert (split.train.root, split.test.root) == (tmp_path / train, tmp_path / test)
+    assert build_dataset("folder", tmp_path).classes == []  # splits are not classes of an unlabeled folder either
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("train", "val", "test"),
+        ("val", "test"),
+        ("train", "training", "val"),
+        ("train", "test", "cat"),
+        ("train", "extra"),
+    ],
+)
+def test_build_labeled_splits_refuses_unclear_splits_and_names_the_keys(tmp_path, folders):
+    put(tmp_path, *(f"{folder}/{name}/1.png" for folder in folders for name in "ab"))
+    with pytest.raises(UserError, match=r"not clear.*data\.train=.* data\.test="):
+        build_labeled_splits(labeled(root=tmp_path))
+    assert build_labeled_splits(labeled(train=tmp_path / folders[0], test=tmp_path / folders[1])).test is not None
+
+
+def test_build_labeled_splits_keeps_the_labels_of_a_test_set_that_lacks_classes(tmp_path):
+    put(tmp_path, "train/a/1.png", "train/b/2.png", "train/c/3.png", "test/c/4.png", "test/b/5.png")
+    split = build_labeled_splits(labeled(root=tmp_path))
+    assert split.test.classes == ["a", "b", "c"]
+    assert split.test.labels.tolist() == [1, 2]
+
+
+def test_class_folders_are_equal_in_any_unicode_form_and_without_blanks(tmp_path, caplog):
+    put(tmp_path, "train/Cafe\u0301/1.png", "train/dog /2.png", "test/Caf\u00e9/3.png", "test/dog/4.png")
+    put(tmp_path, "train/__MACOSX/Cafe\u0301/5.png", "train/@eaDir/6.png")
+    split = build_labeled_splits(labeled(root=tmp_path))
+    assert split.train.classes == split.test.classes == ["Caf\u00e9", "dog"]
+    assert len(split.train) == 2
+    put(tmp_path, "train/dog/7.png")
+    assert build_labeled_splits(labeled(root=tmp_path)).train.labels.tolist() == [0, 1, 1]
+    assert "are one class: ['dog ', 'dog']" in caplog.text
+
+
+def test_scan_image_folder_counts_a_second_path_to_a_folder(tmp_path):
+    put(tmp_path, "a/1.png", "b/2.png")
+    (tmp_path / "c").symlink_to(tmp_path / "a", target_is_directory=True)
+    assert build_dataset("folder", tmp_path).ignored == {"second path to a folder": 1}
 
 
 # --- torchvision's data sets -----------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import unicodedata
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping
@@ -16,10 +18,11 @@ from ssl_vit.data.dataset import JPEGScaleFn, UnreadableImageError, escape_path
 from ssl_vit.data.sources.decode import EXTENSIONS, decode
 from ssl_vit.data.sources.image_index import cached_walk
 from ssl_vit.data.sources.packed_paths import PackedPaths
+from ssl_vit.data.sources.split_folders import folder_layout
 from ssl_vit.runtime.errors import UserError
-from ssl_vit.runtime.text import pluralize
+from ssl_vit.runtime.text import pluralize, truncate_list
 
-SPLITS = frozenset({"train", "val", "test"})  # folders of these names are splits, not classes
+log = logging.getLogger(__name__)
 
 
 class ImageFolder:
@@ -155,25 +158,53 @@ def read_image_list(file: Path) -> ImageFolder:
 def labels_from_folders(names: PackedPaths) -> tuple[Tensor, list[str]]:
     """Return labels (N,) and class names from the first folder of each path; none if an image is not in a folder.
 
-    Folders `train`, `val` and `test` alone are splits, not classes.
+    Splits have no labels; see `folder_layout`.
 
     Args:
         names: Sorted, so that the images of a class are contiguous.
     """
-    sizes: dict[bytes, int] = {}  # images per folder
-    start = 0
-    while start < len(names):
-        folder, slash, _ = names[start].partition(b"/")
-        if not slash:
-            return unlabeled(len(names))
-        end = bisect_left(names, folder + b"0", lo=start + 1)  # 0 is next after /
-        sizes[folder], start = end - start, end
-    classes = sorted(sizes, key=os.fsdecode)
-    if SPLITS.issuperset(map(os.fsdecode, classes)):
+    sizes = count_by_folder(names)
+    if not sizes:
         return unlabeled(len(names))
-    label_of = {folder: label for label, folder in enumerate(classes)}
-    labels = torch.tensor([label_of[folder] for folder in sizes])
-    return labels.repeat_interleave(torch.tensor([*sizes.values()])), [escape_path(folder) for folder in classes]
+    class_of = {folder: _class_name(folder) for folder in sizes}
+    classes = sorted(set(class_of.values()))
+    if len(classes) < len(sizes):
+        counts = Counter(class_of.values())
+        same = [escape_path(folder) for folder, name in class_of.items() if counts[name] > 1]
+        log.warning(f"folders that differ in blanks or Unicode form only are one class: {truncate_list(same, 8)}")
+
+    def subfolders(folder: str) -> list[str]:
+        return [os.fsdecode(path) for path in count_by_folder(names, os.fsencode(folder) + b"/")]
+
+    if folder_layout([os.fsdecode(folder) for folder in sizes], subfolders).kind == "splits":
+        return unlabeled(len(names))
+    labels = torch.tensor([classes.index(class_of[folder]) for folder in sizes])
+    return labels.repeat_interleave(torch.tensor([*sizes.values()])), [escape_path(name) for name in classes]
+
+
+def _class_name(folder: bytes) -> str:
+    """Return a folder's name in composed Unicode characters without blanks around it, as other systems may store it."""
+    name = os.fsdecode(folder)
+    return unicodedata.normalize("NFC", name).strip() or name
+
+
+def count_by_folder(names: PackedPaths, prefix: bytes = b"") -> dict[bytes, int]:
+    """Return the number of images in each folder directly below a prefix; empty if an image is in none.
+
+    Args:
+        names: Sorted paths.
+        prefix: Empty, or a folder with a slash at its end.
+    """
+    sizes: dict[bytes, int] = {}
+    start = bisect_left(names, prefix)
+    stop = bisect_left(names, prefix[:-1] + b"0", lo=start) if prefix else len(names)  # 0 is next after /
+    while start < stop:
+        folder, slash, _ = names[start][len(prefix) :].partition(b"/")
+        if not slash:
+            return {}
+        end = bisect_left(names, prefix + folder + b"0", lo=start + 1)
+        sizes[folder], start = end - start, end
+    return sizes
 
 
 def unlabeled(count: int) -> tuple[Tensor, list[str]]:

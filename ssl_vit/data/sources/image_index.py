@@ -34,9 +34,12 @@ _STAMP_CHUNK = 256  # folders per task of `directory_fingerprint`
 _READ_LOCK = Lock()  # listing a cached folder switches threads at every entry, which costs more than waiting here
 _SUFFIXES = frozenset(map(os.fsencode, EXTENSIONS))
 
+# Thumbnails and deleted files.
+_SYSTEM_FOLDERS = frozenset({b"__MACOSX", b"@eaDir", b"$RECYCLE.BIN", b"System Volume Information"})
+
 _MIN_SECONDS = 1.0  # faster walks are not cached
 _SETTLED_NS = 2_000_000_000  # tick of the coarsest file system clock, within which two changes look like one
-_KIND = f"ssl-vit index 1 {' '.join(sorted(EXTENSIONS))}"  # another version may look for other images
+_KIND = f"ssl-vit index 2 {' '.join(sorted(EXTENSIONS))}"  # another version may look for other images
 
 
 class WalkResult(NamedTuple):
@@ -83,7 +86,7 @@ def walk_images(root: Path) -> WalkResult:
     """
     runs: list[bytes] = []
     ignored: Counter[bytes] = Counter()
-    hidden = unreadable = last_change = 0
+    hidden = unreadable = repeated = last_change = 0
     visited: set[tuple[int, int]] = set()
     seen: list[bytes] = []
     state = hashlib.sha256()
@@ -105,6 +108,7 @@ def walk_images(root: Path) -> WalkResult:
                 last_change = max(last_change, folder.status.st_mtime_ns)
                 identity = folder.status.st_dev, folder.status.st_ino
                 if identity in visited:
+                    repeated += 1
                     continue
                 visited.add(identity)
                 runs += folder.sorted_runs()
@@ -119,10 +123,15 @@ def walk_images(root: Path) -> WalkResult:
                 bar.update(len(folder.images))
     runs.sort()
     names = PackedPaths.from_iterable(name for run in runs for name in run.split(b"\0"))
-    kinds = Counter({"hidden": hidden, "unreadable folder": unreadable})
+    kinds = Counter({"hidden": hidden, "unreadable folder": unreadable, "second path to a folder": repeated})
     for suffix, count in ignored.items():
         kinds[escape_path(suffix) or "without extension"] += count
     return WalkResult(names, +kinds, PackedPaths.from_iterable(seen), state.hexdigest(), last_change)
+
+
+def is_hidden(name: bytes) -> bool:
+    """Return whether a file or folder of this name is never searched for images."""
+    return name.startswith(b".") or name in _SYSTEM_FOLDERS
 
 
 def directory_fingerprint(root: Path, folders: PackedPaths) -> str:
@@ -157,7 +166,7 @@ class _Folder:
     def add(self, entry: os.DirEntry[bytes], *, link: bool) -> None:
         name = entry.name
         _, dot, suffix = name.lower().rpartition(b".")
-        if name.startswith(b"."):
+        if is_hidden(name):
             self.hidden += 1
         elif _is_folder(entry):
             (self.links if link else self.subfolders).append(self.path + name + b"/")

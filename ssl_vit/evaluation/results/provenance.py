@@ -18,7 +18,7 @@ import yaml
 from ssl_vit import __version__
 from ssl_vit.config.evaluate import EvalDataConfig, LabeledEvalConfig
 from ssl_vit.data.dataset import escape_path
-from ssl_vit.data.sources.image_folder import SPLITS
+from ssl_vit.data.sources.split_folders import split_role
 from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.device import autocast_dtype, peak_memory
 
@@ -137,8 +137,8 @@ def data_name(data: EvalDataConfig) -> str:
         return data.source
     folder = (data.root or data.train or Path()).resolve()
     if data.test is None:
-        return escape_path(f"{folder.parent.name}-{folder.name}" if folder.name in SPLITS else folder.name)
-    names = [path.parent.name if path.name in SPLITS else path.name for path in (folder, data.test.resolve())]
+        return escape_path(f"{folder.parent.name}-{folder.name}" if split_role(folder.name) else folder.name)
+    names = [path.parent.name if split_role(path.name) else path.name for path in (folder, data.test.resolve())]
     return escape_path(names[0] if names[0] == names[1] else "-".join(names))
 
 
