@@ -110,6 +110,8 @@ def _find_split_folders(root: Path, override: str) -> tuple[Path, Path | None]:
     Raises:
         UserError: It is not clear which folder is which; `override` gives the keys that name them.
     """
+    if not root.is_dir():
+        return root, None
     folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and not is_hidden(os.fsencode(folder.name)))
     names = [folder.name for folder in folders]
     if any(map(resembles_split, names)):  # only then is it worth looking into them

@@ -21,6 +21,7 @@ _VARIANTS = frozenset(
     {"old", "new", "all", "full", "small", "mini", "raw", "clean", "noisy", "aug", "augmented", "labeled", "labelled"}
 )
 _OTHER_SPLITS = frozenset({"unlabeled", "unlabelled", "extra", "fold", "trainval"})
+_ANNOTATIONS = frozenset({"mask", "masks", "annotation", "annotations", "label", "labels", "gt", "groundtruth"})
 _MOST_COMPARED = 20  # folders whose subfolders are compared; splits are fewer
 
 
@@ -40,19 +41,19 @@ def split_role(name: str) -> Role | None:
 def folder_layout(folders: Collection[str], subfolders: Callable[[str], Collection[str]]) -> FolderLayout:
     """Decide whether folders are splits or classes.
 
-    They are splits if all of them (two or more) have names of splits. A single name of a split among others (bus, car,
-    train) is a class. Unclear are: several names of splits among others, names such as `train_a` or `fold1`, one name
+    They are splits if all of them (two or more) have names of splits, `masks` and `test_labels` aside. A single name
+    of a split among others (bus, car, train) is a class. Unclear are: several names of splits among others, names such as `train_a` or `fold1`, one name
     of a split where all folders have the same subfolders, and classes that each contain splits.
 
     Args:
         folders: Names of the folders with images directly below the root.
         subfolders: Gives the names of the folders in one of them; empty if it has images of its own.
     """
+    images = [name for name in folders if _ANNOTATIONS.isdisjoint(_words(name)[-1:])]
+    if len(images) > 1 and all(map(split_role, images)):
+        return FolderLayout("splits")
     if len(folders) < 2:
         return FolderLayout("classes")
-    roles = [split_role(name) for name in folders]
-    if all(roles):
-        return FolderLayout("splits")
     similar = sorted(name for name in folders if resembles_split(name))
     if len(similar) > 1:
         return FolderLayout("unclear", f"{', '.join(similar[:4])} look like splits, and not all folders are understood")

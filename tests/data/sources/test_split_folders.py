@@ -69,6 +69,8 @@ def test_folder_layout_of_two_splits_is_splits(train, other):
         (["control", "test"], "classes"),
         (["train"], "classes"),  # one folder alone is neither; its images have one class
         (["train", "valid", "test"], "splits"),
+        (["train", "test", "test_masks", "annotations"], "splits"),
+        (["masks", "no_masks"], "classes"),
         (["train", "test", "cat"], "unclear"),
         (["train", "unlabeled"], "unclear"),
         (["train_a", "train_b"], "unclear"),
