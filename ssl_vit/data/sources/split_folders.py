@@ -42,8 +42,9 @@ def folder_layout(folders: Collection[str], subfolders: Callable[[str], Collecti
     """Decide whether folders are splits or classes.
 
     They are splits if all of them (two or more) have names of splits, `masks` and `test_labels` aside. A single name
-    of a split among others (bus, car, train) is a class. Unclear are: several names of splits among others, names such as `train_a` or `fold1`, one name
-    of a split where all folders have the same subfolders, and classes that each contain splits.
+    of a split among others (bus, car, train) is a class. Unclear are: several names of splits among others, names such
+    as `train_a` or `fold1`, one name of a split where all folders have the same subfolders, and classes that each
+    contain splits.
 
     Args:
         folders: Names of the folders with images directly below the root.
