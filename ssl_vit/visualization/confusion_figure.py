@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
@@ -17,7 +15,7 @@ from ssl_vit.evaluation.results.confusion_matrix import ConfusionSummary, hardes
 from ssl_vit.evaluation.results.eval_result import Predictions
 from ssl_vit.runtime.atomic_io import atomic_write
 from ssl_vit.visualization.image_grid import captioned, fit_size, image_grid, page, text_image, to_pil
-from ssl_vit.visualization.plots import INK, figure_to_image, plain_style
+from ssl_vit.visualization.plots import INK, figure_to_image, new_figure
 
 MAX_CLASSES = 24  # or pairs of classes
 COLUMNS, ROWS = 8, 2  # of the hardest images
@@ -51,9 +49,9 @@ def read_hardest_images(predictions: Predictions, dataset: ImageDataset) -> list
 def plot_confusion(path: Path, summary: ConfusionSummary, hardest: list[HardImage], title: str) -> None:
     """Draw the figure into a PNG file; the title is one line that names model and evaluation."""
     height = max(2.6, 1.0 + 0.2 * min(len(summary.classes), MAX_CLASSES))
-    with plain_style(), warnings.catch_warnings():
+    with new_figure(0.5 + height, 12) as figure, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of class names in other scripts
-        figure = Figure(figsize=(12, 0.5 + height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.05))
+        figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.05)
         figure.suptitle(f"{title}, {len(summary.target):,} images", fontsize=12, parse_math=False)
         left, right = figure.subplots(1, 2, width_ratios=[1, 1.15])
         _plot_accuracy(left, summary)

@@ -24,15 +24,10 @@ _DPI = 200  # of figures 7 inches wide: 1,400 pixels
 
 
 @contextmanager
-def plain_style() -> Iterator[None]:
-    """Use the same style whatever the user's matplotlib settings are."""
+def new_figure(height: float, width: float = 7) -> Iterator[Figure]:
+    """Provide an empty figure of this size in inches, in the same style whatever the user's settings are."""
     with matplotlib.style.context(["default", {"font.size": 9, "axes.edgecolor": INK, "text.color": INK}]):
-        yield
-
-
-def new_figure(height: float) -> Figure:
-    """Create an empty figure, 7 inches wide and this many inches high."""
-    return Figure(figsize=(7, height), layout="constrained")
+        yield Figure(figsize=(width, height), layout="constrained")
 
 
 def figure_to_image(figure: Figure, dpi: int = _DPI) -> Image.Image:
@@ -46,13 +41,10 @@ def figure_to_image(figure: Figure, dpi: int = _DPI) -> Image.Image:
 def head_chart(values: dict[str, Tensor], label: str, *, line: tuple[str, float] | None = None) -> Image.Image:
     """Draw a dot for each head of each block, and a line through the means of the heads.
 
-    Args:
-        values: (blocks, heads) by model; the first model is drawn on top.
-        label: Of the vertical axis, with its unit.
-        line: Name and height of a reference level.
+    The values are (blocks, heads) by model, the first of which is drawn on top; the label is that of the vertical axis,
+    with its unit; `line` has the name and the height of a reference level.
     """
-    with plain_style():
-        figure = new_figure(3.4)
+    with new_figure(3.4) as figure:
         axes = figure.subplots()
         for name, points in reversed(values.items()):
             blocks, heads = points.shape
@@ -87,8 +79,7 @@ def style_axes(axes: Axes) -> None:
 
 def plot_matrices(plots: Sequence[tuple[str, Tensor, str, str]], label: str) -> Image.Image:
     """Draw matrices side by side: title, values, row and column labels; one color scale from 0 to 1, with a label."""
-    with plain_style():
-        figure = new_figure(3.4)
+    with new_figure(3.4) as figure:
         grid = figure.subplots(1, len(plots), squeeze=False)[0]
         for axes, (title, values, row_label, column_label) in zip(grid, plots, strict=True):
             image = axes.imshow(values.numpy(), cmap="cividis", vmin=0, vmax=1, origin="lower", aspect="auto")

@@ -40,14 +40,9 @@ def run_backbone(
     max_side: int | None,
     skipped: SkippedImageLog,
 ) -> Iterator[ImageOutputs]:
-    """Yield the outputs of models for every readable image, in the order in which batches fill up.
+    """Yield the outputs of models of one architecture for every readable image, in the order in which batches fill up.
 
-    Args:
-        dataset: Images of any size and aspect.
-        indices: Of the images to process.
-        models: Of one architecture.
-        max_side: Larger images are reduced to this many pixels for the models; None: never.
-        skipped: Records every image that is skipped, with the reason.
+    Images may have any size and aspect; larger ones than `max_side` pixels are reduced to it for the models.
     """
     config = models[0].backbone.config
     waiting: dict[torch.Size, list[_Waiting]] = defaultdict(list)

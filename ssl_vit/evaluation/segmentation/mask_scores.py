@@ -53,12 +53,9 @@ class AttentionScores(NamedTuple):
 
 
 def score_masks(score_maps: Tensor, masks: Tensor, annotation: Annotation) -> MaskScores:
-    """Score masks and their score maps for one image.
+    """Score masks (M, rows, columns) bool and their score maps (M, rows, columns) for one image, at its own size.
 
-    Args:
-        score_maps: (M, rows, columns) float; enlarged to the image's size bilinearly, as SelfMask and FOUND do.
-        masks: (M, rows, columns) bool; each pixel takes its patch's value.
-        annotation: Of the image, at its own size.
+    Score maps are enlarged bilinearly, as SelfMask and FOUND do; of a mask each pixel takes its patch's value.
     """
     foreground, valid = annotation.foreground, annotation.valid
     target = pool_mask_to_patches(foreground, (masks.shape[-2], masks.shape[-1]), valid)

@@ -28,11 +28,8 @@ LEVELS = 255  # thresholds k / 255
 def f_beta(inside: Tensor, chosen: Tensor, area: Tensor, beta_squared: float) -> Tensor:
     """Compute F (...) of precision and recall, (1 + beta²) P R / (beta² P + R); 0 where nothing is found.
 
-    Args:
-        inside: (...) pixels that are chosen and foreground.
-        chosen: (...) pixels that are chosen.
-        area: Pixels that are foreground.
-        beta_squared: 0 is precision alone; the larger, the more weight has recall.
+    `chosen` (...) are pixels of masks, `inside` those of them that are foreground, `area` all of the foreground. With a
+    beta² of 0 it is precision alone; the larger, the more weight has recall.
 
     Example:
         >>> f_beta(torch.tensor([6.0, 0.0]), torch.tensor([8.0, 0.0]), torch.tensor(12.0), 0.3)
@@ -45,13 +42,8 @@ def f_beta(inside: Tensor, chosen: Tensor, area: Tensor, beta_squared: float) ->
 def count_levels(score_maps: Tensor, foreground: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Count the pixels of each score map above each threshold k / 255: all valid ones and those in the foreground.
 
-    Args:
-        score_maps: (M, rows, columns) float, scaled to [0, 1], then enlarged bilinearly.
-        foreground: (H, W) bool.
-        valid: (H, W) bool.
-
-    Returns:
-        Two (M, 255) float64.
+    Maps (M, rows, columns) are scaled to [0, 1], then enlarged bilinearly to the foreground (H, W) bool and the valid
+    pixels (H, W) bool. The counts are (M, 255) float64.
     """
     maps, size = len(score_maps), (foreground.shape[0], foreground.shape[1])
     scaled = F.interpolate(scale_maps(score_maps)[:, None].float(), size, mode="bilinear", align_corners=False)[:, 0]
@@ -71,10 +63,6 @@ def scale_maps(maps: Tensor) -> Tensor:
 
 
 def max_f_threshold(curves: Tensor) -> tuple[Tensor, float]:
-    """Return F (n,) of each image at the threshold with the largest mean over the images, and that threshold.
-
-    Args:
-        curves: (n, 255).
-    """
+    """Return F (n,) of each image, of (n, 255), at the threshold with the largest mean, and that threshold."""
     best = int(curves.mean(0, dtype=torch.float64).argmax())
     return curves[:, best].double(), best / LEVELS

@@ -76,13 +76,8 @@ def write_result(
 ) -> None:
     """Write `summary.json` into `config.out`.
 
-    Args:
-        config: Of the command.
-        model: The evaluated model.
-        results: Its scores, then those of the baselines; empty without ground truth.
-        data: Counts of the images, and their fingerprint.
-        notes: On how the ground truth was read.
-        started: Of `time.perf_counter`.
+    The results are those of the model, then of the baselines; none without ground truth. `data` has counts of the
+    images and their fingerprint, `notes` tell how the ground truth was read, `started` is of `time.perf_counter`.
     """
     device = model.backbone.device
     ceiling = next((result.ious["IoU"] for result in results if result.name == CEILING and result.ious), None)

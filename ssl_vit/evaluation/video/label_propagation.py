@@ -38,13 +38,10 @@ class Source(NamedTuple):
 
 
 class LabelPropagator:
-    """Propagation of the labels of a video's first frame to the others, in their order.
+    """Propagation of the labels of a video's first frame (3, H, W) uint8 to the others, in their order.
 
-    Args:
-        model: The patch tokens of its last block after the final norm are compared; it needs no class token.
-        config: Of the propagation.
-        first: (3, H, W) uint8, the first frame.
-        classes: (H, W) int64, the class of each of its pixels, counted from 0.
+    The patch tokens of the model's last block after the final norm are compared; it needs no class token. Labels are
+    the classes (H, W) int64 of the pixels, counted from 0.
 
     Raises:
         UserError: `config.side` is smaller than half a patch.
@@ -74,12 +71,8 @@ def propagate(features: Tensor, sources: list[Source], config: PropagationConfig
 
     Each patch takes the mean label of the `top_k` most similar patches among all sources, weighted by
     exp(cosine / temperature); patches as similar as the last of them are included. It is computed row by row, so that
-    the memory is that of one row with its neighborhood: columns x sources x (2 radius + 1) x columns numbers.
-
-    Args:
-        features: (rows, columns, D), each of length 1.
-        sources: Of the same grid.
-        config: Its radius, top_k and temperature are used.
+    the memory is that of one row with its neighborhood: columns x sources x (2 radius + 1) x columns numbers. The
+    features (rows, columns, D) have length 1, the sources the same grid.
     """
     rows, columns, _ = features.shape
     radius = config.radius or max(rows, columns)
@@ -101,15 +94,10 @@ def propagate(features: Tensor, sources: list[Source], config: PropagationConfig
 
 
 def to_classes(labels: Tensor, model_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Compute the class (H, W) int64 of each pixel from soft labels of patches.
+    """Compute the class (H, W) int64 of each pixel from soft labels (rows, columns, classes) of patches.
 
     In DINO's order: bilinear to the model's input size, each class scaled to [0, 1], the largest, then the nearest
     pixel at the frame's own size.
-
-    Args:
-        labels: (rows, columns, classes).
-        model_size: Height and width of the model's input.
-        size: Height and width of the frame.
     """
     planes = labels.permute(2, 0, 1)[None]  # (1, classes, rows, columns)
     soft = F.interpolate(planes, model_size, mode="bilinear", align_corners=False)[0].flatten(1)

@@ -54,15 +54,9 @@ def track_objects(
 ) -> TrackingResult:
     """Propagate the objects of the first frame through a video, and score the frames that have a mask.
 
-    The first and the last frame are not scored; void pixels are ignored.
-
-    Args:
-        clip: The video.
-        models: By name; the objects that the first one finds are handed to `on_frame`.
-        config: Of the label propagation.
-        still: Name of the baseline that keeps the first mask; None: without it.
-        skip: Is called with every frame and every mask that cannot be used.
-        on_frame: Is called with every frame, the first included.
+    The first and the last frame are not scored; void pixels are ignored. `still` names the baseline that keeps the
+    first mask, if any. `skip` is called with every frame and every mask that cannot be used, `on_frame` with every
+    frame, the first included, and the objects that the first model finds in it.
 
     Raises:
         UserError: There is no frame, or no usable mask of the first one, or no object in it.

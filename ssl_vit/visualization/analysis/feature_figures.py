@@ -11,15 +11,7 @@ from torch import Tensor
 
 from ssl_vit.models.feature_statistics import effective_rank
 from ssl_vit.visualization.image_grid import TitledFigure, to_pil
-from ssl_vit.visualization.plots import (
-    COLORS,
-    OTHER,
-    figure_to_image,
-    new_figure,
-    plain_style,
-    style_axes,
-    style_block_axis,
-)
+from ssl_vit.visualization.plots import COLORS, OTHER, figure_to_image, new_figure, style_axes, style_block_axis
 
 OUTLIER = 3.0  # times the median norm of the image's patch tokens after the same block
 QUANTILES = (0.05, 0.5, 0.95, 1.0)  # of the norms of each image
@@ -51,8 +43,7 @@ def norms_figure(norms: dict[str, TokenNorms], maps: Sequence[tuple[Tensor, Tens
     The maps are images (C, H, W) uint8 of the first model with the norms (rows, columns) of their patch tokens.
     """
     first = next(iter(norms.values()))
-    with plain_style():
-        figure = new_figure(5.9)
+    with new_figure(5.9) as figure:
         parts = figure.add_gridspec(2, 1, height_ratios=[2.7, 3.2])
         _plot_levels(figure.add_subfigure(parts[0]), norms)
         _plot_norm_maps(figure.add_subfigure(parts[1]), maps, block)
@@ -114,8 +105,7 @@ def spectrum_figure(spectra: dict[str, Spectrum], *, features: str, num_images: 
     """Draw the spectra of models, the first on top; `features` is the name of the features."""
     first = next(iter(spectra.values()))
     most = len(first.shares)
-    with plain_style():
-        figure = new_figure(3.4)
+    with new_figure(3.4) as figure:
         axes = figure.subplots()
         for name, (shares, rank) in reversed(spectra.items()):
             label = f"{name}: effective rank {rank:.1f} of at most {most}"

@@ -14,7 +14,7 @@ from torchvision.utils import make_grid
 
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.visualization.image_grid import TitledFigure
-from ssl_vit.visualization.plots import COLORS, figure_to_image, new_figure, plain_style, style_axes
+from ssl_vit.visualization.plots import COLORS, figure_to_image, new_figure, style_axes
 
 MAX_COMPONENTS = 28  # as many as the ViT paper shows
 _COLUMNS = 7
@@ -43,8 +43,7 @@ def position_figure(similarity: Tensor) -> TitledFigure:
     tiles = F.pad(tiles, (0, gap, 0, gap), value=math.nan)  # (down, across, height, width)
     height, width = tiles.shape[2:]
     matrix = tiles.transpose(1, 2).reshape(len(down) * height, len(across) * width)
-    with plain_style():
-        figure = new_figure(min(7.0, 1.2 + 4.8 * matrix.shape[0] / matrix.shape[1]))
+    with new_figure(min(7.0, 1.2 + 4.8 * matrix.shape[0] / matrix.shape[1])) as figure:
         axes = figure.subplots()
         drawn = axes.imshow(matrix.numpy(), cmap="PuOr_r", vmin=-1, vmax=1, interpolation="nearest")
         axes.set_xticks([(tile + 0.5) * width for tile in range(len(across))], map(str, across.tolist()))
@@ -88,8 +87,7 @@ def filter_figure(components: dict[str, FilterComponents]) -> TitledFigure:
     """Draw the components of the first model as tiles, and the variance that they explain in each model."""
     first = next(iter(components.values()))
     side, lines = first.filters.shape[-1], math.ceil(len(first.filters) / _COLUMNS)
-    with plain_style():
-        figure = new_figure(0.95 * lines + 2.4)
+    with new_figure(0.95 * lines + 2.4) as figure:
         upper, lower = figure.subplots(2, 1, height_ratios=[0.95 * lines, 2.4])
         _plot_filters(upper, first.filters)
         _plot_explained(lower, components)
