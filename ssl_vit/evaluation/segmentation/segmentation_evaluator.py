@@ -21,6 +21,7 @@ from ssl_vit.evaluation.segmentation.mask_scores import (
     AttentionScores,
     MaskScores,
     PredictedMasks,
+    max_f_threshold,
     mean_instance_iou,
     resize_annotation,
     score_attention,
@@ -29,7 +30,6 @@ from ssl_vit.evaluation.segmentation.mask_scores import (
     select_columns,
     stack_mask_scores,
 )
-from ssl_vit.evaluation.segmentation.saliency_metrics import max_f_threshold
 
 MODEL, RANDOM = "model", "random init"
 PRIOR, WHOLE, CEILING = BASELINES = ("center prior", "all foreground", "patch ceiling")
@@ -129,7 +129,10 @@ class SegmentationEvaluator:
         for name in images[0].baselines:
             instance_ious = [image.instance_ious[name] for image in images if image.instance_ious]
             results.append(_baseline_result(name, [image.baselines[name] for image in images], instance_ious))
-        return [_corloc_only(result) for result in results] if self._boxes_only else results
+        if self._boxes_only:  # no metric but CorLoc is defined
+            corloc = [{name: v for name, v in result.others.items() if name.endswith(CORLOC)} for result in results]
+            return [MethodResult(result.name, {}, kept, {}) for result, kept in zip(results, corloc, strict=True)]
+        return results
 
     def _model_result(self, images: list[_Scored], model: int, name: str) -> MethodResult:
         result = MethodResult(name, {}, {}, {"thresholds of maxF@0.3": {}})
@@ -200,9 +203,3 @@ def _add_measures(result: MethodResult, rule: str, scores: MaskScores) -> None:
     for measure, of_images in zip(MEASURES, values, strict=True):
         result.others[f"{rule} {measure}".strip()] = of_images
     result.details["thresholds of maxF@0.3"][rule or "mask"] = threshold
-
-
-def _corloc_only(result: MethodResult) -> MethodResult:
-    """Exclude all metrics that need masks, where there are only boxes."""
-    corloc = {name: values for name, values in result.others.items() if name.endswith(CORLOC)}
-    return MethodResult(result.name, {}, corloc, {})

@@ -12,7 +12,7 @@ from ssl_vit.data.annotations.davis import Clip, Mask, default_palette, object_i
 from ssl_vit.data.annotations.object_masks import VOID
 from ssl_vit.data.dataset import UnreadableImageError
 from ssl_vit.data.sources.video_frames import Skip
-from ssl_vit.evaluation.video.davis_metrics import SequenceStats, boundary_accuracy, region_similarity, sequence_stats
+from ssl_vit.evaluation.video.davis_metrics import boundary_accuracy, region_similarity
 from ssl_vit.evaluation.video.label_propagation import LabelPropagator, PropagationConfig
 from ssl_vit.models.attention_maps import upsample_mask
 from ssl_vit.models.checkpoint import LoadedBackbone
@@ -37,10 +37,6 @@ class TrackingResult(NamedTuple):
     frames: int  # that could be read, the first included
     scored: int  # of these
     values: dict[str, Tensor]  # (2, objects, scored) by tracker: J and F; empty without masks to score by
-
-    def stats(self, tracker: str) -> list[tuple[SequenceStats, SequenceStats]]:
-        """Return the statistics of J and F of each object."""
-        return [(sequence_stats(j), sequence_stats(f)) for j, f in self.values[tracker].unbind(1)]
 
 
 def track_objects(

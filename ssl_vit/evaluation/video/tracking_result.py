@@ -13,6 +13,7 @@ from ssl_vit.config.visualize import PropagateConfig
 from ssl_vit.evaluation.results import provenance
 from ssl_vit.evaluation.results.eval_result import DataInfo, EvalResult, Metric, ModelInfo, ModelScores
 from ssl_vit.evaluation.results.statistics import normal_half_width
+from ssl_vit.evaluation.video.davis_metrics import sequence_stats
 from ssl_vit.evaluation.video.object_tracking import TrackingResult
 from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.atomic_io import atomic_write
@@ -44,7 +45,8 @@ PROTOCOL = {
 
 def object_scores(videos: list[TrackingResult], tracker: str) -> Tensor:
     """Return J&F, then `MEASURES`, of every scored object: (objects, 7) float64."""
-    rows = [(*j, *f) for video in videos if video.values for j, f in video.stats(tracker)]
+    scored = [video.values[tracker].unbind(1) for video in videos if video.values]
+    rows = [(*sequence_stats(j), *sequence_stats(f)) for objects in scored for j, f in objects]
     values = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(MEASURES))
     return torch.cat([(values[:, :1] + values[:, 3:4]) / 2, values], dim=1)
 

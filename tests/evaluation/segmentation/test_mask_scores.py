@@ -15,17 +15,15 @@ from ssl_vit.evaluation.segmentation.iou import (
     pool_mask_to_patches,
 )
 from ssl_vit.evaluation.segmentation.mask_scores import (
+    count_levels,
+    f_beta,
+    max_f_threshold,
     resize_annotation,
+    scale_maps,
     score_attention,
     score_center_prior,
     score_masks,
     stack_mask_scores,
-)
-from ssl_vit.evaluation.segmentation.saliency_metrics import (
-    count_levels,
-    f_beta,
-    max_f_threshold,
-    scale_maps,
 )
 from ssl_vit.models.attention_maps import upsample_mask
 from tests.reference.saliency import (
