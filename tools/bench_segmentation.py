@@ -36,7 +36,7 @@ from ssl_vit.evaluation.segmentation.mask_methods import METHODS, build_segmente
 from ssl_vit.evaluation.segmentation.patch_mask import concatenated_keys
 from ssl_vit.models.attention_maps import LastBlockFeatures, upsample_mask
 from ssl_vit.models.checkpoint import load_backbone, random_init_like
-from ssl_vit.runtime.text_table import format_table
+from ssl_vit.runtime.text import format_table
 
 GRIDS = {450: (18, 25), 900: (30, 30), 3600: (60, 60), 7500: (75, 100)}
 DENSE = "dense eigh"

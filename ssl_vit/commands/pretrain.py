@@ -14,7 +14,7 @@ from ssl_vit.data.transforms.multicrop import MultiCrop
 from ssl_vit.methods.base import SSLMethod
 from ssl_vit.models.checkpoint import load_backbone
 from ssl_vit.models.export import export_backbone
-from ssl_vit.runtime.jsonl import JSONLWriter
+from ssl_vit.runtime.atomic_io import JSONLWriter
 from ssl_vit.training.callbacks.health_monitor import HealthMonitor
 from ssl_vit.training.callbacks.image_logger import ImageLogger
 from ssl_vit.training.callbacks.online_eval import OnlineEval

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from ssl_vit.runtime.errors import UserError
-from ssl_vit.runtime.text_table import Bold, format_table
+from ssl_vit.runtime.text import Bold, format_table
 
 
 class TransferResult(NamedTuple):

@@ -1,16 +1,38 @@
-"""The DINO loss (Caron et al. 2021, arXiv 2104.14294, algorithm 1 and `main_dino.DINOLoss`)."""
+"""The DINO loss (Caron et al. 2021, arXiv 2104.14294, algorithm 1 and `main_dino.DINOLoss`), block by block."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ssl_vit.losses.factored_logits import FactoredLogits
+from ssl_vit.runtime.device import upcast
 from ssl_vit.runtime.distributed import all_reduce_mean, all_reduce_sum, world_size
+
+# Entries of a block of logits: on a CPU they fit a core's cache, on a GPU they take 256 MiB.
+_CPU_BLOCK, _GPU_BLOCK, _MIN_COLUMNS = 1 << 19, 1 << 26, 256
+
+
+class FactoredLogits(NamedTuple):
+    """Logits (N, K) = z vᵀ · scale, which multiplied out may need more memory than all activations of the model."""
+
+    z: Tensor  # (N, D), in the dtype of the product
+    v: Tensor  # (K, D), in the same dtype
+    scale: Tensor  # (K,) float32 or more
+
+    def block(self, columns: slice) -> Tensor:
+        """Compute the logits (N, k) of some prototypes, in float32 or float64."""
+        return upcast(self.z @ self.v[columns].T) * self.scale[columns]
+
+    def blocks(self) -> Iterator[slice]:
+        """Yield slices of the prototypes, in blocks of a size that computes fast and fits in memory."""
+        size = _CPU_BLOCK if self.z.device.type == "cpu" else _GPU_BLOCK
+        width = max(_MIN_COLUMNS, size // len(self.z))
+        return (slice(start, start + width) for start in range(0, len(self.v), width))
 
 
 class TeacherTargets(NamedTuple):
@@ -71,7 +93,8 @@ class _CrossEntropy(torch.autograd.Function):
         globals_ = len(expected) // batch
         expected.div_(target_lse.sum[:, None])
         others = _others(expected.view(globals_, batch, -1), views)  # (V, B, D)
-        partners = _partners(globals_, views, scale)  # (V, 1)
+        partners = scale.new_full((views, 1), globals_)  # n_v: the teachers that each view is compared with
+        partners[:globals_] -= 1
         pairs = batch * globals_ * (views - 1)
         ctx.save_for_backward(z, v, scale, *targets.logits, targets.center, lse.value, target_lse.value, partners)
         ctx.target_temperature, ctx.temperature, ctx.pairs = targets.temperature, temperature, pairs
@@ -126,12 +149,6 @@ def _others(teachers: Tensor, views: int) -> Tensor:
     """Sum the teachers (G, B, ...) of the other views for each of V views: (V, B, ...)."""
     total = teachers.sum(dim=0)
     return torch.cat([total - teachers, total.expand(views - len(teachers), *total.shape)])
-
-
-def _partners(globals_: int, views: int, like: Tensor) -> Tensor:
-    """Count the teachers that each view is compared with: (V, 1)."""
-    view = torch.arange(views, device=like.device)[:, None]
-    return (globals_ - (view < globals_).to(like.dtype)).to(like.dtype)
 
 
 class Center(nn.Module):

@@ -30,11 +30,9 @@ class UncertaintyWeights(nn.Module):
         return torch.exp(-self._bounded(name) / (2 if name == "reconstruction" else 1))
 
     def _bounded(self, name: str) -> Tensor:
-        s: Tensor = self.s[name]
-        s = s.squeeze()
-        return (
-            s + (s.clamp(-self.LIMIT, self.LIMIT) - s).detach()
-        )  # with a gradient beyond the limit, so that s can return
+        s: Tensor = self.s[name].squeeze()
+        bounded = s.clamp(-self.LIMIT, self.LIMIT)
+        return s + (bounded - s).detach()  # with a gradient beyond the limit, so that s can return
 
 
 class FixedWeights(nn.Module):

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW, Optimizer
 
 from ssl_vit import __version__
@@ -24,9 +25,8 @@ from ssl_vit.methods.gradient_clipping import FiniteCheck, clip_grad_per_paramet
 from ssl_vit.methods.health import HealthCheck, check_feature_std
 from ssl_vit.methods.schedules import Schedule, TrainingPlan, cosine
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.checkpoint_file import CHECKPOINT_KEY, set_epoch_counts
+from ssl_vit.models.checkpoint import CHECKPOINT_KEY, set_epoch_counts
 from ssl_vit.models.feature_statistics import alignment, effective_rank, feature_std, uniformity
-from ssl_vit.models.fsdp import apply_fsdp
 from ssl_vit.runtime.distributed import all_reduce_mean, gather_from_ranks, norms
 from ssl_vit.runtime.step_timer import StepTimer
 
@@ -40,9 +40,8 @@ class StepResult(NamedTuple):
 
 
 class ImageRestorer(NamedTuple):
-    """A model that restores corrupted images, for the figure `reconstruction`."""
+    """A corruption of images and the model's reconstruction, for the figure `reconstruction`."""
 
-    model: nn.Module  # to be in evaluation mode when the figure is drawn
     corrupt: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # images (B, C, S, S), keys (B,) -> images, mask
     restore: Callable[[Tensor], Tensor]  # normalized corrupted images (B, C, S, S) -> normalized images
 
@@ -57,7 +56,7 @@ class PretextViews(NamedTuple):
 
 
 class SSLMethod(L.LightningModule):
-    """Base class of methods, which define `step`, `forward`, `has_weight_decay` and `eval_backbone`.
+    """Base class of methods, which define `step`, `forward` and `eval_backbone`.
 
     The trained model is called `student` and its moving average, if there is one, `teacher`; both have a `backbone`.
     Checkpoints are read by these names. All schedules are functions of the optimizer step.
@@ -110,14 +109,14 @@ class SSLMethod(L.LightningModule):
         Its floating-point operations are counted on tensors that have a shape and no values.
         """
 
-    @abstractmethod
-    def has_weight_decay(self, name: str, parameter: nn.Parameter) -> bool:
-        """Return whether weight decay applies to a parameter."""
-
     @property
     @abstractmethod
     def eval_backbone(self) -> Backbone:
         """The backbone to evaluate and export."""
+
+    def has_weight_decay(self, name: str, parameter: nn.Parameter) -> bool:
+        """Return whether weight decay applies: to all but biases, one-dimensional parameters, positions and tokens."""
+        return parameter.ndim > 1 and not name.endswith((".bias", "pos_embed", "cls_token", "reg_token"))
 
     def health_checks(self) -> list[HealthCheck]:
         """Return the checks of a row of metrics, most important first."""
@@ -203,10 +202,19 @@ class SSLMethod(L.LightningModule):
         return count_flops(self, *[(1, each.count, channels, each.size, each.size) for each in crops])
 
     def configure_model(self) -> None:
-        if self.device_mesh is not None:  # trainer.strategy=fsdp
-            for model in self.children():
-                if list(model.parameters()):
-                    apply_fsdp(model, self.device_mesh["data_parallel"])
+        """Shard the models with trainer.strategy=fsdp (FSDP2, experimental): block by block, then the rest.
+
+        Weights are gathered only while their part computes; outside `forward`, parameters are the shards of this
+        process. A model without a backbone is small and stays gathered from its forward to its backward pass.
+        """
+        mesh = self.device_mesh and self.device_mesh["data_parallel"]
+        for model in self.children() if mesh else ():
+            backbones = [module for module in model.modules() if isinstance(module, Backbone)]
+            for backbone in backbones:
+                backbone.shard_blocks(mesh)
+            if list(model.parameters()):
+                # A teacher has no backward pass that would reshard it.
+                fully_shard(model, mesh=mesh, reshard_after_forward=bool(backbones))
 
     def configure_optimizers(self) -> Optimizer:
         groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
@@ -223,17 +231,13 @@ class SSLMethod(L.LightningModule):
     def on_train_start(self) -> None:
         self.timer.start(self.device)
 
-    def on_before_backward(self, loss: Tensor) -> None:
+    def _mark_other(self, *_: object) -> None:
         self.timer.mark("other")
+
+    on_train_epoch_start = on_before_backward = on_train_batch_end = _mark_other
 
     def on_after_backward(self) -> None:
         self.timer.mark("backward")
-
-    def on_train_batch_end(self, *_: object) -> None:
-        self.timer.mark("other")
-
-    def on_train_epoch_start(self) -> None:
-        self.timer.mark("other")
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         self.timer.mark("data")

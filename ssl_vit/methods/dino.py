@@ -11,8 +11,7 @@ from torch.optim import Optimizer
 from ssl_vit.config.methods import DINOConfig
 from ssl_vit.config.pretrain import BackboneConfig
 from ssl_vit.data.batch import Batch
-from ssl_vit.losses.dino import Center, TeacherTargets, assignment_stats, dino_loss
-from ssl_vit.losses.factored_logits import FactoredLogits
+from ssl_vit.losses.dino import Center, FactoredLogits, TeacherTargets, assignment_stats, dino_loss
 from ssl_vit.methods.base import SSLMethod, StepResult, make_backbone, stack_views
 from ssl_vit.methods.heads import DINOHead
 from ssl_vit.methods.health import HealthCheck, check_assignments, check_teacher_distance

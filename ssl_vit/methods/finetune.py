@@ -75,15 +75,9 @@ class FineTune(SSLMethod):
         self.timer.mark("loss")
         return StepResult(loss, cls.detach()[None], {})
 
-    def has_weight_decay(self, name: str, parameter: nn.Parameter) -> bool:
-        """Return True for all but biases, one-dimensional parameters, positions and tokens."""
-        return parameter.ndim > 1 and not name.endswith((".bias", "pos_embed", "cls_token", "reg_token"))
-
     def configure_optimizers(self) -> Optimizer:
         """Return AdamW with rate lr · layer_decay^(L - l) for layer l of L; the head is layer L (arXiv 2106.08254)."""
-        kept = [
-            name for name, parameter in self.student.named_parameters() if not self.has_weight_decay(name, parameter)
-        ]
+        kept = [name for name, value in self.student.named_parameters() if not self.has_weight_decay(name, value)]
         groups = param_groups_layer_decay(
             self.student,
             weight_decay=1.0,  # marks the groups; the value follows the schedule

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ssl_vit.losses.factored_logits import FactoredLogits
+from ssl_vit.losses.dino import FactoredLogits
 from ssl_vit.runtime.device import upcast
 
 

@@ -20,7 +20,7 @@ from ssl_vit.methods.base import ImageRestorer, PretextViews, SSLMethod, StepRes
 from ssl_vit.methods.heads import ReconstructionHead, mlp
 from ssl_vit.methods.schedules import TrainingPlan
 from ssl_vit.models.backbone import Backbone, Tokens
-from ssl_vit.models.checkpoint_file import LAST, torch_load_weights_only
+from ssl_vit.models.checkpoint import LAST, torch_load_weights_only
 from ssl_vit.runtime.device import to_device_async, upcast
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.rng import view_keys
@@ -80,7 +80,6 @@ class SiT(SSLMethod):
     def __init__(self, config: SiTConfig, backbone: BackboneConfig, plan: TrainingPlan) -> None:
         super().__init__(config, config.views, plan)
         self.student = SiTModel(config, backbone)
-        self.corrupt = Corruption(config.corruption)
         names = list(self.student.heads)
         self.weights = (
             UncertaintyWeights(names)
@@ -98,17 +97,16 @@ class SiT(SSLMethod):
 
     def step(self, global_views: Tensor, local_views: Tensor, batch: Batch) -> StepResult:
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            clean, quarter = self.rotated(global_views, batch.key)  # (2B, C, H, W), (2B,)
-            corrupted, mask = self.corrupted(clean, batch.key)  # (2B, C, H, W), (2B, 1, H, W) bool
+            views = self.pretext_views(self.config, global_views, batch.key)
         self.timer.mark("corruption")
 
-        tokens, outputs = self.student(corrupted, view_keys(batch.key, 0, 2).T.flatten())
+        tokens, outputs = self.student(views.corrupted, view_keys(batch.key, 0, 2).T.flatten())
         self.timer.mark("student")
 
         losses, logs = {}, dict[str, Tensor]()
         if "rotation" in outputs:
-            losses["rotation"] = F.cross_entropy(upcast(outputs["rotation"]), quarter)
-            logs["rotation_accuracy"] = (outputs["rotation"].argmax(-1) == quarter).float().mean()
+            losses["rotation"] = F.cross_entropy(upcast(outputs["rotation"]), views.quarter)
+            logs["rotation_accuracy"] = (outputs["rotation"].argmax(-1) == views.quarter).float().mean()
         if "contrastive" in outputs:
             losses["contrastive"], logs["contrastive_accuracy"] = nt_xent(
                 *outputs["contrastive"].chunk(2),
@@ -116,8 +114,8 @@ class SiT(SSLMethod):
                 gather=self.config.contrastive.gather,
             )
         if "reconstruction" in outputs:
-            valid = mask if self.config.reconstruction.loss_on == "corrupted" else None
-            losses["reconstruction"] = reconstruction_l1(outputs["reconstruction"], clean, valid)
+            valid = views.mask if self.config.reconstruction.loss_on == "corrupted" else None
+            losses["reconstruction"] = reconstruction_l1(outputs["reconstruction"], views.target, valid)
         total = self.weights(losses)
         self.timer.mark("loss")
         logs |= {name: loss.detach() for name, loss in losses.items()}
@@ -125,80 +123,44 @@ class SiT(SSLMethod):
             logs |= {f"weight_{name}": self.weights.weight(name).detach() for name in losses}
         return StepResult(total, tokens.cls.detach().unflatten(0, (2, -1)), logs)
 
-    def rotated(self, views: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotate views (B, 2, C, H, W): return (2B, C, H, W) and their quarter turns (2B,) of 0 to 3."""
-        return _rotate_views(self.config, views, key)
-
-    def corrupted(self, clean: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Corrupt both views (2B, C, H, W): return them and the mask (2B, 1, H, W) bool of the corrupted pixels."""
-        return corrupt_views(self.corrupt, clean, key)
-
-    def has_weight_decay(self, name: str, parameter: nn.Parameter) -> bool:
-        """Return True for all but biases, one-dimensional parameters, positions and tokens."""
-        return parameter.ndim > 1 and not name.endswith((".bias", "pos_embed", "cls_token", "reg_token"))
+    @classmethod
+    def pretext_views(cls, config: SiTConfig, global_views: Tensor, key: Tensor) -> PretextViews:
+        target = stack_views(global_views)
+        quarter = torch.zeros(len(target), dtype=torch.int64, device=target.device)
+        if config.rotation.enabled:
+            quarter = to_device_async(sample_rotations(key).T.flatten(), target.device)
+            target = rotate(target, quarter)
+        corrupted, mask = corrupt_views(Corruption(config.corruption), target, key)
+        return PretextViews(target, corrupted, mask, quarter)
 
     def figures(self) -> dict[str, ImageRestorer]:
         return _figures(self.student, self.config)
 
     @classmethod
     def load_figures(cls, checkpoint: Path, config: SiTConfig, backbone: BackboneConfig) -> dict[str, ImageRestorer]:
-        model = load_sit_model(checkpoint, config, backbone) if config.reconstruction.enabled else None
-        return {} if model is None else _figures(model, config)
-
-    @classmethod
-    def pretext_views(cls, config: SiTConfig, global_views: Tensor, key: Tensor) -> PretextViews:
-        target, quarter = _rotate_views(config, global_views, key)
-        corrupted, mask = corrupt_views(Corruption(config.corruption), target, key)
-        return PretextViews(target, corrupted, mask, quarter)
-
-
-def _rotate_views(config: SiTConfig, views: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    images = stack_views(views)
-    if not config.rotation.enabled:
-        return images, torch.zeros(len(images), dtype=torch.int64, device=images.device)
-    quarter = to_device_async(sample_rotations(key).T.flatten(), views.device)  # (2B,)
-    return rotate(images, quarter), quarter
+        path = checkpoint / "checkpoints" / LAST if checkpoint.is_dir() else checkpoint
+        if not config.reconstruction.enabled or path.suffix != ".ckpt" or not path.is_file():
+            return {}
+        weights = torch_load_weights_only(path).get("state_dict")
+        if not isinstance(weights, dict):
+            raise UserError(f"checkpoint={path} is not a checkpoint of a run")
+        prefix = "student."
+        state = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        with torch.device("meta"):  # memory is allocated only for what the file holds
+            model = SiTModel(config, backbone)
+        try:
+            model.load_state_dict(state, strict=True, assign=True)
+        except RuntimeError as error:  # it lists the keys
+            raise UserError(f"checkpoint={path} does not fit the run's config.yaml: {error}") from None
+        return _figures(model.requires_grad_(False).eval(), config)
 
 
 def _figures(model: SiTModel, config: SiTConfig) -> dict[str, ImageRestorer]:
-    if not config.reconstruction.enabled:
-        return {}
-
     def restore(corrupted: Tensor) -> Tensor:
         with torch.no_grad():
             _, outputs = model(corrupted.to(model.backbone.device))
         restored: Tensor = outputs["reconstruction"]
         return restored
 
-    return {"reconstruction": ImageRestorer(model, partial(Corruption(config.corruption), view=0), restore)}
-
-
-def load_sit_model(checkpoint: Path, config: SiTConfig, backbone: BackboneConfig) -> SiTModel | None:
-    """Load the frozen model with its heads, in evaluation mode on the CPU.
-
-    Args:
-        checkpoint: A run directory, or one of its `.ckpt` files.
-        config: Section `method` of the run.
-        backbone: Section `backbone` of the run.
-
-    Returns:
-        None if there is no such file or only an exported backbone.
-
-    Raises:
-        UserError: The file is damaged, or its keys do not fit exactly.
-    """
-    path = checkpoint / "checkpoints" / LAST if checkpoint.is_dir() else checkpoint
-    if path.suffix != ".ckpt" or not path.is_file():
-        return None
-    weights = torch_load_weights_only(path).get("state_dict")
-    if not isinstance(weights, dict):
-        raise UserError(f"checkpoint={path} is not a checkpoint of a run")
-    prefix = "student."
-    state = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-    with torch.device("meta"):  # memory is allocated only for what the file holds
-        model = SiTModel(config, backbone)
-    try:
-        model.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:  # it lists the keys
-        raise UserError(f"checkpoint={path} does not fit the run's config.yaml: {error}") from None
-    return model.requires_grad_(False).eval()
+    corrupt = partial(Corruption(config.corruption), view=0)
+    return {"reconstruction": ImageRestorer(corrupt, restore)} if config.reconstruction.enabled else {}

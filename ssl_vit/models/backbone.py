@@ -14,6 +14,8 @@ import torch
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssl_vit.config.pretrain import BackboneConfig
@@ -141,6 +143,11 @@ class Backbone(nn.Module):
     def enable_activation_checkpointing(self) -> None:
         """Keep fewer activations for the backward pass, which then takes a little longer."""
         enable_activation_checkpointing(self.vit.blocks, whole_blocks=self.compiled)
+
+    def shard_blocks(self, mesh: DeviceMesh) -> None:
+        """Shard the weights of each block over processes (FSDP2)."""
+        for block in self.vit.blocks:
+            fully_shard(block, mesh=mesh)
 
     def resize(self, img_size: int) -> None:
         """Resample the position embeddings to another image size, once and for good."""

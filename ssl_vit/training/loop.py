@@ -12,8 +12,8 @@ from ssl_vit.config.pretrain import TrainerConfig
 from ssl_vit.data.dataset import SkippedImageLog
 from ssl_vit.data.loading.loader import InMemoryLoader, TrainingLoader
 from ssl_vit.methods.base import SSLMethod
+from ssl_vit.runtime.atomic_io import JSONLWriter
 from ssl_vit.runtime.distributed import shutdown_process_group
-from ssl_vit.runtime.jsonl import JSONLWriter
 from ssl_vit.training.callbacks.consistency_check import ConsistencyCheck
 from ssl_vit.training.callbacks.preemption import PreemptionHandler
 from ssl_vit.training.callbacks.progress_bar import TrainingProgressBar

@@ -26,11 +26,10 @@ from ssl_vit.evaluation.evaluator import MODEL, Evaluation
 from ssl_vit.evaluation.features.extractor import on_best_device
 from ssl_vit.evaluation.results.eval_result import EvalResult, ModelScores, Predictions, sibling_path, topk_metrics
 from ssl_vit.methods.schedules import TrainingPlan
-from ssl_vit.models.checkpoint_file import set_epoch_counts, torch_load_weights_only
-from ssl_vit.runtime.atomic_io import write_json
+from ssl_vit.models.checkpoint import set_epoch_counts, torch_load_weights_only
+from ssl_vit.runtime.atomic_io import JSONLWriter, write_json
 from ssl_vit.runtime.device import autocast_dtype
 from ssl_vit.runtime.errors import RankFinished, UserError
-from ssl_vit.runtime.jsonl import JSONLWriter
 from ssl_vit.runtime.launch import torchrun_rank
 from ssl_vit.runtime.rng import seeded_global_rng
 from ssl_vit.runtime.text import pluralize

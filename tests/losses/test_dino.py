@@ -1,4 +1,4 @@
-"""The factored_logits DINO loss against the double loop over views, its center and its statistics."""
+"""The DINO loss against the double loop over views, its center and its statistics."""
 
 import math
 
@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssl_vit.losses import factored_logits
-from ssl_vit.losses.dino import Center, TeacherTargets, assignment_stats, dino_loss
-from ssl_vit.losses.factored_logits import FactoredLogits
+from ssl_vit.losses import dino
+from ssl_vit.losses.dino import Center, FactoredLogits, TeacherTargets, assignment_stats, dino_loss
 from tests.reference import losses as slow
 
 APPLIED = torch.tensor(True)
@@ -31,8 +30,8 @@ def loss_of(student, teacher, center, *, temperature=0.1, target_temperature=0.0
 @pytest.fixture(params=["one block", "many blocks"])
 def blocks(request, monkeypatch):
     if request.param == "many blocks":
-        monkeypatch.setattr(factored_logits, "_BLOCK_SIZE", {"cpu": 8})
-        monkeypatch.setattr(factored_logits, "_MIN_COLUMNS", 5)
+        monkeypatch.setattr(dino, "_CPU_BLOCK", 8)
+        monkeypatch.setattr(dino, "_MIN_COLUMNS", 5)
 
 
 @pytest.mark.parametrize(("views", "batch", "prototypes"), SIZES)

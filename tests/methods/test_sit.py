@@ -60,10 +60,9 @@ def test_sit_target_is_the_rotated_view_and_input_the_corrupted_one(build, monke
     method = build("method=sit")
     batch = batch_of(method.config.views)
     views = method.color_augmentation(batch.global_views, batch.key)
-    clean, quarter = method.rotated(views, batch.key)
+    clean, corrupted, mask, quarter = method.pretext_views(method.config, views, batch.key)
     for image, original, turns in zip(clean, stack_views(views), quarter.tolist(), strict=True):
         torch.testing.assert_close(image, torch.rot90(original, -turns, (1, 2)))  # clockwise
-    corrupted, mask = method.corrupted(clean, batch.key)
     assert corrupted.shape == clean.shape
     assert mask.shape == (len(clean), 1, *clean.shape[2:])
     assert 0.05 < mask.float().mean() < 0.5
@@ -77,8 +76,7 @@ def test_sit_target_is_the_rotated_view_and_input_the_corrupted_one(build, monke
 def test_sit_rotations_are_balanced_and_independent_between_views(build):
     method = build("method=sit")
     keys = sample_keys(0, 0, torch.arange(4000))
-    _, quarter = method.rotated(torch.zeros(4000, 2, 1, 1, 1), keys)
-    first, second = quarter.chunk(2)
+    first, second = method.pretext_views(method.config, torch.zeros(4000, 2, 1, 1, 1), keys).quarter.chunk(2)
     joint = torch.bincount(4 * first + second, minlength=16) / 4000
     assert (joint - 1 / 16).abs().max() < 0.02
 
@@ -104,9 +102,9 @@ def test_sit_overfits_a_few_images(build):
 
 def test_sit_noise_differs_between_the_micro_batches_of_a_step(build):
     method = build("method=sit")
-    clean = torch.zeros(8, 3, 48, 48)
-    keys = sample_keys(0, 0, torch.arange(8))
-    (first, _), (again, _), (other, _) = (method.corrupted(clean, key) for key in (keys[:4], keys[:4], keys[4:]))
+    views = torch.zeros(4, 2, 3, 48, 48)
+    keys = sample_keys(0, 0, torch.arange(8)).split(4)
+    first, again, other = (method.pretext_views(method.config, views, keys[part]).corrupted for part in (0, 0, 1))
     assert torch.equal(first, again)
     noisy = (first != 0) & (other != 0)
     assert noisy.sum() > 100
@@ -130,8 +128,7 @@ def test_load_figures_restores_the_model_with_its_heads(run, pretrain_config):
     with torch.no_grad():
         expected = method.student.eval()(x)[1]["reconstruction"]
     torch.testing.assert_close(restorer.restore(x), expected, rtol=1e-4, atol=1e-5)
-    assert not restorer.model.training
-    assert not any(parameter.requires_grad for parameter in restorer.model.parameters())
+    assert not restorer.restore(x).requires_grad
 
 
 @pytest.mark.parametrize("change", ["missing", "left over", "of another shape"])

@@ -382,7 +382,7 @@ def test_skipped_steps_counts_one_step_later_on_a_gpu(tmp_path):
     from types import SimpleNamespace
 
     from ssl_vit.methods.gradient_clipping import SkippedStep
-    from ssl_vit.runtime.jsonl import JSONLWriter
+    from ssl_vit.runtime.atomic_io import JSONLWriter
     from ssl_vit.training.callbacks.skipped_steps import SkippedSteps
 
     steps = SkippedSteps(JSONLWriter(tmp_path / "skipped.jsonl", 0), SimpleNamespace(name=str), max_in_a_row=2)

@@ -59,8 +59,7 @@ def test_load_first_step_equals_the_first_training_step(pretrain_config, sample,
         for view, expected in zip(one.views, own, strict=True):
             torch.testing.assert_close(normalized(view, config), expected, **near)
     if method == "sit":
-        clean, quarter = model.rotated(global_views, batch.key)
-        corrupted, mask = model.corrupted(clean, batch.key)
+        clean, corrupted, mask, quarter = model.pretext_views(config.method, global_views, batch.key)
         for index, one in enumerate(examples):
             for view, found in enumerate(one.pretext):
                 row = view * len(batch.key) + index

@@ -7,8 +7,8 @@ from itertools import groupby
 
 from ssl_vit.evaluation.results.comparison import Column, Comparison, Paired, Row
 from ssl_vit.evaluation.results.statistics import RESAMPLES
-from ssl_vit.runtime.text_table import RULE, Bold, TableStyle, escape, format_table
-from ssl_vit.runtime.text_table import Row as Cells
+from ssl_vit.runtime.text import RULE, Bold, TableStyle, escape, format_table
+from ssl_vit.runtime.text import Row as Cells
 
 _PAIRED = ("evaluation", "model", "difference in points", "gained", "lost", "p", "p by Holm")
 _MISSING = "–"

@@ -23,7 +23,7 @@ from torch import Tensor
 from ssl_vit.evaluation.results.provenance import package_info
 from ssl_vit.evaluation.results.statistics import wilson
 from ssl_vit.runtime.atomic_io import atomic_write, write_json
-from ssl_vit.runtime.text_table import format_table
+from ssl_vit.runtime.text import format_table
 
 SCHEMA = 3  # format of the JSON; grows when a key changes its meaning
 ON_TEST = "test images"  # how `selection.on` begins where something was chosen on the test images,

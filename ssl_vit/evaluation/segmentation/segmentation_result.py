@@ -24,7 +24,7 @@ from ssl_vit.evaluation.segmentation.segmentation_evaluator import (
 )
 from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.atomic_io import atomic_write
-from ssl_vit.runtime.text_table import Row, format_table
+from ssl_vit.runtime.text import Row, format_table
 
 MAIN_METRICS = ("mass/mean", "mass/fixed head", "tokencut")
 RULES = {

@@ -17,7 +17,7 @@ from ssl_vit.evaluation.video.davis_metrics import sequence_stats
 from ssl_vit.evaluation.video.object_tracking import TrackingResult
 from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.atomic_io import atomic_write
-from ssl_vit.runtime.text_table import format_table
+from ssl_vit.runtime.text import format_table
 
 MODEL, RANDOM, STILL = "model", "random init", "first mask kept still"
 INTERVAL = "± 95 % over objects"

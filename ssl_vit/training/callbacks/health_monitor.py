@@ -10,7 +10,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ssl_vit.methods.health import HealthCheck, HealthWarning, Metrics
-from ssl_vit.runtime.jsonl import JSONLWriter
+from ssl_vit.runtime.atomic_io import JSONLWriter
 
 MAX_LOSS_RISE = 0.5  # over its value after the warm-up: as a fraction of it, and at least as nats
 

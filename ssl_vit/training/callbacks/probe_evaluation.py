@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from ssl_vit.data.batch import Batch
 from ssl_vit.evaluation.classification.knn import rank_of_true_class
+from ssl_vit.runtime.atomic_io import JSONLWriter
 from ssl_vit.runtime.errors import UserError
-from ssl_vit.runtime.jsonl import JSONLWriter
 from ssl_vit.runtime.progress import progress_bar
 from ssl_vit.training.published_protocols import Probe
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import lightning as L
 
 from ssl_vit.config.pretrain import TrainerConfig
-from ssl_vit.models.checkpoint_file import LAST
+from ssl_vit.models.checkpoint import LAST
 from ssl_vit.runtime.distributed import any_rank, norms
 from ssl_vit.runtime.errors import AllRanksError
 from ssl_vit.training.callbacks.preemption import PreemptionHandler

@@ -13,8 +13,8 @@ from ssl_vit.data.batch import Batch
 from ssl_vit.data.dataset import ImageDataset
 from ssl_vit.methods.base import SSLMethod
 from ssl_vit.methods.gradient_clipping import FiniteCheck
+from ssl_vit.runtime.atomic_io import JSONLWriter
 from ssl_vit.runtime.distributed import rank
-from ssl_vit.runtime.jsonl import JSONLWriter
 from ssl_vit.runtime.text import pluralize
 
 

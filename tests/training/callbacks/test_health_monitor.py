@@ -116,7 +116,7 @@ DRIVEN = {
 @pytest.mark.parametrize("name", DRIVEN)
 def test_health_monitor_warns_of_a_bad_run(pretrain_config, capsys, monkeypatch, name):
     if name == "single-collapse":
-        from ssl_vit.losses.factored_logits import FactoredLogits
+        from ssl_vit.losses.dino import FactoredLogits
         from ssl_vit.methods.heads import Prototypes
 
         def one_wins(self, z):  # whatever the image: the first logit is 100 higher
