@@ -207,8 +207,10 @@ class SSLMethod(L.LightningModule):
         Weights are gathered only while their part computes; outside `forward`, parameters are the shards of this
         process. A model without a backbone is small and stays gathered from its forward to its backward pass.
         """
-        mesh = self.device_mesh and self.device_mesh["data_parallel"]
-        for model in self.children() if mesh else ():
+        if self.device_mesh is None:
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for model in self.children():
             backbones = [module for module in model.modules() if isinstance(module, Backbone)]
             for backbone in backbones:
                 backbone.shard_blocks(mesh)
@@ -231,7 +233,7 @@ class SSLMethod(L.LightningModule):
     def on_train_start(self) -> None:
         self.timer.start(self.device)
 
-    def _mark_other(self, *_: object) -> None:
+    def _mark_other(self, *_: Any, **__: Any) -> None:
         self.timer.mark("other")
 
     on_train_epoch_start = on_before_backward = on_train_batch_end = _mark_other
