@@ -10,16 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ssl_vit.models.attention_maps import upsample_mask
-from ssl_vit.visualization.image_grid import (
-    PAPER,
-    captioned,
-    fit_size,
-    image_grid,
-    legend,
-    page,
-    text_image,
-    to_pil,
-)
+from ssl_vit.visualization.image_grid import PAPER, captioned, fit_size, image_grid, legend, page, text_image, to_pil
 
 NEIGHBOR_SIDE, FRAME_SIDE = 112, 240  # pixels of a tile's longer side
 FRAMES_PER_VIDEO = 5

@@ -17,6 +17,8 @@ from ssl_vit.runtime.errors import UserError
 BATCH_PIXELS = 2**20  # of resized images in one forward pass
 WAITING_PIXELS = 2**25  # of images at their own size that wait for others of their resized size
 
+Waiting = tuple[int, Tensor, Tensor]  # index of an image, its pixels (C, H, W) and resized pixels (C, h, w) uint8
+
 
 class ImageOutputs(NamedTuple):
     """One image and the features of each model."""
@@ -24,12 +26,6 @@ class ImageOutputs(NamedTuple):
     image_index: int  # in the dataset
     image: Tensor  # (C, H, W) uint8, at its own size
     features: list[LastBlockFeatures]  # one per model
-
-
-class _Waiting(NamedTuple):
-    image_index: int
-    image: Tensor  # (C, H, W) uint8
-    resized: Tensor  # (C, h, w) uint8
 
 
 def run_backbone(
@@ -45,7 +41,7 @@ def run_backbone(
     Images may have any size and aspect; larger ones than `max_side` pixels are reduced to it for the models.
     """
     config = models[0].backbone.config
-    waiting: dict[torch.Size, list[_Waiting]] = defaultdict(list)
+    waiting: dict[torch.Size, list[Waiting]] = defaultdict(list)
     for index in indices:
         try:
             image = dataset.read(index, config.in_chans)
@@ -57,21 +53,21 @@ def run_backbone(
             skipped.record(UnreadableImageError(dataset.name(index), str(too_small)))
             continue
         same_size = waiting[resized.shape]
-        same_size.append(_Waiting(index, image, resized))
+        same_size.append((index, image, resized))
         if len(same_size) * resized[0].numel() >= BATCH_PIXELS:
             yield from _run_batch(waiting.pop(resized.shape), models)
-        while sum(item.image[0].numel() for group in waiting.values() for item in group) > WAITING_PIXELS:
+        while sum(image[0].numel() for group in waiting.values() for _, image, _ in group) > WAITING_PIXELS:
             fullest = max(waiting, key=lambda shape: len(waiting[shape]) * shape.numel())
             yield from _run_batch(waiting.pop(fullest), models)
     for batch in waiting.values():
         yield from _run_batch(batch, models)
 
 
-def _run_batch(batch: list[_Waiting], models: list[LoadedBackbone]) -> Iterator[ImageOutputs]:
-    pixels = torch.stack([item.resized for item in batch]).to(models[0].backbone.device).float() / 255  # (B, C, h, w)
+def _run_batch(batch: list[Waiting], models: list[LoadedBackbone]) -> Iterator[ImageOutputs]:
+    pixels = torch.stack([resized for *_, resized in batch]).to(models[0].backbone.device).float() / 255  # (B, C, h, w)
     outputs = [extract_last_block(model.backbone, normalize(pixels, model)) for model in models]
-    for item, *features in zip(batch, *outputs, strict=True):
-        yield ImageOutputs(item.image_index, item.image, features)
+    for (index, image, _), *features in zip(batch, *outputs, strict=True):
+        yield ImageOutputs(index, image, features)
 
 
 def normalize(pixels: Tensor, model: LoadedBackbone) -> Tensor:

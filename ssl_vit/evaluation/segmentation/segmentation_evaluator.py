@@ -130,8 +130,8 @@ class SegmentationEvaluator:
             instance_ious = [image.instance_ious[name] for image in images if image.instance_ious]
             results.append(_baseline_result(name, [image.baselines[name] for image in images], instance_ious))
         if self._boxes_only:  # no metric but CorLoc is defined
-            corloc = [{name: v for name, v in result.others.items() if name.endswith(CORLOC)} for result in results]
-            return [MethodResult(result.name, {}, kept, {}) for result, kept in zip(results, corloc, strict=True)]
+            corloc = [{key: values for key, values in one.others.items() if key.endswith(CORLOC)} for one in results]
+            return [MethodResult(one.name, {}, others, {}) for one, others in zip(results, corloc, strict=True)]
         return results
 
     def _model_result(self, images: list[_Scored], model: int, name: str) -> MethodResult:

@@ -72,16 +72,12 @@ class ActivationCollector:
             UserError: A block does not compute the plain softmax(q k) attention.
         """
         prefix = self.backbone.num_prefix_tokens
-        blocks: list[tuple[Tensor, Tensor]] = []  # queries and keys of the examples
-        last: list[Tensor] = []
+        blocks: list[tuple[Tensor, Tensor]] = []  # queries and keys of the examples, if there is a class token
 
         def visit(block: int, queries: Tensor, keys: Tensor) -> None:
             self._heads[block].append(head_statistics(queries, keys, prefix=prefix, centers=self.centers))
             if self.backbone.has_cls and num_examples:
-                queries, keys = queries[:num_examples], keys[:num_examples]
-                blocks.append((queries.clone(), keys.clone()))
-                if block == self.num_blocks - 1:
-                    last.append(cls_attention_from_qk(self.backbone, queries, keys).mean(1).cpu())
+                blocks.append((queries[:num_examples].clone(), keys[:num_examples].clone()))
 
         with capture_qk(self.backbone, visit, blocks=range(self.num_blocks)):
             pixels = self.transform.normalize(crops.to(self.backbone.device))
@@ -91,9 +87,10 @@ class ActivationCollector:
         self._norms.append(token_norms(norms))
         features = tokens[:, 0] if self.backbone.has_cls else tokens[:, prefix:].mean(1)
         self._features.append(features.float().cpu().clone())  # not a view that keeps all tokens
-        rollouts = attention_rollout(blocks, prefix, self.grid) if last else None
+        last = cls_attention_from_qk(self.backbone, *blocks[-1]).mean(1).cpu() if blocks else None
+        rollouts = attention_rollout(blocks, prefix, self.grid) if blocks else None
         for index, crop in enumerate(crops[:num_examples]):
-            last_map = last[0][index].view(self.grid) if last else None
+            last_map = None if last is None else last[index].view(self.grid)
             rollout = None if rollouts is None else rollouts[index]
             norm_maps = norms[index].view(self.num_blocks, *self.grid).cpu()
             self._examples.append(ExampleMaps(crop.clone(), last_map, rollout, norm_maps))
