@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
+
+import yaml
 
 from ssl_vit import __version__
 from ssl_vit.commands import linear
@@ -18,11 +21,11 @@ from ssl_vit.commands.load_config import load_config
 from ssl_vit.config.evaluate import LinearConfig, TransferConfig
 from ssl_vit.config.pretrain import Source
 from ssl_vit.data.dataset_factory import build_labeled_splits
-from ssl_vit.evaluation.transfer import TransferResult, pretraining_images, short_names, transfer_table
 from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone
 from ssl_vit.runtime.atomic_io import atomic_write, write_json
 from ssl_vit.runtime.errors import AllRanksError, UserError
 from ssl_vit.runtime.launch import torchrun_rank
+from ssl_vit.runtime.text import Bold, format_table
 
 # Keys of `linear` that do not change the numbers of a cell, or are represented by a hash; and those set by `transfer`.
 _NOT_IN_KEY = {"checkpoint", "out", "features", "baselines", "data"}
@@ -48,8 +51,24 @@ class EvalDataset(NamedTuple):
     probe: LinearConfig  # without checkpoint and output
 
 
-@dataclass(frozen=True)
-class TransferCell:
+class TransferResult(NamedTuple):
+    """Accuracy of a linear probe on one model and dataset."""
+
+    value: float  # accuracy in [0, 1]
+    low: float  # 95 % interval
+    high: float
+    n: int  # test images
+    split: str
+    warnings: list[str]
+    in_domain: bool  # whether the model was pretrained on these images
+
+    def label(self) -> str:
+        """Return the accuracy and its interval in percent, in bold if in-domain."""
+        text = f"{100 * self.value:.1f} ± {50 * (self.high - self.low):.1f}"
+        return Bold(text) if self.in_domain else text
+
+
+class TransferCell(NamedTuple):
     """A model and a dataset."""
 
     model: Model
@@ -57,10 +76,9 @@ class TransferCell:
     path: Path  # of the result
 
     @property
-    def in_domain(self) -> bool:
-        """Whether the model was pretrained on these images."""
-        root = self.data.root.resolve()
-        return self.model.pretrained_on in [(self.data.source, root), (self.data.source, root / "train")]
+    def names(self) -> tuple[str, str]:
+        """Names of the row and the column."""
+        return self.model.name, self.data.name
 
     def cache_key(self) -> str:
         """Return a hash of everything that determines the result."""
@@ -73,18 +91,25 @@ class TransferCell:
         """Return the result of an earlier call if it has the same key."""
         try:
             content: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
-            if content.get("cache_key") != self.cache_key():
-                return None
+            return self._to_result(content) if content.get("cache_key") == self.cache_key() else None
         except (OSError, ValueError, AttributeError):  # missing, or not a result
             return None
-        return TransferResult.from_json(content, in_domain=self.in_domain)
 
     def evaluate(self) -> TransferResult:
         """Run `linear` and add the key to its result."""
         linear.evaluate(self.data.probe.model_copy(update={"checkpoint": self.model.checkpoint, "out": self.path}))
         content = json.loads(self.path.read_text(encoding="utf-8"))
         write_json(self.path, {**content, "cache_key": self.cache_key()})
-        return TransferResult.from_json(content, in_domain=self.in_domain)
+        return self._to_result(content)
+
+    def _to_result(self, content: dict[str, Any]) -> TransferResult:
+        metric, root = content["score"]["metrics"][0], self.data.root.resolve()
+        return TransferResult(
+            *(metric[key] for key in ("value", "low", "high", "n")),
+            split=content["protocol"]["split"],
+            warnings=content["warnings"],
+            in_domain=self.model.pretrained_on in [(self.data.source, root), (self.data.source, root / "train")],
+        )
 
 
 def main(config: TransferConfig) -> None:
@@ -105,29 +130,20 @@ def main(config: TransferConfig) -> None:
     cached = [cell.load_cached() for cell in cells]
     print(f"{len(cells)} pairs, {sum(result is not None for result in cached)} of them already evaluated", flush=True)
     results: dict[tuple[str, str], TransferResult] = {}
-    failures = []
-    for cell, result in zip(cells, cached, strict=True):
-        names = cell.model.name, cell.data.name
+    content, failures = [], []
+    for cell, known in zip(cells, cached, strict=True):
+        row, column = cell.names
         try:
-            results[names] = result or cell.evaluate()
+            result = known or cell.evaluate()
         except UserError as error:
-            failures.append(f"{names[0]} on {names[1]}: {error}")
+            failures.append(f"{row} on {column}: {error}")
             continue
-        if result is None:
-            print(f"{names[0]} on {names[1]}: {results[names].label()}", flush=True)
+        if not known:
+            print(f"{row} on {column}: {result.label()}", flush=True)
+        results[row, column] = result
+        place = {"model": row, "checkpoint": cell.model.checkpoint, "data": column, "root": str(cell.data.root)}
+        content.append({**place, "result": cell.path.name, **result._asdict()})
     table = transfer_table([model.name for model in models], [data.name for data in datasets], results)
-    content = [
-        {
-            "model": cell.model.name,
-            "checkpoint": cell.model.checkpoint,
-            "data": cell.data.name,
-            "root": str(cell.data.root),
-            "result": cell.path.name,
-            **results[names]._asdict(),
-        }
-        for cell in cells
-        if (names := (cell.model.name, cell.data.name)) in results
-    ]
     config.out.mkdir(parents=True, exist_ok=True)
     write_json(config.out / "transfer.json", {"schema": 2, "task": "transfer", "cells": content})
     with atomic_write(config.out / "transfer.md") as file:
@@ -135,6 +151,25 @@ def main(config: TransferConfig) -> None:
     print(f"\n{table}\n\n{config.out / 'transfer.md'}")
     if failures:
         raise UserError("\n  ".join(["these pairs failed, all others are written", *failures]))
+
+
+def transfer_table(rows: Sequence[str], columns: Sequence[str], cells: Mapping[tuple[str, str], TransferResult]) -> str:
+    """Return a Markdown table with a row per model, a column per dataset, a dash for missing cells, and notes below."""
+    headers, notes = ["accuracy in %"], []
+    for column in columns:
+        results = [cell for (_, data), cell in cells.items() if data == column]
+        counts = " or ".join(f"{n:,}" for n in sorted({cell.n for cell in results}))
+        headers.append(f"{column} (n = {counts})" if counts else column)
+        notes += [f"{column}: {split}." for split in sorted({cell.split for cell in results} - {"train and test"})]
+    labels = {names: cell.label() for names, cell in cells.items()}
+    lines = [[row, *(labels.get((row, column), "–") for column in columns)] for row in rows]
+    text = [format_table(lines, headers, style="markdown"), ""]
+    text.append("Linear probes on frozen features; ± is half of the 95 % interval over test images.")
+    if any(cell.in_domain for cell in cells.values()):
+        text.append("**bold**: images that the model was pretrained on, without their labels.")
+    text += notes
+    text += [f"warning: {row} on {data}: {text}" for (row, data), cell in cells.items() for text in cell.warnings]
+    return "\n".join(text)
 
 
 def _load_models(config: TransferConfig) -> list[Model]:
@@ -166,12 +201,16 @@ def _identity(loaded: LoadedBackbone) -> dict[str, Any]:
     }
 
 
-def _path_parts(checkpoint: str) -> tuple[str, ...]:
-    """Return the parts of a path, or the name of a timm model as one part."""
-    if checkpoint.partition(":")[0] in ("timm", "random"):
-        return (checkpoint,)
-    path = Path(checkpoint).resolve()
-    return (*path.parts[1:-1], path.stem if path.is_file() else path.name)
+def pretraining_images(run: Path | None) -> tuple[str, Path] | None:
+    """Return source and root of the images in a run's `config.yaml`; None if unknown."""
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) if run else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return None
+    data = config.get("data") if isinstance(config, dict) else None
+    if not isinstance(data, dict) or not {"source", "root"} <= data.keys():
+        return None
+    return str(data["source"]), Path(str(data["root"])).resolve()
 
 
 def _find_datasets(config: TransferConfig) -> list[EvalDataset]:
@@ -185,10 +224,10 @@ def _find_datasets(config: TransferConfig) -> list[EvalDataset]:
             raise UserError(f"linear=[{override}]: set this key in `ssl-vit transfer` itself")
     locations = [_source_and_root(text) for text in config.data.roots]
     parts = [(*root.resolve().parts[1:], *([] if source == "folder" else [source])) for source, root in locations]
+    shared = [f"data.{key}={getattr(config.data, key)}" for key in ("batch_size", "num_workers", "crop_ratio")]
+    fixed = ["baselines=false", "figure=false", f"seed={config.seed}", f"weights={config.weights}", "checkpoint=-"]
     datasets = []
     for name, (source, root) in zip(short_names(parts), locations, strict=True):
-        shared = [f"data.{key}={getattr(config.data, key)}" for key in ("batch_size", "num_workers", "crop_ratio")]
-        fixed = ["baselines=false", "figure=false", f"seed={config.seed}", f"weights={config.weights}", "checkpoint=-"]
         overrides = [f"data.source={source}", f"data.root={root}", *shared, *config.linear, *fixed]
         probe = load_config("linear", overrides, LinearConfig)
         splits = [split for split in build_labeled_splits(probe.data) if split is not None]
@@ -205,3 +244,30 @@ def _source_and_root(text: str) -> tuple[str, Path]:
     if not root:
         raise UserError(f"data.roots: {text} needs a folder, as {text}FOLDER")
     return source, Path(root)
+
+
+def _path_parts(checkpoint: str) -> tuple[str, ...]:
+    """Return the parts of a path, or the name of a timm model as one part."""
+    if checkpoint.partition(":")[0] in ("timm", "random"):
+        return (checkpoint,)
+    path = Path(checkpoint).resolve()
+    return (*path.parts[1:-1], path.stem if path.is_file() else path.name)
+
+
+def short_names(paths: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return names for files and tables: as many last parts of each path as distinguish all of them.
+
+    Example:
+        >>> short_names([("runs", "a"), ("runs", "b")]), short_names([("x", "a"), ("y", "a")])
+        (['a', 'b'], ['x-a', 'y-a'])
+
+    Raises:
+        UserError: Two are equal.
+    """
+    names: list[str] = []
+    for depth in range(1, max(map(len, paths)) + 1):
+        names = [re.sub(r"[^\w.+-]+", "-", "-".join(parts[-depth:])) for parts in paths]
+        if len(set(names)) == len(names):
+            return names
+    duplicate = next(name for name in names if names.count(name) > 1)
+    raise UserError(f"{duplicate} occurs twice (or two names differ in punctuation only); use each once")

@@ -8,12 +8,21 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from ssl_vit.config.methods import OptimizerConfig
-from ssl_vit.config.pretrain import CheckpointWeights, LoggerConfig, RunConfig, Source, TrainerConfig, Workers
+from ssl_vit.config.pretrain import (
+    CheckpointWeights,
+    LoggerConfig,
+    ModelConfig,
+    RunConfig,
+    Source,
+    TrainerConfig,
+    Workers,
+)
 from ssl_vit.config.types import (
     POSITIONAL,
     Count,
-    ListOrScalar,
+    Fraction,
     NonNegative,
+    OneOrMore,
     OverrideList,
     PathList,
     Positive,
@@ -51,9 +60,7 @@ class EvalDataConfig(StrictConfig):
         return self
 
 
-class LabeledEvalConfig(StrictConfig):
-    checkpoint: str
-    weights: CheckpointWeights
+class LabeledEvalConfig(ModelConfig):
     data: EvalDataConfig
     seed: Seed
     out: Path | None
@@ -66,15 +73,15 @@ class EvaluationConfig(LabeledEvalConfig):
 
 
 class KNNConfig(EvaluationConfig):
-    k: Annotated[list[Count], Field(min_length=1), ListOrScalar]
-    temperature: Annotated[list[Positive], Field(min_length=1), ListOrScalar]
+    k: OneOrMore[Count]
+    temperature: OneOrMore[Positive]
     engine: Literal["auto", "torch", "faiss"]
     figure: bool
 
 
 class SGDConfig(StrictConfig):
-    lr: Annotated[list[Positive], Field(min_length=1), ListOrScalar]
-    weight_decay: Annotated[list[NonNegative], Field(min_length=1), ListOrScalar]
+    lr: OneOrMore[Positive]
+    weight_decay: OneOrMore[NonNegative]
     epochs: Count
     batch_size: Count
 
@@ -83,10 +90,10 @@ class LinearConfig(EvaluationConfig):
     protocol: Literal["held-out", "dino", "sit"]
     epochs: Count | None
     solver: Literal["logistic", "ridge", "sgd"]
-    blocks: Annotated[list[Count], Field(min_length=1), ListOrScalar]
-    l2: Annotated[list[Positive], Field(min_length=1), ListOrScalar]
+    blocks: OneOrMore[Count]
+    l2: OneOrMore[Positive]
     sgd: SGDConfig
-    val_fraction: Annotated[float, Field(gt=0, lt=1)]
+    val_fraction: Fraction
     figure: bool
 
     @model_validator(mode="after")
@@ -115,9 +122,7 @@ class CompareConfig(StrictConfig):
         return self
 
 
-class FeatureCommandConfig(StrictConfig):
-    checkpoint: str
-    weights: CheckpointWeights
+class FeatureCommandConfig(ModelConfig):
     data: EvalDataConfig
     features: Path | None
 
@@ -127,7 +132,7 @@ class NeighborsConfig(FeatureCommandConfig):
     k: Count
     limit: Count
     index: Literal["exact", "ivf"]
-    recall: Annotated[float, Field(gt=0, le=1)]
+    recall: Share
     seed: Seed
     out: Path
 
@@ -159,7 +164,7 @@ class FewshotConfig(EvaluationConfig):
     subsets: Count
     blocks: Count
     patch_mean: bool
-    l2: Annotated[list[Positive], Field(min_length=1), ListOrScalar]
+    l2: OneOrMore[Positive]
 
 
 class TransferDataConfig(StrictConfig):
@@ -201,7 +206,7 @@ class AugmentationConfig(StrictConfig):
 
 class FinetuneMethodConfig(AugmentationConfig):
     drop_path: Annotated[float, Field(ge=0, lt=1)]
-    layer_decay: Annotated[float, Field(gt=0, le=1)]
+    layer_decay: Share
     optimizer: OptimizerConfig
 
     @property
@@ -212,7 +217,7 @@ class FinetuneMethodConfig(AugmentationConfig):
 
 class FinetuneConfig(LabeledEvalConfig):
     cache_gb: NonNegative
-    val_fraction: Annotated[float, Field(gt=0, lt=1)]
+    val_fraction: Fraction
     method: FinetuneMethodConfig
     validate_every_epochs: Count | None
     figure: bool
@@ -225,23 +230,13 @@ class FinetuneConfig(LabeledEvalConfig):
         return self.method.mixup > 0 or self.method.cutmix > 0  # images are mixed within a process
 
     @model_validator(mode="after")
-    def _no_fsdp(self) -> Self:
+    def _fits_the_trainer(self) -> Self:
         if self.trainer.strategy == "fsdp":
             raise ValueError("trainer.strategy=fsdp: fine-tuning needs the whole model in each process")
-        return self
-
-    @model_validator(mode="after")
-    def _whole_micro_batches(self) -> Self:
-        parts = self.trainer.devices * self.trainer.num_nodes * self.trainer.accumulate_grad_batches
-        size = self.data.batch_size
-        if size % parts:
+        size = self.trainer.micro_batch_size(self.data.batch_size)
+        if self.depends_on_num_processes and size % 2:
             raise ValueError(
-                f"data.batch_size={size} (over all processes) is not a multiple of devices x num_nodes x "
-                f"accumulate_grad_batches = {parts}"
-            )
-        if self.depends_on_num_processes and size // parts % 2:
-            raise ValueError(
-                f"data.batch_size={size} means {size // parts} images per process and micro-batch; mixup and cutmix "
-                f"mix images in pairs: make it a multiple of {2 * parts}"
+                f"data.batch_size={self.data.batch_size} means {size} images per process and micro-batch; mixup and "
+                f"cutmix mix images in pairs: make it a multiple of {2 * self.trainer.micro_batches}"
             )
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -70,6 +71,24 @@ class TrainerConfig(StrictConfig):
     keep_every_epochs: Count | None
     max_skipped_steps: Annotated[int, Field(ge=0)]
 
+    @property
+    def micro_batches(self) -> int:
+        """Number of parts that a batch is computed in: of each process and accumulated step one."""
+        return self.devices * self.num_nodes * self.accumulate_grad_batches
+
+    def micro_batch_size(self, batch_size: int) -> int:
+        """Return the images per process and micro-batch.
+
+        Raises:
+            ValueError: That is no whole number.
+        """
+        if batch_size % self.micro_batches:
+            raise ValueError(
+                f"data.batch_size={batch_size} (over all processes) is not a multiple of devices x num_nodes x "
+                f"accumulate_grad_batches = {self.micro_batches}"
+            )
+        return batch_size // self.micro_batches
+
 
 class LoggerConfig(StrictConfig):
     name: Literal["csv", "wandb"]
@@ -129,6 +148,16 @@ class BackboneConfig(StrictConfig):
         return self
 
 
+CheckpointWeights = Literal["teacher", "student"]
+
+
+class ModelConfig(StrictConfig):
+    """The keys of every command that loads a model."""
+
+    checkpoint: str
+    weights: CheckpointWeights
+
+
 # --- commands --------------------------------------------------------------------------------------------------
 
 
@@ -162,29 +191,19 @@ class TrainingConfig(StrictConfig):
         return self
 
     @model_validator(mode="after")
-    def _fsdp_precision(self) -> Self:
-        if self.trainer.strategy == "fsdp" and self.trainer.precision == "16-mixed":
+    def _fits_the_trainer(self) -> Self:
+        trainer, batch_size, multiple = self.trainer, self.data.batch_size, self.method.batch_multiple
+        if trainer.strategy == "fsdp" and trainer.precision == "16-mixed":
             raise ValueError(
                 "trainer.strategy=fsdp does not support 16-mixed: use trainer.precision=bf16-mixed or 32-true"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _whole_micro_batches(self) -> Self:
-        parts = self.trainer.devices * self.trainer.num_nodes * self.trainer.accumulate_grad_batches
-        if self.data.batch_size % parts:
+        size = trainer.micro_batch_size(batch_size)
+        if trainer.devices * trainer.num_nodes > 1 and size % multiple:
+            step = multiple * trainer.micro_batches
             raise ValueError(
-                f"data.batch_size={self.data.batch_size} (over all processes) is not a multiple of "
-                f"devices x num_nodes x accumulate_grad_batches = {parts}"
-            )
-        processes = self.trainer.devices * self.trainer.num_nodes
-        multiple = self.method.batch_multiple
-        if processes > 1 and self.data.batch_size // parts % multiple:
-            valid = -(-self.data.batch_size // (multiple * parts)) * multiple * parts
-            raise ValueError(
-                f"data.batch_size={self.data.batch_size} means {self.data.batch_size // parts} images per process "
-                f"and micro-batch; method={self.method.name} with several processes needs a multiple of {multiple} "
-                f"there, as data.batch_size={valid}"
+                f"data.batch_size={batch_size} means {size} images per process and micro-batch; "
+                f"method={self.method.name} with several processes needs a multiple of {multiple} there, as "
+                f"data.batch_size={math.ceil(batch_size / step) * step}"
             )
         return self
 
@@ -225,12 +244,7 @@ class BenchConfig(TrainingConfig):
     out: Path
 
 
-CheckpointWeights = Literal["teacher", "student"]
-
-
-class ExportConfig(StrictConfig):
-    checkpoint: str
-    weights: CheckpointWeights
+class ExportConfig(ModelConfig):
     out: Path
 
 

@@ -6,9 +6,11 @@ import re
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+
+T = TypeVar("T")
 
 
 class StrictConfig(BaseModel):
@@ -53,6 +55,7 @@ class Duration:
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -106,7 +109,7 @@ def _split_list(value: object) -> object:
 
 
 POSITIONAL = "positional"  # metadata of the key that takes the arguments without an equals sign
-ListOrScalar = BeforeValidator(_as_list)  # of a list field: k=5 is k=[5]
+OneOrMore = Annotated[list[T], Field(min_length=1), BeforeValidator(_as_list)]  # k=5 is k=[5]
 OverrideList = Annotated[list[str], BeforeValidator(_split_list)]
 PathList = Annotated[list[Path], BeforeValidator(_split_list)]
 WallTime = Annotated[timedelta, BeforeValidator(_parse_time), PlainSerializer(lambda t: f"{t.total_seconds():.15g}s")]

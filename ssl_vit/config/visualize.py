@@ -8,25 +8,21 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from ssl_vit.config.evaluate import EvalDataConfig
-from ssl_vit.config.pretrain import CheckpointWeights
-from ssl_vit.config.types import Count, ListOrScalar, Positive, Seed, StrictConfig
+from ssl_vit.config.pretrain import CheckpointWeights, ModelConfig
+from ssl_vit.config.types import Count, Fraction, OneOrMore, Positive, Seed, StrictConfig
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")  # writable formats
 
 
-class AttentionConfig(StrictConfig):
-    checkpoint: str
-    weights: CheckpointWeights
+class AttentionConfig(ModelConfig):
     images: Path | None
     masks: Path | None
     voc: Path | None
     split: str
     out: Path
-    methods: Annotated[
-        list[Literal["attention", "lost", "tokencut", "pca", "found"]], Field(min_length=1), ListOrScalar
-    ]
+    methods: OneOrMore[Literal["attention", "lost", "tokencut", "pca", "found"]]
     refine: Literal["guided"] | None
-    attention_mass: Annotated[float, Field(gt=0, lt=1)]
+    attention_mass: Fraction
     max_side: Count | None
     baselines: bool
     seed: Seed
@@ -41,9 +37,7 @@ class AttentionConfig(StrictConfig):
         return self
 
 
-class InspectConfig(StrictConfig):
-    checkpoint: str
-    weights: CheckpointWeights
+class InspectConfig(ModelConfig):
     images: Path | None
     compare_to: str | None
     out: Path | None
@@ -53,13 +47,11 @@ class InspectConfig(StrictConfig):
     limit: Count
 
 
-class VideoConfig(StrictConfig):
-    checkpoint: str
-    weights: CheckpointWeights
+class VideoConfig(ModelConfig):
     video: Path
     out: Path
     head: Annotated[int, Field(ge=0)] | None
-    attention_mass: Annotated[float, Field(gt=0, lt=1)]
+    attention_mass: Fraction
     max_side: Count | None
     fps: Annotated[float, Field(gt=0, le=1000)]
     limit: Count | None
@@ -73,9 +65,7 @@ class VideoConfig(StrictConfig):
         return self
 
 
-class PropagateConfig(StrictConfig):
-    checkpoint: str
-    weights: CheckpointWeights
+class PropagateConfig(ModelConfig):
     davis: Path | None
     split: str
     frames: Path | None
@@ -121,7 +111,7 @@ class ReportConfig(StrictConfig):
     masks: Path | None
     limit: Count
     max_side: Count | None
-    attention_mass: Annotated[float, Field(gt=0, lt=1)]
+    attention_mass: Fraction
     k: Count
     points: Annotated[int, Field(ge=3, le=1000)]
     inspect: bool

@@ -10,9 +10,9 @@ from torchvision.datasets import CIFAR10
 from ssl_vit.cli import main
 from ssl_vit.commands import linear
 from ssl_vit.commands.load_config import load_config
+from ssl_vit.commands.transfer import TransferResult, pretraining_images, short_names, transfer_table
 from ssl_vit.config.evaluate import TransferConfig
 from ssl_vit.config.pretrain import BackboneConfig
-from ssl_vit.evaluation.transfer import TransferResult, pretraining_images, short_names, transfer_table
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.export import export_backbone
 from ssl_vit.runtime.errors import UserError
