@@ -88,6 +88,32 @@ def test_main_exits_with_0_when_the_reader_of_its_output_is_gone(argv):
     assert process.wait(timeout=60) == 0
 
 
+@pytest.mark.parametrize(
+    "interrupt",
+    [
+        "import ssl_vit.cli; ssl_vit.cli._run = lambda *_: exec('raise KeyboardInterrupt')",
+        "F = type('', (), {'find_spec': lambda *_: exec('raise KeyboardInterrupt')}); sys.meta_path[:0] = [F]",
+    ],
+    ids=["during a command", "during the import of cli"],
+)
+def test_main_exits_with_130_after_ctrl_c(interrupt):
+    code = f"import sys; from ssl_vit.__main__ import main; {interrupt}; sys.exit(main())"
+    result = subprocess.run([sys.executable, "-c", code, "scan"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (130, "")
+    assert re.fullmatch(r"\nssl-vit( scan)?: stopped\n", result.stderr)
+
+
+def test_missing_checkpoint_is_an_error_that_names_others_nearby(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/photos", "runs/other", "docs"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("photos", "other"):
+        (tmp_path / "runs" / name / "config.yaml").touch()
+    for missing, nearest in (("runs/fotos", "runs/photos"), ("photos", "runs/photos"), ("runs/othr", "runs/other")):
+        assert ssl_vit(["export", f"checkpoint={missing}"]) == 2
+        assert f"checkpoint={missing}: there is no such file or folder; near it: {nearest}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("override", ["data.root=", "run.folder="])
 def test_empty_path_is_an_error_and_not_the_current_folder(override, capsys):
     assert ssl_vit(["pretrain", override]) == 2

@@ -66,7 +66,7 @@ def test_wheel_declares_license_and_command(wheel):
         texts = {Path(name).name: archive.read(name).decode() for name in archive.namelist() if ".dist-info/" in name}
     assert "License-Expression: Apache-2.0" in texts["METADATA"]
     assert texts["LICENSE"] == (CHECKOUT / "LICENSE").read_text()
-    assert "ssl-vit = ssl_vit.cli:main" in texts["entry_points.txt"]
+    assert "ssl-vit = ssl_vit.__main__:main" in texts["entry_points.txt"]
 
 
 def test_wheel_is_imported_and_not_the_checkout(run, installed):

@@ -42,8 +42,8 @@ class AttentionSummary(NamedTuple):
     """Outcome of the command; its files are in `config.out`."""
 
     written: int  # images
-    skipped: int  # images that could not be used
-    unscored: int  # images without a usable mask
+    skipped: SkippedImageLog  # images that could not be used
+    unscored: SkippedImageLog  # images without a usable mask
     results: list[MethodResult]  # of the scored images; empty without masks
     notes: list[str]  # on how the masks were read
     figure: Path
@@ -54,10 +54,14 @@ def main(config: AttentionConfig) -> None:
     """Run the command."""
     if (config.out / "summary.json").exists():
         print(f"{config.out} contains an earlier result: its files of other images and methods are kept", flush=True)
-    summary = run_attention(config)
-    if summary.results:
-        print(score_table(summary.results, mass=config.attention_mass))
-    print(_report(config, summary))
+    written, skipped, unscored, results, notes, figure, seconds = run_attention(config)
+    if results:
+        print(score_table(results, mass=config.attention_mass))
+    print(f"{pluralize(written, 'image')} in {seconds:.0f} s ({written / seconds:.1f} images/s); see {figure}")
+    for log, problem in ((skipped, "could not be used"), (unscored, "without a usable mask")):
+        if log.count():
+            print(f"{pluralize(log.count(), 'image')} {problem}: see {log.path}")
+    print("\n".join([*notes, f"{config.out} contains overlays/, heads/, masks/ and maps/ under the images' names"]))
 
 
 def run_attention(config: AttentionConfig) -> AttentionSummary:
@@ -66,11 +70,15 @@ def run_attention(config: AttentionConfig) -> AttentionSummary:
     Raises:
         UserError: There is no image, or none that could be used or, with masks, scored.
     """
+    source = f"images={config.images}" if config.images else f"voc={config.voc}"
     dataset, annotations = _load_images(config)
-    models = _load_models(config, scored=annotations is not None)
     indices = range(len(dataset))[: config.limit]
-    writer = SegmentationWriter(config.out, [dataset.name(index) for index in indices])
-    skipped, unscored = (_empty_log(config.out / f"{name}_images.txt") for name in ("skipped", "unscored"))
+    names = [dataset.name(index) for index in indices]
+    models = _load_models(config, scored=annotations is not None)
+    writer = SegmentationWriter(config.out, names)
+    skipped, unscored = (SkippedImageLog(config.out / f"{kind}_images.txt") for kind in ("skipped", "unscored"))
+    for log in (skipped, unscored):
+        log.path.unlink(missing_ok=True)
     written = []
     start = time.perf_counter()
     predictors = build_predictors(
@@ -86,35 +94,28 @@ def run_attention(config: AttentionConfig) -> AttentionSummary:
     with TemporaryDirectory() as folder:
         evaluator = SegmentationEvaluator(Path(folder), mass=config.attention_mass, seed=config.seed)
         stream = run_backbone(dataset, indices, models=models, max_side=config.max_side, skipped=skipped)
-        for outputs in progress_bar(stream, total=len(indices), unit=" images", desc="attention"):
-            annotation = _annotation(annotations, dataset.name(outputs.image_index), outputs.image, unscored)
-            pairs = zip(predictors, outputs.features, strict=True)
-            predicted = [predict(features, outputs.image) for predict, features in pairs]
-            writer.write(outputs.image_index, _overlay_inputs(config, outputs.image, predicted[0], annotation))
-            written.append(outputs.image_index)
+        for index, image, features in progress_bar(stream, total=len(indices), unit=" images", desc="attention"):
+            annotation = _annotation(annotations, names[index], image, unscored)
+            predicted = [predict(own, image) for predict, own in zip(predictors, features, strict=True)]
+            writer.write(index, _overlay_inputs(config, image, predicted[0], annotation))
+            written.append(index)
             if annotation is not None:
-                evaluator.update(outputs.image_index, predicted, annotation)
+                evaluator.update(index, predicted, annotation)
         seconds = time.perf_counter() - start
         if not written:
-            raise UserError(f"{_source(config)}: no image could be used. See {skipped.path} for the reasons")
+            raise UserError(f"{source}: no image could be used. See {skipped.path} for the reasons")
         if annotations and not evaluator.indices:
-            source = f"masks={config.masks}" if config.masks else _source(config)
+            source = f"masks={config.masks}" if config.masks else source
             raise UserError(f"{source}: no image has a usable mask. See {unscored.path} for the reasons")
         results = evaluator.compute() if annotations else []
-    examples = select_examples(written, evaluator.indices, results)
-    figure = _write_figure(config, dataset, writer, annotations, examples)
+    figure = _write_figure(config, dataset, writer, annotations, select_examples(written, evaluator.indices, results))
     notes = annotations.notes() if annotations else []
-    summary = AttentionSummary(len(written), skipped.count(), unscored.count(), results, notes, figure, seconds)
-    counts = {"num_images": summary.written, "skipped": summary.skipped, "unscored": summary.unscored}
+    counts = {"num_images": len(written), "skipped": skipped.count(), "unscored": unscored.count()}
     data = {"fingerprint": dataset.fingerprint(sizes=True), **counts}
     write_result(config, models[0], results, data=data, notes=notes, started=start)
-    write_image_scores(config.out / "ious.npz", results, [dataset.name(index) for index in evaluator.indices])
+    write_image_scores(config.out / "ious.npz", results, [names[index] for index in evaluator.indices])
     plot_iou_curves(config.out / "curve.png", results, config.attention_mass)
-    return summary
-
-
-def _source(config: AttentionConfig) -> str:
-    return f"images={config.images}" if config.images else f"voc={config.voc}"
+    return AttentionSummary(len(written), skipped, unscored, results, notes, figure, seconds)
 
 
 def _load_images(config: AttentionConfig) -> tuple[ImageFolder, AnnotationSource | None]:
@@ -125,7 +126,13 @@ def _load_images(config: AttentionConfig) -> tuple[ImageFolder, AnnotationSource
     assert config.images is not None
     if config.out.absolute().is_relative_to(config.images.absolute()):
         raise UserError(f"out={config.out} lies inside images={config.images}: choose a folder outside of it")
-    return load_images_at(config.images), MaskFolder(config.masks) if config.masks else None
+    dataset = load_images_at(config.images)
+    if config.masks is None:
+        return dataset, None
+    masks = MaskFolder(config.masks)
+    if not any(dataset.name(index) in masks for index in range(len(dataset))[: config.limit]):
+        raise UserError(f"masks={config.masks}: no mask has the name of an image, such as {dataset.name(0)}")
+    return dataset, masks
 
 
 def _load_models(config: AttentionConfig, *, scored: bool) -> list[LoadedBackbone]:
@@ -137,11 +144,6 @@ def _load_models(config: AttentionConfig, *, scored: bool) -> list[LoadedBackbon
     for model in models:
         model.backbone.to(best_device())
     return models
-
-
-def _empty_log(path: Path) -> SkippedImageLog:
-    path.unlink(missing_ok=True)
-    return SkippedImageLog(path)
 
 
 def _annotation(
@@ -165,27 +167,21 @@ def _overlay_inputs(
     return make_overlay_inputs(image, predicted.maps, mass, foreground, valid=valid, methods=methods)
 
 
-class Example(NamedTuple):
-    """An image of the figure."""
-
-    image_index: int  # in the dataset
-    caption: str  # empty if it was not scored
-
-
-def select_examples(written: list[int], scored: list[int], results: list[MethodResult]) -> list[Example]:
+def select_examples(written: list[int], scored: list[int], results: list[MethodResult]) -> list[tuple[int, str]]:
     """Select the best, median and worst images by the mean of the heads, or else by the first method.
 
-    Without IoUs, images are evenly spaced.
-
     Args:
-        written: Indices of all images.
+        written: Indices of all images; without IoUs, some of them are selected, evenly spaced.
         scored: Indices of the scored images.
         results: Of the scored images, the model's first; or empty.
+
+    Returns:
+        Index and caption of each; the caption is empty if the image was not scored.
     """
     count = 3 * GRID_ROWS
     if not results or not results[0].ious:
         spaced = torch.linspace(0, len(written) - 1, min(len(written), count)).long().tolist()
-        return [Example(sorted(written)[position], "") for position in spaced]
+        return [(sorted(written)[position], "") for position in spaced]
     ious = results[0].ious
     scores = ious["mass/mean"] if "mass/mean" in ious else next(iter(ious.values()))
     order = scores.argsort(descending=True).tolist()
@@ -193,7 +189,7 @@ def select_examples(written: list[int], scored: list[int], results: list[MethodR
     if len(order) > count:
         starts = {"best": 0, "median": (len(order) - GRID_ROWS) // 2, "worst": len(order) - GRID_ROWS}
         captioned = [(f"{name}\n", row) for name, start in starts.items() for row in order[start : start + GRID_ROWS]]
-    return [Example(scored[row], f"{name}IoU {scores[row]:.2f}") for name, row in captioned]
+    return [(scored[row], f"{name}IoU {scores[row]:.2f}") for name, row in captioned]
 
 
 def _write_figure(
@@ -201,7 +197,7 @@ def _write_figure(
     dataset: ImageFolder,
     writer: SegmentationWriter,
     annotations: AnnotationSource | None,
-    examples: list[Example],
+    examples: list[tuple[int, str]],
 ) -> Path:
     """Write `overview.jpg` with a row of tiles for each example, whose masks are read again from disk."""
     rows = []
@@ -213,22 +209,3 @@ def _write_figure(
     path = config.out / "overview.jpg"
     overlay_grid(rows).save(path, quality=90, subsampling=0)
     return path
-
-
-def _report(config: AttentionConfig, summary: AttentionSummary) -> str:
-    """Return counts, speed and where the files are."""
-    rate = summary.written / summary.seconds
-    lines = [
-        f"{pluralize(summary.written, 'image')} in {summary.seconds:.0f} s ({rate:.1f} images/s); see {summary.figure}"
-    ]
-    if summary.skipped:
-        lines.append(
-            f"{pluralize(summary.skipped, 'image')} could not be used: see {config.out / 'skipped_images.txt'}"
-        )
-    if summary.unscored:
-        lines.append(
-            f"{pluralize(summary.unscored, 'image')} without a usable mask: see {config.out / 'unscored_images.txt'}"
-        )
-    lines += summary.notes
-    lines.append(f"{config.out} contains overlays/, heads/, masks/ and maps/ under the images' names")
-    return "\n".join(lines)

@@ -105,7 +105,7 @@ class TransferCell(NamedTuple):
     def _to_result(self, content: dict[str, Any]) -> TransferResult:
         metric, root = content["score"]["metrics"][0], self.data.root.resolve()
         return TransferResult(
-            *(metric[key] for key in ("value", "low", "high", "n")),
+            **{key: metric[key] for key in ("value", "low", "high", "n")},
             split=content["protocol"]["split"],
             warnings=content["warnings"],
             in_domain=self.model.pretrained_on in [(self.data.source, root), (self.data.source, root / "train")],

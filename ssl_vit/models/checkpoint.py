@@ -6,6 +6,7 @@ import argparse
 import warnings
 import zipfile
 from collections.abc import Mapping
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -137,11 +138,20 @@ def _file_of(path: Path) -> Path:
             return candidate
     if path.is_dir():
         raise UserError(f"checkpoint={path}: no checkpoints/last.ckpt and no backbone.safetensors in this directory")
-    raise UserError(
-        f"checkpoint={path}: there is no such file or folder; timm models are written as timm:{path}"
-        if timm.is_model(str(path))
-        else f"checkpoint={path}: there is no such file or folder"
-    )
+    hint = f"; timm models are written as timm:{path}" if timm.is_model(str(path)) else _name_nearby(path)
+    raise UserError(f"checkpoint={path}: there is no such file or folder{hint}")
+
+
+def _name_nearby(path: Path) -> str:
+    """Name up to three runs and checkpoints in the nearest folder that exists, and in `runs` there, as a hint."""
+    folder = next((parent for parent in path.parents if parent.is_dir()), Path())
+    found = [
+        str(entry)
+        for entry in (*folder.glob("*"), *folder.glob("runs/*"))
+        if entry.suffix in (".ckpt", ".safetensors", ".pth") or (entry / "config.yaml").is_file()
+    ]
+    nearest = sorted(found, key=lambda name: SequenceMatcher(None, str(path), name).ratio(), reverse=True)[:3]
+    return f"; near it: {', '.join(nearest)}" if nearest else ""
 
 
 def _from_file(path: Path, weights: Weights) -> LoadedBackbone:

@@ -154,7 +154,7 @@ def test_attention_of_one_image_with_max_side(folder):
         (["images={folder}/nowhere"], "does not exist"),
         (["masks={folder}/nowhere"], "there is no such folder"),
         (["images={folder}/images/thin.png"], "no image could be used"),
-        (["images={folder}/images/unmasked.bmp", "masks={folder}/masks"], "no image has a usable mask"),
+        (["images={folder}/images/other size.webp", "masks={folder}/masks"], "no image has a usable mask"),
         (["out={folder}/images/maps"], "choose a folder outside of it"),
         (["attention_mass=1.5"], "attention_mass: input should be less than 1"),
         (["checkpoint=random:vit_nothing"], "vit_nothing"),
@@ -169,6 +169,13 @@ def test_attention_explains_mistakes(folder, capsys, overrides, message):
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_attention_rejects_masks_of_other_images_before_it_starts(folder, capsys):
+    image = f"images={folder / 'images' / 'unmasked.bmp'}"
+    assert run(folder, image, f"masks={folder / 'masks'}", "checkpoint=nowhere") == 2
+    assert "no mask has the name of an image, such as unmasked.bmp" in capsys.readouterr().err
+    assert not (folder / "out").exists()
 
 
 METHODS = ["lost", "tokencut", "pca", "found"]

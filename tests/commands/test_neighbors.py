@@ -131,7 +131,7 @@ def test_neighbors_clamp_k(overrides, flat, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["images={tmp}/nowhere", "data.root={flat}"], "does not exist"),
+        (["images={tmp}/nowhere", "data.root={flat}"], "does not exist; name an image, or a folder of images"),
         (["images={tmp}/text.png", "data.root={flat}"], "none of the images can be read"),
         (["data.root={tmp}/one"], "only one image"),
         (["data.root={flat}", "out={tmp}/figure.pdf"], "must be a .png or .jpg file"),

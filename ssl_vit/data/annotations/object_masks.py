@@ -79,6 +79,9 @@ class MaskFolder:
         self._files = {_without_suffix(masks.name(index)): masks.path(index) for index in range(len(masks))}
         self._with_void: set[str] = set()
 
+    def __contains__(self, name: str) -> bool:
+        return _without_suffix(name) in self._files
+
     def read(self, name: str, size: tuple[int, int]) -> Tensor:
         """Return the foreground (H, W) bool of an image; see `annotation`."""
         return self.annotation(name, size).foreground

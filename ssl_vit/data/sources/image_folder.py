@@ -134,6 +134,8 @@ def load_images_at(path: Path) -> ImageFolder:
     if path.is_file():
         names = PackedPaths.from_iterable([os.fsencode(path.name)])
         return ImageFolder(path.parent, names, ignored=Counter(), labeled=False)
+    if not path.exists():
+        raise UserError(f"{escape_path(path.absolute())} does not exist; name an image, or a folder of images")
     return scan_image_folder(path)
 
 
