@@ -16,5 +16,5 @@ def main(config: ScanConfig) -> None:
     if config.out:
         config.out.mkdir(parents=True, exist_ok=True)
         file = config.out / "scan.json"
-        write_json(file, summary.as_json())
+        write_json(file, summary._asdict())
         print(f"\nAll file names: {file}")

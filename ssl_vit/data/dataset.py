@@ -1,16 +1,19 @@
-"""The interface of image datasets, subsets of them, and the log of unreadable images."""
+"""The base class of image datasets, selections of their images, and the log of unreadable ones."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from filelock import FileLock
 from torch import Tensor
+
+from ssl_vit.runtime.workers import map_threads
 
 # Maps an image's upright height and width in pixels to the factor 1, 2, 4 or 8 by which it may be decoded smaller.
 # Called for JPEGs only; the decoded height is then ceil(height / factor), the width likewise.
@@ -29,34 +32,36 @@ class UnreadableImageError(Exception):
         return f"{self.name}: {self.reason}"
 
 
-class ImageDataset(Protocol):
+class ImageDataset(ABC):
     """N images in a fixed order."""
 
     labels: Tensor  # (N,) int64, -1 where unknown
     classes: list[str]  # names of the labels; empty without labels
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.labels)
 
+    @abstractmethod
     def name(self, index: int) -> str:
         """Return the image's relative path as one line of printable text."""
-        ...
 
+    @abstractmethod
     def read(self, index: int, channels: int, jpeg_scale: JPEGScaleFn | None = None) -> Tensor:
         """Decode the image to (C, H, W) uint8, gray for 1 channel and RGB for 3; smaller as `jpeg_scale` allows.
 
         Raises:
             UnreadableImageError: It cannot be read.
         """
-        ...
 
+    @abstractmethod
     def content(self, index: int) -> bytes:
         """Return the encoded image.
 
         Raises:
             UnreadableImageError: It cannot be read.
         """
-        ...
 
+    @abstractmethod
     def fingerprint(self, *, sizes: bool, times: bool = False) -> str:
         """Return a hash that changes when images are added, removed or renamed.
 
@@ -64,11 +69,37 @@ class ImageDataset(Protocol):
             sizes: Include file sizes, which takes one system call per file.
             times: Include modification times; the hash then identifies this copy of the files.
         """
-        ...
 
+    @abstractmethod
     def describe(self) -> str:
         """Return one line: the number and kinds of images, and what was ignored."""
-        ...
+
+
+class Subset(ImageDataset):
+    """The images of a dataset at `indices` (M,)."""
+
+    def __init__(self, dataset: ImageDataset, indices: Tensor) -> None:
+        self.dataset = dataset
+        self.indices = indices
+        self.labels = dataset.labels[indices]
+        self.classes = dataset.classes
+
+    def name(self, index: int) -> str:
+        return self.dataset.name(int(self.indices[index]))
+
+    def read(self, index: int, channels: int, jpeg_scale: JPEGScaleFn | None = None) -> Tensor:
+        return self.dataset.read(int(self.indices[index]), channels, jpeg_scale)
+
+    def content(self, index: int) -> bytes:
+        return self.dataset.content(int(self.indices[index]))
+
+    def fingerprint(self, *, sizes: bool, times: bool = False) -> str:
+        digest = hashlib.sha256(self.dataset.fingerprint(sizes=sizes, times=times).encode())
+        digest.update(self.indices.numpy().tobytes())
+        return digest.hexdigest()
+
+    def describe(self) -> str:
+        return f"{len(self):,} of {self.dataset.describe()}"
 
 
 class SkippedImageLog:
@@ -120,36 +151,53 @@ def evenly_spaced(count: int, most: int) -> Tensor:
     return indices
 
 
-class Subset:
-    """The images of a dataset at `indices` (M,)."""
+class ClassBalancedOrder(NamedTuple):
+    """M labeled images: the first of each class, then the second of each class, and so on."""
 
-    def __init__(self, dataset: ImageDataset, indices: Tensor) -> None:
-        self.dataset = dataset
-        self.indices = indices
-        self.labels = dataset.labels[indices]
-        self.classes = dataset.classes
+    indices: Tensor  # (M,) int64
+    rank: Tensor  # (M,) int64, ascending: the number of earlier images of the same class
+    class_size: Tensor  # (M,) int64: the number of images of the same class
 
-    def __len__(self) -> int:
-        return len(self.indices)
 
-    def name(self, index: int) -> str:
-        """Return the image's name in the dataset."""
-        return self.dataset.name(int(self.indices[index]))
+def class_balanced_order(labels: Tensor, *, seed: int) -> ClassBalancedOrder:
+    """Order the images with labels (N,) >= 0: random within each class, and random classes within each rank.
 
-    def read(self, index: int, channels: int, jpeg_scale: JPEGScaleFn | None = None) -> Tensor:
-        """Decode the image; see `ImageDataset.read`."""
-        return self.dataset.read(int(self.indices[index]), channels, jpeg_scale)
+    Example:
+        >>> labels = torch.tensor([7, 7, 7, 7, 3, 3, -1])
+        >>> order = class_balanced_order(labels, seed=0)
+        >>> labels[order.indices].bincount(minlength=8)[[3, 7]].tolist()
+        [2, 4]
+        >>> order.rank.tolist()
+        [0, 0, 1, 1, 2, 3]
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = order[labels[order] >= 0]
+    _, classes, sizes = torch.unique(labels[order], return_inverse=True, return_counts=True)
+    by_class = classes.argsort(stable=True)  # indices into `order`
+    rank = torch.empty_like(order)
+    rank[by_class] = torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[classes[by_class]]
+    by_rank = rank.argsort(stable=True)
+    return ClassBalancedOrder(order[by_rank], rank[by_rank], sizes[classes][by_rank])
 
-    def content(self, index: int) -> bytes:
-        """Return the encoded image."""
-        return self.dataset.content(int(self.indices[index]))
 
-    def fingerprint(self, *, sizes: bool, times: bool = False) -> str:
-        """Hash the dataset's fingerprint and the indices."""
-        digest = hashlib.sha256(self.dataset.fingerprint(sizes=sizes, times=times).encode())
-        digest.update(self.indices.numpy().tobytes())
-        return digest.hexdigest()
+def exact_duplicates(dataset: ImageDataset, other: ImageDataset, pairs: Tensor) -> Tensor:
+    """Return those of the pairs (P, 2) int64 of indices into `dataset` and `other` that are equal byte for byte.
 
-    def describe(self) -> str:
-        """Return the size of the subset and the dataset's description."""
-        return f"{len(self):,} of {self.dataset.describe()}"
+    Only the images in the pairs are read, each once. An unreadable image equals no other.
+    """
+    first, second = _digests(dataset, pairs[:, 0]), _digests(other, pairs[:, 1])
+    same = [first[a] is not None and first[a] == second[b] for a, b in pairs.tolist()]
+    return pairs[torch.tensor(same, dtype=torch.bool)]
+
+
+def _digests(dataset: ImageDataset, indices: Tensor) -> dict[int, bytes | None]:
+    """Hash the content of each image; None if it cannot be read."""
+    unique = torch.unique(indices).tolist()
+
+    def digest(position: int) -> bytes | None:
+        try:
+            return hashlib.sha256(dataset.content(unique[position])).digest()
+        except UnreadableImageError:
+            return None
+
+    return dict(zip(unique, map_threads(digest, len(unique), label="comparing duplicates", show=True), strict=True))

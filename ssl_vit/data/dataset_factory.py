@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,11 +13,11 @@ from ssl_vit.config.evaluate import EvalDataConfig
 from ssl_vit.config.pretrain import Source
 from ssl_vit.data.dataset import ImageDataset, escape_path
 from ssl_vit.data.sources.decode import EXTENSIONS
-from ssl_vit.data.sources.image_folder import ImageFolder, read_image_list, scan_image_folder
+from ssl_vit.data.sources.image_folder import read_image_list, scan_image_folder
 from ssl_vit.data.sources.image_index import is_hidden
 from ssl_vit.data.sources.split_folders import folder_layout, resembles_split, split_role
-from ssl_vit.data.sources.tar_shards import TarShardDataset, load_shards
-from ssl_vit.data.sources.torchvision_datasets import ArraySource, load_torchvision_dataset
+from ssl_vit.data.sources.tar_shards import load_shards
+from ssl_vit.data.sources.torchvision_datasets import load_torchvision_dataset
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.text import truncate_list
 
@@ -59,11 +60,7 @@ def build_labeled_splits(data: EvalDataConfig) -> TrainTestSplit:
     """
     if data.source == "list":
         raise UserError("data.source=list: a list has no labels; for an evaluation use class folders")
-    if data.source == "folder" or data.source == "shards":
-        load = _load_labeled_folder if data.source == "folder" else _load_labeled_shards
-        train, test = _split_roots(data)
-        return _align_classes(load(train), None if test is None else load(test))
-    return _torchvision_splits(data.source, data.root)
+    return _build_splits(data, _build_labeled)
 
 
 def build_feature_splits(data: EvalDataConfig) -> TrainTestSplit:
@@ -72,11 +69,7 @@ def build_feature_splits(data: EvalDataConfig) -> TrainTestSplit:
     Raises:
         UserError: There are no images, or the two sets have different classes.
     """
-    if data.source == "folder" or data.source == "list" or data.source == "shards":
-        train, test = _split_roots(data)
-        test_images = None if test is None else build_dataset(data.source, test)
-        return _align_classes(build_dataset(data.source, train), test_images)
-    return _torchvision_splits(data.source, data.root)
+    return _build_splits(data, build_dataset)
 
 
 def build_labeled_folder_splits(root: Path) -> TrainTestSplit:
@@ -86,22 +79,20 @@ def build_labeled_folder_splits(root: Path) -> TrainTestSplit:
         UserError: As `build_labeled_splits`.
     """
     train, test = _find_split_folders(root, "online.root={train}")
-    return _align_classes(_load_labeled_folder(train), None if test is None else _load_labeled_folder(test))
+    return _align_classes(_build_labeled("folder", train), None if test is None else _build_labeled("folder", test))
 
 
-def _torchvision_splits(source: ArraySource, root: Path | None) -> TrainTestSplit:
-    if root is None:
-        raise UserError(f"data.source={source}: name the folder above its files with data.root")
-    train = load_torchvision_dataset(source, root, split="train")
-    return TrainTestSplit(train, load_torchvision_dataset(source, root, split="test"))
-
-
-def _split_roots(data: EvalDataConfig) -> tuple[Path, Path | None]:
-    """Return the folders of the train images and, if there are any, of the test images."""
-    if data.root is not None:
-        return _find_split_folders(data.root, "data.train={train} data.test={test}")
-    assert data.train is not None  # the config requires one of them
-    return data.train, data.test
+def _build_splits(data: EvalDataConfig, build: Callable[[Source, Path], ImageDataset]) -> TrainTestSplit:
+    if data.source == "folder" or data.source == "list" or data.source == "shards":
+        train, test = data.train, data.test
+        if data.root is not None:
+            train, test = _find_split_folders(data.root, "data.train={train} data.test={test}")
+        assert train is not None  # the config requires one of them
+        return _align_classes(build(data.source, train), None if test is None else build(data.source, test))
+    if data.root is None:
+        raise UserError(f"data.source={data.source}: name the folder above its files with data.root")
+    train_set = load_torchvision_dataset(data.source, data.root, split="train")
+    return TrainTestSplit(train_set, load_torchvision_dataset(data.source, data.root, split="test"))
 
 
 def _find_split_folders(root: Path, override: str) -> tuple[Path, Path | None]:
@@ -148,22 +139,18 @@ def _subfolders(folder: Path) -> list[str]:
     return [entry.name for entry in entries if entry.is_dir()]
 
 
-def _load_labeled_folder(folder: Path) -> ImageFolder:
-    dataset = scan_image_folder(folder)
-    if len(dataset.classes) < 2:
-        names = map(dataset.name, range(len(dataset)))
-        stray = next((name for name in names if "/" not in name), None)
-        found = f"{stray} lies in none" if stray else f"all images lie in {dataset.name(0).partition('/')[0]}/"
-        raise UserError(f"{escape_path(folder)}: labels are the names of two or more class folders, and {found}")
-    return dataset
-
-
-def _load_labeled_shards(folder: Path) -> TarShardDataset:
-    dataset = load_shards(folder)
-    if len(dataset.classes) < 2:
+def _build_labeled(source: Source, folder: Path) -> ImageDataset:
+    dataset = build_dataset(source, folder)
+    if len(dataset.classes) >= 2:
+        return dataset
+    if source == "shards":
+        rule = "the class numbers in .cls members"
         found = "all images are of one class" if dataset.classes else "not every image has one"
-        raise UserError(f"{escape_path(folder)}: labels are the class numbers in .cls members, and {found}")
-    return dataset
+    else:
+        rule = "the names of two or more class folders"
+        stray = next((name for name in map(dataset.name, range(len(dataset))) if "/" not in name), None)
+        found = f"{stray} lies in none" if stray else f"all images lie in {dataset.name(0).partition('/')[0]}/"
+    raise UserError(f"{escape_path(folder)}: labels are {rule}, and {found}")
 
 
 def _align_classes(train: ImageDataset, test: ImageDataset | None) -> TrainTestSplit:

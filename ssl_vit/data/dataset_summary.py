@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from ssl_vit.data.dataset import UnreadableImageError, escape_path
 from ssl_vit.data.sources.decode import open_image, orientation, to_tensor
@@ -36,12 +35,11 @@ class FileInfo(NamedTuple):
 
     name: str
     bytes: int
-    digest: str  # of the content; empty if it cannot be read
+    digest: str  # of the content
     image: ImageInfo | UnreadableImageError
 
 
-@dataclass(frozen=True)
-class DatasetSummary:
+class DatasetSummary(NamedTuple):
     """The result of `summarize_dataset`."""
 
     root: str
@@ -60,17 +58,8 @@ class DatasetSummary:
     leaks: list[list[str]]  # duplicates that are in train/ and in val/ or test/
     ignored: dict[str, int]
 
-    def as_json(self) -> dict[str, Any]:
-        """Return all fields as plain containers."""
-        return asdict(self)
-
     def as_text(self) -> str:
         """Format the summary for a terminal; long lists of names are truncated."""
-        lines = [
-            f"{self.root}: {pluralize(self.num_images, 'image')}, {_format_bytes(self.bytes)} on disk, "
-            f"{_format_bytes(self.memory_bytes)} as RGB in memory",
-            "",
-        ]
         rows = {
             "extensions": format_counts(self.extensions),
             "formats": format_counts(self.formats),
@@ -81,30 +70,35 @@ class DatasetSummary:
             **{f"classes {split}".strip(): _format_classes(classes) for split, classes in self.classes.items()},
             "ignored": format_counts(self.ignored),
         }
-        lines += [f"  {name:<14}{text}" for name, text in rows.items() if text]
-        lines.append("")
-        lines += self._problems() or ["  All images can be read, and there are no exact duplicates."]
+        unreadable = [f"{name}: {reason}" for name, reason in self.unreadable.items()]
+        duplicates, leaks = ([" = ".join(names) for names in groups] for groups in (self.duplicates, self.leaks))
+        copies = sum(map(len, self.duplicates)) - len(self.duplicates)
+        problems = {
+            f"{len(unreadable):,} cannot be read and will be skipped:": unreadable,
+            f"{pluralize(copies, 'exact duplicate')} of other images:": duplicates,
+            f"{len(leaks):,} of train/ also in val/ or test/, which makes results look too good:": leaks,
+        }
+        lines = [
+            f"{self.root}: {pluralize(self.num_images, 'image')}, {_format_bytes(self.bytes)} on disk, "
+            f"{_format_bytes(self.memory_bytes)} as RGB in memory",
+            "",
+            *(f"  {name:<14}{text}" for name, text in rows.items() if text),
+            "",
+        ]
+        for title, names in problems.items():
+            if names:
+                shown = truncate_list(names, _SHOWN, hint="; out=FOLDER writes all names")
+                lines += [f"  {title}", *(f"    {line}" for line in shown)]
+        if not any(problems.values()):
+            lines.append("  All images can be read, and there are no exact duplicates.")
         return "\n".join(lines)
-
-    def _problems(self) -> list[str]:
-        lines = []
-        if self.unreadable:
-            lines.append(f"  {len(self.unreadable):,} cannot be read and will be skipped:")
-            lines += _name_list([f"{name}: {reason}" for name, reason in self.unreadable.items()])
-        if self.duplicates:
-            copies = sum(map(len, self.duplicates)) - len(self.duplicates)
-            lines.append(f"  {pluralize(copies, 'exact duplicate')} of other images:")
-            lines += _name_list([" = ".join(names) for names in self.duplicates])
-        if self.leaks:
-            lines.append(f"  {len(self.leaks):,} of train/ also in val/ or test/, which makes results look too good:")
-            lines += _name_list([" = ".join(names) for names in self.leaks])
-        return lines
 
 
 def summarize_dataset(dataset: ImageFolder) -> DatasetSummary:
     """Read every file once and summarize them."""
     files = list(map_threads(lambda i: _scan_file(dataset, i), len(dataset), label="scanning", show=True))
     images = {file.name: file.image for file in files if isinstance(file.image, ImageInfo)}
+    sides = np.array([(image.height, image.width) for image in images.values()], dtype=np.int64).reshape(-1, 2)
     groups = defaultdict(list)
     for file in files:
         if file.bytes:
@@ -114,12 +108,12 @@ def summarize_dataset(dataset: ImageFolder) -> DatasetSummary:
         root=escape_path(dataset.root),
         num_images=len(dataset),
         bytes=sum(file.bytes for file in files),
-        memory_bytes=sum(image.width * image.height * 3 for image in images.values()),
+        memory_bytes=3 * int(sides.prod(axis=1).sum()),
         extensions=sort_counts(dataset.extensions),
         formats=sort_counts(Counter(image.format for image in images.values())),
         modes=sort_counts(Counter(image.mode for image in images.values())),
-        short_side=_percentiles(min(image.width, image.height) for image in images.values()),
-        long_side=_percentiles(max(image.width, image.height) for image in images.values()),
+        short_side=_percentiles(sides.min(axis=1)),
+        long_side=_percentiles(sides.max(axis=1)),
         rotated=[name for name, image in images.items() if image.rotated],
         classes=_class_counts([file.name for file in files]),
         unreadable={file.name: file.image.reason for file in files if isinstance(file.image, UnreadableImageError)},
@@ -130,19 +124,17 @@ def summarize_dataset(dataset: ImageFolder) -> DatasetSummary:
 
 
 def _scan_file(dataset: ImageFolder, index: int) -> FileInfo:
-    name = dataset.name(index)
+    image: ImageInfo | UnreadableImageError
+    content = b""
     try:
         content = dataset.content(index)
+        with open_image(dataset.path(index)) as opened:
+            kind, mode, rotated = opened.format or "", opened.mode, orientation(opened) != 1
+            height, width = to_tensor(opened, channels=3).shape[1:]
+        image = ImageInfo(kind, mode, width, height, rotated)
     except UnreadableImageError as error:
-        return FileInfo(name, 0, "", error)
-    digest = hashlib.sha256(content).hexdigest()
-    try:
-        with open_image(dataset.path(index)) as image:
-            kind, mode, rotated = image.format or "", image.mode, orientation(image) != 1
-            height, width = to_tensor(image, channels=3).shape[1:]
-    except UnreadableImageError as error:
-        return FileInfo(name, len(content), digest, error)
-    return FileInfo(name, len(content), digest, ImageInfo(kind, mode, width, height, rotated))
+        image = error
+    return FileInfo(dataset.name(index), len(content), hashlib.sha256(content).hexdigest(), image)
 
 
 def _class_counts(names: list[str]) -> dict[str, dict[str, int]]:
@@ -164,9 +156,8 @@ def _is_leak(names: list[str]) -> bool:
     return "train" in roles and bool(roles & {"val", "test"})
 
 
-def _percentiles(sides: Iterable[int]) -> dict[str, int]:
-    values = list(sides)
-    return {str(percent): round(np.percentile(values, percent)) for percent in _PERCENTILES} if values else {}
+def _percentiles(sides: npt.NDArray[np.int64]) -> dict[str, int]:
+    return {str(percent): round(np.percentile(sides, percent)) for percent in _PERCENTILES} if len(sides) else {}
 
 
 def _format_percentiles(percentiles: dict[str, int]) -> str:
@@ -185,10 +176,6 @@ def _format_classes(classes: dict[str, int]) -> str:
     if classes[fewest] == classes[most]:
         return f"{len(classes):,}, {pluralize(classes[most], 'image')} each"
     return f"{len(classes):,}, from {classes[fewest]:,} ({fewest}) to {classes[most]:,} ({most}) images"
-
-
-def _name_list(lines: list[str]) -> list[str]:
-    return [f"    {line}" for line in truncate_list(lines, _SHOWN, hint="; out=FOLDER writes all names")]
 
 
 def _format_bytes(count: int) -> str:

@@ -18,7 +18,8 @@ from ssl_vit.config.methods import CropsConfig
 from ssl_vit.config.pretrain import TrainingConfig
 from ssl_vit.data.batch import Batch
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog
-from ssl_vit.data.loading.loader import InMemoryLoader, TrainingLoader, build_train_loader
+from ssl_vit.data.loading.loader import TrainingLoader, build_train_loader
+from ssl_vit.data.loading.ram_cache import InMemoryLoader
 from ssl_vit.data.transforms.multicrop import MultiCrop
 from ssl_vit.methods.base import SSLMethod
 from ssl_vit.methods.flops import Flops

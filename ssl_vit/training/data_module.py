@@ -13,7 +13,8 @@ from ssl_vit.config.methods import ViewsConfig
 from ssl_vit.config.pretrain import PretrainDataConfig
 from ssl_vit.data.dataset import SkippedImageLog
 from ssl_vit.data.dataset_factory import build_dataset
-from ssl_vit.data.loading.loader import InMemoryLoader, TrainingLoader, build_train_loader
+from ssl_vit.data.loading.loader import TrainingLoader, build_train_loader
+from ssl_vit.data.loading.ram_cache import InMemoryLoader
 from ssl_vit.data.sources.torch_dataset import TorchDataset
 from ssl_vit.data.transforms.multicrop import MultiCrop
 from ssl_vit.methods.schedules import TrainingPlan

@@ -10,7 +10,8 @@ from lightning.pytorch.loggers import Logger
 
 from ssl_vit.config.pretrain import TrainerConfig
 from ssl_vit.data.dataset import SkippedImageLog
-from ssl_vit.data.loading.loader import InMemoryLoader, TrainingLoader
+from ssl_vit.data.loading.loader import TrainingLoader
+from ssl_vit.data.loading.ram_cache import InMemoryLoader
 from ssl_vit.methods.base import SSLMethod
 from ssl_vit.runtime.atomic_io import JSONLWriter
 from ssl_vit.runtime.distributed import shutdown_process_group

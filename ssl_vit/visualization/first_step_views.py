@@ -20,7 +20,7 @@ from ssl_vit.config.pretrain import BackboneConfig, Source
 from ssl_vit.config.types import Count, Seed, StrictConfig
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog
 from ssl_vit.data.loading.batch_sampler import ResumableBatchSampler
-from ssl_vit.data.loading.multicrop_dataset import MultiCropDataset
+from ssl_vit.data.loading.loader import MultiCropDataset
 from ssl_vit.data.transforms.color import ColorAugmentation
 from ssl_vit.data.transforms.multicrop import MultiCrop
 from ssl_vit.data.transforms.random_resized_crop import sample_crop_boxes

@@ -29,7 +29,7 @@ from ssl_vit.config.methods import ViewsConfig
 from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.batch import Batch
 from ssl_vit.data.dataset import SkippedImageLog
-from ssl_vit.data.loading.multicrop_dataset import MultiCropDataset
+from ssl_vit.data.loading.loader import MultiCropDataset
 from ssl_vit.data.sources.decode import decode
 from ssl_vit.data.sources.image_folder import ImageFolder, scan_image_folder
 from ssl_vit.data.transforms.color import ColorAugmentation

@@ -74,7 +74,7 @@ def test_scan_command_prints_a_summary_and_writes_all_names(messy, tmp_path, cap
     assert "2 exact duplicates of other images" in shown
     assert "1 of train/ also in val/ or test/" in shown
     written = json.loads((tmp_path / "report" / "scan.json").read_text(encoding="utf-8"))
-    assert written == summarize_dataset(scan_image_folder(messy)).as_json()
+    assert written == summarize_dataset(scan_image_folder(messy))._asdict()
 
 
 def test_as_text_truncates_long_lists(tmp_path):

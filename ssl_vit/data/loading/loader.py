@@ -1,27 +1,27 @@
-"""Data loaders for training (views) and evaluation (whole images)."""
+"""Data loaders for training (views) and evaluation (whole images); their datasets make whole batches in the workers."""
 
 from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ssl_vit.config.pretrain import PretrainDataConfig, Workers
 from ssl_vit.data.batch import Batch
-from ssl_vit.data.dataset import ImageDataset, SkippedImageLog
-from ssl_vit.data.loading.batch_sampler import ResumableBatchSampler
-from ssl_vit.data.loading.multicrop_dataset import EvalBatch, EvalDataset, MultiCropDataset
-from ssl_vit.data.loading.ram_cache import cache_in_memory, place_on_device
+from ssl_vit.data.dataset import ImageDataset, SkippedImageLog, UnreadableImageError
+from ssl_vit.data.loading.batch_sampler import ResumableBatchSampler, SampleKey
+from ssl_vit.data.loading.ram_cache import InMemoryLoader, cache_in_memory, place_on_device
 from ssl_vit.data.sources.torchvision_datasets import ArrayDataset
 from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.data.transforms.multicrop import MultiCrop
-from ssl_vit.runtime.device import to_device_async
+from ssl_vit.data.transforms.random_resized_crop import CropParams
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.launch import STOP_SIGNALS
 from ssl_vit.runtime.text import pluralize
@@ -34,45 +34,60 @@ _CPU = torch.device("cpu")
 log = logging.getLogger(__name__)
 
 
-class InMemoryLoader:
-    """Batches of crops from in-memory images of one size, on the device of the images, without the CPU waiting for it.
+@dataclass(eq=False)
+class MultiCropDataset(Dataset[Batch | UserError]):
+    """Batches of views, cropped image by image; a UserError is returned as a batch, for `TrainingLoader` to raise."""
 
-    Labels, indices and keys stay on the CPU.
-
-    Args:
-        images: The readable images (M, C, H, W) uint8, on the CPU or a GPU.
-        readable: Their indices (M,), ascending; an unreadable image is replaced by the next readable one.
-        labels: Of all images (N,).
-        multicrop: Makes the views.
-        batch_sampler: Chooses the images.
-    """
-
-    def __init__(
-        self,
-        images: Tensor,
-        readable: Tensor,
-        labels: Tensor,
-        *,
-        multicrop: MultiCrop,
-        batch_sampler: ResumableBatchSampler,
-    ) -> None:
-        self.images = images
-        self.readable = readable
-        self.labels = labels
-        self.multicrop = multicrop
-        self.batch_sampler = batch_sampler
+    read: Callable[..., Tensor]  # decodes the image of an index to (C, H, W) uint8, with `jpeg_scale=`
+    labels: Tensor  # (N,) of all images
+    channels: int
+    multicrop: MultiCrop
+    skipped: SkippedImageLog
+    augment: Callable[[Batch], Batch] | None = None  # further augmentation of a batch, in place
+    _unreadable: set[int] = field(default_factory=set, init=False)
 
     def __len__(self) -> int:
-        return len(self.batch_sampler)
+        return len(self.labels)
 
-    def __iter__(self) -> Iterator[Batch]:
-        for samples in self.batch_sampler:
-            requested, key = torch.tensor(samples).T.contiguous().unbind(0)  # (B,) each
-            row = torch.searchsorted(self.readable, requested) % len(self.readable)
-            images = self.images.index_select(0, to_device_async(row, self.images.device))
-            global_views, local_views = self.multicrop.crop_batch(images, key)
-            index = self.readable[row]
-            yield Batch(global_views, local_views, self.labels[index], index, key)
+    def __getitems__(self, samples: list[SampleKey]) -> Batch | UserError:
+        """Return the batch of these samples; an unreadable image is replaced by the next readable one."""
+        requested, key = torch.tensor(samples).unbind(1)  # (B,) each
+        params = self.multicrop.sample_params(key)
+        shapes = self.multicrop.view_shapes(len(samples), self.channels)
+        global_views, local_views = (torch.empty(shape, dtype=torch.uint8) for shape in shapes)
+        indices = []
+        try:
+            for row, index in enumerate(requested.tolist()):
+                views = [*global_views[row], *local_views[row]]
+                indices.append(self.first_readable(index, partial(self._crop, params, row, views)))
+        except UserError as error:
+            return error
+        index = torch.tensor(indices)
+        batch = Batch(global_views, local_views, self.labels[index], index, key)
+        return self.augment(batch) if self.augment else batch
+
+    def _crop(self, params: CropParams, row: int, views: Sequence[Tensor], index: int) -> None:
+        """Fill the views of a row of the batch from the image of this index."""
+        plan = self.multicrop.plan(params, row)
+        plan.crop_into(self.read(index, jpeg_scale=plan.jpeg_scale), views)
+
+    def first_readable(self, start: int, use: Callable[[int], object]) -> int:
+        """Call `use` with `start` and the following indices, cyclically, until an image can be read; return its index.
+
+        Raises:
+            UserError: No image can be read.
+        """
+        for step in range(len(self)):
+            index = (start + step) % len(self)
+            if index in self._unreadable:
+                continue
+            try:
+                use(index)
+                return index
+            except UnreadableImageError as error:
+                self._unreadable.add(index)
+                self.skipped.record(error)
+        raise UserError(f"none of the {len(self):,} images can be read; {self.skipped.path} lists the reasons")
 
 
 class TrainingLoader(DataLoader[Batch | UserError]):
@@ -103,24 +118,14 @@ def build_train_loader(
 ) -> InMemoryLoader | TrainingLoader:
     """Build the loader of training process `rank` of `world`; each iteration is one epoch.
 
-    Images of one size that fit into memory are placed on the device and cropped there; others that fit are kept decoded
-    and cropped by workers; the rest is read from disk by workers. The crops are the same in each case (to a pixel for
-    JPEGs decoded at reduced size), and an unreadable image is replaced by the next readable one.
+    Images of one size that fit into memory are placed on the device, if they take at most half of its memory, and
+    cropped there; others that fit are kept decoded and cropped by workers; the rest is read from disk by workers. The
+    crops are the same in each case (to a pixel for JPEGs decoded at reduced size), and an unreadable image is replaced
+    by the next readable one.
 
-    Args:
-        dataset: The training images.
-        multicrop: Makes the views.
-        config: Batch size over all processes, workers, cache size.
-        seed: The seed of the run.
-        channels: 1 or 3.
-        rank: Rank of this process.
-        world: Number of training processes.
-        accumulate: Micro-batches per optimizer step.
-        first_step: Optimizer steps already done; the batches continue after them, within an epoch if need be.
-        skipped: Logs unreadable images.
-        local_world: Training processes on this machine, which share its cores; None: all.
-        device: The training device; images of one size are placed there if they take at most half of its memory.
-        augment: Further augmentation of each batch on the CPU; workers then crop images of one size, too.
+    After `first_step` optimizer steps of `accumulate` micro-batches the batches continue, within an epoch if need be.
+    `local_world` training processes (None: all) share this machine's cores. `augment` augments each batch further on
+    the CPU; workers then crop images of one size, too.
 
     Raises:
         UserError: No image can be read.
@@ -128,7 +133,10 @@ def build_train_loader(
     position = {"seed": seed, "rank": rank, "world": world, "accumulate": accumulate, "first_step": first_step}
     batches = ResumableBatchSampler(len(dataset), config.batch_size // (world * accumulate), **position)
     if batches.repeats > 1 and rank == 0:
-        log.warning(_repeat_warning(len(dataset), config.batch_size, batches.repeats))
+        log.warning(
+            f"the dataset has {pluralize(len(dataset), 'image')}, fewer than one step needs "
+            f"(data.batch_size={config.batch_size}): each is used up to {batches.repeats} times per epoch"
+        )
     in_memory = partial(InMemoryLoader, labels=dataset.labels, multicrop=multicrop, batch_sampler=batches)
     if isinstance(dataset, ArrayDataset) and not augment:
         return in_memory(place_on_device(dataset.all(channels), device), torch.arange(len(dataset)))
@@ -147,19 +155,46 @@ def build_train_loader(
     return TrainingLoader(crops, **kwargs, batch_sampler=batches, persistent_workers=num_workers > 0)
 
 
-def _repeat_warning(count: int, batch_size: int, repeats: int) -> str:
-    return (
-        f"the dataset has {pluralize(count, 'image')}, fewer than one step needs (data.batch_size={batch_size}): "
-        f"each is used up to {repeats} times per epoch"
-    )
+class EvalBatch(NamedTuple):
+    """Whole images, transformed for evaluation."""
+
+    images: Tensor  # (B, C, S, S) uint8, without the unreadable ones
+    indices: Tensor  # (B,) int64
+    unreadable: list[UnreadableImageError]
 
 
+@dataclass(eq=False)
+class EvalDataset(Dataset[EvalBatch]):
+    """Batches of transformed, not normalized images."""
+
+    dataset: ImageDataset
+    transform: EvalTransform
+    channels: int
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: list[int]) -> EvalBatch:
+        """Return the batch of these images."""
+        size = self.transform.image_size
+        images = torch.empty(len(indices), self.channels, size, size, dtype=torch.uint8)
+        readable: list[int] = []
+        unreadable: list[UnreadableImageError] = []
+        for index in indices:
+            try:
+                images[len(readable)] = self.transform(self.dataset.read(index, self.channels))
+                readable.append(index)
+            except UnreadableImageError as error:
+                unreadable.append(error)
+        return EvalBatch(images[: len(readable)], torch.tensor(readable, dtype=torch.int64), unreadable)
+
+
+@dataclass(eq=False)
 class EvalLoader:
     """All readable images in order, as pairs of a batch (B, C, S, S) uint8 and its indices (B,) int64."""
 
-    def __init__(self, batches: DataLoader[EvalBatch], skipped: SkippedImageLog) -> None:
-        self.batches = batches
-        self.skipped = skipped
+    batches: DataLoader[EvalBatch]
+    skipped: SkippedImageLog
 
     def __len__(self) -> int:
         return len(self.batches)

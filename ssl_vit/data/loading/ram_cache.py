@@ -1,13 +1,19 @@
-"""Datasets decoded once into memory, if they fit."""
+"""Datasets decoded once into memory, if they fit, and the loader of those whose images have one size."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from ssl_vit.data.batch import Batch
 from ssl_vit.data.dataset import ImageDataset, JPEGScaleFn, SkippedImageLog, UnreadableImageError
+from ssl_vit.data.loading.batch_sampler import ResumableBatchSampler
+from ssl_vit.data.transforms.multicrop import MultiCrop
+from ssl_vit.runtime.device import to_device_async
 from ssl_vit.runtime.launch import trim_malloc
 from ssl_vit.runtime.workers import map_threads
 
@@ -16,24 +22,17 @@ _GPU_FRACTION = 0.5  # of a GPU's memory
 _RESERVE = 2  # address space per estimated byte; memory is allocated only as it is filled
 
 
+@dataclass(eq=False)
 class InMemoryImages:
-    """Decoded images in one buffer that forked processes share without copying.
+    """Decoded images in one buffer that forked processes share without copying."""
 
-    Args:
-        buffer: The pixels of all readable images, uint8, each as (H, W, C).
-        sizes: Height and width of each image (N, 2), 0 for an unreadable one.
-        channels: C.
-        unreadable: Errors of the unreadable images by index.
-    """
+    buffer: Tensor  # uint8: the pixels of all readable images, each as (H, W, C)
+    sizes: Tensor  # (N, 2) height and width of each image, 0 for an unreadable one
+    channels: int
+    unreadable: dict[int, UnreadableImageError]  # by index
 
-    def __init__(
-        self, buffer: Tensor, sizes: Tensor, channels: int, unreadable: dict[int, UnreadableImageError]
-    ) -> None:
-        self.buffer = buffer
-        self.sizes = sizes
-        self.channels = channels
-        self.unreadable = unreadable
-        self.ends = (sizes.prod(dim=1) * channels).cumsum(0)  # (N,) in the buffer
+    def __post_init__(self) -> None:
+        self.ends = (self.sizes.prod(dim=1) * self.channels).cumsum(0)  # (N,) in the buffer
 
     @property
     def readable(self) -> Tensor:
@@ -60,6 +59,32 @@ class InMemoryImages:
             return None
         height, width = sizes[0].tolist()
         return self.buffer.view(len(sizes), height, width, self.channels).permute(0, 3, 1, 2)
+
+
+@dataclass(eq=False)
+class InMemoryLoader:
+    """Batches of crops from in-memory images of one size, on the device of the images, without the CPU waiting for it.
+
+    Labels, indices and keys stay on the CPU.
+    """
+
+    images: Tensor  # (M, C, H, W) uint8: the readable images, on the CPU or a GPU
+    readable: Tensor  # (M,) their indices, ascending; an unreadable image is replaced by the next readable one
+    labels: Tensor  # (N,) of all images
+    multicrop: MultiCrop
+    batch_sampler: ResumableBatchSampler
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for samples in self.batch_sampler:
+            requested, key = torch.tensor(samples).T.contiguous().unbind(0)  # (B,) each
+            row = torch.searchsorted(self.readable, requested) % len(self.readable)
+            images = self.images.index_select(0, to_device_async(row, self.images.device))
+            global_views, local_views = self.multicrop.crop_batch(images, key)
+            index = self.readable[row]
+            yield Batch(global_views, local_views, self.labels[index], index, key)
 
 
 def cache_in_memory(

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ssl_vit.data.dataset import JPEGScaleFn, UnreadableImageError, escape_path
+from ssl_vit.data.dataset import ImageDataset, JPEGScaleFn, UnreadableImageError, escape_path
 from ssl_vit.data.sources.decode import EXTENSIONS, decode
 from ssl_vit.data.sources.image_index import cached_walk
 from ssl_vit.data.sources.packed_paths import PackedPaths
@@ -25,7 +25,7 @@ from ssl_vit.runtime.text import pluralize, truncate_list
 log = logging.getLogger(__name__)
 
 
-class ImageFolder:
+class ImageFolder(ImageDataset):
     """Image files below a root; if all of them are in folders directly below it, these are the classes.
 
     Args:
@@ -41,34 +41,20 @@ class ImageFolder:
         self.ignored = ignored
         self.labels, self.classes = labels_from_folders(names) if labeled else unlabeled(len(names))
 
-    def __len__(self) -> int:
-        return len(self.names)
-
     def path(self, index: int) -> Path:
         """Return the path of the image file."""
         return self.root / os.fsdecode(self.names[index])
 
     def name(self, index: int) -> str:
-        """Return the path relative to the root, printable."""
         return escape_path(self.names[index])
 
     def read(self, index: int, channels: int, jpeg_scale: JPEGScaleFn | None = None) -> Tensor:
-        """Decode the image; see `ImageDataset.read`.
-
-        Raises:
-            UnreadableImageError: It cannot be read.
-        """
         try:
             return decode(self.path(index), channels, jpeg_scale)
         except UnreadableImageError as error:
             raise UnreadableImageError(self.name(index), error.reason) from error
 
     def content(self, index: int) -> bytes:
-        """Return the bytes of the file.
-
-        Raises:
-            UnreadableImageError: It cannot be read.
-        """
         try:
             return self.path(index).read_bytes()
         except OSError as error:
@@ -79,7 +65,6 @@ class ImageFolder:
         return ImageFolder(self.root, names, ignored=self.ignored, labeled=bool(self.classes))
 
     def fingerprint(self, *, sizes: bool, times: bool = False) -> str:
-        """Hash all names, and file sizes and modification times if requested; see `ImageDataset.fingerprint`."""
         if not sizes and not times:
             return self.names.fingerprint()
         digest = hashlib.sha256()
@@ -103,7 +88,6 @@ class ImageFolder:
         return kinds
 
     def describe(self) -> str:
-        """Return the number of images by extension, and of ignored files."""
         text = f"{pluralize(len(self), 'image')} in {escape_path(self.root)} ({format_counts(self.extensions)})"
         return f"{text}; ignored: {format_counts(self.ignored)}" if self.ignored else text
 

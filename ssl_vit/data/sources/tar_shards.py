@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_vit.data.dataset import JPEGScaleFn, UnreadableImageError, escape_path
+from ssl_vit.data.dataset import ImageDataset, JPEGScaleFn, UnreadableImageError, escape_path
 from ssl_vit.data.sources.decode import decode
 from ssl_vit.data.sources.image_folder import format_counts, unlabeled
 from ssl_vit.data.sources.packed_paths import PackedPaths
@@ -42,7 +42,7 @@ _SHOWN = 8  # damaged shards listed in a message
 _COMPRESSED_NAME = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|Z)|tgz|tbz2?|txz|tzst)$")
 
 
-class TarShardDataset:
+class TarShardDataset(ImageDataset):
     """Images in tar files, read by random access instead of streaming.
 
     So shards are shuffled, split over processes and resumed exactly like a folder; a streaming reader could not resume
@@ -74,20 +74,12 @@ class TarShardDataset:
         self.__dict__.update(state)
         self._open = lru_cache(_MAX_OPEN)(_OpenTar)
 
-    def __len__(self) -> int:
-        return len(self.index.names)
-
     def name(self, index: int) -> str:
         """Return `<tar file>/<member>`, printable; `ssl-vit shard` keeps the original path in the `.json` member."""
         tar = self.index.tars[self.index.tar[index]]
         return escape_path(tar + b"/" + self.index.names[index])
 
     def read(self, index: int, channels: int, jpeg_scale: JPEGScaleFn | None = None) -> Tensor:
-        """Decode the image; see `ImageDataset.read`.
-
-        Raises:
-            UnreadableImageError: The image or its tar file cannot be read.
-        """
         content = self.content(index)
         try:
             return decode(BytesIO(content), channels, jpeg_scale)
@@ -95,11 +87,6 @@ class TarShardDataset:
             raise UnreadableImageError(self.name(index), error.reason) from error
 
     def content(self, index: int) -> bytes:
-        """Return the member's bytes.
-
-        Raises:
-            UnreadableImageError: The tar file cannot be read or is too short.
-        """
         path = self.root / os.fsdecode(self.index.tars[self.index.tar[index]])
         size = int(self.index.size[index])
         try:
@@ -111,7 +98,6 @@ class TarShardDataset:
         return content
 
     def fingerprint(self, *, sizes: bool, times: bool = False) -> str:
-        """Hash names and labels, and image sizes and the shards' modification times if requested."""
         index = self.index
         digest = hashlib.sha256(f"{index.tars.fingerprint()} {index.names.fingerprint()}".encode())
         digest.update(index.tar.tobytes() + index.label.tobytes())
@@ -123,7 +109,6 @@ class TarShardDataset:
         return digest.hexdigest()
 
     def describe(self) -> str:
-        """Return the numbers of images, shards, ignored and damaged files in one line."""
         text = (
             f"{pluralize(len(self), 'image')} in {pluralize(len(self.index.tars), 'shard')} in {escape_path(self.root)}"
         )

@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ssl_vit.data.dataset import JPEGScaleFn, UnreadableImageError, evenly_spaced
+from ssl_vit.data.dataset import ImageDataset, JPEGScaleFn, UnreadableImageError, evenly_spaced
+from ssl_vit.data.sources.decode import to_tensor
 from ssl_vit.runtime.errors import UserError
 
 _FINGERPRINTED = 16  # images hashed where a fingerprint must be quick
 
 
-class TorchDataset:
-    """An `ImageDataset` over a map-style dataset, whose items are images or (image, label) pairs.
+class TorchDataset(ImageDataset):
+    """The images of a map-style dataset whose items are images or (image, label) pairs.
 
     An image is a PIL image, a uint8 tensor (H, W) or (C, H, W), or a uint8 array (H, W), (H, W, C) or (C, H, W),
     C = 1 or 3, without augmentation. Labels are integers; `targets` (a list, as torchvision's datasets have it) saves
@@ -31,53 +33,39 @@ class TorchDataset:
     """
 
     def __init__(self, dataset: Dataset[Any] | Tensor) -> None:
+        title = type(dataset).__name__
         if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-            raise UserError(f"{type(dataset).__name__}: a map-style dataset with __len__ and __getitem__ is needed")
+            raise UserError(f"{title}: a map-style dataset with __len__ and __getitem__ is needed")
         self.dataset: Any = dataset
-        self.root = Path(f"python:{type(dataset).__name__}")  # stands for `data.root` in configurations and results
-        self._count = len(self.dataset)
-        if not self._count:
-            raise UserError(f"{type(dataset).__name__} is empty")
+        self.root = Path(f"python:{title}")  # stands for `data.root` in configurations and results
+        if not len(self.dataset):
+            raise UserError(f"{title} is empty")
         first = self.dataset[0]
-        self._labeled = isinstance(first, tuple | list)
-        _to_array(self._image_of(first), f"item 0 of {type(dataset).__name__}")
-        self.labels = self._read_labels()
-        known = sorted({label for label in self.labels.tolist() if label >= 0})
+        _to_array(first, f"item 0 of {title}")
+        self.labels = self._read_labels(labeled=isinstance(first, tuple | list))
         names = getattr(dataset, "classes", None)
-        self.classes = [str(name) for name in names or range(max(known, default=-1) + 1)]
-
-    def __len__(self) -> int:
-        return self._count
+        self.classes = [str(name) for name in names or range(max(0, int(self.labels.max()) + 1))]
 
     def name(self, index: int) -> str:
-        """Return the name of an image in lists and messages."""
         return f"item {index}"
 
-    def read(self, index: int, channels: int, shrink: JPEGScaleFn | None = None) -> Tensor:
-        """Return an image (C, H, W) uint8: gray for 1 channel, RGB for 3.
-
-        Raises:
-            UnreadableImageError: The dataset raises an error for this item, or gives something else than an image.
-        """
+    def read(self, index: int, channels: int, jpeg_scale: JPEGScaleFn | None = None) -> Tensor:
         try:
-            image = self._image_of(self.dataset[index])
-            array = _to_array(image, self.name(index))
+            array = _to_array(self.dataset[index], self.name(index))
         except (OSError, ValueError, UserError) as error:
             raise UnreadableImageError(self.name(index), str(error)) from error
-        pixels = torch.from_numpy(np.asarray(Image.fromarray(array).convert("L" if channels == 1 else "RGB")).copy())
-        return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
+        return to_tensor(Image.fromarray(array), channels).contiguous()
 
     def content(self, index: int) -> bytes:
-        """Return an image as the bytes of a PNG."""
         file = io.BytesIO()
         pixels = self.read(index, 3)
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, format="PNG")
         return file.getvalue()
 
     def fingerprint(self, *, sizes: bool, times: bool = False) -> str:
-        """Return a hash of the number of images and their pixels: of all with `sizes` or `times`, else of a few."""
-        digest = hashlib.sha256(f"{type(self.dataset).__qualname__} {self._count}".encode())
-        indices = range(self._count) if sizes or times else evenly_spaced(self._count, _FINGERPRINTED).tolist()
+        """Hash the number of images and their pixels: of all with `sizes` or `times`, else of a few."""
+        digest = hashlib.sha256(f"{type(self.dataset).__qualname__} {len(self)}".encode())
+        indices = range(len(self)) if sizes or times else evenly_spaced(len(self), _FINGERPRINTED).tolist()
         for index in indices:
             try:
                 pixels = self.read(index, 3)
@@ -88,30 +76,22 @@ class TorchDataset:
         return digest.hexdigest()
 
     def describe(self) -> str:
-        """Return one line: how many images of which dataset."""
-        return f"{self._count:,} images of {type(self.dataset).__name__}"
+        return f"{len(self):,} images of {type(self.dataset).__name__}"
 
-    def _image_of(self, item: object) -> object:
-        return item[0] if isinstance(item, tuple | list) else item
-
-    def _read_labels(self) -> Tensor:
+    def _read_labels(self, *, labeled: bool) -> Tensor:
         targets = getattr(self.dataset, "targets", None)
-        if targets is None and self._labeled:
-            targets = [self.dataset[index][1] for index in range(self._count)]
-        if targets is None:
-            return torch.full((self._count,), -1)
+        if targets is None and not labeled:
+            return torch.full((len(self.dataset),), -1)
         try:
-            return torch.tensor([int(label) for label in targets], dtype=torch.int64)
+            items = (self.dataset[index][1] for index in range(len(self.dataset)))
+            return torch.tensor([int(label) for label in (items if targets is None else targets)], dtype=torch.int64)
         except (TypeError, ValueError) as error:
             raise UserError(f"{type(self.dataset).__name__}: labels must be integers: {error}") from None
 
 
-def _to_array(image: object, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Return an image as (H, W) or (H, W, 3) uint8.
-
-    Raises:
-        UserError: It is none.
-    """
+def _to_array(item: object, name: str) -> npt.NDArray[np.uint8]:
+    """Return the image of an item as (H, W) or (H, W, 3) uint8, or raise a UserError."""
+    image = item[0] if isinstance(item, tuple | list) else item
     if isinstance(image, Image.Image):
         return np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
     array = image.numpy() if isinstance(image, Tensor) else np.asarray(image)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
-from ssl_vit.data.dataset import JPEGScaleFn, escape_path
+from ssl_vit.data.dataset import ImageDataset, JPEGScaleFn, escape_path
 from ssl_vit.runtime.errors import UserError
 
 ArraySource = Literal["cifar10", "cifar100", "stl10"]
@@ -19,7 +19,7 @@ _STL10_SPLITS = {"pretrain": "train+unlabeled", "train": "train", "test": "test"
 _CHUNK = 4096  # images converted to gray at once
 
 
-class ArrayDataset:
+class ArrayDataset(ImageDataset):
     """In-memory images of one size.
 
     Args:
@@ -35,19 +35,13 @@ class ArrayDataset:
         self.classes = classes
         self.title = title
 
-    def __len__(self) -> int:
-        return len(self.images)
-
     def name(self, index: int) -> str:
-        """Return the title and index."""
         return f"{self.title} {index}"
 
     def read(self, index: int, channels: int, jpeg_scale: JPEGScaleFn | None = None) -> Tensor:
-        """Return the image as (C, H, W) uint8, always of full size."""
         return self.images[index] if channels == 3 else rgb_to_gray(self.images[index])
 
     def content(self, index: int) -> bytes:
-        """Return the pixels."""
         return self.images[index].numpy().tobytes()
 
     def all(self, channels: int) -> Tensor:
@@ -61,7 +55,6 @@ class ArrayDataset:
         return f"{self.title} ({len(self)})"
 
     def describe(self) -> str:
-        """Return the number of images, the title and the image size."""
         height, width = self.images.shape[2:]
         return f"{len(self):,} images of {self.title}, {width} x {height} pixels"
 

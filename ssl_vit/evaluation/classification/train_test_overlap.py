@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ssl_vit.data.dataset import exact_duplicates
 from ssl_vit.data.dataset_factory import TrainTestSplit
-from ssl_vit.data.duplicates import exact_duplicates
 from ssl_vit.evaluation.classification.knn import NEAR_DUPLICATE, NeighborResult
 from ssl_vit.evaluation.evaluator import FeatureSource
 from ssl_vit.runtime.text import pluralize

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog, UnreadableImageError
-from ssl_vit.data.loading.multicrop_dataset import EvalDataset
+from ssl_vit.data.loading.loader import EvalDataset
 from ssl_vit.data.sources.image_index import cache_dir
 from ssl_vit.evaluation.features.extractor import FeatureExtractor, Features, none_readable
 from ssl_vit.runtime.atomic_io import write_json

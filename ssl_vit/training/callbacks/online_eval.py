@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ssl_vit.config.methods import ViewsConfig
 from ssl_vit.config.pretrain import OnlineEvalConfig
-from ssl_vit.data.class_balanced_subset import class_balanced_order
-from ssl_vit.data.dataset import ImageDataset, SkippedImageLog, Subset
+from ssl_vit.data.dataset import ImageDataset, SkippedImageLog, Subset, class_balanced_order
 from ssl_vit.data.dataset_factory import TrainTestSplit, build_labeled_folder_splits
 from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.classification.knn import LabeledFeatures, knn

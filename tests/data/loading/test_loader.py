@@ -12,9 +12,10 @@ from ssl_vit.config.pretrain import PretrainConfig, PretrainDataConfig
 from ssl_vit.data.dataset import SkippedImageLog, UnreadableImageError
 from ssl_vit.data.dataset_factory import build_dataset
 from ssl_vit.data.loading import loader as loading
+from ssl_vit.data.loading import ram_cache
 from ssl_vit.data.loading.batch_sampler import ResumableBatchSampler
-from ssl_vit.data.loading.loader import InMemoryLoader, build_eval_loader, build_train_loader
-from ssl_vit.data.loading.ram_cache import cache_in_memory, place_on_device
+from ssl_vit.data.loading.loader import build_eval_loader, build_train_loader
+from ssl_vit.data.loading.ram_cache import InMemoryLoader, cache_in_memory, place_on_device
 from ssl_vit.data.sources import decode as decoding
 from ssl_vit.data.sources.image_folder import scan_image_folder
 from ssl_vit.data.sources.shard_writer import write_shards
@@ -337,7 +338,7 @@ def test_in_memory_loader_crops_on_the_device(tmp_path, multicrop, skipped, monk
     original = MultiCrop.crop_batch_matmul
     monkeypatch.setattr(MultiCrop, "crop_batch_matmul", together)
     monkeypatch.setattr(crops, "to_device_async", sent)
-    monkeypatch.setattr(loading, "to_device_async", sent)
+    monkeypatch.setattr(ram_cache, "to_device_async", sent)
     monkeypatch.setattr(loading, "place_on_device", sent)
     batches = list(load(dataset, multicrop, skipped, device=torch.device("cuda")))
     for batch, same in zip(batches, here, strict=True):

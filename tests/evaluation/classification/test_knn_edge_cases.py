@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 from ssl_vit.cli import main
-from ssl_vit.data.dataset import SkippedImageLog, Subset
-from ssl_vit.data.duplicates import exact_duplicates
+from ssl_vit.data.dataset import SkippedImageLog, Subset, exact_duplicates
 from ssl_vit.data.sources.image_folder import scan_image_folder
 from ssl_vit.data.sources.tar_shards import load_shards
 from ssl_vit.data.sources.torchvision_datasets import ArrayDataset

@@ -15,8 +15,7 @@ from ssl_vit.cli import main
 from ssl_vit.commands.load_config import load_config
 from ssl_vit.commands.pretrain import pretrain
 from ssl_vit.config.pretrain import PretrainConfig
-from ssl_vit.data.class_balanced_subset import class_balanced_order
-from ssl_vit.data.dataset import SkippedImageLog
+from ssl_vit.data.dataset import SkippedImageLog, class_balanced_order
 from ssl_vit.data.dataset_factory import build_dataset
 from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.classification.ridge_regression import best_ridge, ridge_path
@@ -220,7 +219,7 @@ def test_online_eval_refuses_an_unlabeled_root_before_anything_is_written(pretra
     assert state(run)[1] == 1
     for name in ("train", "val", "test"):
         shutil.copytree(flat, tmp_path / "three" / name / "one")
-    with pytest.raises(UserError, match=r"val/ and test/; choose one, for example online\.root=.*train"):
+    with pytest.raises(UserError, match=r"test images are not clear: .*; name them with online\.root=.*train"):
         pretrain(pretrain_config(f"online.root={tmp_path / 'three'}", "online.every_epochs=1", "run.name=other"))
 
 
