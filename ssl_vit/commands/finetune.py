@@ -8,7 +8,6 @@ ssl-vit finetune checkpoint=runs/photos data.root=labeled data.image_size=384 ru
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,11 +15,8 @@ from safetensors.torch import save
 
 from ssl_vit.commands.log_results import draw_confusion, format_result
 from ssl_vit.config.evaluate import FinetuneConfig
-from ssl_vit.config.pretrain import PretrainDataConfig
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog, Subset
-from ssl_vit.data.loading.loader import build_train_loader
-from ssl_vit.data.transforms.mixup import RandAugment, single_view_config
-from ssl_vit.data.transforms.multicrop import MultiCrop
+from ssl_vit.data.transforms.mixup import single_view_config
 from ssl_vit.evaluation.classification.knn import rank_of_true_class
 from ssl_vit.evaluation.classification.linear_classifier import TEST_SHARE, split_rule, stratified
 from ssl_vit.evaluation.evaluator import MODEL, Evaluation
@@ -35,9 +31,10 @@ from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.launch import is_rank_zero
 from ssl_vit.runtime.text import pluralize
 from ssl_vit.training.callbacks.validation import ValidationCallback, predict
-from ssl_vit.training.console import finetune_summary
-from ssl_vit.training.finetune_source import Splits, check_source_unchanged, finetune_source, save_source
+from ssl_vit.training.console import start_summary
+from ssl_vit.training.data_module import labeled_train_loader
 from ssl_vit.training.loop import fit_run
+from ssl_vit.training.resume_checks import SOURCE, Splits, check_source_unchanged, finetune_source
 from ssl_vit.training.run_dir import RunState, apply_extension, lock_run_dir, open_run_dir
 from ssl_vit.training.trainer import configure_backbones, silence_lightning
 
@@ -67,7 +64,7 @@ def finetune(config: FinetuneConfig) -> Path:
         if run.checkpoint:
             run = run._replace(notes=(*run.notes, *check_source_unchanged(run.path, source)))
         elif is_rank_zero():
-            save_source(run.path, source)
+            write_json(run.path / SOURCE, source)
         train_and_test(config, evaluation, splits, run, method)
     return config.run.path
 
@@ -110,27 +107,24 @@ def train_and_test(
     config: FinetuneConfig, evaluation: Evaluation, splits: Splits, run: RunState, method: FineTune
 ) -> None:
     """Train from the state of the run to its end, or until it is stopped; at the end evaluate on the test images."""
-    transform, rand_augment = evaluation.transform, config.method.rand_augment
+    transform = evaluation.transform
     skipped = SkippedImageLog(run.path / "skipped_images.txt")
     validation = ValidationCallback(splits.val, transform, every_epochs=config.validate_every_epochs, skipped=skipped)
-    augment = RandAugment(rand_augment, size=transform.image_size, mean=evaluation.loaded.mean)
-    loader = partial(
-        build_train_loader,
+    loader = labeled_train_loader(
         splits.train,
-        MultiCrop(method.views),
-        PretrainDataConfig(
-            source=config.data.source,
-            root=config.data.root or config.data.train or Path(),
-            batch_size=config.data.batch_size,
-            num_workers=config.data.num_workers,
-            cache_gb=config.cache_gb,
-        ),
+        method.views,
+        config.data,
+        config.method.rand_augment,
         seed=config.seed,
         channels=method.eval_backbone.config.in_chans,
-        augment=augment if rand_augment.layers else None,
+        cache_gb=config.cache_gb,
     )
-    start = f"{evaluation.loaded.source}, at {transform.image_size} pixels"
-    summary = finetune_summary(run, method, splits, start=start)
+    images = [
+        f"{pluralize(len(splits.train), 'image')} of {len(run.dataset.classes)} classes",
+        f"{len(splits.val):,} val images, {len(splits.test):,} test images ({splits.rule})",
+    ]
+    model = f"fine-tuning {evaluation.loaded.source}, at {transform.image_size} pixels"
+    summary = start_summary(run, method, images=images, model=model)
     result = fit_run(config, run, method, loader, [validation], skipped=skipped, summary=summary)
     if result.is_global_zero:
         export(run.path, method, evaluation.dataset.train.classes, step=result.step)

@@ -15,11 +15,12 @@ from ssl_vit.methods.base import SSLMethod
 from ssl_vit.models.checkpoint import load_backbone
 from ssl_vit.models.export import export_backbone
 from ssl_vit.runtime.atomic_io import JSONLWriter
+from ssl_vit.runtime.text import pluralize
 from ssl_vit.training.callbacks.health_monitor import HealthMonitor
 from ssl_vit.training.callbacks.image_logger import ImageLogger
 from ssl_vit.training.callbacks.online_eval import OnlineEval
 from ssl_vit.training.config_check import check_config
-from ssl_vit.training.console import pretrain_summary
+from ssl_vit.training.console import start_summary
 from ssl_vit.training.loop import fit_run
 from ssl_vit.training.run_dir import RunState, apply_extension, lock_run_dir, open_run_dir
 from ssl_vit.training.trainer import build_method, silence_lightning
@@ -69,6 +70,13 @@ def train(config: PretrainConfig, run: RunState, method: SSLMethod) -> None:
         seed=config.seed,
         channels=config.backbone.in_chans,
     )
+    summary = start_summary(
+        run,
+        method,
+        images=[pluralize(len(run.train), "image")],
+        model=f"{config.method.name} on {config.backbone.name} with {method.eval_backbone.describe()}",
+        notes=[*online.plan(), *(f"Health: {warning}" for warning in warnings)],
+    )
     result = fit_run(
         config,
         run,
@@ -76,7 +84,7 @@ def train(config: PretrainConfig, run: RunState, method: SSLMethod) -> None:
         loader,
         [health, online, images],
         skipped=skipped,
-        summary=pretrain_summary(config, run, method, warnings, online.plan()),
+        summary=summary,
         is_best=lambda: online.improved,
     )
     if result.is_global_zero:

@@ -23,6 +23,7 @@ from ssl_vit.models.activation_checkpointing import enable_activation_checkpoint
 from ssl_vit.models.attention import set_attention_impl
 from ssl_vit.models.drop_path import replace_drop_path, sample_drop_paths
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.text import pluralize
 
 _MAX_GRAPHS = 64  # of all blocks of a process: a model in training has five, and a process may build several
 
@@ -70,6 +71,15 @@ class Backbone(nn.Module):
     def device(self) -> torch.device:
         """Device of the parameters."""
         return next(self.parameters()).device
+
+    def describe(self) -> str:
+        """Return the sizes of what was built, in words."""
+        config = self.config
+        registers = f"{pluralize(self.num_registers, 'register')}, " if self.num_registers else ""
+        return (
+            f"width {self.embed_dim}, {self.num_blocks} blocks, {self.num_heads} heads, {registers}"
+            f"images of {config.img_size} pixels in patches of {config.patch_size}"
+        )
 
     def require_cls(self) -> Self:
         """Return this backbone if it pools a class token.

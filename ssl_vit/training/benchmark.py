@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from statistics import mean, median
 from typing import NamedTuple
 
@@ -90,29 +90,8 @@ class StepTimeRecorder(ProgressBar):
             trainer.should_stop = True
 
 
-class ConstantLoader:
-    """Loader of one batch that is already in memory, repeated."""
-
-    def __init__(self, batch: Batch) -> None:
-        self.batch = batch
-
-    def __len__(self) -> int:
-        return _ENDLESS
-
-    def __iter__(self) -> Iterator[Batch]:
-        while True:
-            yield self.batch
-
-
 class BenchmarkRun:
-    """Measurements of a configuration with the loader, Trainer and method of a real run.
-
-    Args:
-        config: Configuration of a single process.
-        dataset: Images to load.
-        skipped: Log of the images that cannot be read.
-        seconds: Duration of a measurement.
-    """
+    """Measurements, of so many seconds each, of a configuration with the loader, Trainer and method of a real run."""
 
     def __init__(
         self, config: TrainingConfig, dataset: ImageDataset, skipped: SkippedImageLog, *, seconds: float
@@ -138,10 +117,8 @@ class BenchmarkRun:
         """Limit the number of images in a step, without accumulation if the limit is below the batch size."""
         if most >= self.config.data.batch_size:
             return
-        batch_size = max(
-            self.config.method.batch_multiple,
-            most // self.config.method.batch_multiple * self.config.method.batch_multiple,
-        )
+        multiple = self.config.method.batch_multiple
+        batch_size = max(multiple, most // multiple * multiple)
         self.config = self.config.model_copy(
             update={
                 "data": self.config.data.model_copy(update={"batch_size": batch_size}),
@@ -168,9 +145,15 @@ class BenchmarkRun:
 
     def row(self, name: str) -> Row:
         """Run the measurement `data`, `synthetic` or `full`."""
-        return {"data": self._data, "synthetic": self._synthetic, "full": self._full}[name]()
+        if name == "data":
+            return self._load()
+        if name == "full":  # means, because worker processes deliver batches in bursts
+            return self._train(self._loader(), mean)
+        if row := self.tried.pop(self.config.data.batch_size, None):
+            return row  # its steps are too long to repeat them
+        return self._train(itertools.repeat(make_batch(self.config, self._micro_batch, self.device)), median)
 
-    def _data(self) -> Row:
+    def _load(self) -> Row:
         """Measure the loader alone, without the batches that were ready at the start."""
         reset_peak_memory(self.device)
         loader = self._loader()
@@ -187,41 +170,27 @@ class BenchmarkRun:
         seconds = (time.perf_counter() - arrivals[first]) / count
         return Row(self._micro_batch / seconds, count, {"data": seconds}, peak_memory(self.device))
 
-    def _synthetic(self) -> Row:
-        """Measure training on a constant batch: medians over the steps."""
-        if row := self.tried.pop(self.config.data.batch_size, None):
-            return row  # its steps are too long to repeat them
-        return self._train(ConstantLoader(make_batch(self.config, self._micro_batch, self.device)), median)
-
-    def _full(self) -> Row:
-        """Measure training: means over the steps, because worker processes deliver batches in bursts."""
-        return self._train(self._loader(), mean)
-
     def _train(self, batches: Iterable[Batch], typical: Callable[[list[float]], float]) -> Row:
-        readings, count = self._readings(batches)
-        gc.collect()  # frees the model, whose memory would be counted in the next measurement
-        step = typical([sum(reading.values()) for reading in readings])
-        phases = {phase: typical([reading[phase] for reading in readings]) for phase in PHASES if phase in readings[0]}
-        return Row(self.config.data.batch_size / step, count, phases, peak_memory(self.device))
-
-    def _readings(self, batches: Iterable[Batch]) -> tuple[list[dict[str, float]], int]:
-        """Train, and return the phases of each step, or means of several steps, and the number of steps."""
+        """Measure training: the typical step and its phases."""
         recorder = StepTimeRecorder(self.seconds)
         reset_peak_memory(self.device)
         try:
             self._trainer(recorder).fit(self._method(), batches)
         except SystemExit:  # Lightning's answer to Ctrl-C
             raise KeyboardInterrupt from None
-        return recorder.readings[recorder.measured], sum(recorder.steps[recorder.measured])
+        gc.collect()  # frees the model, whose memory would be counted in the next measurement
+        readings, steps = recorder.readings[recorder.measured], sum(recorder.steps[recorder.measured])
+        seconds = typical([sum(reading.values()) for reading in readings])
+        phases = {phase: typical([reading[phase] for reading in readings]) for phase in PHASES if phase in readings[0]}
+        return Row(self.config.data.batch_size / seconds, steps, phases, peak_memory(self.device))
 
     @property
     def _micro_batch(self) -> int:
         return self.config.data.batch_size // self.config.trainer.accumulate_grad_batches
 
     def _plan(self) -> TrainingPlan:
-        log_every = (
-            self.config.trainer.log_every_n_steps if self._micro_batch > 1 else _ENDLESS
-        )  # a single image has no statistics
+        # A single image has no statistics.
+        log_every = self.config.trainer.log_every_n_steps if self._micro_batch > 1 else _ENDLESS
         return make_plan(self.config, len(self.dataset))._replace(total_steps=_ENDLESS, log_every=log_every)
 
     def _method(self) -> SSLMethod:

@@ -17,6 +17,7 @@ import torch
 from ssl_vit import __version__
 from ssl_vit.config.pretrain import TrainingConfig
 from ssl_vit.runtime.device import autocast_dtype
+from ssl_vit.runtime.text import format_table
 from ssl_vit.runtime.workers import available_cpus
 from ssl_vit.training.benchmark import Model, Row
 
@@ -125,19 +126,21 @@ def to_json(
 def format_result(result: BenchmarkResult) -> str:
     """Return tables of the measurements and of the phases of a step, with operations, matmul peak and memory."""
     flops = result.model.flops
-    lines = [f"{'':<14}{'images/s':>12}{'TFLOP/s':>10}{'of peak':>9}{'steps':>7}"]
+    table: list[list[str]] = []
     for name, rounds in result.rows.items():
-        speed, steps = result.images_per_s(name), sum(row.steps for row in rounds)
-        rate = f"{speed * flops.total / 1e12:>10.3g}{result.peak_share(name):>9.0%}" if name != "data" else f"{'':>19}"
-        lines.append(f"{ROWS[name]:<14}{_short(speed):>12}{rate}{steps:>7,}")
+        speed = result.images_per_s(name)
+        rates = ["", ""] if name == "data" else [f"{speed * flops.total / 1e12:.3g}", f"{result.peak_share(name):.0%}"]
+        table.append([ROWS[name], _short(speed), *rates, f"{sum(row.steps for row in rounds):,}"])
     name, rounds = list(result.rows.items())[-1]
     phases = {phase: median(row.phases[phase] for row in rounds) for phase in rounds[0].phases}
     step = sum(phases.values())
-    lines += ["", f"{'a step, ' + ROWS[name]:<14}{'ms':>12}{'share':>10}"]
-    lines += [f"{phase:<14}{1000 * seconds:>12,.1f}{seconds / step:>10.1%}" for phase, seconds in phases.items()]
+    shares = [[phase, f"{1000 * seconds:,.1f}", f"{seconds / step:.1%}"] for phase, seconds in phases.items()]
     memory = {name: max(row.memory[name] for row in rounds) for name in rounds[0].memory}
     titles = {"host_gb": "host (without worker processes)", "device_gb": "device"}
-    lines += [
+    lines = [
+        format_table(table, ["", "images/s", "TFLOP/s", "of peak", "steps"]),
+        "",
+        format_table(shares, [f"a step, {ROWS[name]}", "ms", "share"]),
         "",
         f"{_short(flops.total / 1e9)} GFLOP per image: "
         + ", ".join(f"{name} {_short(part / 1e9)}" for name, part in flops.parts().items()),

@@ -67,11 +67,7 @@ _REPLACE = "use run.overwrite=true to replace the run, or another run.name"
 
 
 def find_latest_checkpoint(folder: Path, *, otherwise: str = _REPLACE) -> LatestCheckpoint | None:
-    """Return the newest intact checkpoint of a run, or None where none was written.
-
-    Args:
-        folder: Of the checkpoints.
-        otherwise: What to do where none can be restored, for the message.
+    """Return the newest intact checkpoint of a run, or None where none was written; `otherwise` is for the message.
 
     Raises:
         UserError: There are checkpoints, and all of them are damaged.

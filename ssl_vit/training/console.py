@@ -1,55 +1,37 @@
-"""Text that a run prints before it starts and when it has ended."""
+"""Text that a run prints before it starts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ssl_vit.config.pretrain import PretrainConfig
-from ssl_vit.data.dataset import SkippedImageLog
 from ssl_vit.methods.base import SSLMethod
-from ssl_vit.methods.health import HealthWarning
-from ssl_vit.methods.schedules import Schedule, TrainingPlan
+from ssl_vit.methods.schedules import Schedule
 from ssl_vit.runtime.text import pluralize
-from ssl_vit.training.finetune_source import Splits
 from ssl_vit.training.run_dir import RunState
 
 
-def pretrain_summary(
-    config: PretrainConfig, run: RunState, method: SSLMethod, warnings: Sequence[HealthWarning], online: Sequence[str]
+def start_summary(
+    run: RunState, method: SSLMethod, *, images: Sequence[str], model: str, notes: Sequence[str] = ()
 ) -> str:
-    """Return the text before the first step: data, model, length, health warnings and schedules."""
+    """Return the text before the first step: data, length, model, learning rate, schedules, and the resumed state.
+
+    The length stands at the end of the first line about the images; the notes come after the schedules.
+    """
+    plan, optimizer = run.plan, method.config.optimizer
+    epoch, total = pluralize(plan.steps_per_epoch, "step"), pluralize(plan.total_steps, "step")
+    parameters = sum(parameter.numel() for parameter in method.eval_backbone.parameters())
+    layer_decay = getattr(method.config, "layer_decay", None)
     lines = [
-        f"{pluralize(len(run.train), 'image')}, {length_summary(run.plan)}",
-        f"{config.method.name} on {config.backbone.name}, {parameter_summary(method)}, run directory {run.path}",
-        lr_summary(method),
-        *preview_schedules(run.plan, method),
-        *online,
-        *(f"Health: {warning}" for warning in warnings),
+        f"{images[0]}, {plan.batch_size} per step, {epoch} per epoch, {total} in total",
+        *images[1:],
+        f"{model}, {parameters / 1e6:.1f} M parameters, run directory {run.path}",
+        f"learning rate {optimizer.lr:g} x {plan.batch_size}/{optimizer.lr_batch_size} = {method.peak_lr:.3g}"
+        + (f" at the head, x {layer_decay:g} per layer below" if layer_decay else ""),
+        *schedule_table(method.schedules, [round(share * (plan.total_steps - 1)) for share in (0, 0.1, 0.5, 1)]),
+        *notes,
         *resume_summary(run, method),
     ]
     return "\n".join(lines)
-
-
-def length_summary(plan: TrainingPlan) -> str:
-    """Return `64 per step, 12 steps per epoch, 1,200 steps in total`."""
-    epoch, total = pluralize(plan.steps_per_epoch, "step"), pluralize(plan.total_steps, "step")
-    return f"{plan.batch_size} per step, {epoch} per epoch, {total} in total"
-
-
-def parameter_summary(method: SSLMethod) -> str:
-    """Return the size of the backbone."""
-    return f"{sum(parameter.numel() for parameter in method.eval_backbone.parameters()) / 1e6:.1f} M parameters"
-
-
-def lr_summary(method: SSLMethod) -> str:
-    """Return the line about the peak learning rate."""
-    optimizer, batch_size = method.config.optimizer, method.plan.batch_size
-    return f"learning rate {optimizer.lr:g} x {batch_size}/{optimizer.lr_batch_size} = {method.peak_lr:.3g}"
-
-
-def preview_schedules(plan: TrainingPlan, method: SSLMethod) -> list[str]:
-    """Return a table of the schedules from the first to the last step."""
-    return schedule_table(method.schedules, [round(share * (plan.total_steps - 1)) for share in (0, 0.1, 0.5, 1)])
 
 
 def resume_summary(run: RunState, method: SSLMethod) -> list[str]:
@@ -76,23 +58,3 @@ def schedule_table(schedules: dict[str, Schedule], points: list[int]) -> list[st
     for name, schedule in schedules.items():
         lines.append(f"  {name:<20}" + "".join(f"{schedule(point):>10.3g}" for point in points))
     return lines
-
-
-def skipped_images_summary(skipped: SkippedImageLog) -> list[str]:
-    """Return a line about the images that could not be read, if there are any."""
-    count = skipped.count()
-    return [f"{pluralize(count, 'image')} could not be read: {skipped.path} lists the skipped images"] if count else []
-
-
-def finetune_summary(run: RunState, method: SSLMethod, splits: Splits, *, start: str) -> str:
-    """Return the text before the first step of fine-tuning; `start` is what it starts from."""
-    decay = getattr(method.config, "layer_decay", 1)
-    lines = [
-        f"{pluralize(len(splits.train), 'image')} of {len(run.dataset.classes)} classes, {length_summary(run.plan)}",
-        f"{len(splits.val):,} val images, {len(splits.test):,} test images ({splits.rule})",
-        f"fine-tuning {start}, {parameter_summary(method)}, run directory {run.path}",
-        f"{lr_summary(method)} at the head, x {decay:g} per layer below",
-        *preview_schedules(run.plan, method),
-        *resume_summary(run, method),
-    ]
-    return "\n".join(lines)

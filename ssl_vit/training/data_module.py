@@ -1,21 +1,24 @@
-"""LightningDataModule for pretraining: the images of a folder, a list, tar shards, or a dataset of your own."""
+"""Training batches: a LightningDataModule for pretraining in anyone's Trainer, and labeled images with RandAugment."""
 
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from torch.utils.data import Dataset
 
+from ssl_vit.config.evaluate import EvalDataConfig, RandAugmentConfig
 from ssl_vit.config.methods import ViewsConfig
 from ssl_vit.config.pretrain import PretrainDataConfig
-from ssl_vit.data.dataset import SkippedImageLog
+from ssl_vit.data.dataset import ImageDataset, SkippedImageLog
 from ssl_vit.data.dataset_factory import build_dataset
 from ssl_vit.data.loading.loader import TrainingLoader, build_train_loader
 from ssl_vit.data.loading.ram_cache import InMemoryLoader
 from ssl_vit.data.sources.torch_dataset import TorchDataset
+from ssl_vit.data.transforms.mixup import RandAugment
 from ssl_vit.data.transforms.multicrop import MultiCrop
 from ssl_vit.methods.schedules import TrainingPlan
 
@@ -74,3 +77,33 @@ class ImageDataModule(L.LightningDataModule):
             skipped=self.skipped,
             device=self.trainer.strategy.root_device,
         )
+
+
+def labeled_train_loader(
+    dataset: ImageDataset,
+    views: ViewsConfig,
+    data: EvalDataConfig,
+    rand_augment: RandAugmentConfig,
+    *,
+    seed: int,
+    channels: int,
+    cache_gb: float,
+) -> partial[InMemoryLoader | TrainingLoader]:
+    """Return the loader factory of supervised training: one crop of each image, then RandAugment if it has layers."""
+    return partial(
+        build_train_loader,
+        dataset,
+        MultiCrop(views),
+        PretrainDataConfig(
+            source=data.source,
+            root=data.root or data.train or Path(),
+            batch_size=data.batch_size,
+            num_workers=data.num_workers,
+            cache_gb=cache_gb,
+        ),
+        seed=seed,
+        channels=channels,
+        augment=RandAugment(rand_augment, size=views.global_crops.size, mean=views.mean)
+        if rand_augment.layers
+        else None,
+    )

@@ -55,20 +55,24 @@ def raise_if_diverged(checkpoints: RunCheckpoint, steps: SkippedSteps | None, st
     Raises:
         AllRanksError: It did.
     """
-    exhausted = steps is not None and steps.exhausted
-    if not (checkpoints.diverged or exhausted):
-        return
-    reason = "a weight is not finite"
-    if steps is not None and exhausted:
+    advice = (
+        ""
+        if steps is None
+        # a published protocol has no such keys
+        else (
+            " Or start again with a lower method.optimizer.lr, a longer method.optimizer.warmup, or "
+            "trainer.precision=32-true."
+        )
+    )
+    if steps is not None and steps.exhausted:
         reason = (
             f"{steps.in_a_row} steps in a row had a loss or gradient that is not finite and were skipped; "
             f"{steps.journal.path} lists their images"
         )
-    advice = (
-        " Or start again with a lower method.optimizer.lr, a longer method.optimizer.warmup, or "
-        "trainer.precision=32-true."
-    )
-    advice = "" if steps is None else advice  # a published protocol has no such keys
+    elif checkpoints.diverged:
+        reason = "a weight is not finite"
+    else:
+        return
     raise AllRanksError(f"diverged at step {step:,}: {reason}. {checkpoints.resume_hint}{advice}")
 
 

@@ -92,12 +92,7 @@ class ResumableCSVLogger(Logger):
 
 
 class ResumableWandbLogger(WandbLogger):
-    """Weights & Biases logger that does not send again the rows that a resumed run repeats.
-
-    Args:
-        last_sent: The last step whose row was sent.
-        settings: Passed to Lightning's logger.
-    """
+    """Weights & Biases logger that does not send again the rows, up to step `last_sent`, that a resumed run repeats."""
 
     def __init__(self, *, last_sent: int, **settings: Any) -> None:
         super().__init__(**settings)

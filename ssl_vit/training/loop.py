@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import lightning as L
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import Logger
 
 from ssl_vit.config.pretrain import TrainerConfig
@@ -14,13 +15,13 @@ from ssl_vit.data.loading.loader import TrainingLoader
 from ssl_vit.data.loading.ram_cache import InMemoryLoader
 from ssl_vit.methods.base import SSLMethod
 from ssl_vit.runtime.atomic_io import JSONLWriter
-from ssl_vit.runtime.distributed import shutdown_process_group
-from ssl_vit.training.callbacks.consistency_check import ConsistencyCheck
+from ssl_vit.runtime.distributed import equal_on_all_ranks, shutdown_process_group
+from ssl_vit.runtime.errors import AllRanksError
+from ssl_vit.runtime.text import pluralize
 from ssl_vit.training.callbacks.preemption import PreemptionHandler
 from ssl_vit.training.callbacks.progress_bar import TrainingProgressBar
 from ssl_vit.training.callbacks.run_checkpoint import RunCheckpoint
 from ssl_vit.training.callbacks.skipped_steps import SkippedSteps
-from ssl_vit.training.console import skipped_images_summary
 from ssl_vit.training.failures import raise_if_diverged, translate_training_errors
 from ssl_vit.training.loggers import make_loggers
 from ssl_vit.training.run_dir import AnyRun, RunState, write_run_metadata
@@ -37,7 +38,7 @@ class FitResult:
     run: RunState
     step: int  # optimizer steps done
     is_global_zero: bool
-    signals: PreemptionHandler
+    checkpoints: RunCheckpoint
     notes: list[str] = field(default_factory=list)  # about skipped steps and images
 
     @property
@@ -45,16 +46,23 @@ class FitResult:
         """Whether the run has reached its end."""
         return self.step == self.run.plan.total_steps
 
+    def stop_message(self) -> str:
+        """Return where and why an incomplete run stopped, and how to resume it."""
+        reason = ", as trainer.max_time is over" if self.checkpoints.timed_out else ""
+        return (
+            f"Stopped and saved after step {self.step:,} of {self.run.plan.total_steps:,}{reason}. "
+            f"Resume with {self.run.resume_with}."
+        )
+
     def summary(self, lines: Sequence[str] = ()) -> str:
         """Return where the run stopped, what was skipped, more lines, and where its weights are."""
-        total, weights = self.run.plan.total_steps, self.run.path / "backbone.safetensors"
-        stopped = f"Stopped and saved after step {self.step:,} of {total:,}. Resume with {self.run.resume_with}."
+        weights = self.run.path / "backbone.safetensors"
         backbone = f"Backbone: {weights} ({weights.with_suffix('.json')} shows how to load it)"
-        return "\n".join([*([] if self.complete else [stopped]), *self.notes, *lines, backbone])
+        return "\n".join([*([] if self.complete else [self.stop_message()]), *self.notes, *lines, backbone])
 
     def requeue_job(self) -> None:
         """Requeue the job if its scheduler asked the run to stop."""
-        if outcome := self.signals.requeue_job():
+        if outcome := self.checkpoints.signals.requeue_job():
             print(outcome)
 
 
@@ -73,28 +81,15 @@ def fit(
 ) -> FitResult:
     """Train until the end of the plan or a requested stop, with checkpoints that resume exactly.
 
-    Args:
-        module: The Lightning module.
-        run: State of the run: it is resumed where there is a checkpoint.
-        loader: Makes the batches.
-        config: The section `trainer`.
-        callbacks: They see the end of a step before its checkpoint is written.
-        skipped: Log of the images that cannot be read.
-        loggers: Of metrics.
-        steps: Count of the skipped steps, one of the callbacks; None: a protocol that skips none.
-        is_best: Whether this step's checkpoint is the best so far.
-        on_start: Called in the first process when all is ready, just before the first step.
+    The callbacks see the end of a step before its checkpoint is written; `is_best` answers whether that is the best so
+    far. `on_start` is called in the first process when all is ready. A protocol that skips no steps has no `steps`.
 
     Raises:
         UserError: No image can be read, training failed, or diverged.
     """
     signals = PreemptionHandler()
     checkpoints = RunCheckpoint(
-        run.path / "checkpoints",
-        config,
-        signals=signals,
-        is_best=is_best,
-        resume_with=run.resume_with,
+        run.path / "checkpoints", config, signals=signals, is_best=is_best, resume_with=run.resume_with
     )
     everything = [signals, *callbacks, checkpoints]
     trainer = build_trainer(config, run.plan, [*loggers], everything, checkpoints.io, run.path)
@@ -113,7 +108,7 @@ def fit(
         trainer.fit(module, batches, ckpt_path=run.checkpoint, weights_only=True)
     shutdown_process_group()
     raise_if_diverged(checkpoints, steps, trainer.global_step)
-    return FitResult(run, trainer.global_step, trainer.is_global_zero, signals)
+    return FitResult(run, trainer.global_step, trainer.is_global_zero, checkpoints)
 
 
 def fit_run(
@@ -129,28 +124,23 @@ def fit_run(
 ) -> FitResult:
     """Train a method in its run directory, with the callbacks and loggers of every run.
 
-    Args:
-        config: Of the run.
-        run: State of the run.
-        method: To train.
-        loader: Makes the batches.
-        callbacks: Of this command.
-        skipped: Log of the images that cannot be read.
-        summary: Printed before the first step.
-        is_best: Whether this step's checkpoint is the best so far.
+    The summary is printed before the first step; `is_best` answers whether a step's checkpoint is the best so far.
 
     Raises:
         UserError: No image can be read, training failed, or diverged.
     """
     journal = JSONLWriter(run.path / "skipped_steps.jsonl", run.done)
     steps = SkippedSteps(journal, run.train, max_in_a_row=config.trainer.max_skipped_steps)
-    consistency = ConsistencyCheck(
-        {
-            "images (data.root must be the same folder on every machine)": run.dataset.fingerprint(sizes=False),
-            "checkpoints (run.folder must be the same folder on every machine)": f"{run.checkpoint} {run.done}",
-            "configurations": repr(config),
-        }
-    )
+    texts = {
+        "images (data.root must be the same folder on every machine)": run.dataset.fingerprint(sizes=False),
+        "checkpoints (run.folder must be the same folder on every machine)": f"{run.checkpoint} {run.done}",
+        "configurations": repr(config),
+    }
+
+    def check_consistency(trainer: L.Trainer, module: L.LightningModule) -> None:
+        for name, text in texts.items():
+            if trainer.world_size > 1 and not equal_on_all_ranks(text):
+                raise AllRanksError(f"the processes see different {name}")
 
     def on_start() -> None:
         write_run_metadata(config, run.dataset)
@@ -161,11 +151,14 @@ def fit_run(
         run,
         loader,
         config.trainer,
-        [consistency, steps, TrainingProgressBar(run.plan), *callbacks],
+        [LambdaCallback(on_fit_start=check_consistency), steps, TrainingProgressBar(run.plan), *callbacks],
         skipped=skipped,
         loggers=make_loggers(config.logger, run, hyperparameters=config.model_dump(mode="json")),
         steps=steps,
         is_best=is_best,
         on_start=on_start,
     )
-    return replace(result, notes=[*steps.summary(), *skipped_images_summary(skipped)])
+    notes = steps.summary()
+    if count := skipped.count():
+        notes.append(f"{pluralize(count, 'image')} could not be read: {skipped.path} lists the skipped images")
+    return replace(result, notes=notes)

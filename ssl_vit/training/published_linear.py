@@ -5,23 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ssl_vit.config.evaluate import LinearConfig
-from ssl_vit.config.pretrain import PretrainDataConfig, RunDirConfig
+from ssl_vit.config.pretrain import RunDirConfig
 from ssl_vit.data.batch import Batch
-from ssl_vit.data.dataset import ImageDataset, SkippedImageLog
-from ssl_vit.data.loading.loader import build_eval_loader, build_train_loader
+from ssl_vit.data.dataset import SkippedImageLog
+from ssl_vit.data.loading.loader import build_eval_loader
 from ssl_vit.data.transforms.color import ColorAugmentation
-from ssl_vit.data.transforms.mixup import MixupCutmix, RandAugment, single_view_config
-from ssl_vit.data.transforms.multicrop import MultiCrop
+from ssl_vit.data.transforms.mixup import MixupCutmix, single_view_config
 from ssl_vit.evaluation.evaluator import MODEL, Evaluation
 from ssl_vit.evaluation.features.extractor import on_best_device
 from ssl_vit.evaluation.results.eval_result import EvalResult, ModelScores, Predictions, sibling_path, topk_metrics
@@ -33,10 +31,10 @@ from ssl_vit.runtime.errors import RankFinished, UserError
 from ssl_vit.runtime.launch import torchrun_rank
 from ssl_vit.runtime.rng import seeded_global_rng
 from ssl_vit.runtime.text import pluralize
-from ssl_vit.training.callbacks.probe_evaluation import ProbeEvaluation
 from ssl_vit.training.checkpointing import resume_point
+from ssl_vit.training.data_module import labeled_train_loader
 from ssl_vit.training.loop import fit
-from ssl_vit.training.published_protocols import PROBES, TRAINER, Probe
+from ssl_vit.training.published_protocols import PROBES, TRAINER, Probe, ProbeEvaluation, TestFeatures
 from ssl_vit.training.run_dir import RunState, lock_run_dir
 from ssl_vit.training.trainer import silence_lightning
 
@@ -70,13 +68,20 @@ def published_probe(config: LinearConfig) -> tuple[EvalResult, Evaluation]:
             evaluation.loaded.backbone, classes, epochs=config.epochs, batch_size=config.data.batch_size
         )
     on_best_device(evaluation.loaded)
+    protocol = {
+        "probe": config.protocol,
+        **probe.about,
+        "epochs": probe.epochs,
+        "batch_size": config.data.batch_size,
+        "selection": f"on the test images: the best of {-(-probe.epochs // probe.every)} looks at them, as published",
+        "split": "train and test",
+    }
     folder = sibling_path(evaluation.out, f"-seed{config.seed}")
-    protocol = _protocol(config, probe)
     run = RunDirConfig(name=folder.name, folder=folder.parent, resume=True, overwrite=False)
     with lock_run_dir(run, alternative="out=OTHER.json"):
         folder.mkdir(exist_ok=True)
-        test, skipped = _train(config, evaluation, probe, _identity(evaluation, protocol), folder)
-    score = _score(probe, test, classes, folder)
+        tested, skipped = _train(config, evaluation, probe, _identity(evaluation, protocol), folder)
+    score = _score(tested, classes, folder)
     warnings = [
         "chosen on the test images, as published: the first accuracy of each head is the best over the epochs, "
         "too high by design; 'last epoch' is not chosen"
@@ -87,7 +92,7 @@ def published_probe(config: LinearConfig) -> tuple[EvalResult, Evaluation]:
         [score],
         protocol=protocol,
         train_labels=evaluation.dataset.train.labels,
-        test_labels=test.labels,
+        test_labels=tested.test.labels,
         data_info={"skipped": unread},
         warnings=warnings,
         selection={"on": "test images", "chosen": {"epoch": score.details["best_epoch"]}},
@@ -104,7 +109,7 @@ class LinearProbe(L.LightningModule):
         super().__init__()
         loaded = evaluation.loaded
         self.probe = probe
-        self.heads = probe.heads
+        self.heads = nn.ModuleDict(probe.heads)
         self.steps_per_epoch = steps_per_epoch
         self._backbone = (loaded.backbone,)  # in a tuple, torch does not register it
         self.views = single_view_config(probe.augmentation, evaluation.transform.image_size, loaded.mean, loaded.std)
@@ -141,22 +146,15 @@ def _train(
     config: LinearConfig, evaluation: Evaluation, probe: Probe, identity: dict[str, Any], folder: Path
 ) -> tuple[ProbeEvaluation, list[SkippedImageLog]]:
     """Train the probe to its end, from its latest checkpoint if there is one."""
-    train, test = evaluation.dataset
-    assert test is not None
+    train = evaluation.dataset.train
     skipped = [SkippedImageLog(folder / name) for name in ("skipped_images.txt", "skipped_test_images.txt")]
     skipped[1].path.unlink(missing_ok=True)
     steps_per_epoch = max(1, len(train) // config.data.batch_size)
     module = LinearProbe(probe, evaluation, steps_per_epoch=steps_per_epoch)
-    features, index = _test_features(module, evaluation, test, skipped[1])
-    _check_identity(folder, identity, index)
+    features = _test_features(module, evaluation, skipped[1])
+    _check_identity(folder, identity, features.index)
     found, notes = resume_point(folder / "checkpoints", otherwise=f"delete {folder} to start from scratch")
-    plan = TrainingPlan(
-        total_steps=probe.epochs * steps_per_epoch,
-        steps_per_epoch=steps_per_epoch,
-        batch_size=config.data.batch_size,
-        log_every=1,
-        seed=config.seed,
-    )
+    plan = TrainingPlan(probe.epochs * steps_per_epoch, steps_per_epoch, config.data.batch_size, 1, config.seed)
     run = RunState(folder, train, train, plan, resume_with="the same command")
     if found:
         run = run._replace(checkpoint=found.path, done=found.step)
@@ -166,47 +164,33 @@ def _train(
     for note in notes:
         print(note)
     journal = JSONLWriter(folder / "epochs.jsonl", run.done // steps_per_epoch)
-    test_results = ProbeEvaluation(probe, features, test.labels[index], index, journal)
+    tested = ProbeEvaluation(probe, features, journal)
     if found and found.step == plan.total_steps:
         print(f"{folder} is already complete")
-        test_results.load_state_dict(torch_load_weights_only(found.path)["callbacks"][test_results.state_key])
-        return test_results, skipped
-    result = fit(module, run, _train_loader(config, evaluation, module), TRAINER, [test_results], skipped=skipped[0])
-    if not result.complete:
-        print(f"Stopped and saved after step {result.step:,} of {plan.total_steps:,}. Resume with the same command.")
-        result.requeue_job()
-        raise KeyboardInterrupt
-    return test_results, skipped
-
-
-def _train_loader(config: LinearConfig, evaluation: Evaluation, module: LinearProbe) -> partial[Any]:
-    """Return the factory of cropped and flipped training batches, with RandAugment where the protocol has it."""
-    rand_augment = module.probe.augmentation.rand_augment
-    augment = RandAugment(rand_augment, size=evaluation.transform.image_size, mean=evaluation.loaded.mean)
-    return partial(
-        build_train_loader,
-        evaluation.dataset.train,
-        MultiCrop(module.views),
-        PretrainDataConfig(
-            source=config.data.source,
-            root=config.data.root or config.data.train or Path(),
-            batch_size=config.data.batch_size,
-            num_workers=config.data.num_workers,
-            cache_gb=_CACHE_GB,
-        ),
+        tested.load_state_dict(torch_load_weights_only(found.path)["callbacks"][tested.state_key])
+        return tested, skipped
+    loader = labeled_train_loader(
+        train,
+        module.views,
+        config.data,
+        probe.augmentation.rand_augment,
         seed=config.seed,
         channels=evaluation.loaded.backbone.config.in_chans,
-        augment=augment if rand_augment.layers else None,
+        cache_gb=_CACHE_GB,
     )
+    result = fit(module, run, loader, TRAINER, [tested], skipped=skipped[0])
+    if not result.complete:
+        print(result.stop_message())
+        result.requeue_job()
+        raise KeyboardInterrupt
+    return tested, skipped
 
 
-def _test_features(
-    module: LinearProbe, evaluation: Evaluation, dataset: ImageDataset, skipped: SkippedImageLog
-) -> tuple[list[Tensor], Tensor]:
-    """Return the probe's features (N, D) of all readable test images, without augmentation, and their indices (N,)."""
+def _test_features(module: LinearProbe, evaluation: Evaluation, skipped: SkippedImageLog) -> TestFeatures:
+    """Extract the probe's features of all readable test images."""
     data, backbone = evaluation.config.data, evaluation.loaded.backbone
     loader = build_eval_loader(
-        dataset,
+        evaluation.test_images,
         evaluation.transform,
         batch_size=data.batch_size,
         num_workers=data.num_workers,
@@ -217,7 +201,8 @@ def _test_features(
     for batch, index in loader:
         rows.append(module.features(evaluation.transform.normalize(batch.to(backbone.device))))
         indices.append(index)
-    return [torch.cat(parts) for parts in zip(*rows, strict=True)], torch.cat(indices)
+    features, index = [torch.cat(parts) for parts in zip(*rows, strict=True)], torch.cat(indices)
+    return TestFeatures(features, evaluation.test_images.labels[index], index)
 
 
 def _check_identity(folder: Path, identity: dict[str, Any], index: Tensor) -> None:
@@ -246,30 +231,6 @@ def _check_identity(folder: Path, identity: dict[str, Any], index: Tensor) -> No
     write_json(path, {**identity, "readable test images": readable})
 
 
-def _score(probe: Probe, test: ProbeEvaluation, classes: int, folder: Path) -> ModelScores:
-    metrics, predictions = [], {}
-    for head in probe.heads:
-        name = f", {head}" if len(probe.heads) > 1 else ""
-        for suffix, (ranks, predicted) in ((name, test.best[head]), (f"{name}{_LAST}", test.last[head])):
-            metrics += topk_metrics(ranks, classes, suffix)
-            predictions[suffix] = Predictions(test.index, test.labels, predicted, ranks)
-    best = {head: max(points, key=lambda point: point[1])[0] for head, points in test.accuracy.items()}
-    details = {"best_epoch": best, "looks": test.accuracy, "seconds": round(test.seconds, 1), "run": str(folder)}
-    return ModelScores(name=MODEL, metrics=metrics, details=details, predictions=predictions)
-
-
-def _protocol(config: LinearConfig, probe: Probe) -> dict[str, Any]:
-    evaluations = -(-probe.epochs // probe.every)
-    return {
-        "probe": config.protocol,
-        **probe.about,
-        "epochs": probe.epochs,
-        "batch_size": config.data.batch_size,
-        "selection": f"on the test images: the best of {evaluations} looks at them, as published",
-        "split": "train and test",
-    }
-
-
 def _identity(evaluation: Evaluation, protocol: dict[str, Any]) -> dict[str, Any]:
     """Return what a probe must share with the one in its directory to resume it."""
     return {
@@ -280,3 +241,15 @@ def _identity(evaluation: Evaluation, protocol: dict[str, Any]) -> dict[str, Any
         "seed": evaluation.config.seed,
         "precision of the model": str(autocast_dtype(evaluation.loaded.backbone.device) or torch.float32),
     }
+
+
+def _score(tested: ProbeEvaluation, classes: int, folder: Path) -> ModelScores:
+    metrics, predictions = [], {}
+    for head in tested.probe.heads:
+        name = f", {head}" if len(tested.probe.heads) > 1 else ""
+        for suffix, (ranks, predicted) in ((name, tested.best[head]), (f"{name}{_LAST}", tested.last[head])):
+            metrics += topk_metrics(ranks, classes, suffix)
+            predictions[suffix] = Predictions(tested.test.index, tested.test.labels, predicted, ranks)
+    best = {head: max(points, key=lambda point: point[1])[0] for head, points in tested.accuracy.items()}
+    details = {"best_epoch": best, "looks": tested.accuracy, "seconds": round(tested.seconds, 1), "run": str(folder)}
+    return ModelScores(name=MODEL, metrics=metrics, details=details, predictions=predictions)

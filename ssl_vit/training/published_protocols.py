@@ -1,23 +1,31 @@
-"""Features, heads, optimizers and augmentation of the published linear evaluations of DINO and SiT."""
+"""The published linear protocols of DINO and SiT: features, heads, optimizer, augmentation, and evaluations."""
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
+from tqdm import tqdm
 
 from ssl_vit.config.evaluate import AugmentationConfig, RandAugmentConfig, RandomResizedCropConfig
 from ssl_vit.config.pretrain import TrainerConfig
-from ssl_vit.methods.schedules import Schedule
+from ssl_vit.data.batch import Batch
+from ssl_vit.evaluation.classification.knn import rank_of_true_class
+from ssl_vit.methods.schedules import Schedule, cosine
 from ssl_vit.models.backbone import Backbone
+from ssl_vit.runtime.atomic_io import JSONLWriter
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.progress import progress_bar
 
 _HIDDEN = 1024  # of SiT's non-linear head
 _WIDE = 768  # from this width on DINO takes the last block and the mean patch token, as for ViT-B
@@ -50,7 +58,7 @@ class Probe:
     """
 
     features: Callable[[Backbone, Tensor], list[Tensor]]  # of images (B, C, H, W): one or more of (B, D)
-    heads: nn.ModuleDict  # of ModuleLists, by the name of the head
+    heads: dict[str, nn.ModuleList]  # by name
     optimizer: Optimizer
     lr: Schedule  # of the epoch
     epochs: int
@@ -60,22 +68,16 @@ class Probe:
 
     def logits(self, head: str, features: list[Tensor]) -> Tensor:
         """Return the logits (B, classes) of a head."""
-        parts = zip(self._modules_of(head), features, strict=True)
-        return torch.stack([module(feature) for module, feature in parts]).mean(dim=0)
+        return torch.stack([module(part) for module, part in zip(self.heads[head], features, strict=True)]).mean(dim=0)
 
     def loss(self, features: list[Tensor], targets: Tensor) -> Tensor:
         """Return the sum of all losses, given targets (B, classes)."""
         losses = [
-            F.cross_entropy(module(feature), targets)
-            for head in self.heads
-            for module, feature in zip(self._modules_of(head), features, strict=True)
+            F.cross_entropy(module(part), targets)
+            for head in self.heads.values()
+            for module, part in zip(head, features, strict=True)
         ]
         return torch.stack(losses).sum()
-
-    def _modules_of(self, head: str) -> nn.ModuleList:
-        modules = self.heads[head]
-        assert isinstance(modules, nn.ModuleList)
-        return modules
 
 
 def dino_probe(backbone: Backbone, classes: int, *, epochs: int | None, batch_size: int) -> Probe:
@@ -98,9 +100,9 @@ def dino_probe(backbone: Backbone, classes: int, *, epochs: int | None, batch_si
     peak = 0.001 * batch_size / 256
     return Probe(
         features=features,
-        heads=nn.ModuleDict({"linear": nn.ModuleList([linear])}),
+        heads={"linear": nn.ModuleList([linear])},
         optimizer=SGD(linear.parameters(), lr=peak, momentum=0.9, weight_decay=0.0),
-        lr=lambda epoch: peak * (1 + math.cos(math.pi * epoch / epochs)) / 2,
+        lr=cosine(peak, 0, epochs),
         epochs=epochs,
         every=1,
         augmentation=_augmentation(rand_augment=0, erasing=0, mixup=0, cutmix=0, smoothing=0),
@@ -130,16 +132,16 @@ def sit_probe(backbone: Backbone, classes: int, *, epochs: int | None, batch_siz
             "this model has only [CLS]: use protocol=held-out or protocol=dino"
         )
     epochs, warmup = epochs or 501, 5
-    heads: dict[str, list[nn.Module]] = {
-        "linear": [_small(nn.Linear(backbone.embed_dim, classes)) for _ in range(2)],
-        "nonlinear": [
+    heads = {
+        "linear": nn.ModuleList(_small(nn.Linear(backbone.embed_dim, classes)) for _ in range(2)),
+        "nonlinear": nn.ModuleList(
             nn.Sequential(
                 _small(nn.Linear(backbone.embed_dim, _HIDDEN)), nn.Tanh(), _small(nn.Linear(_HIDDEN, classes))
             )
             for _ in range(2)
-        ],
+        ),
     }
-    modules = nn.ModuleDict({name: nn.ModuleList(parts) for name, parts in heads.items()})
+    parameters = [parameter for head in heads.values() for parameter in head.parameters()]
     peak, start, end = 1e-3 * batch_size / 512, 1e-6, 5e-6
 
     def features(backbone: Backbone, images: Tensor) -> list[Tensor]:
@@ -147,16 +149,14 @@ def sit_probe(backbone: Backbone, classes: int, *, epochs: int | None, batch_siz
         return [tokens.cls, tokens.registers[:, 0]]
 
     def lr(epoch: int) -> float:
-        if epoch < warmup:
-            return start + (peak - start) * epoch / warmup
-        return end + (peak - end) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+        return start + (peak - start) * epoch / warmup if epoch < warmup else cosine(peak, end, epochs)(epoch)
 
-    penalised = [parameter for parameter in modules.parameters() if parameter.ndim > 1]
-    free = [parameter for parameter in modules.parameters() if parameter.ndim == 1]
+    penalized = [parameter for parameter in parameters if parameter.ndim > 1]
+    free = [parameter for parameter in parameters if parameter.ndim == 1]
     return Probe(
         features=features,
-        heads=modules,
-        optimizer=AdamW([{"params": penalised, "weight_decay": 5e-4}, {"params": free, "weight_decay": 0.0}], lr=start),
+        heads=heads,
+        optimizer=AdamW([{"params": penalized, "weight_decay": 5e-4}, {"params": free, "weight_decay": 0.0}], lr=start),
         lr=lr,
         epochs=epochs,
         every=10,
@@ -199,3 +199,89 @@ def _augmentation(
         cutmix=cutmix,
         smoothing=smoothing,
     )
+
+
+@dataclass(frozen=True)
+class TestFeatures:
+    """Features of the readable test images, without augmentation."""
+
+    features: list[Tensor]  # one or more of (Q, D)
+    labels: Tensor  # (Q,)
+    index: Tensor  # (Q,), of the images in their dataset
+
+
+class ProbeEvaluation(ProgressBar):
+    """Test accuracy of each head every few epochs, with the predictions of its best and its last evaluation.
+
+    It is a progress bar, over the epochs, so that Lightning does not add its own.
+
+    Raises:
+        UserError: From a hook of Lightning: the loss is not finite.
+    """
+
+    STATE = ("accuracy", "best", "last", "losses", "seconds")
+
+    def __init__(self, probe: Probe, test: TestFeatures, journal: JSONLWriter) -> None:
+        super().__init__()
+        self.probe = probe
+        self.test = test
+        self.journal = journal  # receives a line per epoch
+        self.accuracy: dict[str, list[tuple[int, float]]] = {}  # by head: epochs done, test accuracy
+        self.best: dict[str, Tensor] = {}  # by head: ranks and predictions (2, Q) of its best evaluation
+        self.last: dict[str, Tensor] = {}  # of its last evaluation
+        self.losses: list[Tensor] = []  # of the steps of this epoch
+        self.seconds = 0.0
+        self.bar: tqdm[None] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the evaluations so far, and the losses of an epoch that is interrupted."""
+        return {name: getattr(self, name) for name in self.STATE}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name in self.STATE:
+            setattr(self, name, state_dict[name])
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._since = time.perf_counter()
+        self.bar = progress_bar(total=self.probe.epochs, initial=trainer.current_epoch, unit=" epochs")
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
+    ) -> None:
+        self.losses.append(outputs["loss"].detach())  # type: ignore[index]
+        if trainer.is_last_batch:
+            self._end_epoch(trainer.current_epoch)
+        now = time.perf_counter()
+        self.seconds, self._since = self.seconds + now - self._since, now
+
+    def _end_epoch(self, epoch: int) -> None:
+        loss = float(torch.stack([loss.to(self.test.labels.device) for loss in self.losses]).mean())
+        self.losses = []
+        if not loss < float("inf"):
+            raise UserError(f"the loss of the linear probe is not finite in epoch {epoch + 1}")
+        line: dict[str, Any] = {"lr": self.probe.lr(epoch), "loss": loss}
+        if (epoch + 1) % self.probe.every == 0 or epoch + 1 == self.probe.epochs:
+            line["test"] = {head: self._evaluate(head, epoch + 1) for head in self.probe.heads}
+        self.journal.write(epoch, **line)
+        if self.bar:
+            self.bar.update()
+
+    @torch.no_grad()
+    def _evaluate(self, head: str, epochs: int) -> float:
+        """Return the accuracy of a head after so many epochs."""
+        logits = self.probe.logits(head, self.test.features).cpu()
+        predictions = torch.stack([rank_of_true_class(self.test.labels, logits), logits.argmax(dim=1)])  # (2, Q)
+        accuracy = float((predictions[0] == 0).float().mean())
+        before = self.accuracy.setdefault(head, [])
+        if all(accuracy > other for _, other in before):
+            self.best[head] = predictions
+        self.last[head] = predictions
+        before.append((epochs, accuracy))
+        return accuracy
+
+    def on_train_end(self, *_: object) -> None:
+        if self.bar:
+            self.bar.close()
+
+    def on_exception(self, *_: object) -> None:
+        self.on_train_end()

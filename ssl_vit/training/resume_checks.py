@@ -1,49 +1,39 @@
-"""Checks before a run is resumed: its config and its images are compared with those of now."""
+"""Checks before a run is resumed: config, images, and the source of a fine-tuning must be those of the run."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
+from torch import Tensor
 
 from ssl_vit.config.evaluate import FinetuneConfig
 from ssl_vit.config.pretrain import PretrainConfig, RunConfig
-from ssl_vit.data.dataset import ImageDataset, escape_path
+from ssl_vit.data.dataset import ImageDataset, Subset, escape_path
 from ssl_vit.data.sources.image_folder import ImageFolder
 from ssl_vit.data.sources.packed_paths import PackedPaths
+from ssl_vit.models.backbone import state_sha256
+from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.errors import UserError
 
 CONFIG = "config.yaml"
 DATA = "data.json"  # number of images and their fingerprint
 IMAGES = "image_list.safetensors"  # their paths, where they are files
+SOURCE = "source.json"  # model and splits of a fine-tuning
 LENGTH = {"max_epochs", "max_steps"}
 
 # Keys that may differ on resume without changing what the run computes. The fingerprint shows whether data.root
-# holds the same images; for fine-tuning, finetune_source compares the splits.
+# holds the same images; for fine-tuning, check_source_unchanged compares the splits.
 KEYS_ALLOWED_TO_CHANGE = (
-    "run.",
-    "data.root",
-    "data.train",
-    "data.test",
-    "data.num_workers",
-    "trainer.max_time",
-    "trainer.accelerator",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.fused_attention",
-    "trainer.compile",
-    "trainer.activation_checkpointing",
-    "trainer.log_every_n_steps",
-    "trainer.checkpoint_every",
-    "trainer.keep_every_epochs",
-    "trainer.max_skipped_steps",
-    "logger.",
-    "online.",
-    "image_logging.",
-    "figure",
-)
+    "run.", "logger.", "online.", "image_logging.", "figure",
+    "data.root", "data.train", "data.test", "data.num_workers",
+    "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.max_time", "trainer.max_skipped_steps",
+    "trainer.fused_attention", "trainer.compile", "trainer.activation_checkpointing",
+    "trainer.log_every_n_steps", "trainer.checkpoint_every", "trainer.keep_every_epochs",
+)  # fmt: skip
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -64,27 +54,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def check_version(folder: Path, values: dict[str, Any]) -> None:
-    """Refuse to resume a run of version 0.1, whose config has other keys.
-
-    Raises:
-        UserError: `values` is the config of such a run.
-    """
-    if "accumulate" in values["trainer"]:  # today accumulate_grad_batches
-        raise UserError(
-            f"{folder} is a run of ssl-vit 0.1, which this version cannot resume. Finish it with ssl-vit 0.1, or start "
-            f"a new run with another run.name. Its weights can be evaluated and exported: checkpoint={folder}"
-        )
-
-
 def compare_configs(before: dict[str, Any], now: PretrainConfig | FinetuneConfig) -> list[str]:
     """Return a line for each allowed difference between the config of a run and the one that resumes it.
 
     Keys that only one of them has are ignored, as they come from another version.
 
     Raises:
-        UserError: Listing every key that would change what the run computes.
+        UserError: Listing every key that would change what the run computes; or the run is one of version 0.1, whose
+            config has other keys.
     """
+    if "accumulate" in before["trainer"]:  # today accumulate_grad_batches
+        raise UserError(
+            f"{now.run.path} is a run of ssl-vit 0.1, which this version cannot resume. Finish it with ssl-vit 0.1, or "
+            "start a new run with another run.name. Its weights can be evaluated and exported: "
+            f"checkpoint={now.run.path}"
+        )
     old, new = _flatten(before), _flatten(now.model_dump(mode="json"))
     changed = {key: f"{key}: {old[key]} -> {new[key]}" for key in old if key in new and old[key] != new[key]}
     length = {f"trainer.{key}" for key in LENGTH}
@@ -138,6 +122,62 @@ def check_dataset_unchanged(run: RunConfig, found: ImageDataset) -> tuple[ImageD
     return found.with_names(names), [f"The images have changed ({difference}); the run keeps its own list"]
 
 
+class Splits(NamedTuple):
+    """The labeled images of a fine-tuning."""
+
+    train: Subset
+    val: Subset
+    test: ImageDataset
+    rule: str  # how the test images were chosen
+
+
+def finetune_source(loaded: LoadedBackbone, splits: Splits) -> dict[str, dict[str, Any]]:
+    """Return the hash and age of the model's weights, and the sizes and hashes of the splits.
+
+    A test set of its own is hashed by its names and file sizes.
+    """
+    test = splits.test
+    test_hash = _hash(test.indices) if isinstance(test, Subset) else test.fingerprint(sizes=True)
+    return {
+        "model": {
+            "sha256": state_sha256(loaded.backbone.state_dict()),
+            "epoch": loaded.epoch,
+            "step": loaded.step,
+        },
+        "splits": {
+            "train": {"count": len(splits.train), "hash": _hash(splits.train.indices)},
+            "val": {"count": len(splits.val), "hash": _hash(splits.val.indices)},
+            "test": {"count": len(test), "hash": test_hash},
+        },
+    }
+
+
+def check_source_unchanged(folder: Path, now: dict[str, dict[str, Any]]) -> list[str]:
+    """Return notes about a run that is resumed from the same model and splits.
+
+    Raises:
+        UserError: The images or the model are others than those of the run.
+    """
+    try:
+        before = json.loads((folder / SOURCE).read_text(encoding="utf-8"))
+        splits, model = _format_splits(before["splits"]), _format_model(before["model"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return [f"{folder / SOURCE} cannot be read: model and splits could not be compared with those of the run"]
+    if before["splits"] != now["splits"]:
+        raise UserError(
+            "run.resume=true: the train, val or test images are not those of the run, which had "
+            f"{splits}; now {_format_splits(now['splits'])}. It could be tested on images that it was trained on. Use "
+            "the same data.root, data.train, data.test and files, or another run.name"
+        )
+    if before["model"] != now["model"]:
+        raise UserError(
+            "run.resume=true: checkpoint= contains another model than the one that the run started from: "
+            f"{model}; now {_format_model(now['model'])}. Restore that file, or start from the new model with "
+            "run.overwrite=true, which replaces the run, or another run.name"
+        )
+    return []
+
+
 def _abbreviate(names: set[bytes], most: int = 3) -> str:
     """Return `3 (a.jpg, b.jpg, ...)`."""
     if not names:
@@ -151,3 +191,19 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def _hash(indices: Tensor) -> str:
+    return hashlib.sha256(indices.numpy().tobytes()).hexdigest()
+
+
+def _format_splits(splits: dict[str, Any]) -> str:
+    """Return `150 train, 20 val, 48 test (0a1b2c3d)`: equal counts may be of other images."""
+    counts = [f"{splits[name]['count']:,} {name}" for name in ("train", "val", "test")]
+    return f"{', '.join(counts)} ({splits['test']['hash'][:8]})"
+
+
+def _format_model(model: dict[str, Any]) -> str:
+    """Return `epoch 3, step 120, sha256 0a1b2c3d`."""
+    age = [f"{name} {model[name]}" for name in ("epoch", "step") if model[name] is not None]
+    return ", ".join([*age, f"sha256 {model['sha256'][:8]}"])

@@ -27,7 +27,6 @@ from ssl_vit.training.resume_checks import (
     IMAGES,
     LENGTH,
     check_dataset_unchanged,
-    check_version,
     compare_configs,
     read_config,
 )
@@ -102,12 +101,8 @@ def open_run_dir(
 ) -> RunState:
     """Prepare the directory for a new run, or find the state that its run resumes from.
 
-    Only the first process changes anything.
-
-    Args:
-        config: With `run.extend_to_epochs` applied.
-        dataset: As found now.
-        train_part: Select the images to train on.
+    Only the first process changes anything. `run.extend_to_epochs` is already applied to the config, and `train_part`
+    selects the images to train on.
 
     Raises:
         UserError: The directory already contains a run, there is none to resume, the config or the images have
@@ -136,7 +131,6 @@ def open_run_dir(
 def _resumed(config: AnyRun, dataset: ImageDataset, train_part: Callable[[ImageDataset], ImageDataset]) -> RunState:
     run = config.run
     values = read_config(run.path)
-    check_version(run.path, values)
     notes = compare_configs(values, config)
     dataset, more = check_dataset_unchanged(run, dataset)
     train = train_part(dataset)

@@ -245,9 +245,12 @@ def test_preemption_handler_calls_submitit_after_the_checkpoint(pretrain_config,
     assert seen == [2]
 
 
-def test_run_checkpoint_saves_and_stops_at_max_time(pretrain_config):
+def test_run_checkpoint_saves_and_stops_at_max_time(pretrain_config, capsys):
     run = pretrain(pretrain_config("trainer.max_steps=100000", "trainer.max_time=2s"))
-    assert 0 < state(run)[1] < 100000
+    step = state(run)[1]
+    assert 0 < step < 100000
+    message = f"Stopped and saved after step {step:,} of 100,000, as trainer.max_time is over. Resume with"
+    assert message in capsys.readouterr().out
 
 
 def test_run_checkpoint_keeps_every_nth_epoch(pretrain_config):

@@ -18,14 +18,8 @@ MAX_LOSS_RISE = 0.5  # over its value after the warm-up: as a fraction of it, an
 class HealthMonitor(L.Callback):
     """Checker of the rows of metrics after the learning-rate warm-up; it warns when they stay bad for a while.
 
-    Each warning is given once until the metrics recover, and written to the journal.
-
-    Args:
-        checks: Of the method, most important first; that the loss does not rise is checked before them.
-        journal: Receives the warnings.
-        config_warnings: Those of `check_config`, written to the journal when a new run starts.
-        first_step: End of the warm-up.
-        every: Optimizer steps between two rows.
+    Each warning is given once until the metrics recover, and written to the journal, as are those of `check_config`.
+    The method's checks come most important first; that the loss does not rise is checked before them.
     """
 
     PATIENCE = 10  # rows in a row
@@ -42,8 +36,8 @@ class HealthMonitor(L.Callback):
         self.checks = checks
         self.journal = journal
         self.config_warnings = config_warnings
-        self.first_step = first_step
-        self.every = every
+        self.first_step = first_step  # end of the warm-up
+        self.every = every  # optimizer steps between two rows
         self.step = 0  # the last one checked; with accumulation several batches end within a step
         self.first_loss: float | None = None  # after the warm-up
         self.bad: dict[str, int] = {}  # rows in a row, by warning
@@ -84,13 +78,7 @@ class HealthMonitor(L.Callback):
 
 
 def check_metrics(metrics: Metrics, checks: Sequence[HealthCheck], first_loss: float | None) -> HealthWarning | None:
-    """Return the most important warning about one row of metrics, or None when it looks healthy.
-
-    Args:
-        metrics: The row.
-        checks: Of the method.
-        first_loss: The loss after the warm-up.
-    """
+    """Return the most important warning about one row of metrics, or None; `first_loss` is that after the warm-up."""
     loss = metrics["train/loss"]
     if first_loss is not None and not loss <= first_loss + MAX_LOSS_RISE * max(1.0, abs(first_loss)):
         return HealthWarning(

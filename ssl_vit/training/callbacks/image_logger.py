@@ -46,14 +46,6 @@ class ImageLogger(L.Callback):
     first process. Training does not depend on it: it uses no random numbers, and a figure that cannot be drawn is
     skipped.
 
-    Args:
-        config: The section `image_logging`.
-        run: State of the run; its dataset provides the images unless `config.root` is set.
-        views: Image size and normalization of the method.
-        backbone: Channels and patch size.
-        render: The figures by name; empty: none.
-        skipped: Log of the images that cannot be read.
-
     Raises:
         UserError: There are no images in `image_logging.root`.
     """

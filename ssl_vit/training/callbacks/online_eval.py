@@ -19,11 +19,11 @@ from ssl_vit.data.dataset_factory import TrainTestSplit, build_labeled_folder_sp
 from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.classification.knn import LabeledFeatures, knn
 from ssl_vit.evaluation.classification.ridge_regression import best_ridge, ridge_path
-from ssl_vit.evaluation.features.extractor import BackboneExtractor, Features, extract, validate_features
+from ssl_vit.evaluation.features.extractor import Features, validate_features
 from ssl_vit.evaluation.results.statistics import wilson
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.training.callbacks.validation import extract_in_training
 from ssl_vit.training.checkpointing import BEST, link_checkpoint, read_global_step
 from ssl_vit.training.run_dir import RunState
 
@@ -38,10 +38,6 @@ class OnlineEvalData(NamedTuple):
 
     train: Subset  # kNN searches in them, and the linear classifier is fitted on them
     val: Subset  # disjoint from `train`
-
-    def fingerprint(self) -> str:
-        """Return a text that is equal for equal images in the same parts."""
-        return "".join(part.fingerprint(sizes=False) for part in self)
 
 
 class EvalPoint(NamedTuple):
@@ -98,13 +94,6 @@ class OnlineEval(L.Callback):
     The labels are used for these numbers alone. The first process evaluates, and the others wait for it at the next
     collective operation. Features that cannot be evaluated give NaN, and the run continues.
 
-    Args:
-        config: The section `online`.
-        run: State of the run.
-        views: Image size and normalization.
-        seed: For the selection of images.
-        skipped: Log of the images that cannot be read.
-
     Raises:
         UserError: There are no labeled images in `online.root`.
     """
@@ -123,7 +112,8 @@ class OnlineEval(L.Callback):
         if config.every_epochs:
             self.data = select_online_data(config, run.dataset, seed=seed)
         if self.data:
-            self.protocol = hashlib.sha256(f"{self.data.fingerprint()} {self.names}".encode()).hexdigest()
+            images = "".join(part.fingerprint(sizes=False) for part in self.data)
+            self.protocol = hashlib.sha256(f"{images} {self.names}".encode()).hexdigest()
         self.initial: EvalPoint | None = None  # before the first step
         self.last: EvalPoint | None = None
         self.best: EvalPoint | None = None  # by kNN with the first k; its weights are in best_knn.ckpt
@@ -176,17 +166,14 @@ class OnlineEval(L.Callback):
             return
         started, step = time.perf_counter(), trainer.global_step
         backbone = cast(Backbone, module.eval_backbone)
-        training = backbone.training
-        backbone.eval()
         try:
-            with torch.compiler.set_stance("force_eager"):  # these batches have other sizes
-                train, val = (self._features(backbone, part) for part in self.data)
+            train, val = (
+                extract_in_training(backbone, part, self.transform, skipped=self.skipped) for part in self.data
+            )
             values = accuracies(train, val, ks=self.config.k)
         except UserError as error:  # also if the files were deleted while training continues from memory
             log.warning(f"no online accuracy at step {step:,}: {error}")
             values = dict.fromkeys(self.names, math.nan)
-        finally:
-            backbone.train(training)
         row = {**values, "online/seconds": time.perf_counter() - started, "epoch": trainer.current_epoch}
         for logger in trainer.loggers:
             logger.log_metrics(row, step=max(0, step - 1))
@@ -201,11 +188,6 @@ class OnlineEval(L.Callback):
         self.improved = point.values[self.names[0]] > best
         if self.improved:
             self.best = point
-
-    def _features(self, backbone: Backbone, dataset: Subset) -> Features:
-        loaded = LoadedBackbone(backbone, self.transform.mean, self.transform.std, "the run", None, None)
-        extractor = BackboneExtractor(loaded, self.transform, blocks=1)
-        return extract(extractor, dataset, batch_size=256, num_workers=0, skipped=self.skipped, show=False)
 
     def plan(self) -> list[str]:
         """Return a line on what will be evaluated, and how precise it is; nothing if it is turned off."""

@@ -47,11 +47,7 @@ class PreemptionHandler(L.Callback):
             signal.raise_signal(number)
 
     def requeue_job(self) -> str | None:
-        """Requeue the SLURM job, or let submitit do so, once the run is saved.
-
-        Returns:
-            What happened, as a message; None if nothing did.
-        """
+        """Requeue the SLURM job, or let submitit do so, once the run is saved; return what happened, if anything."""
         if os.name != "posix" or self.received is None:
             return None
         job = slurm_job()

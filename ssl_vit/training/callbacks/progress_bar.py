@@ -19,9 +19,6 @@ class TrainingProgressBar(ProgressBar):
 
     Lightning logs a step only after the callbacks have seen its end; here its row is written before they save a
     checkpoint of it. The times are those of the method's step timer, which add up to the wall time.
-
-    Args:
-        plan: Of the run.
     """
 
     def __init__(self, plan: TrainingPlan) -> None:

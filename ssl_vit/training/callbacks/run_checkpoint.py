@@ -23,12 +23,7 @@ class RunCheckpoint(L.Callback):
     a weight that is not finite is not saved: the run stops at the checkpoint before. All processes save, and stop,
     after the same step.
 
-    Args:
-        folder: For the checkpoints.
-        config: Its `checkpoint_every`, `max_time` and `keep_every_epochs`.
-        signals: Whether a stop was requested.
-        is_best: Whether this step is the best so far; its callback must see the end of the step first.
-        resume_with: How to resume, for messages.
+    The callback that `is_best` asks must see the end of a step before this one; `resume_with` is for messages.
 
     Raises:
         AllRanksError: From a hook of Lightning: a checkpoint cannot be written, for example because the disk is full.
@@ -52,7 +47,7 @@ class RunCheckpoint(L.Callback):
         self.keep_every_epochs = config.keep_every_epochs
         self.io = AtomicCheckpointIO()
         self.saved_step = 0  # optimizer steps in the newest checkpoint
-        self.diverged = False
+        self.diverged = self.timed_out = False
 
     @property
     def resume_hint(self) -> str:
@@ -73,10 +68,11 @@ class RunCheckpoint(L.Callback):
         epoch = trainer.current_epoch + 1
         keep = bool(trainer.is_last_batch and self.keep_every_epochs and epoch % self.keep_every_epochs == 0)
         now = time.monotonic()
-        requested = self.signals.received is not None or now - self.started > self.max_time
+        over = now - self.started > self.max_time
         wait = self.every / 10 if trainer.is_last_batch and self.saved_step else self.every
         due = now - self.saved > wait or (trainer.is_last_batch and not self.saved_step)
-        stop, due = any_rank(requested, due or self.is_best())
+        self.timed_out, interrupted, due = any_rank(over, self.signals.received is not None, due or self.is_best())
+        stop = self.timed_out or interrupted
         if stop or keep or due or trainer.global_step == trainer.max_steps:
             names = [f"epoch_{epoch:04d}.ckpt"] if keep else []
             self._save(trainer, module, [*names, BEST] if self.is_best() else names)

@@ -29,11 +29,8 @@ class _Step(NamedTuple):
 class SkippedSteps(L.Callback):
     """Log of the images that each process had in a skipped step; it stops the run after too many steps in a row.
 
-    Args:
-        journal: Receives a line per step and process: the images by index, name and random key, the loss, and the
-            parameters whose gradient was not finite.
-        dataset: The training images.
-        max_in_a_row: Steps in a row that may be skipped.
+    The journal receives a line per step and process: the training images by index, name and random key, the loss, and
+    the parameters whose gradient was not finite.
     """
 
     def __init__(self, journal: JSONLWriter, dataset: ImageDataset, *, max_in_a_row: int) -> None:

@@ -1,4 +1,4 @@
-"""Accuracy on validation images during fine-tuning."""
+"""Features and predictions of a model in training, and the accuracy on validation images during fine-tuning."""
 
 from __future__ import annotations
 
@@ -9,23 +9,15 @@ from torch import Tensor
 
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog
 from ssl_vit.data.transforms.eval_transform import EvalTransform
-from ssl_vit.evaluation.features.extractor import BackboneExtractor, extract
+from ssl_vit.evaluation.features.extractor import BackboneExtractor, Features, extract
 from ssl_vit.methods.finetune import Classifier, FineTune
+from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.device import upcast
 
-_BATCH_SIZE = 256
-
 
 class ValidationCallback(L.Callback):
-    """Logger of `val/top1` and `val/loss` (cross-entropy) every n epochs and at the end.
-
-    Args:
-        dataset: Validation images.
-        transform: Of the evaluation.
-        every_epochs: n; None: never.
-        skipped: Log of the images that cannot be read.
-    """
+    """Logger of `val/top1` and `val/loss` (cross-entropy) every n epochs and at the end; None: never."""
 
     def __init__(
         self, dataset: ImageDataset, transform: EvalTransform, *, every_epochs: int | None, skipped: SkippedImageLog
@@ -51,14 +43,23 @@ def predict(
     model: Classifier, dataset: ImageDataset, transform: EvalTransform, *, skipped: SkippedImageLog, show: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return logits (N, classes), labels (N,) and indices (N,) of all readable images."""
-    training = model.training
-    model.eval()
-    loaded = LoadedBackbone(model.backbone, transform.mean, transform.std, "the run", None, None)
-    with torch.compiler.set_stance("force_eager"):  # these batches have other sizes
-        extractor = BackboneExtractor(loaded, transform, blocks=1)
-        features = extract(extractor, dataset, batch_size=_BATCH_SIZE, num_workers=0, skipped=skipped, show=show)
+    features = extract_in_training(model.backbone, dataset, transform, skipped=skipped, show=show)
     with torch.no_grad():
-        head = model.head
-        logits = head(features.cls[:, -1].float().to(next(head.parameters()).device))
-    model.train(training)
+        logits = model.head(features.cls[:, -1].float().to(model.backbone.device))
     return upcast(logits).cpu(), features.labels, features.index
+
+
+def extract_in_training(
+    backbone: Backbone, dataset: ImageDataset, transform: EvalTransform, *, skipped: SkippedImageLog, show: bool = False
+) -> Features:
+    """Return the features of the last block, in evaluation mode, of a backbone that is being trained."""
+    extractor = BackboneExtractor(
+        LoadedBackbone(backbone, transform.mean, transform.std, "the run", None, None), transform, blocks=1
+    )
+    training = backbone.training
+    backbone.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):  # these batches have other sizes
+            return extract(extractor, dataset, batch_size=256, num_workers=0, skipped=skipped, show=show)
+    finally:
+        backbone.train(training)

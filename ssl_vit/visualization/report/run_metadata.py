@@ -67,16 +67,13 @@ def _near(path: Path) -> str:
 
 
 def _model(loaded: LoadedBackbone, run: RunFolder) -> dict[str, str]:
-    backbone, config = loaded.backbone, loaded.backbone.config
     params = sum(parameter.numel() for parameter in loaded.backbone.parameters())
     epoch = "" if loaded.epoch is None else f" (in epoch {loaded.epoch + 1})"
     reached = "" if loaded.step is None else f", after {loaded.step:,} steps{epoch}"
     trained = datetime.fromtimestamp(_newest(run), UTC)
     here = f"{Path.cwd()}/"
-    registers = f", {_counted(config.reg_tokens, 'register')}" if config.reg_tokens else ""
     return {
-        "model": f"{config.name}: width {backbone.embed_dim}, {backbone.num_blocks} blocks, {backbone.num_heads} "
-        f"heads{registers}, images of {config.img_size} pixels in patches of {config.patch_size}",
+        "model": f"{loaded.backbone.config.name}: {loaded.backbone.describe()}",
         "parameters": f"{params:,}",
         "checkpoint": f"{loaded.source.removeprefix(here)}{reached}",
         "checkpoint sha256": loaded.sha256 or "",

@@ -69,7 +69,26 @@ def test_check_config_warnings_are_printed_and_logged(pretrain_config, capsys):
     assert told == ["short-epochs", "hot-teacher", "slow-teacher"]
     output = capsys.readouterr().out
     assert "Health: [hot-teacher] a teacher temperature of 0.3 is above 0.07" in output
-    assert "Health: [short-epochs] an epoch is only 12 steps, so method.freeze_last_layer=1 epochs" in output
+    assert "Health: [short-epochs] an epoch is only 12 steps, so method.freeze_last_layer=1 epoch may be" in output
+    assert "as in method.freeze_last_layer=10%." in output
+
+
+@pytest.mark.parametrize(
+    ("steps", "momentum", "remedy"),
+    [
+        (300, 0.996, "'method.teacher.momentum=[0.98,0.995]'"),
+        (100, 0.98, "'method.teacher.momentum=[0.96,0.995]'"),  # the proposal is another value than the one that is set
+        (20, 0.98, "Train longer."),
+    ],
+)
+def test_check_config_proposes_a_momentum_that_fits_the_run(pretrain_config, steps, momentum, remedy):
+    given = (f"method.teacher.momentum=[{momentum},1.0]", "method.freeze_last_layer=0epochs")
+    config = pretrain_config(f"trainer.max_steps={steps}", *given)
+    (warning,) = check_config(config.method, make_plan(config, 160), peak_lr=1e-3)
+    assert warning.name == "slow-teacher"
+    assert remedy in warning.remedy
+    shorter = pretrain_config(f"trainer.max_steps={steps}", *given, "method.teacher.momentum=[0.96,0.995]")
+    assert bool(check_config(shorter.method, make_plan(shorter, 160), peak_lr=1e-3)) == (steps == 20)
 
 
 # --- as it happens ---------------------------------------------------------------------------------------------

@@ -151,12 +151,14 @@ def test_online_eval_limits_k_to_the_train_images(pretrain_config, capsys):
 
 @pytest.mark.parametrize("value", [math.nan, 1.0])
 def test_online_eval_logs_nan_for_unusable_features(pretrain_config, monkeypatch, caplog, value):
+    original = online.extract_in_training
+
     def spoiled(*args, **kwargs):
-        features = extract(*args, **kwargs)
+        features = original(*args, **kwargs)
         features.cls.fill_(value)
         return features
 
-    monkeypatch.setattr(online, "extract", spoiled)
+    monkeypatch.setattr(online, "extract_in_training", spoiled)
     run = pretrain(pretrain_config("trainer.max_steps=4", *SMALL_EPOCHS))
     assert state(run)[1] == 4
     for name in COLUMNS:
