@@ -60,11 +60,6 @@ class SSLMethod(L.LightningModule):
 
     The trained model is called `student` and its moving average, if there is one, `teacher`; both have a `backbone`.
     Checkpoints are read by these names. All schedules are functions of the optimizer step.
-
-    Args:
-        config: Section `method` of the configuration.
-        views: Number, size and normalization of the views.
-        plan: Length of the run.
     """
 
     losses_finite: Tensor
@@ -104,10 +99,7 @@ class SSLMethod(L.LightningModule):
 
     @abstractmethod
     def forward(self, global_views: Tensor, local_views: Tensor) -> Sequence[Tensor]:
-        """Compute the models' outputs on the views of a step, without augmentation and losses.
-
-        Its floating-point operations are counted on tensors that have a shape and no values.
-        """
+        """Compute the models' outputs on the views of a step, without augmentation and losses, to count their FLOPs."""
 
     @property
     @abstractmethod
@@ -146,12 +138,9 @@ class SSLMethod(L.LightningModule):
         return self.schedules["lr"](self.warmup_steps)
 
     def after_optimizer_step(self, step: int, applied: Tensor) -> None:
-        """Update what follows the trained parameters, such as a teacher, once per optimizer step.
+        """Update what follows the trained parameters, such as a teacher, after each optimizer step, from 0.
 
-        Args:
-            step: Optimizer step, from 0.
-            applied: () bool, whether the step was applied and not skipped; on the device, where reading it would make
-                the CPU wait.
+        `applied` () bool is False if it was skipped; it is on the device, where reading it would make the CPU wait.
         """
 
     def scheduled(self, name: str) -> float:

@@ -27,14 +27,12 @@ class DINOModel(nn.Module):
     def __init__(self, backbone: Backbone, config: DINOConfig) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = DINOHead(backbone.embed_dim, **config.head.model_dump())
+        self.head = DINOHead(backbone.embed_dim, config.head)
 
     def forward(self, *resolutions: Tensor, key: Tensor | None = None) -> tuple[FactoredLogits, Tensor]:
-        """Compute logits (Σ V·B, K) and [CLS] tokens (Σ V·B, D).
+        """Compute logits (Σ V·B, K) and [CLS] tokens (Σ V·B, D) of images (V·B, C, H, W) of one resolution each.
 
-        Args:
-            resolutions: Images (V·B, C, H, W) of one resolution each.
-            key: Sample keys (Σ V·B,) of all images, needed for drop path in training.
+        Sample keys (Σ V·B,) of all images are for drop path in training.
         """
         keys = [None] * len(resolutions) if key is None else torch.split(key, [len(images) for images in resolutions])
         cls = torch.cat([self.backbone(images, k).cls for images, k in zip(resolutions, keys, strict=True)])
@@ -57,12 +55,11 @@ class DINO(SSLMethod):
     def make_schedules(cls, config: DINOConfig, plan: TrainingPlan) -> dict[str, Schedule]:
         teacher, steps, per_epoch = config.teacher, plan.total_steps, plan.steps_per_epoch
         warmup_epochs = -(-teacher.warmup.steps(per_epoch, steps) // per_epoch)
+        temperatures = teacher.warmup_temperature, teacher.temperature
         return {
             **super().make_schedules(config, plan),
             "teacher_momentum": cosine(*teacher.momentum, steps),
-            "teacher_temperature": teacher_temperature(
-                teacher.warmup_temperature, teacher.temperature, warmup_epochs, per_epoch
-            ),
+            "teacher_temperature": teacher_temperature(*temperatures, warmup_epochs, per_epoch),
         }
 
     @property

@@ -39,15 +39,7 @@ class Classifier(nn.Module):
 
 
 class FineTune(SSLMethod):
-    """Supervised training with mixup, CutMix and label smoothing, by the same loop as the other methods.
-
-    Args:
-        config: Augmentation and optimizer.
-        views: Result of `single_view_config`.
-        backbone: Model to train.
-        classes: Number of classes.
-        plan: Length of the run.
-    """
+    """Supervised training with mixup, CutMix and label smoothing on the views of `single_view_config`."""
 
     config: FinetuneMethodConfig
 

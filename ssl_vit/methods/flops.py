@@ -33,15 +33,14 @@ class Flops(NamedTuple):
 
 
 def count_flops(model: nn.Module, *shapes: Sequence[int]) -> Flops:
-    """Count the matrix products of a forward and a backward pass on one image.
+    """Count the matrix products of a forward and a backward pass on one image; nothing is computed.
 
     A trained model thus counts three times its forward pass, its patch embedding twice (images need no gradient), and a
-    teacher once. Not counted are element-wise operations (norms, softmax, optimizer) and what an implementation
-    computes twice to save memory.
+    teacher once. Not counted are element-wise operations and what is computed twice to save memory.
 
     Args:
         model: Anything that contains backbones; its `forward` returns a sequence of tensors.
-        shapes: Of the inputs of `forward`. Nothing is computed: tensors have a shape and no values.
+        shapes: Of the inputs of `forward`.
     """
     with _plain_modules(model), FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
         tensors = {

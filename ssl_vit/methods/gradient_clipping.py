@@ -21,11 +21,8 @@ class SkippedStep(NamedTuple):
 class FiniteCheck:
     """Decision whether an optimizer step is applied, the same in all processes and made on the device.
 
-    Args:
-        names: P parameters with a gradient.
-        gradient_norms: (P,).
-        finite: () bool, whether the losses of the step are finite.
-        loss_scale: Of 16-mixed.
+    From the names and gradient norms (P,) of P parameters, () bool `finite`: whether the losses of the step are, and
+    the loss scale of 16-mixed.
     """
 
     def __init__(
@@ -37,9 +34,8 @@ class FiniteCheck:
         anywhere = all_reduce_max(torch.stack([~finite, broken.any()]).int()).bool()  # (2,): a loss, a gradient
         self.applied = ~anywhere.any()  # () bool, on the device
         self._on_cpu = torch.cat([anywhere, broken]).to("cpu", non_blocking=True)  # (2 + P,)
-        self._arrived = (
-            torch.cuda.current_stream(gradient_norms.device).record_event() if gradient_norms.is_cuda else None
-        )
+        on_gpu = gradient_norms.is_cuda
+        self._arrived = torch.cuda.current_stream(gradient_norms.device).record_event() if on_gpu else None
 
     def skipped(self) -> SkippedStep | None:
         """Return the step if it was skipped; waits until the device has decided."""
@@ -54,13 +50,8 @@ class FiniteCheck:
 
 
 def clip_grad_per_parameter(gradients: list[Tensor], gradient_norms: Tensor, limit: float) -> None:
-    """Scale each parameter's gradient down to an L2 norm of at most `limit`, one by one (DINO, `clip_gradients`).
+    """Scale each of P gradients down to an L2 norm of at most `limit`, in place, from their norms (P,).
 
-    This differs from clipping by the norm of all gradients together.
-
-    Args:
-        gradients: P tensors, changed in place.
-        gradient_norms: (P,).
-        limit: Above 0.
+    Not by the norm of all together (DINO, `clip_gradients`).
     """
     torch._foreach_mul_(gradients, (limit / (gradient_norms + 1e-6)).clamp(max=1).unbind())

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ssl_vit.config.methods import DINOHeadConfig
 from ssl_vit.losses.dino import FactoredLogits
 from ssl_vit.runtime.device import upcast
 
@@ -61,19 +62,10 @@ class DINOHead(nn.Module):
     Names and shapes are the official ones: mlp.{0,2,4}.{weight,bias}, last_layer.weight_g, last_layer.weight_v.
     """
 
-    def __init__(
-        self,
-        embed_dim: int,
-        *,
-        prototypes: int,
-        hidden_dim: int,
-        bottleneck_dim: int,
-        layers: int,
-        norm_last_layer: bool,
-    ) -> None:
+    def __init__(self, embed_dim: int, config: DINOHeadConfig) -> None:
         super().__init__()
-        self.mlp = mlp([embed_dim, *[hidden_dim] * (layers - 1), bottleneck_dim])
-        self.last_layer = Prototypes(bottleneck_dim, prototypes, norm_last_layer=norm_last_layer)
+        self.mlp = mlp([embed_dim, *[config.hidden_dim] * (config.layers - 1), config.bottleneck_dim])
+        self.last_layer = Prototypes(config.bottleneck_dim, config.prototypes, norm_last_layer=config.norm_last_layer)
 
     def forward(self, cls: Tensor) -> FactoredLogits:  # (B, D) -> (B, K)
         bottleneck = upcast(self.mlp(cls))  # in bfloat16 the norm would be off by up to 0.3 %
@@ -95,7 +87,7 @@ def mlp(dims: list[int]) -> nn.Sequential:
 class ReconstructionHead(nn.Module):
     """Head from patch tokens to pixels: a transposed convolution with kernel and stride of a patch (SiT v1)."""
 
-    def __init__(self, embed_dim: int, *, patch_size: int, in_chans: int) -> None:
+    def __init__(self, embed_dim: int, patch_size: int, in_chans: int) -> None:
         super().__init__()
         self.deconvolution = nn.ConvTranspose2d(embed_dim, in_chans, kernel_size=patch_size, stride=patch_size)
 

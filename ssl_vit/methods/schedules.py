@@ -26,9 +26,8 @@ def make_plan(config: TrainingConfig | FinetuneConfig, num_images: int) -> Train
     """Return the plan of a run on so many images."""
     steps_per_epoch = max(1, num_images // config.data.batch_size)
     total_steps = config.trainer.max_steps or config.trainer.max_epochs * steps_per_epoch
-    return TrainingPlan(
-        total_steps, steps_per_epoch, config.data.batch_size, config.trainer.log_every_n_steps, config.seed
-    )
+    log_every = config.trainer.log_every_n_steps
+    return TrainingPlan(total_steps, steps_per_epoch, config.data.batch_size, log_every, config.seed)
 
 
 def cosine(start: float, end: float, total_steps: int, warmup_steps: int = 0) -> Schedule:

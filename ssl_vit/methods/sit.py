@@ -47,19 +47,12 @@ class SiTModel(nn.Module):
             hidden = [contrastive.hidden_dim] if contrastive.head == "mlp" else []
             self.heads["contrastive"] = mlp([dim, *hidden, contrastive.dim])
         if config.reconstruction.enabled:
-            self.heads["reconstruction"] = ReconstructionHead(
-                dim, patch_size=backbone.patch_size, in_chans=backbone.in_chans
-            )
+            self.heads["reconstruction"] = ReconstructionHead(dim, backbone.patch_size, backbone.in_chans)
 
     def forward(self, images: Tensor, key: Tensor | None = None) -> tuple[Tokens, dict[str, Tensor]]:
-        """Compute the tokens of (B, C, H, W) and the heads' outputs.
+        """Compute the tokens of (B, C, H, W), and the heads' outputs by loss; sample keys (B,) are for drop path.
 
-        Args:
-            images: (B, C, H, W).
-            key: Sample keys (B,), needed for drop path in training.
-
-        Returns:
-            Tokens, and by loss: rotation (B, 4), contrastive (B, dim), reconstruction (B, C, H, W).
+        The outputs: rotation (B, 4), contrastive (B, dim), reconstruction (B, C, H, W).
         """
         tokens = self.backbone(images, key)
         outputs = {}

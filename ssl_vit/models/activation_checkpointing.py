@@ -20,28 +20,24 @@ from torch.utils.checkpoint import (
 
 from ssl_vit.models.drop_path import DropPath
 
-Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]  # of the two passes
-
+_Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]  # of the two passes
 _KEPT = {torch.ops.aten.addmm.default, torch.ops.aten.mm.default}
 
 
 def enable_activation_checkpointing(blocks: Iterable[Block], *, whole_blocks: bool) -> None:
-    """Change blocks in place to recompute norms, attention and GELU in the backward pass.
+    """Change blocks in place to recompute norms, attention and GELU in the backward pass, with the same results.
 
-    Args:
-        blocks: Blocks to change; their results stay the same.
-        whole_blocks: Recompute the linear layers as well, which compiled blocks need.
+    With `whole_blocks` they recompute the linear layers as well, which compiled blocks need.
     """
-    contexts: Contexts = (
-        noop_context_fn if whole_blocks else partial(create_selective_checkpoint_contexts, _keep_linear_layers)
-    )
+    selective = partial(create_selective_checkpoint_contexts, _keep_linear_layers)
+    contexts: _Contexts = noop_context_fn if whole_blocks else selective
     for block in blocks:
         paths = [module for module in block.modules() if isinstance(module, DropPath)]
         block.forward = partial(_checkpointed_forward, block.forward, paths, contexts)
 
 
 def _checkpointed_forward(
-    forward: Callable[[Tensor], Tensor], paths: list[DropPath], contexts: Contexts, x: Tensor
+    forward: Callable[[Tensor], Tensor], paths: list[DropPath], contexts: _Contexts, x: Tensor
 ) -> Tensor:
     if not torch.is_grad_enabled():
         return forward(x)

@@ -41,7 +41,7 @@ def extract_last_block(backbone: Backbone, images: Tensor) -> list[LastBlockFeat
     with capture_qk(backbone, lambda _block, queries, keys: captured.append((queries, keys)), blocks=[-1]):
         tokens = backbone.tokens(images)  # (B, prefix + N, D)
     queries, keys = captured[0]
-    grid = images.shape[-2] // backbone.patch_size, images.shape[-1] // backbone.patch_size
+    grid = backbone.grid(images)
     maps = cls_attention_from_qk(backbone, queries, keys).cpu() if backbone.has_cls else None
     prefix = backbone.num_prefix_tokens
     patch_keys, patches = keys[:, :, prefix:].float().cpu(), tokens[:, prefix:].float().cpu()
@@ -71,15 +71,14 @@ def cls_attention(backbone: Backbone, images: Tensor, *, blocks: Sequence[int] =
         UserError: A block does not compute the plain softmax(q k) attention.
     """
     maps: list[Tensor] = []
-    with capture_qk(
-        backbone,
-        lambda _block, queries, keys: maps.append(cls_attention_from_qk(backbone, queries, keys)),
-        blocks=blocks,
-    ):
+
+    def visit(_block: int, queries: Tensor, keys: Tensor) -> None:
+        maps.append(cls_attention_from_qk(backbone, queries, keys))
+
+    with capture_qk(backbone, visit, blocks=blocks):
         backbone.tokens(images)
-    grid = images.shape[-2] // backbone.patch_size, images.shape[-1] // backbone.patch_size
     stacked = torch.stack(maps)  # (blocks, B, heads, N)
-    return stacked.view(*stacked.shape[:3], *grid)
+    return stacked.view(*stacked.shape[:3], *backbone.grid(images))
 
 
 def cls_attention_from_qk(backbone: Backbone, queries: Tensor, keys: Tensor) -> Tensor:
@@ -106,7 +105,7 @@ def capture_qk(backbone: Backbone, visit: Visit, *, blocks: Sequence[int]) -> It
     They are captured after the projection, so that the model still computes with its fused kernel.
 
     Args:
-        backbone: The model; its hooks are removed at the end.
+        backbone: The model.
         visit: Called in the order of the blocks with the block index, and queries and keys before scaling.
         blocks: Block indices; negative ones count from the end.
 

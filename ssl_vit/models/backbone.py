@@ -45,9 +45,6 @@ class Backbone(nn.Module):
     Initialization and interpolation of the position embeddings are timm's. DINO's differ slightly: its class token is
     initialized with std .02 instead of 1e-6, and it interpolates without antialiasing.
 
-    Args:
-        config: Name, sizes, initialization and drop path.
-
     Raises:
         UserError: timm does not know the name, or it is not a plain ViT, or it has batch norm.
     """
@@ -92,12 +89,7 @@ class Backbone(nn.Module):
         return self
 
     def forward(self, images: Tensor, key: Tensor | None = None) -> Tokens:
-        """Compute the tokens of the last block, after the final norm.
-
-        Args:
-            images: (B, C, H, W) float.
-            key: Sample keys (B,) int64, needed for drop path in training.
-        """
+        """Compute the tokens of (B, C, H, W) float; sample keys (B,) int64 are for drop path in training."""
         if self.training and self.drop_paths:
             sample_drop_paths(self.drop_paths, key, images.device)
         return self._split(self.tokens(images), images)
@@ -119,10 +111,13 @@ class Backbone(nn.Module):
         tokens, patches = self.vit.forward_intermediates(images, output_fmt="NLC")
         return tokens, patches
 
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """Return the rows and columns of patches of images (..., H, W)."""
+        return images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
+
     def _split(self, tokens: Tensor, images: Tensor) -> Tokens:
-        prefix = self.vit.num_prefix_tokens  # [CLS], then the registers
-        grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
-        return Tokens(tokens[:, 0], tokens[:, 1:prefix], tokens[:, prefix:], grid)
+        prefix = self.num_prefix_tokens  # [CLS], then the registers
+        return Tokens(tokens[:, 0], tokens[:, 1:prefix], tokens[:, prefix:], self.grid(images))
 
     def set_fused_attention(self, fused: bool) -> None:
         """Choose between torch's fused attention and plain matrix products, which give the same result."""
@@ -234,7 +229,7 @@ def _create(config: BackboneConfig) -> VisionTransformer:
         with _quiet_timm():
             vit = timm.create_model(config.name, pretrained=False, **arguments)
     except TypeError:  # of a class without these arguments
-        raise UserError(f"backbone.name={config.name} is {UNSUPPORTED_MESSAGE}") from None
+        vit = None
     if type(vit) is not VisionTransformer:
         raise UserError(f"backbone.name={config.name} is {UNSUPPORTED_MESSAGE}")
     if any(isinstance(module, _BatchNorm) for module in vit.modules()):

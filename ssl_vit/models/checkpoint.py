@@ -26,7 +26,6 @@ CHECKPOINT_KEY = "ssl_vit"  # entry in a Lightning checkpoint with method, backb
 LAST = "last.ckpt"  # everything that is needed to resume a run
 
 Weights = Literal["teacher", "student"]
-StateDict = Mapping[str, Tensor]
 
 # Raised by values of a wrong kind, shape or size in a file.
 _MISFIT = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError, ArithmeticError)
@@ -88,10 +87,11 @@ def random_init_like(loaded: LoadedBackbone, seed: int) -> LoadedBackbone:
         torch.manual_seed(seed)
         backbone = Backbone(loaded.backbone.config)
     source = f"random weights, seed {seed}"
-    return LoadedBackbone(_frozen(backbone), loaded.mean, loaded.std, source, sha256=None, run=None)
+    backbone.requires_grad_(False).eval()
+    return LoadedBackbone(backbone, loaded.mean, loaded.std, source, sha256=None, run=None)
 
 
-def _build_and_load(config: BackboneConfig, state: StateDict, origin: str) -> Backbone:
+def _build_and_load(config: BackboneConfig, state: Mapping[str, Tensor], origin: str) -> Backbone:
     """Build a frozen backbone from weights under timm's names, whose keys and shapes must match exactly.
 
     Memory is allocated only after the sizes in the configuration have been compared with those of the weights.
@@ -103,19 +103,18 @@ def _build_and_load(config: BackboneConfig, state: StateDict, origin: str) -> Ba
         _check_state_dict(Backbone(config), state, origin)
     backbone = Backbone(config)
     backbone.vit.load_state_dict(dict(state))
-    return _frozen(backbone)
+    return backbone.requires_grad_(False).eval()
 
 
-def _check_state_dict(backbone: Backbone, state: StateDict, origin: str) -> None:
+def _check_state_dict(backbone: Backbone, state: Mapping[str, Tensor], origin: str) -> None:
     expected = backbone.vit.state_dict()
-    missing = sorted(expected.keys() - state.keys())
-    unexpected = sorted(state.keys() - expected.keys())
     misshaped = [
         f"{name} {tuple(state[name].shape)} instead of {tuple(expected[name].shape)}"
-        for name in expected.keys() & state.keys()
+        for name in sorted(expected.keys() & state.keys())
         if state[name].shape != expected[name].shape
     ]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": sorted(misshaped)}
+    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
     if any(problems.values()):
         lines = [f"  {what}: {_shortened(keys)}" for what, keys in problems.items() if keys]
         raise UserError("\n".join([f"{origin} does not fit {backbone.config.name}", *lines]))
@@ -126,16 +125,11 @@ def _shortened(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _frozen(backbone: Backbone) -> Backbone:
-    return backbone.requires_grad_(False).eval()
-
-
 def _file_of(path: Path) -> Path:
     """Return the file to read: in a run directory the last checkpoint, else the exported backbone."""
     candidates = [path / "checkpoints" / LAST, path / "backbone.safetensors"] if path.is_dir() else [path]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
+    if found := next((candidate for candidate in candidates if candidate.is_file()), None):
+        return found
     if path.is_dir():
         raise UserError(f"checkpoint={path}: no checkpoints/last.ckpt and no backbone.safetensors in this directory")
     hint = f"; timm models are written as timm:{path}" if timm.is_model(str(path)) else _name_nearby(path)

@@ -38,12 +38,9 @@ def replace_drop_path(vit: VisionTransformer) -> list[DropPath]:
 
 
 def sample_drop_paths(paths: list[DropPath], key: Tensor | None, device: torch.device) -> None:
-    """Sample the branches that each image skips in the next training pass.
+    """Sample the branches of a model that each image skips in the next training pass, from sample keys (B,) int64.
 
-    Args:
-        paths: All drop paths of a model.
-        key: Sample keys (B,) int64.
-        device: Of the images. Sampling takes place on the CPU, which does not wait for a GPU.
+    On the CPU, which does not wait for the `device` of the images.
 
     Raises:
         ValueError: The key is None.

@@ -42,7 +42,11 @@ def convert_official_checkpoint(
     """
     nested = next((key for key in (weights, "model", "state_dict") if isinstance(content.get(key), dict)), None)
     state = content[nested] if nested else content
-    state = {_strip_prefixes(key): value for key, value in state.items() if isinstance(value, Tensor)}
+    state = {
+        key.removeprefix("module.").removeprefix("backbone."): value
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
     state = {key: value for key, value in state.items() if not key.startswith(_NOT_BACKBONE)}
     if "contrastive_token" in state:
         state = _sit_to_timm(state)
@@ -50,10 +54,6 @@ def convert_official_checkpoint(
         found = ", ".join(list(content)[:6]) or "nothing"
         raise UserError(f"{origin}: not a checkpoint of ssl-vit, nor a DINO or SiT file; its keys: {found}")
     return _architecture(state, origin), state, nested or "backbone"
-
-
-def _strip_prefixes(key: str) -> str:
-    return key.removeprefix("module.").removeprefix("backbone.")
 
 
 def _sit_to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -44,11 +44,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write plain containers as a JSON file, atomically.
-
-    Raises:
-        OSError: The disk is full, or `path` cannot be written to.
-    """
+    """Write plain containers as a JSON file with `atomic_write`."""
     with atomic_write(path) as file:
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         file.write(text.encode("utf-8", "backslashreplace"))  # undecodable bytes of file names
@@ -88,9 +84,8 @@ class JSONLWriter:
 
     def read(self) -> list[dict[str, Any]]:
         """Return all lines, parsed."""
-        if not self.path.is_file():
-            return []
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        return [json.loads(line) for line in lines]
 
 
 def _step(line: bytes) -> float:

@@ -63,23 +63,17 @@ def prefer_compile(device: torch.device) -> bool:
     return device.type == "cuda" and compiler and headers.is_file()
 
 
-_MIN_SIZE = 256
 _DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @cache
 def matmul_peak(device_type: str, precision: str) -> float:
-    """Return the peak FLOP/s of a square matrix product, measured once per process with its threads.
-
-    Args:
-        device_type: cpu or cuda.
-        precision: Lightning's name: 32-true, bf16-mixed or 16-mixed.
-    """
+    """Return `measure_matmul`, measured once per process with its threads."""
     return measure_matmul(device_type, precision, seconds=0.3)
 
 
 def measure_matmul(device_type: str, precision: str, *, seconds: float) -> float:
-    """Measure the FLOP/s of the fastest product of two square matrices within a time.
+    """Measure the peak FLOP/s of a product of two square matrices, on cpu or cuda, in Lightning's `precision`.
 
     The matrices have 2048 rows on a CPU and 8192 on a GPU, or fewer if one product would take longer than `seconds`.
     """
@@ -88,7 +82,7 @@ def measure_matmul(device_type: str, precision: str, *, seconds: float) -> float
         a, b = torch.rand(2, size, size, device=device_type).to(dtype).unbind()
         probe = a[: size // 16], b[:, : size // 16]
         torch.mm(*probe)  # the first call includes setup
-        if size <= _MIN_SIZE or _time_matmul(*probe) * 16**2 < seconds:
+        if size <= 256 or _time_matmul(*probe) * 16**2 < seconds:
             break
         size //= 2
     best, end = float("inf"), time.perf_counter() + seconds
@@ -97,7 +91,7 @@ def measure_matmul(device_type: str, precision: str, *, seconds: float) -> float
     return 2 * size**3 / best
 
 
-def _time_matmul(a: torch.Tensor, b: torch.Tensor) -> float:
+def _time_matmul(a: Tensor, b: Tensor) -> float:
     synchronize(a.device)
     start = time.perf_counter()
     torch.mm(a, b)

@@ -25,9 +25,7 @@ def is_rank_zero() -> bool:
 
 def torchrun_rank() -> tuple[int, int]:
     """Return the rank and the world size that torchrun set; (0, 1) without torchrun."""
-    if "RANK" not in os.environ:
-        return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if "RANK" in os.environ else (0, 1)
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of glibc's mallopt

@@ -84,12 +84,8 @@ def uniform(key: Tensor, count: int) -> Tensor:
 def normal(key: Tensor, count: int, *, where: Tensor | None = None) -> Tensor:
     """Draw (*key.shape, count) float32, standard normal, two from each 64 bits (Box & Muller, 1958); at most 6.7.
 
-    Computed on the device of `key`; devices agree up to rounding.
-
-    Args:
-        key: Any shape, int64.
-        count: Draws per key.
-        where: (*key.shape, count) bool: the draws that are needed. On the CPU the others are 0 and not computed.
+    Devices agree up to rounding. `where` (*key.shape, count) bool are the draws that are needed: on the CPU the others
+    are 0 and not computed.
     """
     pairs = -(-count // 2)
     if where is not None and key.device.type == "cpu":
@@ -125,10 +121,7 @@ def step_seed(*numbers: int) -> int:
 
 @contextmanager
 def seeded_global_rng() -> Iterator[Callable[[int], None]]:
-    """Provide a function that seeds the global generators of Python, NumPy and torch (CPU) with a key.
-
-    For libraries that draw from them. The states of the generators are restored after the block.
-    """
+    """Provide a function that seeds the generators of Python, NumPy and torch (CPU), which are restored afterwards."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
 
     def seed(key: int) -> None:

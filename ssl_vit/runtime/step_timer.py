@@ -37,7 +37,7 @@ class StepTimer:
         self._last = time.perf_counter()
 
     def start(self, device: torch.device) -> None:
-        """Reset the timer and start it, on the device that everything is computed on."""
+        """Restart the timer, for computation on the device."""
         self._on_gpu = device.type == "cuda"
         self._seconds = {}
         self._events = [("", _event())] if self._on_gpu else []

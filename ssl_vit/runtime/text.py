@@ -35,12 +35,7 @@ class Bold(str):
 
 
 def format_table(
-    rows: Sequence[Row],
-    headers: Row = (),
-    *,
-    style: TableStyle = "text",
-    groups: Row = (),
-    align: str = "",
+    rows: Sequence[Row], headers: Row = (), *, style: TableStyle = "text", groups: Row = (), align: str = ""
 ) -> str:
     r"""Lay out cells in aligned columns, without a newline at the end.
 
@@ -103,9 +98,8 @@ def escape(text: str, style: TableStyle) -> str:
 
 def _cell(cell: str, style: TableStyle) -> str:
     text = escape(cell, style)
-    if isinstance(cell, Bold):
-        return {"text": text, "markdown": f"**{text}**", "latex": rf"\textbf{{{text}}}"}[style]
-    return text
+    bold = {"text": text, "markdown": f"**{text}**", "latex": rf"\textbf{{{text}}}"}
+    return bold[style] if isinstance(cell, Bold) else text
 
 
 def _booktabs(groups: Row, align: str) -> TableFormat:

@@ -8,7 +8,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -40,13 +40,9 @@ def resolve_num_workers(num_workers: int | Literal["auto"], *, processes: int) -
 
 
 def map_threads(task: Callable[[int], T], count: int, *, label: str, show: bool) -> Iterator[T]:
-    """Yield task(0), ..., task(count - 1) in order, computed by one thread per core.
+    """Yield task(0), ..., task(count - 1) in order, computed by one thread per core; for tasks that release the GIL.
 
-    Args:
-        task: Releases the GIL, as image decoding does.
-        count: Number of calls.
-        label: Description in the progress bar, which appears after two seconds.
-        show: Whether to show a progress bar.
+    A progress bar with the label appears after two seconds, if `show` is set.
     """
     cores = available_cpus()
     with _bar(count, label, show) as bar, ThreadPoolExecutor(cores) as threads:
@@ -71,25 +67,17 @@ def map_ordered(
 def map_processes(task: Callable[[Item], T], items: Sequence[Item], *, label: str, show: bool) -> Iterator[T]:
     """Yield task(item) of each item in order, computed by one process per core; for tasks that hold the GIL.
 
-    Args:
-        task: A function that can be pickled, like its argument and result.
-        items: With a single one no process is started.
-        label: Description in the progress bar, which appears after two seconds.
-        show: Whether to show a progress bar.
+    As `map_threads`, but task, items and results must be picklable. For a single item or core no process is started.
     """
     processes = min(available_cpus(), len(items))
-    with _bar(len(items), label, show) as bar:
-        if processes <= 1:
-            for item in items:
-                yield task(item)
-                bar.update()
-            return
-        # Ctrl-C is handled by this process alone.
-        pool = ProcessPoolExecutor(processes, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-        with pool:
-            for result in pool.map(task, items):
-                yield result
-                bar.update()
+    with _bar(len(items), label, show) as bar, ExitStack() as stack:
+        results: Iterator[T] = map(task, items)
+        if processes > 1:  # of which none handles Ctrl-C
+            pool = ProcessPoolExecutor(processes, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+            results = stack.enter_context(pool).map(task, items)
+        for result in results:
+            yield result
+            bar.update()
 
 
 def _bar(count: int, label: str, show: bool) -> tqdm:

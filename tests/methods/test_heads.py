@@ -5,6 +5,7 @@ import itertools
 
 import torch
 
+from ssl_vit.config.methods import DINOHeadConfig
 from ssl_vit.methods.heads import DINOHead, Prototypes, ReconstructionHead
 from tests.helpers.methods import dense
 
@@ -22,8 +23,12 @@ def test_prototypes_equal_weight_norm():
     torch.testing.assert_close(dense(copy.deepcopy(ours)(z)), official(z))
 
 
+def dino_head(embed_dim, **sizes):
+    return DINOHead(embed_dim, DINOHeadConfig(layers=3, norm_last_layer=True, **sizes))
+
+
 def test_dino_head_has_the_official_names_and_returns_cosines():
-    head = DINOHead(16, prototypes=7, hidden_dim=12, bottleneck_dim=4, layers=3, norm_last_layer=True)
+    head = dino_head(16, prototypes=7, hidden_dim=12, bottleneck_dim=4)
     shapes = {name: tuple(value.shape) for name, value in head.state_dict().items()}
     assert shapes == {
         "mlp.0.weight": (12, 16),
@@ -40,7 +45,7 @@ def test_dino_head_has_the_official_names_and_returns_cosines():
 
 
 def test_dino_head_normalizes_in_float32_under_autocast():
-    head = DINOHead(64, prototypes=8, hidden_dim=32, bottleneck_dim=256, layers=3, norm_last_layer=True)
+    head = dino_head(64, prototypes=8, hidden_dim=32, bottleneck_dim=256)
     seen = []
     head.last_layer.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     with torch.autocast("cpu", torch.bfloat16):
