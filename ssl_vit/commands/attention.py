@@ -129,9 +129,11 @@ def _load_images(config: AttentionConfig) -> tuple[ImageFolder, AnnotationSource
     dataset = load_images_at(config.images)
     if config.masks is None:
         return dataset, None
-    masks = MaskFolder(config.masks)
-    if not any(dataset.name(index) in masks for index in range(len(dataset))[: config.limit]):
-        raise UserError(f"masks={config.masks}: no mask has the name of an image, such as {dataset.name(0)}")
+    masks = MaskFolder(config.masks, dataset, config.mask_values)
+    dataset = masks.pairs.images
+    missing = [masks.pairs.why_missing(dataset.name(index)) for index in range(len(dataset))[: config.limit]]
+    if all(missing):
+        raise UserError(f"masks={config.masks}: no image has a mask; {dataset.name(0)}: {missing[0]}")
     return dataset, masks
 
 

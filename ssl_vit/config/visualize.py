@@ -14,9 +14,15 @@ from ssl_vit.config.types import Count, Fraction, OneOrMore, Positive, Seed, Str
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")  # writable formats
 
 
+class MaskValuesConfig(StrictConfig):
+    foreground: Annotated[list[int], Field(min_length=1), ListOrScalar]
+    void: Annotated[list[int], ListOrScalar]
+
+
 class AttentionConfig(ModelConfig):
     images: Path | None
     masks: Path | None
+    mask_values: MaskValuesConfig | None
     voc: Path | None
     split: str
     out: Path
@@ -34,6 +40,8 @@ class AttentionConfig(ModelConfig):
             raise ValueError("name the images: images=FOLDER, or voc=VOCdevkit/VOC2012")
         if self.voc is not None and self.masks is not None:
             raise ValueError("masks applies to images; voc has its own masks")
+        if self.mask_values is not None and self.masks is None:
+            raise ValueError("mask_values applies to masks: masks=FOLDER")
         return self
 
 

@@ -259,7 +259,7 @@ def test_attention_reports_void_pixels(folder, tiny_model, capsys):
     mask[5:20, 5:30], mask[6:19, 6:29] = 255, 1
     Image.fromarray(mask).save(folder / "masks" / "odd.png")
     assert run(folder, f"checkpoint={tiny_model}", f"masks={folder / 'masks'}") == 0
-    note = "255 is void and excluded in 1 label mask"
+    note = "1 mask: 255 is void and excluded"
     assert note in capsys.readouterr().out
     assert note in " ".join(json.loads((folder / "out" / "summary.json").read_text())["warnings"])
     with np.load(folder / "out" / "ious.npz") as scores:

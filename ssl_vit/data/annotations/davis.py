@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ssl_vit.data.annotations.object_masks import JPEG_NOISE, VOID
+from ssl_vit.data.annotations.mask_values import VOID, StoredValues
 from ssl_vit.data.dataset import UnreadableImageError
 from ssl_vit.data.sources.decode import open_image
 from ssl_vit.data.sources.image_folder import scan_image_folder
@@ -20,6 +20,7 @@ from ssl_vit.runtime.errors import UserError
 
 RESOLUTION = "480p"
 FPS = 24  # of DAVIS
+_MAX_OBJECTS = 32  # a gray mask of more values has the soft edges of resizing or compression
 
 
 class Clip(NamedTuple):
@@ -110,9 +111,11 @@ def read_mask(path: Path, *, binary: bool | None = None) -> Mask:
         if image.mode not in ("1", "P", "L", "I", "I;16"):
             raise UnreadableImageError(path.name, f"a mask of mode {image.mode}; expected object IDs, palette or gray")
         palette = image.getpalette() if image.mode == "P" else None  # may end after the last color in use
-        values = torch.from_numpy(np.array(image).astype(np.int64))
-        if image.format == "JPEG":
-            values = (values > JPEG_NOISE) * VOID
+        array = np.array(image).astype(np.int64)
+        is_soft = image.format == "JPEG" or (
+            len(np.unique(array)) > _MAX_OBJECTS and StoredValues(array, VOID, image.mode == "P", False).is_soft
+        )
+    values = torch.from_numpy((array > VOID // 2) * VOID if is_soft else array)
     if values.max() > VOID:
         raise UnreadableImageError(path.name, f"a mask with the number {values.max()}; object IDs are 1 to 254")
     if binary is None:

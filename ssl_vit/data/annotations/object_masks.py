@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from scipy import ndimage
 from torch import Tensor
 
+from ssl_vit.config.visualize import MaskValuesConfig
+from ssl_vit.data.annotations.mask_pairs import MaskPairs
+from ssl_vit.data.annotations.mask_values import (
+    FolderValues,
+    ForegroundMask,
+    StoredValues,
+    read_foreground,
+    read_values,
+)
 from ssl_vit.data.dataset import UnreadableImageError
-from ssl_vit.data.sources.decode import open_image
-from ssl_vit.data.sources.image_folder import scan_image_folder
-from ssl_vit.runtime.errors import UserError
+from ssl_vit.data.sources.image_folder import ImageFolder
 from ssl_vit.runtime.text import pluralize
+from ssl_vit.runtime.workers import map_threads
 
-JPEG_NOISE = 127  # lossy files have no exact zeros
-VOID = 255  # unlabeled pixels, as in PASCAL VOC
-MAX_LABEL = 63  # largest label of a gray mask in which 255 is void; soft edges reach higher values
+_RIM = 0.7  # least share of the image's border in the foreground of an inverted mask
+_INVERT = "use mask_values={foreground:[0]}"
 
 
 class MissingMaskError(Exception):
@@ -59,25 +67,24 @@ def annotation_from_mask(mask: Tensor, valid: Tensor | None = None) -> Annotatio
 
 
 class MaskFolder:
-    """A folder of masks with the images' relative names and any suffix.
-
-    Every non-zero pixel is foreground. In label masks 255 is void: a palette mask with other labels besides 255, or a
-    gray mask whose other non-zero values are all below 64. In masks of 0 and 255 and in gray masks with soft edges,
-    255 is foreground.
+    """Masks of the images of a folder; see `MaskPairs` for their names and `read_foreground` for their values.
 
     Args:
-        folder: Searched recursively.
+        folder: Searched recursively; it may be the folder of the images.
+        images: The images, if masks may be among them.
+        mask_values: Which values are foreground and void; None: by the rules of `read_foreground`.
 
     Raises:
-        UserError: The folder does not exist or has no mask.
+        UserError: The folder does not exist or has no mask, or it is not clear which files are masks.
     """
 
-    def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise UserError(f"masks={folder}: there is no such folder")
-        masks = scan_image_folder(folder)
-        self._files = {_without_suffix(masks.name(index)): masks.path(index) for index in range(len(masks))}
-        self._with_void: set[str] = set()
+    def __init__(
+        self, folder: Path, images: ImageFolder | None = None, mask_values: MaskValuesConfig | None = None
+    ) -> None:
+        self.pairs = MaskPairs(folder, images)
+        self._mask_values = mask_values
+        self._notes: Counter[str] = Counter()
+        self._noted: set[str] = set()  # images
 
     def __contains__(self, name: str) -> bool:
         return _without_suffix(name) in self._files
@@ -91,25 +98,60 @@ class MaskFolder:
 
         Raises:
             MissingMaskError: The mask is missing, unreadable or empty, or differs in size from its image.
+            UserError: Its values do not tell what is foreground.
         """
-        path = self._files.get(_without_suffix(name))
-        if path is None:
-            raise MissingMaskError("no mask with this image's name")
+        given = self._mask_values
         try:
-            foreground, void = _read_mask(path)
+            path = self.pairs.find(name)
+            values = (given.foreground, given.void) if given else (None, ())
+            mask = read_foreground(path, lambda: self._folder_values, *values)
+        except FileNotFoundError as error:
+            raise MissingMaskError(str(error)) from None
         except UnreadableImageError as error:
             raise MissingMaskError(f"the mask cannot be read: {error.reason}") from None
-        check_size((foreground.shape[0], foreground.shape[1]), size)
-        if not foreground.any():
-            raise MissingMaskError("the mask holds no object: all its pixels are zero")
-        if void.any():
-            self._with_void.add(name)
+        check_size((mask.foreground.shape[0], mask.foreground.shape[1]), size)
+        if not mask.foreground.any():
+            raise MissingMaskError("the mask holds no object: it has no pixel of the foreground")
+        if name not in self._noted:
+            self._noted.add(name)
+            self._notes.update(_remarks(mask))
+        foreground, void = torch.from_numpy(mask.foreground), torch.from_numpy(mask.void)
         return annotation_from_mask(foreground, ~void)
 
     def notes(self) -> list[str]:
-        """Return in how many of the masks read so far 255 was void."""
-        count = len(self._with_void)
-        return [f"255 is void and excluded in {pluralize(count, 'label mask')}"] if count else []
+        """Return how the masks read so far were understood where it is not plain, with their numbers."""
+        return [f"{pluralize(count, 'mask')}: {text}" for text, count in self._notes.items()]
+
+    @cached_property
+    def _folder_values(self) -> FolderValues:
+        def read(index: int) -> StoredValues | None:
+            try:
+                return read_values(self.pairs.paths[index])
+            except UnreadableImageError:
+                return None
+
+        stored = map_threads(read, len(self.pairs.paths), label="reading masks", show=True)
+        files = [file for file in stored if file is not None]
+        soft = [file.is_lossy or file.is_soft for file in files]
+        exact = [np.unique(file.values).tolist() for file, is_soft in zip(files, soft, strict=True) if not is_soft]
+        return FolderValues(set().union(*exact), any(soft))
+
+
+def _remarks(mask: ForegroundMask) -> list[str]:
+    """Return what a reader of the scores must know about how one mask was read."""
+    remarks = []
+    if mask.reading == "soft":
+        remarks.append("more than two values, cut in the middle of their range (above 127 of 255 is foreground)")
+    if mask.reading == "labels":
+        remarks.append("more than two values, all labels but 0 are foreground; mask_values= selects some")
+    if mask.void.any():
+        remarks.append("255 is void and excluded" if mask.reading != "values" else "the void values are excluded")
+    if (mask.foreground | mask.void).all():
+        remarks.append("everything is foreground")
+    rim = np.concatenate([mask.foreground[0], mask.foreground[-1], mask.foreground[:, 0], mask.foreground[:, -1]])
+    if rim.mean() > _RIM and not mask.foreground.all():
+        remarks.append(f"the foreground covers most of the image's border; if it is the background, {_INVERT}")
+    return remarks
 
 
 def check_size(mask: tuple[int, int], image: tuple[int, int]) -> None:
@@ -119,7 +161,8 @@ def check_size(mask: tuple[int, int], image: tuple[int, int]) -> None:
         MissingMaskError: They differ.
     """
     if mask != image:
-        raise MissingMaskError(f"the mask has {mask[1]} x {mask[0]} pixels, its image {image[1]} x {image[0]}")
+        turned = "; perhaps only one of them is turned by its EXIF orientation" if mask == image[::-1] else ""
+        raise MissingMaskError(f"the mask has {mask[1]} x {mask[0]} pixels, its image {image[1]} x {image[0]}{turned}")
 
 
 def component_boxes(mask: Tensor) -> Tensor:
@@ -133,27 +176,3 @@ def component_boxes(mask: Tensor) -> Tensor:
     sizes = torch.bincount(torch.from_numpy(labels).flatten().long(), minlength=count + 1)[1:]
     boxes = [[columns.start, rows.start, columns.stop, rows.stop] for rows, columns in ndimage.find_objects(labels)]
     return torch.tensor(boxes)[sizes.argsort(descending=True, stable=True)]
-
-
-def _without_suffix(name: str) -> str:
-    return str(PurePosixPath(name).with_suffix(""))
-
-
-def _read_mask(path: Path) -> tuple[Tensor, Tensor]:
-    """Read foreground and void (H, W) bool; palette masks give their indices, an alpha channel is ignored."""
-    with open_image(path) as image:
-        values = np.asarray(image)
-        threshold = JPEG_NOISE if image.format == "JPEG" else 0
-        channels = len(image.getbands()) - image.mode.endswith("A")
-        is_label_mask = threshold == 0 and _is_label_mask(values, image.mode)
-    void = values == VOID if is_label_mask else np.zeros(values.shape[:2], bool)
-    colors = values.reshape(*values.shape[:2], -1)[..., :channels]
-    return torch.from_numpy((colors > threshold).any(-1) & ~void), torch.from_numpy(void)
-
-
-def _is_label_mask(values: npt.NDArray[np.generic], mode: str) -> bool:
-    """Return whether the values (H, W) of a mask of this Pillow mode are labels among which 255 is void."""
-    if mode not in ("P", "L"):
-        return False
-    others = np.setdiff1d(values, [0, VOID])
-    return bool(others.size and (mode == "P" or others.max() <= MAX_LABEL))
