@@ -27,7 +27,7 @@ from ssl_vit.runtime.text import pluralize
 from ssl_vit.runtime.workers import map_threads
 
 _RIM = 0.7  # least share of the image's border in the foreground of an inverted mask
-_INVERT = "use mask_values={foreground:[0]}"
+_INVERT = "use mask_values={foreground:[0],void:[]}"
 
 
 class MissingMaskError(Exception):

@@ -163,5 +163,5 @@ def test_mask_folder_remarks_on_labels_and_inverted_masks(tmp_path):
         "1 mask: more than two values",
         "1 mask: the foreground covers most of the image's border; if it is the background",
     ]
-    inverted = MaskFolder(tmp_path, mask_values=MaskValuesConfig(foreground=[0]))
+    inverted = MaskFolder(tmp_path, mask_values=MaskValuesConfig(foreground=[0], void=[]))
     assert np.array_equal(inverted.read("inverted.jpg", SIZE).numpy(), scene(0))
