@@ -15,8 +15,8 @@ VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")  # writable formats
 
 
 class MaskValuesConfig(StrictConfig):
-    foreground: Annotated[list[int], Field(min_length=1), ListOrScalar]
-    void: Annotated[list[int], ListOrScalar]
+    foreground: OneOrMore[int]
+    void: list[int]
 
 
 class AttentionConfig(ModelConfig):

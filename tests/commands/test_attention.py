@@ -174,7 +174,7 @@ def test_attention_explains_mistakes(folder, capsys, overrides, message):
 def test_attention_rejects_masks_of_other_images_before_it_starts(folder, capsys):
     image = f"images={folder / 'images' / 'unmasked.bmp'}"
     assert run(folder, image, f"masks={folder / 'masks'}", "checkpoint=nowhere") == 2
-    assert "no mask has the name of an image, such as unmasked.bmp" in capsys.readouterr().err
+    assert "no image has a mask; unmasked.bmp: no mask with this image's name" in capsys.readouterr().err
     assert not (folder / "out").exists()
 
 

@@ -133,11 +133,11 @@ def _explain_labels(path: Path, stored: StoredValues) -> str:
     background = max(values.tolist(), key=lambda value: int((rim == value).sum()))
     others = [int(value) for _, value in sorted(zip(counts.tolist(), values.tolist(), strict=True), reverse=True)]
     others.remove(int(background))
-    proposal = f"foreground:{others[:1]},void:{others[1:]}" if len(others) == 2 else f"foreground:{sorted(others)},void:[]"
+    inside, unclear = (others[:1], others[1:]) if len(others) == 2 else (sorted(others), [])
     shown = ", ".join(map(str, values.astype(int).tolist()[:8]))
     return (
         f"{path}: a mask with the values {shown} and without 0 does not tell what is foreground; name the values, for "
-        f"example (by what lies at the border of this mask) 'mask_values={{{proposal}}}'".replace(" ]", "]")
+        f"example (by what lies at the border of this mask) 'mask_values={{foreground:{inside},void:{unclear}}}'"
     )
 
 

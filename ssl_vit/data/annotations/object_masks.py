@@ -86,9 +86,6 @@ class MaskFolder:
         self._notes: Counter[str] = Counter()
         self._noted: set[str] = set()  # images
 
-    def __contains__(self, name: str) -> bool:
-        return _without_suffix(name) in self._files
-
     def read(self, name: str, size: tuple[int, int]) -> Tensor:
         """Return the foreground (H, W) bool of an image; see `annotation`."""
         return self.annotation(name, size).foreground
