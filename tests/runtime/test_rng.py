@@ -18,7 +18,7 @@ def test_uniform_equals_splitmix64():
     assert drawn.tolist() == [(value >> 40) / 2**24 for value in published]
 
 
-def test_keys_never_change():
+def test_sample_keys_never_change():
     """A change would silently change every resumed run."""
     key = sample_keys(3, 5, torch.tensor([0, 7]))
     assert key.tolist() == [-8598843968799353419, 3959287159576922244]
@@ -70,7 +70,7 @@ def test_uniform_does_not_depend_on_the_batch(keys):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_draws_are_equal_on_a_gpu(keys):
+def test_uniform_and_normal_are_equal_on_a_gpu(keys):
     assert torch.equal(uniform(fold_in(keys.cuda(), 4), 5).cpu(), uniform(fold_in(keys, 4), 5))
     torch.testing.assert_close(normal(keys.cuda(), 7).cpu(), normal(keys, 7), rtol=1e-5, atol=1e-5)
 
