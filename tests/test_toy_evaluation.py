@@ -66,5 +66,5 @@ def test_toy_evaluation_is_written_compared_and_reported(centroid, runs, sample,
 
     assert main(["report", f"run={runs[0]}", "inspect=false", "limit=2"]) == 0
     page = (runs[0] / "report.html").read_text()
-    assert "centroid" in page
+    assert "Nearest class centroid" in page
     assert f"{100 * result['score']['metrics'][0]['value']:.1f}" in page

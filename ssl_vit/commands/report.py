@@ -21,9 +21,11 @@ from ssl_vit.runtime.atomic_io import atomic_write, write_json
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.visualization.analysis.analysis_result import INSPECT_JSON
 from ssl_vit.visualization.report.build import collect_report
-from ssl_vit.visualization.report.encode import MOST_BYTES, downscale_images
 from ssl_vit.visualization.report.html import render
-from ssl_vit.visualization.report.schema import ReportData, to_json
+from ssl_vit.visualization.report.report_data import ReportData, downscale_images, to_json
+from ssl_vit.visualization.report.run_reader import check_run
+
+MAX_BYTES = 10_000_000  # of a page
 
 
 class ReportFile(NamedTuple):
@@ -53,25 +55,24 @@ def write(config: ReportConfig) -> ReportFile:
         UserError: The folder holds no run, or the page cannot be written where it should be.
     """
     began = time.perf_counter()
+    check_run(config.run)
     out = config.out or config.run / "report.html"
     export = out.with_suffix(".json")
     _check_place(config, out, export)
     print(f"Gathering {escape_path(config.run)}: results, curves, attention, neighbors, feature map", flush=True)
-    if config.inspect and config.run.is_dir() and not (config.run / "inspect" / INSPECT_JSON).exists():
+    if config.inspect and not (config.run / "inspect" / INSPECT_JSON).exists():
         _inspect(config)
-    content = collect_report(config, _command(config))
-    page = _page(content)
+    report = collect_report(config, _command(config))
+    page = _render_page(report)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as file:
         file.write(page)
-    write_json(export, to_json(content))
-    return ReportFile(out, len(page), content.missing, time.perf_counter() - began)
+    write_json(export, to_json(report))
+    return ReportFile(out, len(page), report.missing, time.perf_counter() - began)
 
 
 def _check_place(config: ReportConfig, out: Path, export: Path) -> None:
-    """Before minutes of work: there is a run, the page can be written, and its JSON export replaces nothing else."""
-    if config.out is None and not config.run.is_dir():
-        return  # gathering says what is wrong with it
+    """Check, before minutes of work, that the page can be written and that its JSON export replaces nothing else."""
     folder = next(folder for folder in out.absolute().parents if folder.exists())
     if not os.access(folder, os.W_OK):
         raise UserError(f"{escape_path(folder)} cannot be written to: name another place with out=FILE.html")
@@ -82,7 +83,7 @@ def _check_place(config: ReportConfig, out: Path, export: Path) -> None:
 
 
 def _inspect(config: ReportConfig) -> None:
-    """Make the drawings of what is inside the model; a report does without them where that cannot be done."""
+    """Draw the figures of `ssl-vit inspect`; a report does without them where that is not possible."""
     words = [f"checkpoint={config.run}", f"weights={config.weights}", f"out={config.run / 'inspect'}"]
     words += [] if config.images is None else [f"images={config.images}"]
     try:
@@ -91,15 +92,15 @@ def _inspect(config: ReportConfig) -> None:
         print(f"No drawings of what is inside the model: {error}")
 
 
-def _page(content: ReportData) -> bytes:
+def _render_page(report: ReportData) -> bytes:
     """Render the page; its images are halved, three times at most, until it fits."""
-    page = render(content).encode("utf-8", "backslashreplace")
+    page = render(report).encode()
     for _ in range(3):
-        if len(page) <= MOST_BYTES:
+        if len(page) <= MAX_BYTES:
             break
         print(f"The page would have {len(page) / 1e6:.1f} MB: its images are halved", flush=True)
-        content = downscale_images(content)
-        page = render(content).encode("utf-8", "backslashreplace")
+        report = downscale_images(report)
+        page = render(report).encode()
     return page
 
 

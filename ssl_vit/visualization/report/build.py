@@ -2,180 +2,125 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ssl_vit.config.visualize import ReportConfig
 from ssl_vit.data.dataset import escape_path
 from ssl_vit.runtime.errors import UserError
-from ssl_vit.visualization.report.attention_gallery import Gallery, make_gallery
 from ssl_vit.visualization.report.embedding_map import embedding_map
-from ssl_vit.visualization.report.figures import Panels, along_the_run, read_inspection
-from ssl_vit.visualization.report.headline_metrics import headlines_of
-from ssl_vit.visualization.report.image_sources import FeatureImages, known_images
-from ssl_vit.visualization.report.nearest_images import Rows, neighbor_rows
+from ssl_vit.visualization.report.feature_images import load_feature_images
+from ssl_vit.visualization.report.figures import read_inspection, read_logged_figures
+from ssl_vit.visualization.report.gallery import make_gallery
+from ssl_vit.visualization.report.metric_rows import metric_rows
+from ssl_vit.visualization.report.nearest_images import neighbor_rows
+from ssl_vit.visualization.report.report_data import ReportData
 from ssl_vit.visualization.report.run_metadata import load_health_warnings, run_caption, run_metadata
-from ssl_vit.visualization.report.run_results import RunFolder, open_run
-from ssl_vit.visualization.report.schema import FeatureMap, ReportData
-from ssl_vit.visualization.report.training_curves import Metrics, load_curves
+from ssl_vit.visualization.report.run_reader import RunContent, read_run
+from ssl_vit.visualization.report.training_curves import load_curves
 
-NUMBERS, TRAINING, HEALTH, ATTENTION = "Numbers", "Training", "Health", "Attention"
-MASKS, NEIGHBORS, PLANE = "Masks", "Neighbors", "Feature map"
-INSIDE, RECONSTRUCTIONS, CONFIG = "Inside", "Reconstructions", "Configuration"
-
-PartT = TypeVar("PartT")
-
-
-class _Sections:
-    """How the sections of a report were made, and what is missing of them."""
-
-    def __init__(self) -> None:
-        self.how: dict[str, str] = {}
-        self.missing: dict[str, str] = {}
-
-    def tell(self, section: str, text: str) -> None:
-        if text:
-            self.how[section] = text
-
-    def miss(self, section: str, text: str) -> None:
-        if text:
-            self.missing[section] = text
-
-    def attempt(self, section: str, part: Callable[[], PartT], otherwise: PartT) -> PartT:
-        """Return the part; if it is not available, note the reason and return `otherwise`."""
-        try:
-            return part()
-        except UserError as error:
-            self.miss(section, str(error))
-            return otherwise
+# Sections, as `protocol` and `missing` name them.
+METRICS, TRAINING, HEALTH, ATTENTION, MASKS = "Numbers", "Training", "Health", "Attention", "Masks"
+NEIGHBORS, EMBEDDING_MAP, FIGURES, CONFIG = "Neighbors", "Feature map", "Figures", "Configuration"
 
 
 def collect_report(config: ReportConfig, command: str) -> ReportData:
-    """Everything that a page shows of a run.
+    """Collect everything that a page shows of a run.
 
     Args:
-        config: Of the command.
-        command: As the user can repeat it.
-
-    Raises:
-        UserError: There is no run.
+        config: Configuration of the command.
+        command: The command that makes the report.
     """
-    run = open_run(config.run, config.weights)
-    sections = _Sections()
-    headlines = headlines_of(run.records, run.loaded, run.path)
-    _tell_numbers(run, sections, some=bool(headlines))
-    sections.miss(CONFIG, run.problems.get("config", ""))
-    metrics = _training(run, sections)
-    gallery = sections.attempt(ATTENTION, lambda: make_gallery(run, config), Gallery([], [], "", "", ""))
-    _tell_gallery(gallery, sections)
-    rows, points = _features(run, config, sections)
-    panels = _panels(run, sections)
-    journals = load_health_warnings(run.path)
-    sections.tell(HEALTH, _health(journals.damaged, {verdict.name for verdict in journals.verdicts}))
-    return ReportData(
+    run = read_run(config.run, config.weights)
+    report = ReportData(
         title=escape_path(str(run.value("run.name") or run.path.resolve().name)),
-        facts=run_metadata(run, command),
-        essentials=run_caption(run),
-        headlines=headlines,
-        curves=metrics.curves,
-        verdicts=journals.verdicts,
-        mass=config.attention_mass,
-        attended=gallery.attended,
-        segmented=gallery.segmented,
-        neighbors=rows.rows,
-        neighbors_text=rows.text,
-        feature_map=points,
-        panels=panels.inside,
-        reconstructions=panels.reconstructions,
+        caption=run_caption(run),
+        metadata=run_metadata(run, command),
+        attention_mass=config.attention_mass,
         config=run.config,
-        how=sections.how,
-        missing=sections.missing,
+        missing={CONFIG: run.problems.get("config", "")},
     )
+    _add_metrics(report, run)
+    _add_training(report, run)
+    _add_gallery(report, run, config)
+    _add_features(report, run, config)
+    _add_figures(report, run)
+    report.protocol = {section: text for section, text in report.protocol.items() if text}
+    report.missing = {section: text for section, text in report.missing.items() if text}
+    return report
 
 
-def _training(run: RunFolder, sections: _Sections) -> Metrics:
-    prototypes = run.value("method.head.prototypes")
-    metrics = load_curves(run.path / "metrics.csv", prototypes if isinstance(prototypes, int) else None)
-    if metrics.curves:
-        sections.tell(TRAINING, metrics.how)
-    else:
-        sections.miss(TRAINING, "There is no metrics.csv with a number in it: `ssl-vit pretrain` writes it.")
-    return metrics
-
-
-def _tell_gallery(gallery: Gallery, sections: _Sections) -> None:
-    if gallery.attended:
-        sections.tell(ATTENTION, gallery.how)
-    elif gallery.how:
-        sections.miss(ATTENTION, "The model has no class token, whose attention could be shown.")
-    sections.tell(MASKS, gallery.how_masked)
-    sections.miss(MASKS, gallery.unmasked)
-
-
-def _features(run: RunFolder, config: ReportConfig, sections: _Sections) -> tuple[Rows, FeatureMap | None]:
-    """Return the neighbors and the feature map, from the same features."""
-    known: FeatureImages | None = sections.attempt(NEIGHBORS, lambda: known_images(run, config), None)
-    if known is None:
-        sections.miss(PLANE, sections.missing[NEIGHBORS])
-        return Rows([], "", ""), None
-    rows = sections.attempt(NEIGHBORS, lambda: neighbor_rows(known, config.k), Rows([], "", ""))
-    sections.tell(NEIGHBORS, rows.how)
-    points = sections.attempt(
-        PLANE,
-        lambda: embedding_map(known, points=config.points, projection=config.projection, seed=config.seed),
-        None,
-    )
-    if points is not None:
-        sections.tell(PLANE, points.text)
-    return rows, points
-
-
-def _panels(run: RunFolder, sections: _Sections) -> Panels:
-    """Return the figures of `ssl-vit inspect`, then those logged during training."""
-    command = f"`ssl-vit inspect checkpoint={escape_path(run.path)}`"
+@contextmanager
+def _note_missing(report: ReportData, *sections: str) -> Iterator[None]:
+    """Note why sections cannot be made, and continue with the others."""
     try:
-        inspected = read_inspection(run.path / "inspect", run.loaded)
+        yield
     except UserError as error:
-        inspected = Panels([], [], "", str(error))
-    if inspected.problem:
-        inspected = inspected._replace(problem=f"{inspected.problem} {command}")
-    drawn = along_the_run(run.path / "images")
-    both = Panels(
-        [*inspected.inside, *drawn.inside],
-        [*inspected.reconstructions, *drawn.reconstructions],
-        inspected.how,
-        " ".join(filter(None, (inspected.problem, drawn.problem))),
-    )
-    sections.tell(INSIDE, both.how)
-    sections.miss(INSIDE, both.problem)
-    if run.value("method.reconstruction.enabled") and not both.reconstructions:
-        sections.miss(RECONSTRUCTIONS, f"There are no drawings of reconstructions. {command}")
-    return both
+        report.missing |= dict.fromkeys(sections, str(error))
 
 
-def _health(damaged: int, names: set[str]) -> str:
-    said = f"The run judges its own metrics as it trains: {', '.join(sorted(names))}." if names else ""
-    return said + (f" {damaged:,} lines of its journals cannot be read." if damaged else "")
-
-
-def _tell_numbers(run: RunFolder, sections: _Sections, *, some: bool) -> None:
-    place = escape_path(run.path)
-    commands = {
-        "knn": f"`ssl-vit knn checkpoint={place} data.root=LABELED`",
-        "linear": f"`ssl-vit linear checkpoint={place} data.root=LABELED`",
-        "attention": f"`ssl-vit attention checkpoint={place} images=FOLDER masks=FOLDER out={place}/attention`",
-    }
-    measured = {record.task for record in run.records if record.score.metrics}
-    wanted = [command for task, command in commands.items() if task not in measured]
-    texts = [run.problems.get("headlines", "")]
-    if wanted:
-        texts.append(f"Not measured yet: {', '.join(wanted)}.")
-    sections.miss(NUMBERS, " ".join(filter(None, texts)))
-    if some:
-        sections.tell(
-            NUMBERS,
-            "From the records of the evaluations, which hold their whole protocols. Intervals are of 95 %: Wilson's "
+def _add_metrics(report: ReportData, run: RunContent) -> None:
+    report.metrics = metric_rows(run)
+    texts = [run.problems.get("results", "")]
+    if not report.metrics:
+        path = escape_path(run.path)
+        texts.append(
+            f"Nothing is measured yet: `ssl-vit knn checkpoint={path} data.root=LABELED` evaluates the features, "
+            f"`ssl-vit attention checkpoint={path} images=FOLDER masks=FOLDER out={path}/attention` the attention; "
+            "`ssl-vit` lists all evaluations."
+        )
+    else:
+        report.protocol[METRICS] = (
+            "From the results of the evaluations, which hold their whole protocols. Intervals are of 95 %: Wilson's "
             "for shares of test images, else as it says beside them; they are of other test images, not of other "
             "pretrainings. Baselines were measured on the same images by the same protocol. "
-            "Top-5 and other measures of masks than their IoU stand in the records.",
+            "Top-5 and other measures of masks than their IoU stand in the results."
         )
+    report.missing[METRICS] = " ".join(filter(None, texts))
+
+
+def _add_training(report: ReportData, run: RunContent) -> None:
+    prototypes = run.value("method.head.prototypes")
+    report.curves, protocol = load_curves(run.path / "metrics.csv", prototypes if isinstance(prototypes, int) else None)
+    if report.curves:
+        report.protocol[TRAINING] = protocol
+    else:
+        report.missing[TRAINING] = "There is no metrics.csv with a number in it: `ssl-vit pretrain` writes it."
+    report.health_warnings, damaged = load_health_warnings(run.path)
+    names = ", ".join(sorted({warning.name for warning in report.health_warnings}))
+    found = f"The run checks its own metrics as it trains: {names}." if names else ""
+    unreadable = f"{damaged:,} lines of its journals cannot be read." if damaged else ""
+    report.protocol[HEALTH] = " ".join(filter(None, (found, unreadable)))
+
+
+def _add_gallery(report: ReportData, run: RunContent, config: ReportConfig) -> None:
+    with _note_missing(report, ATTENTION):
+        gallery = make_gallery(run, config)
+        report.gallery, report.masks = gallery.images, gallery.masks
+        if gallery.images:
+            report.protocol[ATTENTION] = gallery.protocol
+        else:
+            report.missing[ATTENTION] = "The model has no class token, whose attention could be shown."
+        report.protocol[MASKS] = gallery.mask_protocol
+        report.missing[MASKS] = gallery.missing_masks
+
+
+def _add_features(report: ReportData, run: RunContent, config: ReportConfig) -> None:
+    """Add the neighbors and the feature map, from the same features."""
+    with _note_missing(report, NEIGHBORS, EMBEDDING_MAP):
+        images = load_feature_images(run, config)
+        with _note_missing(report, NEIGHBORS):
+            report.neighbors, report.neighbors_text, report.protocol[NEIGHBORS] = neighbor_rows(images, config.k)
+        with _note_missing(report, EMBEDDING_MAP):
+            report.embedding_map = embedding_map(images, config)
+            report.protocol[EMBEDDING_MAP] = report.embedding_map.text
+
+
+def _add_figures(report: ReportData, run: RunContent) -> None:
+    """Add the figures of `ssl-vit inspect`, then those logged during training."""
+    inspected, report.protocol[FIGURES], problems = read_inspection(run.path / "inspect", run.loaded)
+    if problems:
+        problems.append(f"`ssl-vit inspect checkpoint={escape_path(run.path)}`")
+    logged, unreadable = read_logged_figures(run.path / "images")
+    report.figures = [*inspected, *logged]
+    report.missing[FIGURES] = " ".join([*problems, *unreadable])

@@ -1,4 +1,4 @@
-// What all parts of the page share, and the page's own behavior: color scheme and the place in the table of contents.
+// What all parts of the page share, and the page's own behavior: color scheme and the current section in the table of contents.
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 const chosen = (name) => document.querySelector(`input[name="${name}"]:checked`).value;
@@ -33,8 +33,8 @@ function markSection() {
   const section = atEnd ? sections.at(-1) : begun.at(-1);
   if (section === current) return;
   current = section;
-  links.forEach((link, place) => {
-    if (sections[place] !== section) return link.removeAttribute("aria-current");
+  links.forEach((link, number) => {
+    if (sections[number] !== section) return link.removeAttribute("aria-current");
     link.setAttribute("aria-current", "true");
     const list = link.closest("ul");
     list.scrollLeft = link.offsetLeft - (list.clientWidth - link.offsetWidth) / 2;

@@ -1,9 +1,8 @@
-"""`ssl-vit report` gathers all that a run left behind, rightly, and says what is not there."""
+"""`ssl-vit report` collects what a run directory contains, and names what is missing."""
 
 import json
 import os
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,13 +20,12 @@ from ssl_vit.data.dataset import SkippedImageLog
 from ssl_vit.data.sources.image_folder import scan_image_folder
 from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.features.extractor import BackboneExtractor, extract
+from ssl_vit.evaluation.results.eval_result import DataInfo, EvalResult, Metric, ModelInfo, ModelScores
 from ssl_vit.evaluation.segmentation.iou import iou, pool_mask_to_patches
 from ssl_vit.models.checkpoint import load_backbone
 from ssl_vit.runtime.errors import UserError
-from ssl_vit.visualization.report import headline_metrics as headlines
 from ssl_vit.visualization.report.build import collect_report
-from ssl_vit.visualization.report.encode import downscale_images
-from ssl_vit.visualization.report.schema import Rank
+from ssl_vit.visualization.report.report_data import downscale_images
 
 QUICK = ["inspect=false", "data.num_workers=0", "limit=4", "k=3", "points=20"]
 CONFIG = {
@@ -41,7 +39,7 @@ METRICS = "step,epoch,online/knn@20,online/seconds,train/loss\n0,0,0.25,3.0,\n9,
 
 
 def make_run(folder, network, **config):
-    """A run with the least that is one: a configuration and weights."""
+    """Create a minimal run: a config and weights."""
     folder.mkdir(parents=True)
     shutil.copy(network, folder / "backbone.safetensors")
     shutil.copy(network.with_suffix(".json"), folder / "backbone.json")
@@ -54,7 +52,7 @@ def gathered(run, *words):
 
 
 def strict(path):
-    """A JSON file; anything that strict JSON does not know fails."""
+    """Read a JSON file; anything that strict JSON does not know fails."""
 
     def refuse(name):
         raise AssertionError(name)
@@ -64,7 +62,7 @@ def strict(path):
 
 @pytest.fixture(scope="module")
 def measured(sample, tiny_model, tmp_path_factory):
-    """A run that was evaluated: kNN with stored features, attention with masks; with metrics and verdicts."""
+    """Return a run with kNN results, cached features, attention with masks, metrics and health warnings."""
     run = make_run(tmp_path_factory.mktemp("runs") / "tiny", tiny_model)
     (run / "metrics.csv").write_text(METRICS)
     (run / "health.jsonl").write_text('{"step": 11, "name": "diverging", "finding": "it is", "remedy": "Less."}\n')
@@ -83,31 +81,31 @@ def content(measured):
 
 @pytest.fixture
 def copied(measured, tmp_path):
-    """The run, to be damaged."""
+    """Return a copy of the run that may be damaged."""
     return shutil.copytree(measured, tmp_path / "copied")
 
 
 # --- what is shown is what was measured ---
 
 
-def test_facts_say_which_model_it_is_and_where_it_is_from(content, measured, tiny_model):
+def test_collect_report_metadata_names_the_model_and_its_source(content, measured, tiny_model):
     loaded = load_backbone(str(tiny_model))
     assert content.title == "tiny"
-    assert content.facts["checkpoint sha256"] == loaded.sha256
-    assert content.facts["checkpoint"] == str(measured / "backbone.safetensors")
-    assert content.facts["parameters"] == f"{sum(p.numel() for p in loaded.backbone.parameters()):,}"
-    assert content.facts["model"].startswith("vit_tiny_patch16_224: width 48, 2 blocks, 3 heads")
-    assert content.facts["seed of the training"] == "7 (one run)"
-    assert content.facts["length planned"] == "3 epochs"
-    assert content.facts["made by"] == "ssl-vit report"
-    assert content.essentials["model"] == "ViT, 48 wide, 2 blocks, 32 px in patches of 8"
+    assert content.metadata["checkpoint sha256"] == loaded.sha256
+    assert content.metadata["checkpoint"] == str(measured / "backbone.safetensors")
+    assert content.metadata["parameters"] == f"{sum(p.numel() for p in loaded.backbone.parameters()):,}"
+    assert content.metadata["model"].startswith("vit_tiny_patch16_224: width 48, 2 blocks, 3 heads")
+    assert content.metadata["seed of the training"] == "7 (one run)"
+    assert content.metadata["length planned"] == "3 epochs"
+    assert content.metadata["made by"] == "ssl-vit report"
+    assert content.caption["model"] == "ViT, 48 wide, 2 blocks, 32 px in patches of 8"
     assert content.config == CONFIG
 
 
-def test_headlines_are_the_records_numbers_beside_their_baselines(content, measured):
-    record = strict(next((measured / "eval").glob("knn-*.json")))
-    shown = {line.metric: line for line in content.headlines if line.task == "knn"}
-    wanted = {metric["name"]: metric for metric in record["score"]["metrics"] if metric["name"].startswith("top-1")}
+def test_metric_rows_are_the_numbers_of_the_results_with_their_baselines(content, measured):
+    result = strict(next((measured / "eval").glob("knn-*.json")))
+    shown = {line.metric: line for line in content.metrics if line.task == "knn"}
+    wanted = {metric["name"]: metric for metric in result["score"]["metrics"] if metric["name"].startswith("top-1")}
     assert shown.keys() == wanted.keys() == {"top-1, k=3", "top-1, k=20"}
     for name, metric in wanted.items():
         line = shown[name]
@@ -115,21 +113,19 @@ def test_headlines_are_the_records_numbers_beside_their_baselines(content, measu
         assert line.interval == "Wilson"
         assert line.baselines == {
             score["name"]: next(m["value"] for m in score["metrics"] if m["name"] == name)
-            for score in record["baselines"]
+            for score in result["baselines"]
         }
         assert line.baselines.keys() == {"random init", "raw pixels"}
-        assert line.record == f"eval/knn-{record['data']['name']}.json"
-    assert [line.rank for line in shown.values()] == [
-        Rank.MAIN if name == "top-1, k=20" else Rank.FURTHER for name in shown
-    ]
-    assert all(warning in shown["top-1, k=20"].remark for warning in record["warnings"])  # not at a folded one
+        assert line.result == f"eval/knn-{result['data']['name']}.json"
+    assert [line.level for line in shown.values()] == ["main" if name == "top-1, k=20" else "further" for name in shown]
+    assert all(warning in shown["top-1, k=20"].remark for warning in result["warnings"])  # not at a folded one
     assert shown["top-1, k=3"].remark == ""
 
 
-def test_attention_scores_stand_beside_the_center_prior_and_say_what_they_know(content, measured):
-    record = strict(measured / "attention" / "summary.json")
-    shown = {line.metric: line for line in content.headlines if line.task == "attention"}
-    baselines = {score["name"]: score["metrics"] for score in record["baselines"]}
+def test_metric_rows_of_attention_have_the_center_prior_and_their_level(content, measured):
+    result = strict(measured / "attention" / "summary.json")
+    shown = {line.metric: line for line in content.metrics if line.task == "attention"}
+    baselines = {score["name"]: score["metrics"] for score in result["baselines"]}
     line = shown["mass/oracle head"]
     assert not any(name.endswith((" acc", "CorLoc")) for name in shown)
     assert line.baselines["center prior"] == baselines["center prior"][0]["value"]
@@ -140,45 +136,48 @@ def test_attention_scores_stand_beside_the_center_prior_and_say_what_they_know(c
     assert f"more than {baselines['patch ceiling'][0]['value']:.2f}" in line.remark
     assert "ground-truth mask" in line.remark
     assert line.title == "masks with 60 % of the attention: each image's best head"
-    ranks = {name: other.rank for name, other in shown.items() if "/" in name}
-    assert {name for name, rank in ranks.items() if rank == Rank.MAIN} == {"mass/mean", "mass/fixed head"}
-    assert {name for name, rank in ranks.items() if rank == Rank.GIVEN} == {
+    ranks = {name: other.level for name, other in shown.items() if "/" in name}
+    assert {name for name, rank in ranks.items() if rank == "main"} == {"mass/mean", "mass/fixed head"}
+    assert {name for name, rank in ranks.items() if rank == "ground truth"} == {
         "mass/oracle head", "area/mean", "area/fixed head", "area/oracle head"
     }  # fmt: skip
 
 
-def test_curves_and_verdicts(content):
+def test_collect_report_curves_and_health_warnings(content):
     online, loss = content.curves
     assert (online.title, online.baseline) == ("Online accuracy, kNN, k = 20", 0.25)
     assert online.lines == {"knn@20": [(0, 0.25), (19, 0.5)]}
     assert loss.lines == {"loss": [(9, 4.0), (19, 2.0)]}
-    assert [(verdict.name, verdict.step) for verdict in content.verdicts] == [("diverging", 11), ("skipped-steps", 4)]
-    assert content.verdicts[0].remedy == "Less."
-    assert "2 steps were skipped, steps 4 to 6" in content.verdicts[1].text
+    assert [(verdict.name, verdict.step) for verdict in content.health_warnings] == [
+        ("diverging", 11),
+        ("skipped-steps", 4),
+    ]
+    assert content.health_warnings[0].remedy == "Less."
+    assert "2 steps were skipped, steps 4 to 6" in content.health_warnings[1].text
 
 
-def test_the_gallery_shows_the_images_and_masks_of_the_attention_record(content, measured, sample):
+def test_make_gallery_uses_the_images_and_masks_of_the_attention_result(content, measured, sample):
     names = [scan_image_folder(sample / "test").name(place) for place in (6, 18, 30, 42)]  # evenly spread
-    assert [seen.name for seen in content.attended] == [pixels.name for pixels in content.segmented] == names
+    assert [seen.name for seen in content.gallery] == [each.name for each in content.masks] == names
     truths = MaskFolder(sample / "test_masks")
     with np.load(measured / "attention" / "ious.npz") as arrays:
         ious = dict(zip(arrays["images"].tolist(), arrays["model/mass/mean"].tolist(), strict=True))
     assert names[0] in ious
-    for seen, pixels in zip(content.attended, content.segmented, strict=True):
+    for seen, each in zip(content.gallery, content.masks, strict=True):
         truth = truths.read(seen.name, (48, 48))
-        assert torch.equal(seen.truth, truth)
-        assert torch.equal(pixels.truth, truth)
+        assert torch.equal(seen.ground_truth, truth)
+        assert torch.equal(each.ground_truth, truth)
         torch.testing.assert_close(seen.maps.sum((-2, -1)), torch.ones(3))
         assert len(seen.ious) == 4
-        assert pixels.ious["attention"] == pytest.approx(seen.ious[-1])
-        assert list(pixels.masks) == ["attention", "lost", "tokencut", "pca", "found"]
+        assert each.ious["attention"] == pytest.approx(seen.ious[-1])
+        assert list(each.ious) == ["attention", "lost", "tokencut", "pca", "found"]
         counted = pool_mask_to_patches(truth, seen.maps.shape[1:])
-        for name, mask in pixels.masks.items():
-            assert pixels.ious[name] == pytest.approx(iou(mask, counted).item())
+        for name, mask in zip(each.ious, each.masks, strict=True):
+            assert each.ious[name] == pytest.approx(iou(mask, counted).item())
         assert seen.name not in ious or seen.ious[-1] == pytest.approx(ious[seen.name], abs=1e-6)
 
 
-def test_neighbors_are_the_nearest_training_images_of_stored_features(content, sample, tiny_model):
+def test_neighbor_rows_are_the_nearest_training_images_of_cached_features(content, sample, tiny_model):
     loaded = load_backbone(str(tiny_model))
     transform = EvalTransform(32, 0.875, loaded.mean, loaded.std)
     bank, asked = (scan_image_folder(sample / part) for part in ("train", "test"))
@@ -199,60 +198,63 @@ def test_neighbors_are_the_nearest_training_images_of_stored_features(content, s
     assert not any(all(row) for row in wrong)  # failures
 
 
-def test_the_map_holds_principal_components_of_evenly_spread_images(content, sample):
-    plane = content.feature_map
-    assert plane.points.shape == (20, 2)
-    assert plane.classes == scan_image_folder(sample / "test").classes
-    assert [plane.classes[label] for label in plane.labels.tolist()] == [name.partition("/")[0] for name in plane.names]
-    torch.testing.assert_close(plane.points.mean(0), torch.zeros(2), atol=1e-6, rtol=0)
-    assert abs((plane.points[:, 0] * plane.points[:, 1]).sum()) < 1e-5  # orthogonal
-    assert (plane.points**3).sum(0).min() >= 0
-    assert max(max(image.size) for image in plane.images) == 40
-    assert "of the variance" in plane.text
+def test_embedding_map_has_the_principal_components_of_evenly_spaced_images(content, sample):
+    features = content.embedding_map
+    assert features.points.shape == (20, 2)
+    assert features.classes == scan_image_folder(sample / "test").classes
+    assert [features.classes[label] for label in features.labels.tolist()] == [
+        name.partition("/")[0] for name in features.names
+    ]
+    torch.testing.assert_close(features.points.mean(0), torch.zeros(2), atol=1e-6, rtol=0)
+    assert abs((features.points[:, 0] * features.points[:, 1]).sum()) < 1e-5  # orthogonal
+    assert (features.points**3).sum(0).min() >= 0
+    assert max(max(image.size) for image in features.images) == 40
+    assert "of the variance" in features.text
 
 
-def test_what_is_missing_stands_with_its_command(content, measured):
-    assert content.missing.keys() == {"Numbers", "Inside"}
-    assert f"`ssl-vit linear checkpoint={measured} data.root=LABELED`" in content.missing["Numbers"]
-    assert f"`ssl-vit inspect checkpoint={measured}`" in content.missing["Inside"]
+def test_collect_report_missing_names_the_command(content, measured):
+    assert content.missing.keys() == {"Figures"}
+    assert f"`ssl-vit inspect checkpoint={measured}`" in content.missing["Figures"]
 
 
-def test_every_section_says_how_it_was_computed(content):
-    assert content.how.keys() >= {"Numbers", "Training", "Attention", "Masks", "Neighbors", "Feature map"}
-    assert "stored features of 192 images" in content.how["Neighbors"]
-    truths = torch.stack([pixels.truth for pixels in content.segmented])
-    assert f"the whole image {truths.double().mean():.2f}, the center prior" in content.how["Masks"]
+def test_collect_report_protocol_covers_every_section(content):
+    assert content.protocol.keys() >= {"Numbers", "Training", "Attention", "Masks", "Neighbors", "Feature map"}
+    assert "stored features of 192 images" in content.protocol["Neighbors"]
+    truths = torch.stack([each.ground_truth for each in content.masks])
+    assert f"the whole image {truths.double().mean():.2f}, the center prior" in content.protocol["Masks"]
     assert "failures" in content.neighbors_text
 
 
 # --- the files ---
 
 
-def test_page_and_json_hold_the_same_and_are_the_same_again(measured, tmp_path, capsys):
+def test_report_page_and_json_agree_and_are_reproducible(measured, tmp_path, capsys):
     words = [f"run={measured}", *QUICK]
     assert main(["report", *words, f"out={tmp_path / 'page.html'}"]) == 0
     printed = capsys.readouterr().out
     assert f"{tmp_path / 'page.html'}: " in printed
-    assert "ssl-vit linear" in printed
+    assert "ssl-vit inspect" in printed
     assert "<title>" in (tmp_path / "page.html").read_text(encoding="utf-8")
     plain = strict(tmp_path / "page.json")
     again = gathered(measured)
-    assert [line["value"] for line in plain["headlines"]] == [line.value for line in again.headlines]
-    assert [line["ious"] for line in plain["attended"]] == [seen.ious for seen in again.attended]
-    assert [line["ious"] for line in plain["segmented"]] == [pixels.ious for pixels in again.segmented]
+    assert [line["value"] for line in plain["metrics"]] == [line.value for line in again.metrics]
+    assert [line["ious"] for line in plain["gallery"]] == [seen.ious for seen in again.gallery]
+    assert [line["ious"] for line in plain["masks"]] == [each.ious for each in again.masks]
     assert [[near["name"] for near in row] for row in plain["neighbors"]] == [
         [near.name for near in row] for row in again.neighbors
     ]
-    assert [[point["x"], point["y"]] for point in plain["feature_map"]["points"]] == again.feature_map.points.tolist()
-    assert plain["how"] == again.how
+    assert [
+        [point["x"], point["y"]] for point in plain["embedding_map"]["points"]
+    ] == again.embedding_map.points.tolist()
+    assert plain["protocol"] == again.protocol
     assert plain["missing"] == again.missing
-    assert plain["facts"].pop("made by").startswith(f"ssl-vit report run={measured}")
+    assert plain["metadata"].pop("made by").startswith(f"ssl-vit report run={measured}")
     times = {"report made", "made by"}
-    assert plain["facts"].keys() - times == again.facts.keys() - times
-    assert all(plain["facts"][name] == again.facts[name] for name in again.facts.keys() - times)
+    assert plain["metadata"].keys() - times == again.metadata.keys() - times
+    assert all(plain["metadata"][name] == again.metadata[name] for name in again.metadata.keys() - times)
 
 
-def test_by_default_the_page_lies_in_the_run_and_the_old_one_survives_a_failure(copied, monkeypatch):
+def test_report_is_written_into_the_run_and_the_old_one_survives_a_failure(copied, monkeypatch):
     assert main(["report", f"run={copied}", *QUICK]) == 0
     before = {name: (copied / name).read_bytes() for name in ("report.html", "report.json")}
 
@@ -265,53 +267,55 @@ def test_by_default_the_page_lies_in_the_run_and_the_old_one_survives_a_failure(
     assert not list(copied.glob(".report*"))
 
 
-def test_a_page_that_is_too_large_has_its_images_halved(copied, monkeypatch, capsys):
-    monkeypatch.setattr(report, "render", lambda content: "x" * content.attended[0].image.width)
-    monkeypatch.setattr(report, "MOST_BYTES", 30)
+def test_report_halves_the_images_of_a_page_that_is_too_large(copied, monkeypatch, capsys):
+    monkeypatch.setattr(report, "render", lambda content: "x" * content.gallery[0].image.width)
+    monkeypatch.setattr(report, "MAX_BYTES", 30)
     assert main(["report", f"run={copied}", *QUICK]) == 0
     assert len((copied / "report.html").read_text()) == 24  # of 48 pixels
     assert "its images are halved" in capsys.readouterr().out
 
 
-def test_halved_images_are_all_of_them(content):
+def test_downscale_images_halves_all_images(content):
     half = downscale_images(content)
-    assert half.attended[0].image.size == half.segmented[0].image.size == (24, 24)
+    assert half.gallery[0].image.size == half.masks[0].image.size == (24, 24)
     assert half.neighbors[0][0].image.size == (24, 24)
-    assert half.feature_map.images[0].size == (20, 20)
+    assert half.embedding_map.images[0].size == (20, 20)
 
 
 # --- what is not there, or damaged ---
 
 
-def test_a_run_of_nothing_but_configuration_and_weights(tiny_model, tmp_path):
+def test_collect_report_of_only_config_and_weights(tiny_model, tmp_path):
     content = gathered(make_run(tmp_path / "bare", tiny_model))
-    assert content.facts["model"].startswith("vit_tiny")
+    assert content.metadata["model"].startswith("vit_tiny")
     assert content.missing.keys() == {
-        "Numbers", "Training", "Attention", "Neighbors", "Feature map", "Inside"
+        "Numbers", "Training", "Attention", "Neighbors", "Feature map", "Figures"
     }  # fmt: skip
+    assert f"`ssl-vit knn checkpoint={tmp_path / 'bare'} data.root=LABELED`" in content.missing["Numbers"]
+    assert f"out={tmp_path / 'bare'}/attention`" in content.missing["Numbers"]
     assert "gone does not exist" in content.missing["Attention"]
     assert "images=FOLDER" in content.missing["Neighbors"]
-    assert not (content.headlines or content.curves or content.attended or content.neighbors or content.feature_map)
+    assert not (content.metrics or content.curves or content.gallery or content.neighbors or content.embedding_map)
 
 
-def test_a_run_shows_its_own_images_without_labels(tiny_model, sample, tmp_path):
+def test_collect_report_uses_the_runs_own_images_without_labels(tiny_model, sample, tmp_path):
     flat = tmp_path / "flat"
     flat.mkdir()
     for file in sorted((sample / "test").glob("*/*.png"))[:10]:
         shutil.copy(file, flat / f"{file.parent.name}-{file.name}")
     (flat / "broken.jpg").write_bytes(b"no image")
     content = gathered(make_run(tmp_path / "own", tiny_model, data={"source": "folder", "root": str(flat)}))
-    assert len(content.attended) == 4 - content.how["Attention"].count("could not be used")
-    assert content.segmented == []
+    assert len(content.gallery) == 4 - content.protocol["Attention"].count("could not be used")
+    assert content.masks == []
     assert "masks=FOLDER" in content.missing["Masks"]
     assert all(near.label is None for row in content.neighbors for near in row)
     assert all(query.name not in {near.name for near in nears} for query, *nears in content.neighbors)
     assert len(content.neighbors) == 8
-    assert set(content.feature_map.labels.tolist()) == {-1}
-    assert "broken.jpg" in content.how["Neighbors"]
+    assert set(content.embedding_map.labels.tolist()) == {-1}
+    assert "broken.jpg" in content.protocol["Neighbors"]
 
 
-def test_hostile_names_come_through_as_text(tiny_model, sample, tmp_path):
+def test_report_writes_hostile_names_as_text(tiny_model, sample, tmp_path):
     folder = tmp_path / "odd"
     names = ["script><b>.png", "two\nlines.png", os.fsdecode(b"caf\xe9.png"), "'\"&.png"]
     for place, file in enumerate(sorted((sample / "test").glob("*/*.png"))[:4]):
@@ -322,14 +326,14 @@ def test_hostile_names_come_through_as_text(tiny_model, sample, tmp_path):
         journal.write(json.dumps({"step": 1, "name": "</script>", "finding": "\ud800", "remedy": "\0"}))
     assert main(["report", f"run={run}", *QUICK, f"data.root={folder}", f"images={folder}"]) == 0
     plain = strict(run / "report.json")
-    shown = {seen["name"] for seen in plain["attended"]}
+    shown = {seen["name"] for seen in plain["gallery"]}
     assert {"0</script><b>.png", "1</two\\nlines.png", "0</caf\\xe9.png"} <= shown
-    assert plain["verdicts"][0]["text"] == "\ud800"
+    assert plain["health_warnings"][0]["text"] == "\ud800"
     assert "\n" not in plain["title"]
     assert (run / "report.html").read_text(encoding="utf-8")
 
 
-def test_damaged_parts_are_told_and_leave_the_others(copied):
+def test_collect_report_names_damaged_parts_and_keeps_the_others(copied):
     (copied / "eval" / "other.json").write_text('{"schema": 2, "task"')
     (copied / "metrics.csv").write_bytes(b"\x00\xff garbage")
     (copied / "health.jsonl").write_text('{"step": 1, "na\n[]\n')
@@ -338,79 +342,87 @@ def test_damaged_parts_are_told_and_leave_the_others(copied):
     assert "other.json: not a JSON file" in content.missing["Numbers"]
     assert "damaged" in content.missing["Configuration"]
     assert "metrics.csv" in content.missing["Training"]
-    assert "2 lines" in content.how["Health"]
-    assert len(content.headlines) > 2
+    assert "2 lines" in content.protocol["Health"]
+    assert len(content.metrics) > 2
     assert content.neighbors
 
 
-def test_without_weights_the_records_are_still_shown(copied):
+def test_read_run_finds_attention_results_in_any_folder_of_the_run(copied):
+    (copied / "more").mkdir()
+    (copied / "attention").rename(copied / "more" / "maps")
+    content = gathered(copied)
+    assert "more/maps/summary.json" in {row.result for row in content.metrics}
+    assert len(content.masks) == 4
+
+
+def test_collect_report_without_weights_still_has_the_metrics(copied):
     (copied / "backbone.safetensors").unlink()
     content = gathered(copied)
-    assert "no checkpoints/last.ckpt and no backbone.safetensors" in content.facts["checkpoint"]
+    assert "no checkpoints/last.ckpt and no backbone.safetensors" in content.metadata["checkpoint"]
     assert "backbone.safetensors" in content.missing["Attention"]
     assert "backbone.safetensors" in content.missing["Neighbors"]
-    assert len(content.headlines) > 2
+    assert len(content.metrics) > 2
 
 
-def test_numbers_of_another_checkpoint_are_marked(copied, content):
+def test_metric_rows_of_another_checkpoint_are_marked(copied, content):
     path = next((copied / "eval").glob("knn-*.json"))
-    record = strict(path)
-    record["model"] |= {"sha256": "0" * 64, "state_sha256": "1" * 64, "step": 4000}
-    path.write_text(json.dumps(record))
-    marked = {line.task: line.remark for line in gathered(copied).headlines}
+    result = strict(path)
+    result["model"] |= {"sha256": "0" * 64, "state_sha256": "1" * 64, "step": 4000}
+    path.write_text(json.dumps(result))
+    marked = {line.task: line.remark for line in gathered(copied).metrics}
     assert "of another checkpoint than this page shows, after 4,000 steps" in marked["knn"]
-    assert not any("another checkpoint" in line.remark for line in content.headlines)
+    assert not any("another checkpoint" in line.remark for line in content.metrics)
     assert "another checkpoint" not in marked["attention"]
 
 
-def test_numbers_of_the_same_weights_in_another_file_are_not_marked(copied):
+def test_metric_rows_of_the_same_weights_in_another_file_are_not_marked(copied):
     path = next((copied / "eval").glob("knn-*.json"))
-    record = strict(path)
-    record["model"]["sha256"] = "0" * 64
-    path.write_text(json.dumps(record))
-    assert not any("another checkpoint" in line.remark for line in gathered(copied).headlines)
+    result = strict(path)
+    result["model"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(result))
+    assert not any("another checkpoint" in line.remark for line in gathered(copied).metrics)
 
 
-def test_masks_that_fit_nothing(measured, sample, tmp_path):
+def test_make_gallery_with_masks_of_other_images(measured, sample, tmp_path):
     (tmp_path / "masks").mkdir()
     Image.new("L", (9, 9), 255).save(tmp_path / "masks" / "other.png")
     content = gathered(measured, f"images={sample / 'test'}", f"masks={tmp_path / 'masks'}")
-    assert len(content.attended) == 4
+    assert len(content.gallery) == 4
     assert "usable mask" in content.missing["Masks"]
 
 
-def test_panels_of_an_inspection(copied):
+def test_read_inspection_figures(copied):
     (copied / "inspect").mkdir()
     for name in ("distance.png", "reconstruction.png"):
         Image.new("RGB", (2600, 20)).save(copied / "inspect" / name)
-    panels = [
+    figures = [
         {"file": name, "title": name, "text": "look"} for name in ("distance.png", "reconstruction.png", "no.png")
     ]
-    (copied / "inspect" / "inspect.json").write_text(json.dumps({"schema": 1, "figures": panels}))
+    (copied / "inspect" / "inspect.json").write_text(json.dumps({"schema": 1, "figures": figures}))
     content = gathered(copied)
-    assert [(panel.title, panel.text, panel.image.size) for panel in content.panels] == [
-        ("distance.png", "look", (1300, 10))
+    assert [(figure.title, figure.text, figure.image.size) for figure in content.figures] == [
+        ("distance.png", "look", (1300, 10)),
+        ("reconstruction.png", "look", (1300, 10)),
     ]
-    assert [panel.title for panel in content.reconstructions] == ["reconstruction.png"]
-    assert "another checkpoint" not in content.missing["Inside"]
-    assert "no.png" in content.missing["Inside"]
+    assert "another checkpoint" not in content.missing["Figures"]
+    assert "no.png" in content.missing["Figures"]
 
 
-def test_a_model_that_nobody_has_inspected_is_inspected_first(copied):
+def test_report_inspects_a_model_that_was_not_inspected(copied):
     assert main(["report", f"run={copied}", *QUICK, "inspect=true", "limit=1", "points=3"]) == 0
     plain = strict(copied / "report.json")
-    panels = strict(copied / "inspect" / "inspect.json")["figures"]
-    assert [panel["title"] for panel in plain["panels"]] == [panel["title"] for panel in panels]
-    assert panels
-    assert "without images" in plain["missing"]["Inside"]  # the run's own are gone
+    figures = strict(copied / "inspect" / "inspect.json")["figures"]
+    assert [figure["title"] for figure in plain["figures"]] == [figure["title"] for figure in figures]
+    assert figures
+    assert "without images" in plain["missing"]["Figures"]  # the run's own are gone
 
 
-def test_a_model_that_cannot_be_inspected_is_told_and_one_without_images_asked_for(copied, capsys, sample):
+def test_report_without_inspection_or_images_of_it_names_the_reason(copied, capsys, sample):
     (copied / "inspect").mkdir()
     (copied / "inspect" / "inspect.json").write_text(
         json.dumps({"figures": [], "images": {"count": 0, "dataset": None}})
     )
-    told = gathered(copied).missing["Inside"]
+    told = gathered(copied).missing["Figures"]
     assert "without images: inspect again with images=FOLDER. `ssl-vit inspect checkpoint=" in told
     (copied / "inspect" / "inspect.json").unlink()
     config = load_config("report", [f"run={copied}", f"images={sample / 'test'}"], ReportConfig)
@@ -423,7 +435,7 @@ def test_a_model_that_cannot_be_inspected_is_told_and_one_without_images_asked_f
     assert "No drawings of what is inside the model: " in capsys.readouterr().out
 
 
-def test_a_page_that_cannot_be_written_is_told_before_the_work(copied, monkeypatch, capsys, tmp_path):
+def test_report_checks_before_the_work_that_the_page_can_be_written(copied, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(report, "collect_report", None)  # it would fail
     (tmp_path / "data.json").write_text("{}")
     assert main(["report", f"run={copied}", *QUICK, f"out={tmp_path / 'data.html'}"]) == 2
@@ -434,7 +446,7 @@ def test_a_page_that_cannot_be_written_is_told_before_the_work(copied, monkeypat
     assert f"{tmp_path} cannot be written to: name another place" in capsys.readouterr().err
 
 
-def test_whatever_yaml_knows_the_page_and_its_twin_can_hold(tiny_model, tmp_path):
+def test_report_config_has_every_type_of_yaml(tiny_model, tmp_path):
     run = make_run(tmp_path / "run", tiny_model)
     with (run / "config.yaml").open("a") as file:
         file.write("day: 2024-01-31\n1: .nan\nnames: !!set {a: null}\n")
@@ -443,7 +455,7 @@ def test_whatever_yaml_knows_the_page_and_its_twin_can_hold(tiny_model, tmp_path
     assert (config["day"], config["1"], config["names"]) == ("2024-01-31", None, "{'a'}")
 
 
-def test_a_run_that_has_diverged_is_told_in_every_section(tiny_model, sample, tmp_path):
+def test_report_names_a_diverged_run_in_every_section(tiny_model, sample, tmp_path):
     run = make_run(tmp_path / "run", tiny_model)
     weights = load_file(run / "backbone.safetensors")
     save_file(
@@ -454,57 +466,62 @@ def test_a_run_that_has_diverged_is_told_in_every_section(tiny_model, sample, tm
     assert main(["report", f"run={run}", *words]) == 0
     plain = strict(run / "report.json")
     assert plain["curves"][0]["lines"] == {"loss": [[9.0, 4.0]]}
-    assert "1 of train/loss" in plain["how"]["Training"]
+    assert "1 of train/loss" in plain["protocol"]["Training"]
     for section in ("Attention", "Neighbors", "Feature map"):
         assert "diverged" in plain["missing"][section]
-    assert "has not been inspected" in plain["missing"]["Inside"]
+    assert "has not been inspected" in plain["missing"]["Figures"]
 
 
-def test_a_fine_tuning_tells_what_it_began_with_and_shows_its_own_images(tiny_model, sample, tmp_path):
+def test_collect_report_of_a_finetuning_names_its_start_and_uses_its_own_images(tiny_model, sample, tmp_path):
     data = {"source": "folder", "root": None, "train": str(sample / "train"), "test": str(sample / "test")}
     run = make_run(tmp_path / "run", tiny_model, checkpoint="runs/start", method={"flip": 0.5}, data=data)
     (run / "metrics.csv").write_text("step,epoch,val/top1,val/loss\n1,1,0.25,2.0\n")
-    model = {"name": "start", "source": "runs/start (teacher)", "sha256": "0" * 64, "state_sha256": "1" * 64, "step": 9}
-    loaded = load_backbone(str(tiny_model))
-    record = SimpleNamespace(
+    EvalResult(
         task="finetune",
-        model=SimpleNamespace(**model, weights="teacher"),
-    )
-    assert headlines._of_model(record, loaded, None) == ["fine-tuned from runs/start (teacher)"]
+        protocol={},
+        model=ModelInfo(name="start", source="runs/start (teacher)", state_sha256="1" * 64, step=9),
+        data=DataInfo(name="sample"),
+        score=ModelScores(name="model", metrics=[Metric(name="top-1", value=0.5, n=9, low=0.4, high=0.6)]),
+        baselines=[],
+        config={"checkpoint": "runs/start"},
+    ).write(run / "eval" / "finetune-sample.json")
     content = gathered(run)
-    assert content.facts["method"] == "fine-tuning of runs/start"
+    assert content.metadata["method"] == "fine-tuning of runs/start"
+    assert [row.remark for row in content.metrics] == ["fine-tuned from runs/start (teacher)"]
     assert [(curve.title, curve.lines) for curve in content.curves] == [
         ("Accuracy on val images", {"top-1": [(1, 0.25)]}),
         ("Loss on val images", {"loss": [(1, 2.0)]}),
     ]
-    assert len(content.attended) == 4
+    assert len(content.gallery) == 4
     assert content.neighbors
 
 
-def test_panels_of_another_checkpoint_are_marked(copied):
+def test_read_inspection_of_another_checkpoint_is_marked(copied):
     (copied / "inspect").mkdir()
     about = {"figures": [], "model": {"state_sha256": "0" * 64}, "images": {"count": 9}, "protocol": {"rollout": "so"}}
     (copied / "inspect" / "inspect.json").write_text(json.dumps(about))
     content = gathered(copied)
-    assert "another checkpoint" in content.missing["Inside"]
-    assert content.how["Inside"] == "Of 9 images. `rollout`: so."
+    assert "another checkpoint" in content.missing["Figures"]
+    assert content.protocol["Figures"] == "Of 9 images. `rollout`: so."
     (copied / "inspect" / "inspect.json").write_text("[]")
-    assert "is damaged: inspect again. `ssl-vit inspect" in gathered(copied).missing["Inside"]
+    assert "is damaged: inspect again. `ssl-vit inspect" in gathered(copied).missing["Figures"]
 
 
-def test_the_first_and_the_last_panels_of_a_training_are_shown(copied):
+def test_read_logged_figures_returns_the_first_and_the_last_of_each_kind(copied):
     (copied / "images").mkdir()
     for kind in ("attention", "reconstruction"):
         for step in (0, 50, 1200):
             Image.new("RGB", (step + 10, 10)).save(copied / "images" / f"{kind}-{step:07d}.jpg")
+    Image.new("RGB", (7, 7)).save(copied / "images" / "some_other_kind-0000003.jpg")
     (copied / "images" / "attention-0000000.jpg").write_bytes(b"broken")
     content = gathered(copied)
-    assert [(panel.title, panel.image.width) for panel in content.panels] == [("Attention after 1,200 steps", 1210)]
-    assert [(panel.title, panel.image.width) for panel in content.reconstructions] == [
+    assert [(figure.title, figure.image.width) for figure in content.figures] == [
+        ("Attention after 1,200 steps", 1210),
         ("Reconstruction after 0 steps", 10),
         ("Reconstruction after 1,200 steps", 1210),
+        ("Some other kind after 3 steps", 7),
     ]
-    assert "attention-0000000.jpg" in content.missing["Inside"]
+    assert "attention-0000000.jpg" in content.missing["Figures"]
 
 
 @pytest.mark.parametrize(
@@ -519,21 +536,23 @@ def test_the_first_and_the_last_panels_of_a_training_are_shown(copied):
         (["run=x", "points=2"], "points"),
     ],
 )
-def test_mistakes(words, told, tmp_path, capsys):
+def test_report_rejects_mistakes_before_any_work(words, told, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["report", *(word.format(folder=tmp_path) for word in words)]) == 2
-    assert told in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert told in captured.err
+    assert captured.out == ""
 
 
-def test_tsne_places_every_image_and_says_what_it_is_not(measured):
+def test_embedding_map_by_tsne_is_reproducible(measured):
     pytest.importorskip("sklearn")
-    one, other = (gathered(measured, "projection=tsne").feature_map for _ in range(2))
+    one, other = (gathered(measured, "projection=tsne").embedding_map for _ in range(2))
     assert one.points.shape == (20, 2)
     assert torch.equal(one.points, other.points)
     assert "distances mean little" in one.text
 
 
-def test_named_images_that_are_not_there_are_no_silent_fallback(measured, tmp_path):
+def test_collect_report_has_no_silent_fallback_for_named_images(measured, tmp_path):
     content = gathered(measured, f"images={tmp_path / 'gone'}", f"data.root={tmp_path / 'gone'}")
     assert "does not exist" in content.missing["Attention"]
     assert "does not exist" in content.missing["Neighbors"]

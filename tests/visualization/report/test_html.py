@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import matplotlib
@@ -16,41 +17,23 @@ from PIL import Image
 from ssl_vit.evaluation.segmentation.iou import iou, pool_mask_to_patches
 from ssl_vit.models.attention_maps import attention_mass_mask, upsample_mask
 from ssl_vit.visualization.image_grid import TitledFigure
-from ssl_vit.visualization.report.encode import as_json, map_bytes, outline
+from ssl_vit.visualization.report.encode import encode_maps, outline_path
 from ssl_vit.visualization.report.html import render
-from ssl_vit.visualization.report.schema import (
+from ssl_vit.visualization.report.report_data import (
     Curve,
-    FeatureMap,
+    EmbeddingMap,
     GalleryImage,
     HealthRow,
+    MaskImage,
     MetricRow,
-    Near,
-    Rank,
+    NeighborImage,
     ReportData,
-    Segmented,
 )
-from ssl_vit.visualization.report.svg_charts import MOST_POINTS, interval_chart, line_chart, thinned
+from ssl_vit.visualization.report.svg_charts import interval_chart, line_chart
 
 ODD = "</script><img src=x onerror=alert(1)>\"'&`<!--\udcff.jpg"
 SHOWN = ODD.replace("\udcff", "\\udcff")  # what UTF-8 cannot say stands as JSON writes it
-EMPTY = ReportData(
-    title="nothing",
-    essentials={},
-    facts={},
-    headlines=[],
-    curves=[],
-    verdicts=[],
-    mass=0.6,
-    attended=[],
-    segmented=[],
-    neighbors=[],
-    feature_map=None,
-    panels=[],
-    reconstructions=[],
-    config={},
-    how={},
-    missing={},
-)
+EMPTY = ReportData("nothing")
 
 
 def pixels(seed: int, size: tuple[int, int]) -> Image.Image:
@@ -81,35 +64,36 @@ def seen(seed: int, name: str, heads: int = 3, rows: int = 24, columns: int = 32
 
 @pytest.fixture(scope="module")
 def content() -> ReportData:
-    headline = MetricRow(
-        "knn",
-        "top-1, k=20",
-        ODD,
-        0.61,
-        0.60,
-        0.62,
-        "Wilson",
-        10_000,
-        {"random init": 0.29, ODD: 0.34},
-        ODD,
-        "k.json",
-        f"top-1 {ODD}",
-        Rank.MAIN,
+    row = MetricRow(
+        task="knn",
+        task_title="Nearest neighbors (kNN)",
+        metric="top-1, k=20",
+        title=f"top-1 {ODD}",
+        data=ODD,
+        value=0.61,
+        low=0.60,
+        high=0.62,
+        interval="Wilson",
+        n=10_000,
+        baselines={"random init": 0.29, ODD: 0.34},
+        remark=ODD,
+        result="k.json",
+        level="main",
     )
     curves = [
-        Curve("Loss", "nats", {"loss": [(step, 6 / (1 + step / 100)) for step in range(2000)], ODD: [(0, 1.0)]}, 2.0),
+        Curve("Loss", "nats", {"loss": [(step, 6 / (1 + step / 100)) for step in range(300)], ODD: [(0, 1.0)]}, 2.0),
         Curve(ODD, ODD, {"rank": [(0, 1.0), (1, math.nan), (2, 3.0)]}, None),
     ]
-    masks = {"attention": disc(24, 32), ODD: torch.ones(24, 32, dtype=torch.bool)}
-    segmented = [
-        Segmented(f"{place}.jpg", pixels(place, (121, 90)), disc(90, 121), masks, {"attention": score, ODD: 1 - score})
-        for place, score in enumerate([0.5, 0.9, 0.1])
+    predicted = torch.stack([disc(24, 32), torch.ones(24, 32, dtype=torch.bool)])
+    masks = [
+        MaskImage(f"{n}.jpg", pixels(n, (121, 90)), disc(90, 121), predicted, {"attention": score, ODD: 1 - score})
+        for n, score in enumerate([0.5, 0.9, 0.1])
     ]
-    near = [
-        Near(pixels(7, (32, 32)), ODD, label, cosine) for label, cosine in (("cat", None), ("cat", 0.9), (ODD, 0.5))
-    ]
+    query = NeighborImage(pixels(7, (32, 32)), ODD, "cat", None, None)
+    right = query._replace(similarity=0.9, same_class=True)
+    wrong = query._replace(label=ODD, similarity=0.5, same_class=False)
     points = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
-    plane = FeatureMap(
+    features = EmbeddingMap(
         points,
         torch.arange(30) % 4 - 1,
         ["cat", "dog", ODD],
@@ -117,31 +101,30 @@ def content() -> ReportData:
         [pixels(place, (48, 32)) for place in range(30)],
         "The first two principal components.",
     )
-    panels = [
+    figures = [
         TitledFigure(ODD, pixels(3, (900, 300)), "How to read `it`."),
         TitledFigure("small", pixels(4, (300, 300)), ODD),
     ]
     return ReportData(
         title=ODD,
-        facts={"command": f"`ssl-vit report` {ODD}", "seed": "0"},
-        headlines=[
-            headline,
-            headline._replace(task="linear", baselines={}, remark=""),
-            headline._replace(task="fewshot", title="with few labels", rank=Rank.FURTHER),
-            headline._replace(task="attention", title="with the object's size", rank=Rank.GIVEN),
+        metadata={"command": f"`ssl-vit report` {ODD}", "seed": "0"},
+        metrics=[
+            row,
+            row._replace(task="linear", baselines={}, remark=""),
+            row._replace(task="fewshot", title="with few labels", level="further"),
+            row._replace(task="attention", title="with the object's size", level="ground truth"),
         ],
-        essentials={"method": "DINO", "images": ODD},
+        caption={"method": "DINO", "images": ODD},
         curves=curves,
-        verdicts=[HealthRow("collapse", 120, ODD, "Lower `method.teacher_temperature`.")],
-        mass=0.6,
-        attended=[seen(0, "0.jpg"), seen(1, ODD), seen(2, "2.jpg")._replace(truth=None, ious=None)],
-        segmented=segmented,
-        neighbors=[near, near[::-1]],
-        feature_map=plane,
-        panels=panels,
-        reconstructions=panels,
+        health_warnings=[HealthRow("collapse", 120, ODD, "Lower `method.teacher_temperature`.")],
+        attention_mass=0.6,
+        gallery=[seen(0, "0.jpg"), seen(1, ODD), seen(2, "]]>\u2028&lt;")._replace(ground_truth=None, ious=None)],
+        masks=masks,
+        neighbors=[[query, right, wrong], [query, wrong, wrong]],
+        embedding_map=features,
+        figures=figures,
         config={"data": {"root": ODD}},
-        how={"masks": ODD},
+        protocol={"masks": ODD},
         missing={"transfer": f"Not measured: `ssl-vit transfer` {ODD}"},
     )
 
@@ -167,10 +150,13 @@ class Structure(HTMLParser):
         (self.scripts if self.open == "script" else self.texts).append(data)
 
 
-def test_page_needs_nothing_but_itself(html):
+def test_render_loads_nothing(html):
     structure = Structure(html)
     links = [
-        value for _, attributes in structure.elements for key, value in attributes.items() if key in ("src", "href")
+        value
+        for _, attributes in structure.elements
+        for key, value in attributes.items()
+        if key in ("src", "href", "xlink:href")
     ]
     assert len(links) > 50
     assert all(link.startswith(("data:", "#")) for link in links)
@@ -180,7 +166,7 @@ def test_page_needs_nothing_but_itself(html):
     assert len(ids) == len(set(ids))
 
 
-def test_names_of_any_characters_are_texts_and_nothing_else(html):
+def test_render_escapes_names_of_any_characters(html):
     structure = Structure(html)
     assert [tag for tag, _ in structure.elements].count("script") == html.count("</script") == 2
     assert not any("onerror" in attributes for _, attributes in structure.elements)
@@ -188,24 +174,20 @@ def test_names_of_any_characters_are_texts_and_nothing_else(html):
     assert f"<title>{SHOWN}" not in html
     assert told.count(SHOWN) >= 15
     data = json.loads(structure.scripts[0])
-    assert data["plane"]["classes"] == ["cat", "dog", SHOWN]
-    assert data["attended"][1]["name"] == SHOWN
+    assert data["embeddingMap"]["classes"] == ["cat", "dog", ODD]
+    assert data["gallery"][1]["name"] == ODD
+    assert data["gallery"][2]["name"] == "]]>\u2028&lt;"
+    assert not set(structure.scripts[0]) & set("<>&")
     html.encode("utf-8")
 
 
-def test_json_in_a_script_is_read_back_as_it_was():
-    texts = [ODD, "]]>", "\u2028", "&lt;"]
-    assert not set(as_json(texts)) & set("<>&")
-    assert json.loads(as_json(texts)) == texts
-
-
-def test_same_content_gives_the_same_bytes_whatever_the_users_style(content, html):
+def test_render_is_reproducible_whatever_the_users_style(content, html):
     with matplotlib.rc_context({"font.size": 20, "svg.fonttype": "path", "axes.grid": True, "svg.hashsalt": "other"}):
         assert render(content) == html
 
 
-def test_page_of_nothing_says_what_is_missing():
-    html = render(EMPTY._replace(missing={"curves": "No metrics.csv: `ssl-vit pretrain` writes it."}))
+def test_render_of_nothing_says_what_is_missing():
+    html = render(replace(EMPTY, missing={"curves": "No metrics.csv: `ssl-vit pretrain` writes it."}))
     structure = Structure(html)
     assert "nothing was found wrong" in html
     assert "No metrics.csv: <code>ssl-vit pretrain</code> writes it." in html
@@ -213,12 +195,12 @@ def test_page_of_nothing_says_what_is_missing():
     assert headings == ["#content", "#health", "#missing"]
 
 
-def test_a_full_report_stays_small(content):
+def test_render_of_a_full_report_stays_small(content):
     """A quarter of one: 10 images with 12 heads, 250 thumbnails, 6 masks, 5 rows of neighbors."""
     attended = [seen(place, str(place), heads=12, rows=30, columns=40) for place in range(10)]
     attended = [each._replace(image=pixels(place, (480, 360))) for place, each in enumerate(attended)]
     photos = [pixels(place, (96, 96)) for place in range(45)]
-    plane = FeatureMap(
+    features = EmbeddingMap(
         torch.randn(250, 2),
         torch.arange(250) % 10,
         [f"class {number}" for number in range(10)],
@@ -226,27 +208,29 @@ def test_a_full_report_stays_small(content):
         [photos[place % 45] for place in range(250)],
         "",
     )
-    full = content._replace(
-        attended=attended,
-        segmented=[content.segmented[0]._replace(image=each.image) for each in attended[:6]],
-        neighbors=[[Near(photo, "a", "b", 0.5) for photo in photos[row * 9 : row * 9 + 9]] for row in range(5)],
-        feature_map=plane,
+    full = replace(
+        content,
+        gallery=attended,
+        masks=[content.masks[0]._replace(image=each.image) for each in attended[:6]],
+        neighbors=[
+            [NeighborImage(photo, "a", "b", 0.5, None) for photo in photos[row * 9 : row * 9 + 9]] for row in range(5)
+        ],
+        embedding_map=features,
         curves=[],
     )
     assert len(render(full).encode()) < 1e6
 
 
 @pytest.mark.parametrize(("sharpness", "outlier"), [(0.01, 0), (0.3, 0), (0.3, 4), (3, 0), (8, 0)])
-def test_packed_maps_give_the_same_masks(sharpness, outlier):
+def test_encode_maps_keeps_the_masks(sharpness, outlier):
     """From nearly uniform maps, also under one patch that towers above them, to such of a few patches."""
     truth = pool_mask_to_patches(disc(300, 400), (29, 41))
     logits = sharpness * torch.randn(11, 29, 41, generator=torch.Generator().manual_seed(0))
     logits[:, 3, 5] += outlier
     maps = logits.flatten(1).softmax(-1).view(11, 29, 41)
-    encoded, tops = map_bytes(maps)
-    high, middle, low = np.frombuffer(base64.b64decode(encoded), np.uint8).reshape(-1, 3).T.astype(int)
-    levels = np.stack([high * 16 + middle // 16, middle % 16 * 256 + low], axis=1).flatten()[: maps.numel()]
-    read = torch.from_numpy(levels / 4095).view(maps.shape) ** 2 * torch.tensor(tops)[:, None, None]
+    encoded, tops = encode_maps(maps)
+    levels = np.frombuffer(base64.b64decode(encoded), "<u2")
+    read = torch.from_numpy(levels / 65535).view(maps.shape) ** 2 * torch.tensor(tops)[:, None, None]
     for mass in (0.4, 0.6, 0.9):
         before, after = attention_mass_mask(maps, mass), attention_mass_mask(read, mass)
         torch.testing.assert_close(iou(after, truth), iou(before, truth), atol=0.01, rtol=0)
@@ -254,16 +238,16 @@ def test_packed_maps_give_the_same_masks(sharpness, outlier):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 9), (30, 20), (100, 40)])
-def test_outline_encloses_the_mask_and_nothing_else(shape):
+def test_outline_path_encloses_the_mask_and_nothing_else(shape):
     for share in (0.0, 0.3, 0.7, 1.0):
         mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < share
-        assert torch.equal(filled(outline(mask), shape), mask)
+        assert torch.equal(filled(outline_path(mask), shape), mask)
 
 
 def filled(path: str, shape: tuple[int, int]) -> torch.Tensor:
     """The cells from whose center a ray to the right meets the path an odd number of times."""
     inside = torch.zeros(shape, dtype=torch.bool)
-    rows, columns = ((torch.arange(side).double() + 0.5) / side for side in shape)
+    rows, columns = ((torch.arange(side).double() + 0.5) * 1000 / side for side in shape)
     for loop in path.split("Z"):
         corners = [tuple(map(float, corner.split())) for corner in loop.strip().removeprefix("M").split("L") if corner]
         for (x, y), (next_x, next_y) in zip(corners, [*corners[1:], *corners[:1]], strict=True):
@@ -274,42 +258,32 @@ def filled(path: str, shape: tuple[int, int]) -> torch.Tensor:
     return inside
 
 
-def test_outline_of_a_large_mask_is_drawn_with_fewer_cells():
+def test_outline_path_of_a_large_mask_has_fewer_cells():
     mask = disc(1500, 2000)
-    path = outline(mask)
+    path = outline_path(mask)
     assert len(path) < 4000
     assert torch.equal(filled(path, (192, 256)), upsample_mask(mask, (192, 256)))
 
 
-def test_charts_are_text_in_the_colors_of_the_page(content):
+def test_line_chart_is_text_in_the_colors_of_the_page(content):
     loss, chart = content.curves[0], line_chart(content.curves[0])
     assert chart == line_chart(loss)
     assert ">step</text>" in chart and ">nats</text>" in chart
     assert set(re.findall(r": (#\w+)", chart)) <= {"#ffffff", "#000000"}
     assert {"var(--line-0)", "var(--line-1)", "var(--muted)"} <= set(re.findall(r"var\(--[\w-]+\)", chart))
-    assert "loss goes from 6 at step 0 to 0.2859 at step 1,999" in chart
+    assert "loss goes from 6 at step 0 to 1.504 at step 299" in chart
     assert len(chart) < 20_000
-    numbers = interval_chart(content.headlines)
+    numbers = interval_chart(content.metrics)
     assert "knn, top-1, k=20: 61.0%, 60.0% to 62.0%" in numbers
     assert not set(re.findall(r'id="([^"]+)"', numbers)) & set(re.findall(r'id="([^"]+)"', chart))
 
 
-def test_a_curve_of_nothing_finite_is_an_empty_chart():
+def test_line_chart_of_nothing_finite_is_empty():
     assert "no points" in line_chart(Curve("Loss", "nats", {"loss": [(0, math.inf)], "none": []}, None))
 
 
-def test_long_lines_keep_their_ends_and_their_spikes():
-    points = [(float(step), math.sin(step / 50)) for step in range(5000)]
-    points[1234], points[4321] = (1234.0, 9.0), (4321.0, -9.0)
-    thin = thinned(points)
-    assert len(thin) <= MOST_POINTS
-    assert {points[0], points[-1], points[1234], points[4321]} <= set(thin)
-    assert thin == sorted(thin)
-    assert thinned(points[:MOST_POINTS]) == points[:MOST_POINTS]
-
-
-def test_the_main_numbers_are_in_sight_and_the_others_folded(content, html):
-    section = html[html.index('<section id="numbers">') : html.index('<section id="attention">')]
+def test_render_shows_the_main_metrics_and_folds_the_others(content, html):
+    section = html[html.index('<section id="metrics">') : html.index('<section id="gallery">')]
     sight, *folded = section.split("<details>")
     assert "with few labels" not in sight and "with the object" not in sight
     assert ["with few labels" in text for text in folded] == [True, False]
@@ -320,11 +294,11 @@ def test_the_main_numbers_are_in_sight_and_the_others_folded(content, html):
     chart = sight[sight.index("<svg role") : sight.index("<table")]
     assert "knn, top-1" in chart and "linear, top-1" in chart
     assert "fewshot" not in chart and "attention, top-1" not in chart
-    only = render(EMPTY._replace(headlines=content.headlines[2:3]))
-    assert 'id="numbers"' in only and "<svg role" not in only
+    only = render(replace(EMPTY, metrics=content.metrics[2:3]))
+    assert 'id="metrics"' in only and "<svg role" not in only
 
 
-def test_the_facts_in_a_few_words_stand_before_all_of_them(html):
+def test_render_shows_the_caption_before_all_metadata(html):
     header = html[html.index("<header>") : html.index("<nav")]
     few, everything = header.split("<details")
     assert "<dd>DINO</dd>" in few and "found wrong" in few
@@ -380,7 +354,7 @@ def text(page, selector: str) -> str:
     return page.locator(selector).text_content()
 
 
-def test_all_images_are_shown(visit):
+def test_page_shows_all_images(visit):
     page = visit()
     widths = page.evaluate(
         """() => Promise.all([...document.images].map((image) =>
@@ -391,10 +365,10 @@ def test_all_images_are_shown(visit):
     assert text(page, "h1") == SHOWN
 
 
-def test_masks_and_ious_follow_the_threshold(visit, content):
-    page, first = visit(), content.attended[0]
+def test_gallery_masks_and_ious_follow_the_threshold(visit, content):
+    page, first = visit(), content.gallery[0]
     maps = torch.cat([first.maps, first.maps.mean(0, keepdim=True)])
-    truth = pool_mask_to_patches(first.truth, (24, 32))
+    truth = pool_mask_to_patches(first.ground_truth, (24, 32))
     covered, outlines = [], []
     for mass in (20, 40, 60, 80, 100):
         page.locator("#mass").fill(str(mass))
@@ -412,9 +386,9 @@ def test_masks_and_ious_follow_the_threshold(visit, content):
     assert len(set(outlines)) == 5
 
 
-def test_default_ious_are_those_of_python(visit, content):
+def test_gallery_ious_equal_those_of_python(visit, content):
     page = visit()
-    for place, each in enumerate(content.attended):
+    for place, each in enumerate(content.gallery):
         page.locator('input[name="image"]').nth(place).check(force=True)
         labels = page.locator("#head-tiles .iou").all_text_contents()
         if each.ious is None:
@@ -423,43 +397,43 @@ def test_default_ious_are_those_of_python(visit, content):
             shown = [float(label.removeprefix("IoU ")) for label in labels]
             assert [*shown[1:], shown[0]] == pytest.approx(each.ious, abs=0.02)
     assert "IoU" not in text(page, "#attention-now")  # the last one has no given mask
-    mean = np.mean([each.ious[-1] for each in content.attended if each.ious])
+    mean = np.mean([each.ious[-1] for each in content.gallery if each.ious])
     assert float(text(page, "#attention-mean").split()[-1]) == pytest.approx(mean, abs=0.02)
 
 
-def test_the_best_understood_image_comes_first(content, browser, tmp_path):
-    unknown, *known = content.attended[::-1]
+def test_gallery_begins_with_the_highest_iou(content, browser, tmp_path):
+    unknown, *known = content.gallery[::-1]
     known.sort(key=lambda each: each.ious[-1])
     assert known[0].ious[-1] < known[-1].ious[-1]
     path = tmp_path / "report.html"
-    path.write_text(render(content._replace(attended=[unknown, *known])), encoding="utf-8")
+    path.write_text(render(replace(content, gallery=[unknown, *known])), encoding="utf-8")
     page = browser.new_page()
     page.goto(path.as_uri())
-    shown = page.locator(".gallery .iou").all_text_contents()
+    shown = page.locator(".images .iou").all_text_contents()
     assert shown == [f"IoU {known[1].ious[-1]:.2f}", f"IoU {known[0].ious[-1]:.2f}", ""]
     page.close()
 
 
-def test_head_of_the_page_shows_images_over_their_attention(visit):
+def test_hero_shows_images_over_their_attention(visit):
     page = visit()
     assert page.locator("#hero").is_visible()
     assert page.locator("#hero .pairs img").count() == 6  # three images, plain and under the map
     assert "the 3 of 3 images with the highest IoU" in text(page, "#hero figcaption")
     drawn = "place => document.querySelectorAll(place)[0].toDataURL()"
     page.locator('input[name="scale"][value="own"]').check(force=True)
-    assert page.evaluate(drawn, "#hero canvas") == page.evaluate(drawn, ".gallery canvas")  # of the mean
+    assert page.evaluate(drawn, "#hero canvas") == page.evaluate(drawn, ".images canvas")  # of the mean
     bottom = page.locator("#hero").bounding_box()
     assert bottom["y"] + bottom["height"] < 900
 
 
-def test_tiles_of_all_rows_are_equally_wide(visit):
+def test_mask_tiles_are_equally_wide(visit):
     widths = visit(390).evaluate(
         "[...document.querySelectorAll('#mask-tiles .tile')].map((tile) => tile.getBoundingClientRect().width)"
     )
     assert max(widths) - min(widths) < 1
 
 
-def test_heads_scale_strength_and_given_mask_change_what_is_drawn(visit):
+def test_gallery_controls_change_what_is_drawn(visit):
     page = visit()
     drawn = lambda: page.evaluate("document.querySelector('#large canvas').toDataURL()")  # noqa: E731
     mean = drawn()
@@ -473,12 +447,12 @@ def test_heads_scale_strength_and_given_mask_change_what_is_drawn(visit):
     assert "strongest patch" in text(page, "#ramp-text")
     page.locator("#strength").fill("0")
     assert page.locator("#large canvas").evaluate("canvas => getComputedStyle(canvas).opacity") == "0"
-    assert page.locator("#large path.truth").is_visible()
-    page.locator("#show-truth").uncheck()
-    assert not page.locator("#large path.truth").is_visible()
+    assert page.locator("#large path.ground-truth").is_visible()
+    page.locator("#show-ground-truth").uncheck()
+    assert not page.locator("#large path.ground-truth").is_visible()
 
 
-def test_everything_can_be_reached_and_used_by_keyboard(visit):
+def test_page_can_be_used_by_keyboard(visit):
     page = visit()
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
@@ -494,7 +468,7 @@ def test_everything_can_be_reached_and_used_by_keyboard(visit):
         reached.add(focus)
         if not outlined:
             kept.add(focus)
-    assert {"scheme", "mass", "strength", "scale", "show-truth", "head", "image", "method", "order"} <= reached
+    assert {"scheme", "mass", "strength", "scale", "show-ground-truth", "head", "image", "method", "order"} <= reached
     assert {"map", "classes-all", "classes-none", "SUMMARY"} <= reached
     assert kept <= {"BODY"}
     page.locator("#mass").focus()
@@ -505,7 +479,7 @@ def test_everything_can_be_reached_and_used_by_keyboard(visit):
     assert "head 0" in text(page, "#attention-now")
 
 
-def test_map_shows_images_to_the_mouse_and_to_the_keyboard(visit, content):
+def test_embedding_map_shows_images_to_mouse_and_keyboard(visit, content):
     page = visit()
     canvas, tip = page.locator("#map"), page.locator("#tip")
     canvas.scroll_into_view_if_needed()
@@ -520,14 +494,14 @@ def test_map_shows_images_to_the_mouse_and_to_the_keyboard(visit, content):
         walked.append(text(page, "#map-now"))
     assert len(set(walked)) > 3
     assert all(
-        any(said.startswith(name.replace("\udcff", "")[:4]) for name in content.feature_map.names) for said in walked
+        any(said.startswith(name.replace("\udcff", "")[:4]) for name in content.embedding_map.names) for said in walked
     )
     assert tip.is_visible()
     assert "data:image/webp" in page.locator("#thumb").evaluate("thumb => thumb.style.backgroundImage")
     page.keyboard.press("Escape")
     assert not tip.is_visible()
     canvas.evaluate("canvas => canvas.blur()")
-    points = content.feature_map.points
+    points = content.embedding_map.points
     middle = (points.amin(0) + points.amax(0)) / 2
     scale = min((box["width"] - 32) / np.ptp(points[:, 0].numpy()), (box["height"] - 32) / np.ptp(points[:, 1].numpy()))
     x, y = ((points[5] - middle) * scale * torch.tensor([1, -1])).tolist()
@@ -551,14 +525,14 @@ def test_masks_are_sorted_by_the_iou_of_the_method(visit):
     assert "mean IoU 0.50 of the 3 images" in text(page, "#masks-now")
 
 
-def test_right_and_wrong_neighbors_are_told_apart_without_color(visit):
+def test_neighbors_are_marked_right_or_wrong_without_color(visit):
     page = visit()
     labels = page.locator("#neighbors .row").first.locator(".label").all_text_contents()
     assert labels == ["cat", "✓ right: cat", f"✗ wrong: {SHOWN}"]
     assert "1 of the 4 neighbors" in text(page, "#neighbors .lead")
 
 
-def test_colors_follow_the_scheme_and_the_switch(visit):
+def test_page_colors_follow_the_scheme_and_the_switch(visit):
     look = """() => [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color,
         getComputedStyle(document.querySelector(".chart text")).fill, document.getElementById("map").toDataURL()]"""
     page = visit()
@@ -574,7 +548,7 @@ def test_colors_follow_the_scheme_and_the_switch(visit):
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-def test_axe_finds_nothing_and_nothing_is_cut_off(visit, width, scheme):
+def test_page_passes_axe_and_nothing_is_cut_off(visit, width, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
     page = visit(width, scheme)
     for summary in page.locator("summary").all():

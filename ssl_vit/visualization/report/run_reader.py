@@ -15,17 +15,17 @@ from ssl_vit.evaluation.results.result_reader import find_results, read_result
 from ssl_vit.models.checkpoint import LoadedBackbone, Weights, load_backbone
 from ssl_vit.runtime.errors import UserError
 
-TRACES = ("config.yaml", "metrics.csv", "backbone.safetensors", "checkpoints/*.ckpt")  # what makes a folder a run
+TRACES = ("config.yaml", "metrics.csv", "backbone.safetensors", "checkpoints/*.ckpt")  # one of them makes it a run
 
 
-class RunFolder(NamedTuple):
-    """What a report is made of, but for what it draws from images."""
+class RunContent(NamedTuple):
+    """What is read from a run directory before anything is computed."""
 
     path: Path
-    config: dict[str, Any]  # empty where it cannot be read
-    loaded: LoadedBackbone | None  # on the best device; None where it cannot be loaded
-    records: list[EvalResult]  # of evaluations, then of attention
-    problems: dict[str, str]  # what could not be read, by section of the report
+    config: dict[str, Any]  # empty if unreadable
+    loaded: LoadedBackbone | None  # on the best device; None if it cannot be loaded
+    results: list[EvalResult]  # by date
+    problems: dict[str, str]  # what cannot be read: config, model, results
 
     @property
     def model(self) -> LoadedBackbone:
@@ -48,30 +48,34 @@ class RunFolder(NamedTuple):
         return found
 
 
-def open_run(path: Path, weights: Weights) -> RunFolder:
-    """Read a run folder.
+def check_run(path: Path) -> None:
+    """Check that a folder is a run directory.
 
     Raises:
-        UserError: There is no such folder, or nothing in it that a run leaves behind.
+        UserError: There is no such folder, or nothing in it that a run writes.
     """
     if not path.is_dir():
         what = "is a file; name the run folder" if path.exists() else "does not exist"
         raise UserError(f"run={escape_path(path)} {what}")
     if not any(any(path.glob(trace)) for trace in TRACES):
         raise UserError(f"run={escape_path(path)} is no run: it holds none of {', '.join(TRACES)}")
+
+
+def read_run(path: Path, weights: Weights) -> RunContent:
+    """Read config, model and results of a run directory."""
     problems: dict[str, str] = {}
-    config = _config(path, problems)
+    config = _read_config(path / "config.yaml", problems)
     loaded = None
     try:
         loaded = on_best_device(load_backbone(str(path), weights, require_cls=False))
     except UserError as error:
         problems["model"] = str(error)
-    return RunFolder(path, config, loaded, _records(path, problems), problems)
+    return RunContent(path, config, loaded, _read_results(path, problems), problems)
 
 
-def _config(path: Path, problems: dict[str, str]) -> dict[str, Any]:
+def _read_config(path: Path, problems: dict[str, str]) -> dict[str, Any]:
     try:
-        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         problems["config"] = "The run has no config.yaml."
         return {}
@@ -84,21 +88,20 @@ def _config(path: Path, problems: dict[str, str]) -> dict[str, Any]:
     return plain
 
 
-def _records(path: Path, problems: dict[str, str]) -> list[EvalResult]:
-    """All records that can be read; what is wrong with the others goes to `problems`."""
-    records: list[EvalResult] = []
-    left_out: list[str] = []
+def _read_results(path: Path, problems: dict[str, str]) -> list[EvalResult]:
+    """Return the results in `eval/`, and those in a folder of their own (summary.json) anywhere in the run."""
+    results: list[EvalResult] = []
+    skipped: list[str] = []
     if any((path / "eval").glob("*.json")):
         try:
-            found = find_results([path / "eval"])
-            records, left_out = found.results, found.skipped
+            results, skipped = find_results([path / "eval"])
         except UserError as error:
-            left_out = str(error).splitlines()[1:]
-    for file in sorted(path.glob("*/summary.json")):
+            skipped = str(error).splitlines()[1:]
+    for file in sorted(set(path.rglob("summary.json")) - {path / "eval" / "summary.json"}):
         try:
-            records.append(read_result(file))
+            results.append(read_result(file))
         except ValueError as error:
-            left_out.append(f"{file}: {error}")
-    if left_out:
-        problems["headlines"] = "Left out: " + "; ".join(line.strip() for line in left_out) + "."
-    return records
+            skipped.append(f"{file}: {error}")
+    if skipped:
+        problems["results"] = "Left out: " + "; ".join(line.strip() for line in skipped) + "."
+    return sorted(results, key=lambda result: result.created)

@@ -7,8 +7,8 @@ class AttentionMap {
     this.order = Uint32Array.from(values.keys()).sort((a, b) => values[a] - values[b] || a - b);
     this.running = new Float64Array(values.length);
     let sum = 0;
-    this.order.forEach((patch, place) => { sum += values[patch]; this.running[place] = sum; });
-    this.top = values[this.order.at(-1)] * values.length / sum; // times uniform attention
+    this.order.forEach((patch, rank) => { sum += values[patch]; this.running[rank] = sum; });
+    this.maximum = values[this.order.at(-1)] * values.length / sum; // times uniform attention
     this.scale = values.length / sum;
   }
 
@@ -16,21 +16,11 @@ class AttentionMap {
   mask(mass) {
     const inside = new Uint8Array(this.values.length);
     const total = this.running.at(-1);
-    for (let place = this.order.length - 1; place >= 0 && this.running[place] / total > 1 - mass; place--) {
-      inside[this.order[place]] = 1;
+    for (let rank = this.order.length - 1; rank >= 0 && this.running[rank] / total > 1 - mass; rank--) {
+      inside[this.order[rank]] = 1;
     }
     return inside;
   }
-}
-
-// Numbers of 12 bits: two of them in three bytes, the higher bits first.
-function unpacked(packed) {
-  const levels = new Uint16Array((packed.length / 3) * 2);
-  for (let [from, to] = [0, 0]; from < packed.length; from += 3, to += 2) {
-    levels[to] = (packed[from] << 4) | (packed[from + 1] >> 4);
-    levels[to + 1] = ((packed[from + 1] & 15) << 8) | packed[from + 2];
-  }
-  return levels;
 }
 
 // How many of a side's pixels belong to each patch: those whose center lies in it.
@@ -44,27 +34,27 @@ function pixelsPerPatch(pixels, patches) {
 class GalleryEntry {
   constructor(entry) {
     Object.assign(this, entry);
-    const levels = unpacked(bytes(entry.maps));
+    const levels = new Uint16Array(bytes(entry.maps).buffer);
     const size = this.rows * this.columns;
-    const heads = entry.tops.map((top, head) =>
-      Float64Array.from(levels.subarray(head * size, (head + 1) * size), (level) => (level / 4095) ** 2 * top));
+    const heads = entry.maxima.map((maximum, head) =>
+      Float64Array.from(levels.subarray(head * size, (head + 1) * size), (level) => (level / 65535) ** 2 * maximum));
     const mean = new Float64Array(size).map((_, patch) => heads.reduce((sum, head) => sum + head[patch], 0) / heads.length);
     this.maps = [...heads, mean].map((values) => new AttentionMap(values));
-    if (!this.truth) return;
-    this.object = new Uint32Array(bytes(this.truth.object).buffer);
-    const [down, across] = [pixelsPerPatch(this.truth.height, this.rows), pixelsPerPatch(this.truth.width, this.columns)];
+    if (!this.groundTruth) return;
+    this.foreground = new Uint32Array(bytes(this.groundTruth.foreground).buffer);
+    const [down, across] = [pixelsPerPatch(this.groundTruth.height, this.rows), pixelsPerPatch(this.groundTruth.width, this.columns)];
     this.pixels = down.flatMap((height) => across.map((width) => height * width));
-    this.whole = this.object.reduce((sum, count) => sum + count, 0);
+    this.foregroundPixels = this.foreground.reduce((sum, count) => sum + count, 0);
   }
 
   iou(mask) {
-    let [both, ours] = [0, 0];
-    mask.forEach((inside, patch) => { if (inside) { both += this.object[patch]; ours += this.pixels[patch]; } });
-    return both / (ours + this.whole - both);
+    let [intersection, area] = [0, 0];
+    mask.forEach((inside, patch) => { if (inside) { intersection += this.foreground[patch]; area += this.pixels[patch]; } });
+    return intersection / (area + this.foregroundPixels - intersection);
   }
 }
 
-// The border of a mask of patches as closed loops in a square of side 1.
+// The border of a mask of patches as closed loops in a square of side 1000.
 function outlinePath(mask, rows, columns) {
   const at = (row, column) => row >= 0 && row < rows && column >= 0 && column < columns && mask[row * columns + column];
   const corner = (row, column) => row * (columns + 1) + column;
@@ -82,7 +72,7 @@ function outlinePath(mask, rows, columns) {
   let path = "";
   for (const start of following.keys()) {
     for (let here = start, letter = "M"; following.get(here)?.length; letter = "L") {
-      path += `${letter}${+((here % (columns + 1)) / columns).toFixed(4)} ${+(Math.floor(here / (columns + 1)) / rows).toFixed(4)}`;
+      path += `${letter}${Math.round((1000 * (here % (columns + 1))) / columns)} ${Math.round((1000 * Math.floor(here / (columns + 1))) / rows)}`;
       here = following.get(here).pop();
       if (!following.get(here)?.length) path += "Z";
     }
@@ -97,21 +87,21 @@ class Overlay {
     if (image) stack.append(image);
     this.canvas = document.createElement("canvas");
     stack.append(this.canvas);
-    stack.insertAdjacentHTML("beforeend", `<svg viewBox="0 0 1 1" preserveAspectRatio="none" aria-hidden="true">
-      <g class="truth-of"><path class="halo"/><path class="truth"/></g><g><path class="halo"/><path class="mask"/></g></svg>`);
-    this.paths = { truth: stack.querySelectorAll(".truth-of path"), mask: stack.querySelectorAll("g:last-child path") };
+    stack.insertAdjacentHTML("beforeend", `<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">
+      <g class="given"><path class="halo"/><path class="ground-truth"/></g><g><path class="halo"/><path class="mask"/></g></svg>`);
+    this.paths = { given: stack.querySelectorAll(".given path"), mask: stack.querySelectorAll("g:last-child path") };
   }
 
-  drawHeat(entry, map, top) {
+  drawHeat(entry, map, scaleMax) {
     const pixels = new ImageData(entry.columns, entry.rows);
     map.values.forEach((value, patch) => {
-      const heat = Math.sqrt(Math.min(1, (value * map.scale) / top));
+      const heat = Math.sqrt(Math.min(1, (value * map.scale) / scaleMax));
       const color = 3 * Math.round(255 * heat);
       pixels.data.set([ramp[color], ramp[color + 1], ramp[color + 2], 255 * (0.25 + 0.75 * heat)], 4 * patch);
     });
     Object.assign(this.canvas, { width: entry.columns, height: entry.rows });
     this.canvas.getContext("2d").putImageData(pixels, 0, 0);
-    this.paths.truth.forEach((path) => path.setAttribute("d", entry.truth ? entry.truth.outline : ""));
+    this.paths.given.forEach((path) => path.setAttribute("d", entry.groundTruth?.outline ?? ""));
   }
 
   drawMask(entry, mask) {
@@ -121,26 +111,26 @@ class Overlay {
 }
 
 const ramp = bytes(data.colors);
-const entries = data.attended.map((entry) => new GalleryEntry(entry));
-if (entries.length) startAttention();
+const entries = data.gallery.map((entry) => new GalleryEntry(entry));
+if (entries.length) startGallery();
 
-function startAttention() {
+function startGallery() {
   const names = ["mean", ...data.heads];
   const tileHeads = [data.heads.length, ...data.heads.keys()]; // of the tiles: the mean stands last among the maps
-  const cards = [...document.querySelectorAll(".gallery .tile")];
+  const cards = [...document.querySelectorAll(".images .tile")];
   const images = cards.map((card) => card.querySelector("img"));
   const overlays = cards.map((card) => new Overlay(card.querySelector(".stack")));
   const largeImage = new Image();
   const large = new Overlay(byId("large"), largeImage);
   const all = entries.flatMap((entry) => entry.maps.flatMap((map) => Array.from(map.values, (v) => v * map.scale)));
-  const sharedTop = Math.max(data.leastTop, Float64Array.from(all).sort()[Math.ceil(0.995 * all.length) - 1]);
-  const state = { head: data.heads.length, image: 0, mass: data.mass };
+  const sharedMax = Math.max(data.minScaleMax, Float64Array.from(all).sort()[Math.ceil(0.995 * all.length) - 1]);
+  const state = { head: data.heads.length, image: 0, mass: data.attentionMass };
 
-  const tiles = tileHeads.map((head, place) => {
+  const tiles = tileHeads.map((head, number) => {
     const tile = document.createElement("label");
     tile.className = "tile";
     tile.innerHTML = `<input type="radio" name="head" value="${head}"><span class="stack"></span><span class="name"></span> <span class="iou"></span>`;
-    tile.querySelector(".name").textContent = names[place];
+    tile.querySelector(".name").textContent = names[number];
     tile.querySelector("input").checked = head === state.head;
     byId("head-tiles").append(tile);
     const image = new Image();
@@ -148,7 +138,7 @@ function startAttention() {
     return { tile, head, image, overlay: new Overlay(tile.querySelector(".stack"), image) };
   });
 
-  const topOf = (map) => (chosen("scale") === "shared" ? sharedTop : map.top);
+  const scaleMaxOf = (map) => (chosen("scale") === "shared" ? sharedMax : map.maximum);
   const percent = (share) => `${+(100 * share).toFixed(1)} %`;
 
   function showMasks() {
@@ -156,13 +146,13 @@ function startAttention() {
     for (const { tile, head, overlay } of tiles) {
       const mask = entry.maps[head].mask(state.mass);
       overlay.drawMask(entry, mask);
-      tile.querySelector(".iou").textContent = entry.truth ? `IoU ${entry.iou(mask).toFixed(2)}` : "";
+      tile.querySelector(".iou").textContent = entry.groundTruth ? `IoU ${entry.iou(mask).toFixed(2)}` : "";
     }
-    const ious = entries.map((each, place) => {
+    const ious = entries.map((each, index) => {
       const mask = each.maps[state.head].mask(state.mass);
-      overlays[place].drawMask(each, mask);
-      const iou = each.truth ? each.iou(mask) : null;
-      cards[place].querySelector(".iou").textContent = iou === null ? "" : `IoU ${iou.toFixed(2)}`;
+      overlays[index].drawMask(each, mask);
+      const iou = each.groundTruth ? each.iou(mask) : null;
+      cards[index].querySelector(".iou").textContent = iou === null ? "" : `IoU ${iou.toFixed(2)}`;
       return iou;
     });
     const scored = ious.filter((iou) => iou !== null);
@@ -178,7 +168,7 @@ function startAttention() {
     byId("attention-now").textContent =
       `${entry.name}, ${name}: ${percent(state.mass)} of the attention lies on ${percent(covered)} of the image` +
       `${iou === null ? "" : `, IoU ${iou.toFixed(2)}`}. The strongest patch has ` +
-      `${entry.maps[state.head].top.toFixed(1)} times uniform attention.`;
+      `${entry.maps[state.head].maximum.toFixed(1)} times uniform attention.`;
   }
 
   function showMaps() {
@@ -186,12 +176,12 @@ function startAttention() {
     const source = images[state.image];
     for (const { head, image, overlay } of [...tiles, { head: state.head, image: largeImage, overlay: large }]) {
       Object.assign(image, { src: source.src, width: source.width, height: source.height });
-      overlay.drawHeat(entry, entry.maps[head], topOf(entry.maps[head]));
+      overlay.drawHeat(entry, entry.maps[head], scaleMaxOf(entry.maps[head]));
     }
     largeImage.alt = `${entry.name} under the attention of ${names[tileHeads.indexOf(state.head)]}`;
-    entries.forEach((each, place) => overlays[place].drawHeat(each, each.maps[state.head], topOf(each.maps[state.head])));
+    entries.forEach((each, index) => overlays[index].drawHeat(each, each.maps[state.head], scaleMaxOf(each.maps[state.head])));
     const marks = chosen("scale") === "shared"
-      ? ["0", (sharedTop / 4).toFixed(1), `${sharedTop.toFixed(1)} × uniform attention`]
+      ? ["0", (sharedMax / 4).toFixed(1), `${sharedMax.toFixed(1)} × uniform attention`]
       : ["0", "a quarter", "the map’s strongest patch"];
     byId("ramp-text").replaceChildren(...marks.map((mark) => Object.assign(document.createElement("span"), { textContent: mark })));
     showMasks();
@@ -199,19 +189,19 @@ function startAttention() {
 
   function showStrength() {
     const strength = byId("strength").value / 100;
-    byId("attention").style.setProperty("--strength", strength);
-    byId("attention").style.setProperty("--gray", Math.min(1, 1.25 * strength));
+    byId("gallery").style.setProperty("--strength", strength);
+    byId("gallery").style.setProperty("--gray", Math.min(1, 1.25 * strength));
     byId("strength-now").textContent = percent(strength);
   }
 
   const whole = byId("ramp").getContext("2d").createImageData(256, 1);
-  for (let place = 0; place < 256; place++) whole.data.set([...ramp.subarray(3 * place, 3 * place + 3), 255], 4 * place);
+  for (let level = 0; level < 256; level++) whole.data.set([...ramp.subarray(3 * level, 3 * level + 3), 255], 4 * level);
   byId("ramp").getContext("2d").putImageData(whole, 0, 0);
 
   byId("mass").addEventListener("input", (event) => { state.mass = event.target.value / 100; showMasks(); });
   byId("strength").addEventListener("input", showStrength);
-  byId("show-truth")?.addEventListener("change", (event) => byId("attention").classList.toggle("no-truth", !event.target.checked));
-  byId("attention").addEventListener("change", ({ target }) => {
+  byId("show-ground-truth")?.addEventListener("change", (event) => byId("gallery").classList.toggle("no-ground-truth", !event.target.checked));
+  byId("gallery").addEventListener("change", ({ target }) => {
     if (target.name === "head") state.head = Number(target.value);
     if (target.name === "image") state.image = Number(target.value);
     if (["head", "image", "scale"].includes(target.name)) showMaps();
@@ -224,23 +214,23 @@ function startAttention() {
 // At the head of the page: some images, each over the attention of its heads' mean.
 function showHero(images) {
   const shown = entries.slice(0, 10);
-  shown.forEach((entry, place) => {
+  shown.forEach((entry, index) => {
     const pair = document.createElement("div");
-    pair.style.setProperty("--aspect", images[place].width / images[place].height);
+    pair.style.setProperty("--aspect", images[index].width / images[index].height);
     const [plain, heat] = [0, 1].map(() => {
       const stack = Object.assign(document.createElement("span"), { className: "stack" });
       pair.append(stack);
       return stack;
     });
-    const copy = () => Object.assign(new Image(), { src: images[place].src, alt: "" });
+    const copy = () => Object.assign(new Image(), { src: images[index].src, alt: "" });
     plain.append(copy());
-    new Overlay(heat, copy()).drawHeat(entry, entry.maps.at(-1), entry.maps.at(-1).top);
-    if (place % 5 === 0) byId("hero").querySelector(".pairs").append(document.createElement("div"));
+    new Overlay(heat, copy()).drawHeat(entry, entry.maps.at(-1), entry.maps.at(-1).maximum);
+    if (index % 5 === 0) byId("hero").querySelector(".pairs").append(document.createElement("div"));
     byId("hero").querySelector(".pairs").lastElementChild.append(pair);
   });
-  const which = entries.some((entry) => entry.truth)
+  const which = entries.some((entry) => entry.groundTruth)
     ? `the ${shown.length} of ${entries.length} images with the highest IoU` : `${shown.length} of ${entries.length} images`;
   byId("hero").querySelector("figcaption").innerHTML =
-    `Below each image the attention of the [CLS] token, mean of the heads, each on its own scale: ${which}. <a href="#attention">All, head by head</a>`;
+    `Below each image the attention of the [CLS] token, mean of the heads, each on its own scale: ${which}. <a href="#gallery">All, head by head</a>`;
   byId("hero").hidden = false;
 }

@@ -1,11 +1,11 @@
-// The map of the features: points by class, a thumbnail for the one that is pointed at or walked to.
-if (data.plane) startPlane(data.plane);
+// The feature map: points by class, a thumbnail for the one that is pointed at or walked to.
+if (data.embeddingMap) startMap(data.embeddingMap);
 
-function startPlane(plane) {
+function startMap(features) {
   const canvas = byId("map");
   const [tip, thumb] = [byId("tip"), byId("thumb")];
-  const known = plane.labels.some((label) => label < 0) ? [...plane.classes, "no class"] : plane.classes;
-  const classOf = plane.labels.map((label) => (label < 0 ? plane.classes.length : label));
+  const known = features.labels.some((label) => label < 0) ? [...features.classes, "no class"] : features.classes;
+  const classOf = features.labels.map((label) => (label < 0 ? features.classes.length : label));
   const shown = known.map(() => true);
   const margin = 16;
   const reach = 14; // pixels from the pointer to a point
@@ -21,7 +21,7 @@ function startPlane(plane) {
     (draw, x, y, r) => polygon(draw, [[x, y + 1.2 * r], [x + 1.1 * r, y - 0.8 * r], [x - 1.1 * r, y - 0.8 * r]]),
   ];
   function polygon(draw, corners) {
-    corners.forEach(([x, y], place) => (place ? draw.lineTo(x, y) : draw.moveTo(x, y)));
+    corners.forEach(([x, y], corner) => (corner ? draw.lineTo(x, y) : draw.moveTo(x, y)));
     draw.closePath();
   }
   function mark(draw, number, x, y, r) {
@@ -31,16 +31,11 @@ function startPlane(plane) {
     draw.fill();
   }
 
-  const place = (point) => {
-    const side = Math.min(width, height) - 2 * margin;
-    return [width / 2 + (plane.x[point] - 0.5) * side * stretch()[0], height / 2 + (plane.y[point] - 0.5) * side * stretch()[1]];
-  };
   // The square of the points fills the canvas as far as the points reach; both axes keep one scale.
-  const extent = [Math.max(...plane.x) - Math.min(...plane.x), Math.max(...plane.y) - Math.min(...plane.y)];
-  function stretch() {
-    const side = Math.min(width, height) - 2 * margin;
-    const scale = Math.min((width - 2 * margin) / (extent[0] || 1), (height - 2 * margin) / (extent[1] || 1)) / side;
-    return [scale, scale];
+  const extent = [features.x, features.y].map((values) => Math.max(...values) - Math.min(...values) || 1);
+  function position(point) {
+    const scale = Math.min((width - 2 * margin) / extent[0], (height - 2 * margin) / extent[1]);
+    return [width / 2 + (features.x[point] - 0.5) * scale, height / 2 + (features.y[point] - 0.5) * scale];
   }
 
   function paint() {
@@ -57,18 +52,18 @@ function startPlane(plane) {
     Object.assign(canvas, { width: width * devicePixelRatio, height: height * devicePixelRatio });
     const draw = canvas.getContext("2d");
     draw.scale(devicePixelRatio, devicePixelRatio);
-    const radius = plane.x.length > 3000 ? 2.4 : 3.6;
+    const radius = features.x.length > 3000 ? 2.4 : 3.6;
     for (const visible of [false, true]) {
       draw.globalAlpha = visible ? 0.85 : 0.1;
-      classOf.forEach((number, point) => { if (shown[number] === visible) mark(draw, number, ...place(point), radius); });
+      classOf.forEach((number, point) => { if (shown[number] === visible) mark(draw, number, ...position(point), radius); });
     }
     if (current >= 0) {
       draw.globalAlpha = 1;
-      mark(draw, classOf[current], ...place(current), radius + 2);
+      mark(draw, classOf[current], ...position(current), radius + 2);
       draw.strokeStyle = ink;
       draw.lineWidth = 2;
       draw.beginPath();
-      draw.arc(...place(current), radius + 7, 0, 2 * Math.PI);
+      draw.arc(...position(current), radius + 7, 0, 2 * Math.PI);
       draw.stroke();
     }
     for (const [number, swatch] of document.querySelectorAll("#class-list canvas").entries()) {
@@ -81,13 +76,13 @@ function startPlane(plane) {
     if (point === current) return;
     current = point;
     tip.hidden = point < 0;
-    byId("map-now").textContent = point < 0 ? "" : `${plane.names[point]}, ${known[classOf[point]]}`;
+    byId("map-now").textContent = point < 0 ? "" : `${features.names[point]}, ${known[classOf[point]]}`;
     if (point >= 0) showTip(point);
     paint();
   }
 
   function showTip(point) {
-    const { uri, cell, columns, sizes } = plane.sprite;
+    const { uri, cell, columns, sizes } = features.sprite;
     const [w, h] = sizes[point];
     const factor = 144 / Math.max(w, h);
     Object.assign(thumb.style, {
@@ -97,8 +92,8 @@ function startPlane(plane) {
       width: `${w * factor}px`,
       height: `${h * factor}px`,
     });
-    byId("tip-text").textContent = `${known[classOf[point]]}: ${plane.names[point]}`;
-    const [x, y] = place(point);
+    byId("tip-text").textContent = `${known[classOf[point]]}: ${features.names[point]}`;
+    const [x, y] = position(point);
     tip.style.left = `${Math.max(0, Math.min(width - 162, x > width / 2 ? x - 162 - 18 : x + 18))}px`;
     tip.style.top = `${Math.max(0, Math.min(height - tip.offsetHeight, y - tip.offsetHeight / 2))}px`;
   }
@@ -106,8 +101,8 @@ function startPlane(plane) {
   // The point that scores lowest among the visible ones; -1 where none scores.
   function best(score) {
     let [found, lowest] = [-1, Infinity];
-    for (const point of plane.x.keys()) {
-      const value = shown[classOf[point]] && point !== current ? score(...place(point)) : Infinity;
+    for (const point of features.x.keys()) {
+      const value = shown[classOf[point]] && point !== current ? score(...position(point)) : Infinity;
       if (value < lowest) [found, lowest] = [point, value];
     }
     return found;
@@ -116,7 +111,7 @@ function startPlane(plane) {
 
   // The nearest one within a quarter turn around the direction.
   function walk(dx, dy) {
-    const [x, y] = place(current);
+    const [x, y] = position(current);
     const next = best((px, py) => {
       const [along, aside] = [(px - x) * dx + (py - y) * dy, Math.abs((px - x) * dy) + Math.abs((py - y) * dx)];
       return along > 0 && along >= aside ? along + 2 * aside : Infinity;
@@ -136,10 +131,10 @@ function startPlane(plane) {
   canvas.addEventListener("blur", () => select(-1));
   canvas.addEventListener("pointermove", (event) => {
     const [x, y] = [event.offsetX, event.offsetY];
-    const [cx, cy] = current < 0 ? [Infinity, Infinity] : place(current);
+    const [cx, cy] = current < 0 ? [Infinity, Infinity] : position(current);
     const other = near(x, y, reach);
     const stays = Math.hypot(cx - x, cy - y) <= reach;
-    if (other >= 0 && !(stays && Math.hypot(cx - x, cy - y) <= Math.hypot(place(other)[0] - x, place(other)[1] - y))) select(other);
+    if (other >= 0 && !(stays && Math.hypot(cx - x, cy - y) <= Math.hypot(position(other)[0] - x, position(other)[1] - y))) select(other);
     else if (!stays) select(-1);
   });
   canvas.addEventListener("pointerleave", () => { if (document.activeElement !== canvas) select(-1); });
