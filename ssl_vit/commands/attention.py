@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ssl_vit.config.visualize import AttentionConfig
-from ssl_vit.data.annotations.object_masks import Annotation, AnnotationSource, MaskFolder, MissingMaskError
+from ssl_vit.data.annotations.object_masks import Annotation, MaskFolder, MissingMaskError
 from ssl_vit.data.annotations.voc import VOCDataset
 from ssl_vit.data.dataset import SkippedImageLog, UnreadableImageError
 from ssl_vit.data.sources.image_folder import ImageFolder, load_images_at
@@ -118,7 +118,7 @@ def run_attention(config: AttentionConfig) -> AttentionSummary:
     return AttentionSummary(len(written), skipped, unscored, results, notes, figure, seconds)
 
 
-def _load_images(config: AttentionConfig) -> tuple[ImageFolder, AnnotationSource | None]:
+def _load_images(config: AttentionConfig) -> tuple[ImageFolder, MaskFolder | VOCDataset | None]:
     """Load all images of the folder or list, or the one named image, and their ground truth."""
     if config.voc is not None:
         voc = VOCDataset(config.voc, config.split)
@@ -149,7 +149,7 @@ def _load_models(config: AttentionConfig, *, scored: bool) -> list[LoadedBackbon
 
 
 def _annotation(
-    annotations: AnnotationSource | None, name: str, image: Tensor, unscored: SkippedImageLog
+    annotations: MaskFolder | VOCDataset | None, name: str, image: Tensor, unscored: SkippedImageLog
 ) -> Annotation | None:
     """Return the annotation of an image, or None without a usable one."""
     if annotations is None:
@@ -198,7 +198,7 @@ def _write_figure(
     config: AttentionConfig,
     dataset: ImageFolder,
     writer: SegmentationWriter,
-    annotations: AnnotationSource | None,
+    annotations: MaskFolder | VOCDataset | None,
     examples: list[tuple[int, str]],
 ) -> Path:
     """Write `overview.jpg` with a row of tiles for each example, whose masks are read again from disk."""

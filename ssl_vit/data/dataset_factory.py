@@ -32,10 +32,8 @@ class TrainTestSplit(NamedTuple):
 def build_dataset(source: Source, root: Path) -> ImageDataset:
     """Build a dataset for pretraining or inspection.
 
-    Args:
-        source: The kind of `root`.
-        root: A folder (flat, nested, or with class folders), a list file, a folder of shards, or the folder of a
-            torchvision dataset.
+    `root` is a folder (flat, nested, or with class folders), a list file, a folder of shards, or the folder of a
+    torchvision dataset.
 
     Raises:
         UserError: `root` is missing, of another kind, or without images.

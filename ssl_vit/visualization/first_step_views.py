@@ -23,7 +23,7 @@ from ssl_vit.data.loading.batch_sampler import ResumableBatchSampler
 from ssl_vit.data.loading.loader import MultiCropDataset
 from ssl_vit.data.transforms.color import ColorAugmentation
 from ssl_vit.data.transforms.multicrop import MultiCrop
-from ssl_vit.data.transforms.random_resized_crop import sample_crop_boxes
+from ssl_vit.data.transforms.random_resized_crop import resolve_boxes, sample_crop_params
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.rng import view_keys
 from ssl_vit.visualization.image_grid import captioned, fit_size, image_grid, page, stack, text_image, to_pil
@@ -104,8 +104,8 @@ def crop_boxes(key: Tensor, size: tuple[int, int], views: ViewsConfig) -> list[B
     """Return the crop boxes of all views of the sample with a key () in an image of this height and width."""
     boxes: list[Box] = []
     for crops, first in ((views.global_crops, 0), (views.local_crops, views.global_crops.count)):
-        sampled = sample_crop_boxes(view_keys(key, first, crops.count), *size, crops=crops, flip=views.flip)
-        boxes += zip(*(part.tolist() for part in sampled[:4]), strict=True)
+        params = sample_crop_params(view_keys(key, first, crops.count), crops=crops, flip=views.flip)
+        boxes += zip(*(part.tolist() for part in resolve_boxes(params, *size)[:4]), strict=True)
     return boxes
 
 

@@ -29,6 +29,7 @@ from ssl_vit.data.transforms.color import ColorAugmentation
 from ssl_vit.data.transforms.corruption import Corruption
 from ssl_vit.data.transforms.multicrop import MultiCrop
 from ssl_vit.runtime.rng import sample_keys
+from tests.helpers.crops import crop_image
 from tests.reference.augmentations import corruption as textbook_corruption
 from tests.reference.augmentations import photometric as textbook_photometric
 
@@ -94,7 +95,7 @@ class Views(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, places: list[int]) -> tuple[Tensor, Tensor]:
         keys = sample_keys(0, 0, torch.tensor(places))
-        views = [self.crop.crop_image(decode(self.files[place]), key) for place, key in zip(places, keys, strict=True)]
+        views = [crop_image(self.crop, decode(self.files[place]), key) for place, key in zip(places, keys, strict=True)]
         both = tuple(torch.stack(kind) for kind in zip(*views, strict=True))
         return changed(self.photometric, both, keys) if self.inside else both
 

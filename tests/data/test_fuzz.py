@@ -31,6 +31,7 @@ from ssl_vit.runtime.errors import UserError
 from ssl_vit.training.trainer import build_method
 from tests.conftest import SHRUNK, SHRUNK_DINO
 from tests.helpers.cli import REQUIRED, load
+from tests.helpers.crops import crop_image
 from tests.models.test_backbone import tiny
 from tests.reference.bad_images import READABLE, encoded, pixels, png, saved, zeros
 
@@ -267,7 +268,7 @@ def test_load_config_accepts_only_what_can_be_trained(values, folder):
         assert np.isfinite(points).all(), name
     image = torch.from_numpy(pixels()).permute(2, 0, 1)[: config.backbone.in_chans].contiguous()
     key = torch.zeros(1, dtype=torch.int64)
-    global_views, _ = MultiCrop(config.method.views).crop_image(image, key[0])
+    global_views, _ = crop_image(MultiCrop(config.method.views), image, key[0])
     views = ColorAugmentation(config.method.views)(global_views[None], key)
     assert views.isfinite().all()
 

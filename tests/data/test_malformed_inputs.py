@@ -21,10 +21,10 @@ from ssl_vit.data.dataset import UnreadableImageError
 from ssl_vit.data.dataset_factory import build_dataset
 from ssl_vit.data.sources.decode import decode
 from ssl_vit.data.sources.image_folder import ImageFolder
-from ssl_vit.data.transforms.random_resized_crop import sample_crop_boxes
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.checkpoint import load_backbone
 from ssl_vit.models.export import export_backbone
+from tests.helpers.crops import sample_crop_boxes
 from tests.models.test_backbone import tiny
 from tests.reference.bad_files import CHECKPOINTS, CONFIGS, RECIPES, SAFETENSORS, SIDECARS, Mark
 from tests.reference.bad_images import BROKEN, READABLE, image, pixels, put_hostile

@@ -15,6 +15,7 @@ from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.rng import sample_keys
 from ssl_vit.training.trainer import build_method
 from ssl_vit.visualization.first_step_views import COLORS, crop_boxes, read_run_settings, views_figure
+from tests.helpers.crops import crop_image
 from tests.helpers.views import load_views
 
 
@@ -75,7 +76,7 @@ def test_crop_boxes_are_the_crops_of_the_views(pretrain_config):
     views = pretrain_config("method.views.flip=0").method.views
     image = torch.randint(0, 256, (3, 57, 91), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for key in sample_keys(0, 0, torch.arange(5)):
-        crops = [view for part in MultiCrop(views).crop_image(image, key) for view in part]
+        crops = [view for part in crop_image(MultiCrop(views), image, key) for view in part]
         boxes = crop_boxes(key, (57, 91), views)
         for (top, left, height, width), view in zip(boxes, crops, strict=True):
             resized = tv.resize(image[:, top : top + height, left : left + width], list(view.shape[1:]), 3)

@@ -14,7 +14,7 @@ from ssl_vit.data.annotations.mask_values import VOID, StoredValues
 from ssl_vit.data.dataset import UnreadableImageError
 from ssl_vit.data.sources.decode import open_image
 from ssl_vit.data.sources.image_folder import scan_image_folder
-from ssl_vit.data.sources.video_frames import FolderFrames, Frames, open_frames
+from ssl_vit.data.sources.video_frames import FolderFrames, VideoFrames, open_frames
 from ssl_vit.runtime.atomic_io import atomic_write
 from ssl_vit.runtime.errors import UserError
 
@@ -27,7 +27,7 @@ class Clip(NamedTuple):
     """One video and its masks."""
 
     name: str
-    frames: Frames
+    frames: FolderFrames | VideoFrames
     masks: MaskSequence
 
 
@@ -98,11 +98,9 @@ def custom_clip(frames: Path, masks: Path) -> Clip:
 
 
 def read_mask(path: Path, *, binary: bool | None = None) -> Mask:
-    """Read the object IDs of a palette or gray image: the stored values, not the colors.
+    """Read the object IDs of a palette or gray image of any supported format: the stored values, not the colors.
 
-    Args:
-        path: An image of any supported format.
-        binary: Whether 255 is object 1 instead of void; None: if the file has no value but 0 and 255.
+    `binary` says whether 255 is object 1 instead of void; None: if the file has no value but 0 and 255.
 
     Raises:
         UnreadableImageError: The file cannot be read, or has colors instead of IDs.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,22 +42,6 @@ class Annotation(NamedTuple):
     boxes: Tensor  # (boxes, 4) int64: left, top, right, bottom in pixels; right and bottom exclusive
     instances: Tensor | None  # (objects, H, W) bool: one mask per object; None without instance masks
     has_masks: bool  # False if there are boxes only
-
-
-class AnnotationSource(Protocol):
-    """Annotations by image name."""
-
-    def annotation(self, name: str, size: tuple[int, int]) -> Annotation:
-        """Return the annotation of the image with this relative name, height and width.
-
-        Raises:
-            MissingMaskError: There is no usable one.
-        """
-        ...
-
-    def notes(self) -> list[str]:
-        """Return what a reader of the results must know about how the masks were read."""
-        ...
 
 
 def annotation_from_mask(mask: Tensor, valid: Tensor | None = None) -> Annotation:

@@ -33,10 +33,8 @@ SEGMENTATION, MAIN = "Segmentation", "Main"
 class VOCDataset:
     """The images of one split and their annotations.
 
-    Args:
-        root: `VOCdevkit/VOC2012`.
-        split: A file of `ImageSets/Segmentation`, such as val: images with instance masks. Or one of
-            `ImageSets/Main`, such as Main/trainval: boxes only, for CorLoc.
+    A split is a file of `ImageSets/Segmentation`, such as val: images with instance masks. Or one of `ImageSets/Main`,
+    such as Main/trainval: boxes only, for CorLoc.
 
     Raises:
         UserError: The folder or the split does not exist, or the split is empty.

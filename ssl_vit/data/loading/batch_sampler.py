@@ -18,16 +18,7 @@ class ResumableBatchSampler:
     An epoch is a permutation of all images, split into optimizer steps of batch_size x world x accumulate images; the
     remainder is dropped. A step has the same images with the same keys for any number of processes: each takes its
     slice of every micro-batch. If there are fewer images than one step needs, they are repeated, each time with
-    another key.
-
-    Args:
-        count: Images in the dataset.
-        batch_size: Images per micro-batch and process.
-        seed: The seed of the run.
-        rank: Rank of this process.
-        world: Number of processes.
-        accumulate: Micro-batches per optimizer step.
-        first_step: Optimizer steps already done; the first epoch starts after them.
+    another key. The first epoch starts after the first `first_step` optimizer steps.
     """
 
     def __init__(

@@ -220,16 +220,7 @@ def build_eval_loader(
     channels: int,
     skipped: SkippedImageLog,
 ) -> EvalLoader:
-    """Build the loader of whole images for evaluation.
-
-    Args:
-        dataset: The images.
-        transform: Brings them to one size; they are normalized later, on the device.
-        batch_size: Images per batch, unreadable ones included.
-        num_workers: Worker processes.
-        channels: 1 or 3.
-        skipped: Logs unreadable images.
-    """
+    """Build the loader of whole images for evaluation; they are normalized later, on the device."""
     whole = EvalDataset(dataset, transform, channels=channels)
     kwargs = _loader_kwargs(resolve_num_workers(num_workers, processes=1))
     return EvalLoader(DataLoader(whole, **kwargs, batch_size=batch_size), skipped)

@@ -90,16 +90,9 @@ class InMemoryLoader:
 def cache_in_memory(
     dataset: ImageDataset, channels: int, *, budget: int, skipped: SkippedImageLog, show: bool
 ) -> InMemoryImages | None:
-    """Decode all images into memory; return None if they do not fit.
+    """Decode all images into memory; return None if they take more than `budget` bytes.
 
     The size is first estimated from a sample, so that a huge folder costs no time, then checked while decoding.
-
-    Args:
-        dataset: The images.
-        channels: 1 or 3.
-        budget: Maximum number of bytes.
-        skipped: Logs unreadable images.
-        show: Whether to show a progress bar.
     """
     expected = _estimate_bytes(dataset, channels)
     if expected > budget:

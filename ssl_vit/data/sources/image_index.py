@@ -215,15 +215,14 @@ def _is_folder(entry: os.DirEntry[bytes]) -> bool:
 
 
 def _stamps(root: bytes, folders: PackedPaths) -> bytes:
-    return b"".join(_stamp(folder, _folder_status(os.path.join(root, folder))) for folder in folders)  # noqa: PTH118
-
-
-def _folder_status(path: bytes) -> os.stat_result | None:
-    try:
-        status = os.stat(path)  # noqa: PTH116 - bytes
-    except OSError:
-        return None
-    return status if stat.S_ISDIR(status.st_mode) else None
+    stamps = []
+    for folder in folders:
+        try:
+            status = os.stat(os.path.join(root, folder))  # noqa: PTH116, PTH118 - bytes
+        except OSError:
+            status = None
+        stamps.append(_stamp(folder, status if status and stat.S_ISDIR(status.st_mode) else None))
+    return b"".join(stamps)
 
 
 def _stamp(folder: bytes, status: os.stat_result | None) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from operator import eq
 from pathlib import Path
@@ -19,17 +20,12 @@ from ssl_vit.runtime.atomic_io import atomic_write
 _CHUNK = 4096  # paths unpacked at once
 
 
+@dataclass(eq=False)
 class PackedPaths:
-    """N paths of arbitrary bytes in order; forked processes share the arrays without copying.
+    """N paths of arbitrary bytes in order; forked processes share the arrays without copying."""
 
-    Args:
-        text: All paths, concatenated, uint8.
-        ends: Start of each path and, at N, the end of the last one (N + 1,) int64.
-    """
-
-    def __init__(self, text: npt.NDArray[np.uint8], ends: npt.NDArray[np.int64]) -> None:
-        self.text = text
-        self.ends = ends
+    text: npt.NDArray[np.uint8]  # all paths, concatenated
+    ends: npt.NDArray[np.int64]  # (N + 1,) start of each path and, at N, the end of the last one
 
     @classmethod
     def from_iterable(cls, paths: Iterable[bytes]) -> PackedPaths:

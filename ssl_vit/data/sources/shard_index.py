@@ -8,7 +8,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import chain, groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -133,17 +133,13 @@ def compressed_message(path: Path) -> str:
 
 def concat_indices(tars: PackedPaths, indices: list[TarIndex]) -> ShardIndex:
     """Concatenate the indices of tar files with these paths."""
-    names = [index.names for index in indices]
-    starts = np.cumsum([0, *(len(paths.text) for paths in names)])
-    ends = [paths.ends[1:] + start for paths, start in zip(names, starts[:-1], strict=True)]
+    columns = zip(*((index.offset, index.size, index.label) for index in indices), strict=True)
     return ShardIndex(
         tars,
         np.array([index.bytes for index in indices], dtype=np.int64),
-        PackedPaths(np.concatenate([paths.text for paths in names]), np.concatenate([np.zeros(1, np.int64), *ends])),
-        np.repeat(np.arange(len(indices), dtype=np.int32), [len(paths) for paths in names]),
-        np.concatenate([index.offset for index in indices]),
-        np.concatenate([index.size for index in indices]),
-        np.concatenate([index.label for index in indices]),
+        PackedPaths.from_iterable(chain.from_iterable(index.names for index in indices)),
+        np.repeat(np.arange(len(indices), dtype=np.int32), [len(index.names) for index in indices]),
+        *map(np.concatenate, columns),
     )
 
 

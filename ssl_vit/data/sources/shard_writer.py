@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import stat
 import tarfile
-from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -63,10 +61,8 @@ def write_shards(dataset: ImageFolder, out: Path, *, shard_bytes: int) -> Shards
     is checked: images without a readable one are skipped and listed in `skipped_images.txt`; other damage is found in
     training. Each shard is written atomically. After an interruption, the same call resumes: complete shards are kept.
 
-    Args:
-        dataset: The images.
-        out: A new folder, or one that a call with the same images and size was writing to.
-        shard_bytes: Maximum size of a shard; only a single image may exceed it.
+    `out` is a new folder, or one that a call with the same images and size was writing to. Only a single image may
+    exceed the maximum size of a shard, `shard_bytes`.
 
     Raises:
         UserError: `out` has other shards, cannot be written to or is full, or no image can be read.
@@ -164,14 +160,11 @@ def _write_shard(path: Path, dataset: ImageFolder, indices: range, skipped: Skip
 def _read_sample(dataset: ImageFolder, index: int) -> Members | UnreadableImageError:
     name, path = dataset.name(index), dataset.path(index)
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # reading from a pipe would wait for its other end
-            return UnreadableImageError(name, "not a regular file but a directory, pipe, socket or device")
-        if status.st_size > _MAX_IMAGE_BYTES:
+        if path.stat().st_size > _MAX_IMAGE_BYTES:
             return UnreadableImageError(name, "more than 2 GiB")
-        content = path.read_bytes()
-        with open_image(BytesIO(content)) as image:
+        with open_image(path) as image:
             kind = str(image.format)
+        content = path.read_bytes()
     except UnreadableImageError as error:
         return UnreadableImageError(name, error.reason)
     except (OSError, ValueError) as error:  # ValueError: a list may have names that no file can have

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -19,21 +20,14 @@ _STL10_SPLITS = {"pretrain": "train+unlabeled", "train": "train", "test": "test"
 _CHUNK = 4096  # images converted to gray at once
 
 
+@dataclass(eq=False)
 class ArrayDataset(ImageDataset):
-    """In-memory images of one size.
+    """In-memory images of one size."""
 
-    Args:
-        images: (N, 3, H, W) uint8.
-        labels: (N,) int64, -1 where unknown.
-        classes: Names of the labels.
-        title: Name of the dataset and split.
-    """
-
-    def __init__(self, images: Tensor, labels: Tensor, classes: list[str], *, title: str) -> None:
-        self.images = images
-        self.labels = labels
-        self.classes = classes
-        self.title = title
+    images: Tensor  # (N, 3, H, W) uint8
+    labels: Tensor
+    classes: list[str]
+    title: str  # name of the dataset and split
 
     def name(self, index: int) -> str:
         return f"{self.title} {index}"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,24 +36,8 @@ class Frame(NamedTuple):
     time: Fraction  # seconds since the first frame
 
 
-class Frames(Protocol):
-    """Frames in temporal order."""
-
-    rate: Fraction  # frames per second; the mean if times are uneven
-    clock: Fraction  # ticks per second; all times are whole numbers of ticks
-    count: int | None  # number of frames, if it is known in advance
-
-    def read(self, skip: Skip) -> Iterator[Frame]:
-        """Yield all readable frames."""
-        ...
-
-
-def open_frames(path: Path, *, fps: float) -> Frames:
-    """Open the frames of a video file or a folder of images.
-
-    Args:
-        path: The file or the folder; its images are in natural order, frame2 before frame10.
-        fps: Frames per second of a folder; a video has its own times.
+def open_frames(path: Path, *, fps: float) -> FolderFrames | VideoFrames:
+    """Open the frames of a video file, or of a folder of images at `fps` frames per second.
 
     Raises:
         UserError: The path does not exist, has no image, or is a video and PyAV is not installed.
@@ -62,7 +46,7 @@ def open_frames(path: Path, *, fps: float) -> Frames:
 
 
 class FolderFrames:
-    """The images below a folder, in natural order of their names.
+    """The images below a folder, in natural order of their names: frame2 before frame10.
 
     Raises:
         UserError: The folder does not exist or has no image.
@@ -73,7 +57,8 @@ class FolderFrames:
         names = sorted(dataset.names, key=lambda name: natural_sort_key(os.fsdecode(name)))
         paths = PackedPaths.from_iterable(names)
         self.dataset = ImageFolder(folder, paths, ignored=dataset.ignored, labeled=False)
-        self.rate = self.clock = Fraction(fps).limit_denominator(1001)
+        self.rate = Fraction(fps).limit_denominator(1001)  # frames per second
+        self.clock = self.rate  # ticks per second; all times are whole numbers of ticks
         self.count: int | None = len(self.dataset)
 
     def read(self, skip: Skip) -> Iterator[Frame]:
@@ -97,8 +82,8 @@ class VideoFrames:
     def __init__(self, path: Path) -> None:
         self.path = path
         with _open_container(path) as container:
-            stream = first_video_stream(container, path)
-            self.rate = stream.average_rate or stream.guessed_rate or FALLBACK_RATE
+            stream = _first_video_stream(container, path)
+            self.rate = stream.average_rate or stream.guessed_rate or FALLBACK_RATE  # the mean if times are uneven
             self.clock = 1 / stream.time_base if stream.time_base else self.rate
             self.count = stream.frames or _estimate_count(stream, container, self.rate)
 
@@ -120,7 +105,7 @@ class VideoFrames:
     def _decode(self, skip: Skip) -> Iterator[VideoFrame]:
         av = require_av()
         with _open_container(self.path) as container:
-            stream = first_video_stream(container, self.path)
+            stream = _first_video_stream(container, self.path)
             stream.thread_type = "AUTO"
             packets = container.demux(stream)
             number = -1
@@ -181,7 +166,7 @@ def _open_container(path: Path) -> InputContainer:
     return container
 
 
-def first_video_stream(container: InputContainer, path: Path) -> VideoStream:
+def _first_video_stream(container: InputContainer, path: Path) -> VideoStream:
     """Return the first video stream that is not the cover image of a music file."""
     av = require_av()
     cover = av.stream.Disposition.attached_pic

@@ -87,11 +87,7 @@ class Corruption:
 
 
 def rotate(x: Tensor, quarter: Tensor) -> Tensor:
-    """Rotate square images clockwise.
-
-    Args:
-        x: (B, C, S, S).
-        quarter: Quarter turns (B,), each 0, 1, 2 or 3.
+    """Rotate square images (B, C, S, S) clockwise by quarter turns (B,), each 0, 1, 2 or 3.
 
     Example:
         >>> x = torch.tensor([[[[1, 2], [3, 4]]]])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -10,21 +10,14 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 
+@dataclass(eq=False)
 class EvalTransform:
-    """Resize and center crop to one size; normalization is separate, for the device.
+    """Resize and center crop to one size; normalization is separate, for the device."""
 
-    Args:
-        image_size: Side S of the crop, in pixels.
-        crop_ratio: S / the short side after resizing: 0.875 crops 224 from 256.
-        mean: Per channel, of images in [0, 1].
-        std: Per channel.
-    """
-
-    def __init__(self, image_size: int, crop_ratio: float, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.image_size = image_size
-        self.crop_ratio = crop_ratio
-        self.mean = list(mean)
-        self.std = list(std)
+    image_size: int  # side S of the crop, in pixels
+    crop_ratio: float  # S / the short side after resizing: 0.875 crops 224 from 256
+    mean: list[float]  # per channel, of images in [0, 1]
+    std: list[float]  # per channel
 
     def __call__(self, image: Tensor) -> Tensor:
         """Transform an image (C, H, W) uint8 to (C, S, S) uint8; an image of S x S is returned unchanged."""

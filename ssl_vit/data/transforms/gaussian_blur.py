@@ -26,13 +26,10 @@ class BlurWeights(NamedTuple):
 
 
 def blur_weights(sigma: Tensor, *, size: int, reach: int, radius: Tensor | None = None) -> BlurWeights:
-    """Compute the weights of Gaussian blurs that repeat the border pixel outside the image.
+    """Compute the weights of Gaussian blurs along an axis of `size` pixels, whose border pixels are repeated outside.
 
-    Args:
-        sigma: Standard deviations in pixels (B,); 0 changes nothing.
-        size: Pixels of the axis.
-        reach: Pixels to either side after which all Gaussians are cut off.
-        radius: The same per image (B,), at most `reach`.
+    The standard deviations `sigma` (B,) are in pixels; 0 changes nothing. The Gaussians are cut off `reach` pixels to
+    either side, and each at its `radius` (B,), if given.
     """
     offset = torch.arange(-reach, reach + 1, device=sigma.device)  # (K,)
     kernel = torch.exp(-0.5 * offset**2 / sigma[:, None].square().clamp(min=1e-6))  # (B, K)

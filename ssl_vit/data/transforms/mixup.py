@@ -26,10 +26,7 @@ from ssl_vit.runtime.rng import RNGStream, fold_in, seeded_global_rng
 class RandAugment:
     """RandAugment (Cubuk et al. 2019, arXiv 1909.13719) with increasing magnitudes, such as `rand-m9-mstd0.5-inc1`.
 
-    Args:
-        config: Operations per image and their magnitude.
-        size: Side of the images in pixels; translations are at most 0.45 of it.
-        mean: Fill color in [0, 1].
+    Translations are at most 0.45 of the images' `size` in pixels; `mean` in [0, 1] fills what they uncover.
     """
 
     def __init__(self, config: RandAugmentConfig, *, size: int, mean: Sequence[float]) -> None:
@@ -56,12 +53,7 @@ class RandAugment:
 
 
 class MixupCutmix:
-    """Random erasing, then mixup or cutmix, of normalized images.
-
-    Args:
-        config: Probabilities and strengths.
-        classes: C.
-    """
+    """Random erasing, then mixup or cutmix, of normalized images."""
 
     def __init__(self, config: AugmentationConfig, classes: int) -> None:
         self.classes = classes
@@ -72,15 +64,9 @@ class MixupCutmix:
         self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=classes)
 
     def __call__(self, images: Tensor, labels: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Augment the images in place and return them with their soft targets.
+        """Augment images (B, C, H, W) float in place; return them with soft targets (B, classes) that sum to 1.
 
-        Args:
-            images: (B, C, H, W) float; B is even where images are mixed.
-            labels: (B,) int64.
-            key: The images' keys (B,) int64, on the CPU.
-
-        Returns:
-            Images (B, C, H, W), and targets (B, classes) that sum to 1.
+        The labels (B,) and keys (B,) are int64, the keys on the CPU. B is even where images are mixed.
         """
         with seeded_global_rng() as seed:
             if self.erase:

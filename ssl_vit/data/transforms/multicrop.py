@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,11 +14,11 @@ from ssl_vit.config.methods import ViewsConfig
 from ssl_vit.data.transforms.random_resized_crop import (
     Boxes,
     CropParams,
+    batched_resized_crop,
     resolve_boxes,
     sample_crop_params,
     scale_boxes,
 )
-from ssl_vit.data.transforms.resize import batched_resized_crop, bicubic_weights, cached_bicubic_weights
 from ssl_vit.runtime.device import to_device_async
 from ssl_vit.runtime.rng import view_keys
 
@@ -26,27 +27,17 @@ _SMALL = 48  # pixels of images and views: up to here a CPU crops faster in batc
 _CHUNK, _CHUNK_GPU = 16, 128  # images: what fits into a core's cache; what leaves most of a GPU's memory to the model
 
 
+@dataclass(eq=False)
 class CropPlan:
-    """The crops of one image, which may be decoded smaller if they allow it; for one image only.
+    """The crops of one image, which may be decoded smaller if they allow it; for one image only."""
 
-    Args:
-        params: Of its V views, each field (V, ...).
-        sizes: Side of each view in pixels.
-    """
-
-    def __init__(self, params: CropParams, sizes: Sequence[int]) -> None:
-        self.params = params
-        self.sizes = sizes
-        self._full_size: tuple[int, int] | None = None  # height and width, set by `jpeg_scale`
-        self._scale = 1
+    params: CropParams  # of its V views, each field (V, ...)
+    sizes: Sequence[int]  # side of each view in pixels
+    _full_size: tuple[int, int] | None = None  # height and width, set by `jpeg_scale`
+    _scale: int = 1
 
     def jpeg_scale(self, height: int, width: int) -> int:
-        """Return the largest factor 1, 2, 4 or 8 at which no box gets smaller than its view.
-
-        Args:
-            height: Of the full image, in pixels.
-            width: Of the full image, in pixels.
-        """
+        """Return the largest factor 1, 2, 4 or 8 at which no box in an image of this size is smaller than its view."""
         self._full_size = height, width
         if min(height, width) >= _JPEG_SCALES[-1] * max(self.sizes):
             boxes = resolve_boxes(self.params, height, width)
@@ -70,16 +61,16 @@ class MultiCrop:
     """Global and local views of images; the same key gives the same boxes and flips in every method."""
 
     def __init__(self, views: ViewsConfig) -> None:
-        self.views = views
-        kinds = views.global_crops, views.local_crops
-        self.sizes = [crops.size for crops in kinds for _ in range(crops.count)]
+        self.flip = views.flip
+        self.kinds = views.global_crops, views.local_crops
+        self.sizes = [crops.size for crops in self.kinds for _ in range(crops.count)]
 
     def sample_params(self, keys: Tensor) -> CropParams:
         """Sample the crop parameters of the views (B, G + L) of samples with keys (B,), global views first."""
-        kinds = (self.views.global_crops, 0), (self.views.local_crops, self.views.global_crops.count)
+        big, small = self.kinds
         sampled = [
-            sample_crop_params(view_keys(keys, first, crops.count), crops=crops, flip=self.views.flip)
-            for crops, first in kinds
+            sample_crop_params(view_keys(keys, first, crops.count), crops=crops, flip=self.flip)
+            for crops, first in ((big, 0), (small, big.count))
         ]
         return CropParams(*(np.concatenate(parts, axis=1) for parts in zip(*sampled, strict=True)))
 
@@ -87,37 +78,16 @@ class MultiCrop:
         """Plan the crops of one image, the given row of batched parameters."""
         return CropPlan(CropParams(*(part[row] for part in params)), self.sizes)
 
-    def view_shapes(self, count: int, channels: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def view_shapes(self, count: int, channels: int) -> list[tuple[int, ...]]:
         """Return the shapes (B, G, C, S, S) of the global and (B, L, C, s, s) of the local views of `count` images."""
-        big, small = self.views.global_crops, self.views.local_crops
-        return (count, big.count, channels, big.size, big.size), (count, small.count, channels, small.size, small.size)
-
-    def crop_image(self, image: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Crop the views of one image of any size.
-
-        Args:
-            image: (C, H, W) uint8.
-            key: The sample's key, () int64.
-
-        Returns:
-            Global views (G, C, S, S) and local views (L, C, s, s), uint8.
-        """
-        views = [torch.empty(shape[1:], dtype=torch.uint8) for shape in self.view_shapes(1, len(image))]
-        self.plan(self.sample_params(key[None]), 0).crop_into(image, [*views[0], *views[1]])
-        return views[0], views[1]
+        return [(count, crops.count, channels, crops.size, crops.size) for crops in self.kinds]
 
     def crop_batch(self, images: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Crop the views of images of one size, on the device of the images.
+        """Crop the global views (B, G, C, S, S) and local views (B, L, C, s, s) of images (B, C, H, W), all uint8.
 
+        All are on the device of the images, the keys (B,) int64 on the CPU, so that it does not wait for the device.
         Small images on the CPU, and all images on a GPU, are resampled in float; larger ones on the CPU in fixed
-        point, as in `crop_image`: values may differ by one level.
-
-        Args:
-            images: (B, C, H, W) uint8, on any device.
-            keys: The samples' keys (B,) int64, on the CPU, so that it does not wait for the device.
-
-        Returns:
-            Global views (B, G, C, S, S) and local views (B, L, C, s, s), uint8, on the images' device.
+        point, as in `CropPlan.crop_into`: values may differ by one level.
         """
         count, channels, height, width = images.shape
         boxes = resolve_boxes(self.sample_params(keys), height, width)  # (B, V)
@@ -137,20 +107,11 @@ class MultiCrop:
         return global_views, local_views
 
     def crop_batch_matmul(self, images: Tensor, boxes: Boxes, *, cache_weights: bool = False) -> tuple[Tensor, Tensor]:
-        """Crop the views of images (B, C, H, W) uint8 as matrix products.
-
-        Args:
-            images: uint8.
-            boxes: (B, V), on the images' device; the flips may be 0 and 1.
-            cache_weights: Keep the weights of all boxes possible in an image of this size: for small ones only.
-        """
-        kinds = self.views.global_crops, self.views.local_crops
-        counts = [crops.count for crops in kinds]
-        split = zip(*(torch.split(part, counts, dim=1) for part in boxes), strict=True)
-        weights = cached_bicubic_weights if cache_weights else bicubic_weights
+        """Crop the boxes (B, V) of images (B, C, H, W) uint8 with `batched_resized_crop`."""
+        split = zip(*(torch.split(part, [crops.count for crops in self.kinds], dim=1) for part in boxes), strict=True)
         global_views, local_views = (
-            batched_resized_crop(images, Boxes(*parts), size=crops.size, weights=weights)
-            for crops, parts in zip(kinds, split, strict=True)
+            batched_resized_crop(images, Boxes(*parts), size=crops.size, cache_weights=cache_weights)
+            for crops, parts in zip(self.kinds, split, strict=True)
         )
         return global_views, local_views
 

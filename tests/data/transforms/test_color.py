@@ -30,6 +30,7 @@ from ssl_vit.data.transforms.color import (
 from ssl_vit.data.transforms.gaussian_blur import blur, blur_weights
 from ssl_vit.data.transforms.multicrop import MultiCrop
 from ssl_vit.runtime.rng import sample_keys
+from tests.helpers.crops import crop_image
 from tests.reference.augmentations import blurred, dino_view, jittered, kolmogorov_smirnov, photograph, uniformity
 from tests.reference.augmentations import photometric as textbook
 from tests.reference.fake_gpu import FakeGPU
@@ -252,7 +253,7 @@ def test_color_augmentation_matches_the_pil_pipeline(bare: ViewsConfig, dino: Vi
     crop = (dino.local_crops if local else dino.global_crops).model_copy(update={"size": 48, "count": 1 + view})
     none = crop.model_copy(update={"count": 0})
     cropper = MultiCrop(dino.model_copy(update={"global_crops": crop, "local_crops": none}))
-    views = torch.stack([cropper.crop_image(image, key)[0][view:] for key in keys(count)])
+    views = torch.stack([crop_image(cropper, image, key)[0][view:] for key in keys(count)])
     photometric = ColorAugmentation(dino.model_copy(update={"mean": bare.mean, "std": bare.std}))
     ours = photometric(views, keys(count), first_view=view)[:, 0]
     settings = {"scale": crop.scale, "blur": dino.blur.p[view], "solarize": dino.solarize[view]}

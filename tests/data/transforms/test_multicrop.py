@@ -16,9 +16,15 @@ from ssl_vit.config.methods import CropsConfig, ViewsConfig
 from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.transforms.color import ColorAugmentation
 from ssl_vit.data.transforms.multicrop import MultiCrop
-from ssl_vit.data.transforms.random_resized_crop import Boxes, resolve_boxes, sample_crop_boxes, scale_boxes
-from ssl_vit.data.transforms.resize import bicubic_weights, cached_bicubic_weights
+from ssl_vit.data.transforms.random_resized_crop import (
+    Boxes,
+    bicubic_weights,
+    cached_bicubic_weights,
+    resolve_boxes,
+    scale_boxes,
+)
 from ssl_vit.runtime.rng import sample_keys, view_keys
+from tests.helpers.crops import crop_image, sample_crop_boxes
 from tests.reference.augmentations import kolmogorov_smirnov, photograph, textbook_views
 
 KS_LIMIT = 1.95  # p = .001
@@ -110,7 +116,7 @@ def test_crop_batch_equals_crop_image(views: ViewsConfig, photos: Path):
     assert batch_global.shape == (8, 2, 3, 48, 48) and batch_local.shape == (8, 3, 3, 24, 24)
     assert batch_global.dtype == batch_local.dtype == torch.uint8
     for i, key in enumerate(keys(8)):
-        one_global, one_local = crop.crop_image(dataset[i], key)
+        one_global, one_local = crop_image(crop, dataset[i], key)
         assert (one_global.int() - batch_global[i].int()).abs().max() <= 1
         assert (one_local.int() - batch_local[i].int()).abs().max() <= 1
 
@@ -139,11 +145,16 @@ def test_crop_batch_gives_every_view_its_own_box(views: ViewsConfig):
 def test_multicrop_without_local_crops():
     crop = MultiCrop(make_views("method=sit"))
     assert crop.crop_batch(torch.zeros(4, 3, 40, 40, dtype=torch.uint8), keys(4))[1].shape == (4, 0, 3, 48, 48)
-    assert crop.crop_image(torch.zeros(3, 40, 50, dtype=torch.uint8), keys(1)[0])[1].shape == (0, 3, 48, 48)
+    assert crop_image(crop, torch.zeros(3, 40, 50, dtype=torch.uint8), keys(1)[0])[1].shape == (0, 3, 48, 48)
 
 
 def test_multicrop_of_gray_images_keeps_one_channel(views: ViewsConfig):
-    assert MultiCrop(views).crop_image(torch.zeros(1, 30, 50, dtype=torch.uint8), keys(1)[0])[0].shape == (2, 1, 48, 48)
+    assert crop_image(MultiCrop(views), torch.zeros(1, 30, 50, dtype=torch.uint8), keys(1)[0])[0].shape == (
+        2,
+        1,
+        48,
+        48,
+    )
     assert MultiCrop(views).crop_batch(torch.zeros(2, 1, 30, 50, dtype=torch.uint8), keys(2))[1].shape == (
         2,
         3,
@@ -172,7 +183,7 @@ def test_crop_image_equals_torchvision_to_the_bit(views: ViewsConfig, photos: Pa
     kinds = (views.global_crops, 0), (views.local_crops, views.global_crops.count)
     for file, key in zip(sorted(photos.iterdir())[:10], keys(10), strict=True):
         image = photograph(file)
-        for made, (kind, first) in zip(crop.crop_image(image, key), kinds, strict=True):
+        for made, (kind, first) in zip(crop_image(crop, image, key), kinds, strict=True):
             boxes = sample_crop_boxes(view_keys(key, first, kind.count), *image.shape[1:], crops=kind, flip=views.flip)
             for view, *box, flip in zip(made, *(part.tolist() for part in boxes), strict=True):
                 theirs = tv.resized_crop(image, *box, [kind.size] * 2, InterpolationMode.BICUBIC, antialias=True)
@@ -183,7 +194,7 @@ def test_crop_batch_of_larger_images_equals_crop_image(views: ViewsConfig, photo
     dataset = torch.stack([tv.resize(photograph(file), [90, 110]) for file in sorted(photos.iterdir())[:6]])
     crop = MultiCrop(views)
     together = crop.crop_batch(dataset, keys(6))
-    alone = [crop.crop_image(image, key) for image, key in zip(dataset, keys(6), strict=True)]
+    alone = [crop_image(crop, image, key) for image, key in zip(dataset, keys(6), strict=True)]
     for kind, made in zip(together, zip(*alone, strict=True), strict=True):
         assert torch.equal(kind, torch.stack(made))
 
@@ -241,7 +252,7 @@ def test_crop_batch_matmul_reads_nothing_back_from_a_gpu(views: ViewsConfig):
         made = crop.crop_batch_matmul(dataset, boxes)
         with pytest.raises(DataDependentOutputException):
             bool(boxes.flip.any())
-    assert [tuple(kind.shape) for kind in made] == list(crop.view_shapes(6, 3))
+    assert [tuple(kind.shape) for kind in made] == crop.view_shapes(6, 3)
     assert {kind.device.type for kind in made} == {"cuda"}
 
 
@@ -256,7 +267,7 @@ def test_crop_image_is_distributed_like_the_textbook_form(photos: Path):
     crop, photometric = MultiCrop(views), ColorAugmentation(views)
     files = sorted(photos.iterdir())[::2]
     theirs = [textbook_views(file, views) for file in files]
-    ours = [crop.crop_image(photograph(file), key) for file, key in zip(files, keys(len(files)), strict=True)]
+    ours = [crop_image(crop, photograph(file), key) for file, key in zip(files, keys(len(files)), strict=True)]
     global_views, local_views = (torch.stack(kind) for kind in zip(*ours, strict=True))
     made = photometric(global_views, keys(len(files))), photometric(local_views, keys(len(files)), first_view=2)
     for kind, first, last in ((made[0], 0, 2), (made[1], 2, 6)):
