@@ -103,7 +103,7 @@ def test_main_exits_with_130_after_ctrl_c(interrupt):
     assert re.fullmatch(r"\nssl-vit( scan)?: stopped\n", result.stderr)
 
 
-def test_missing_checkpoint_is_an_error_that_names_others_nearby(tmp_path, monkeypatch, capsys):
+def test_main_names_checkpoints_near_a_missing_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("runs/photos", "runs/other", "docs"):
         (tmp_path / name).mkdir(parents=True)
@@ -115,25 +115,25 @@ def test_missing_checkpoint_is_an_error_that_names_others_nearby(tmp_path, monke
 
 
 @pytest.mark.parametrize("override", ["data.root=", "run.folder="])
-def test_empty_path_is_an_error_and_not_the_current_folder(override, capsys):
+def test_main_rejects_an_empty_path(override, capsys):
     assert ssl_vit(["pretrain", override]) == 2
     assert "the value after the equals sign is missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [".", "..", "a/b"])
-def test_run_name_is_a_single_folder_name(name, capsys):
+def test_main_rejects_a_run_name_that_is_no_single_folder(name, capsys):
     assert ssl_vit(["pretrain", "data.root=photos", f"run.name={name}", "run.overwrite=true"]) == 2
     assert "run.name" in capsys.readouterr().err
 
 
-def test_malformed_recipe_is_named(tmp_path, capsys):
+def test_main_names_a_malformed_recipe(tmp_path, capsys):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "mine.yaml").write_text("run: [\n", encoding="utf-8")
     assert ssl_vit(["pretrain", f"--config-dir={tmp_path}", "recipe=mine", "data.root=photos"]) == 2
     assert "mine.yaml" in capsys.readouterr().err
 
 
-def test_file_in_place_of_an_output_folder_is_named(tmp_path, capsys):
+def test_main_names_a_file_in_place_of_an_output_folder(tmp_path, capsys):
     from PIL import Image
 
     (tmp_path / "photos").mkdir()
@@ -143,7 +143,7 @@ def test_file_in_place_of_an_output_folder_is_named(tmp_path, capsys):
     assert str(tmp_path / "file") in capsys.readouterr().err
 
 
-def test_version(capsys):
+def test_main_prints_the_version(capsys):
     assert ssl_vit(["--version"]) == 0
     assert capsys.readouterr().out.strip() == __version__
 
@@ -167,13 +167,13 @@ def test_help_lists_every_key_with_its_default(argv, capsys):
     ("name", "hint"),
     [("pretain", "Did you mean pretrain?"), ("knnn", "Did you mean knn?"), ("xyz", "Choose one of demo, pretrain")],
 )
-def test_unknown_command_is_an_error_with_a_hint(name, hint, capsys):
+def test_main_rejects_an_unknown_command_with_a_hint(name, hint, capsys):
     assert ssl_vit([name]) == 2
     assert hint in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["pretrain", "knn", "linear", "attention", "export", "scan", "shard"])
-def test_missing_required_key_is_named(command, capsys):
+def test_main_names_a_missing_required_key(command, capsys):
     assert ssl_vit([command]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"ssl-vit {command}: ")
@@ -194,7 +194,7 @@ def test_missing_required_key_is_named(command, capsys):
     ],
     ids=lambda argv: argv[0],
 )
-def test_missing_file_is_named_and_nothing_is_written(argv, capsys, tmp_path, monkeypatch):
+def test_main_names_a_missing_file_and_writes_nothing(argv, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert ssl_vit(argv) == 2
     error = capsys.readouterr().err
@@ -203,7 +203,7 @@ def test_missing_file_is_named_and_nothing_is_written(argv, capsys, tmp_path, mo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_module_and_script_do_the_same(tmp_path):
+def test_main_as_module_and_as_script_does_the_same(tmp_path):
     script = Path(sys.executable).with_name("ssl-vit")
     module = run("pretain", "data.root=x", cwd=tmp_path)
     installed = subprocess.run([script, "pretain", "data.root=x"], capture_output=True, text=True, cwd=tmp_path)

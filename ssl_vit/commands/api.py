@@ -142,7 +142,7 @@ def extract_features(
     with tempfile.TemporaryDirectory() as folder:
         transform = EvalTransform(size, crop_ratio, loaded.mean, loaded.std)
         return extract(
-            BackboneExtractor(on_best_device(loaded), transform, blocks=blocks),
+            BackboneExtractor(loaded, transform, blocks=blocks),
             _dataset(images),
             batch_size=batch_size,
             num_workers=num_workers,
@@ -168,7 +168,7 @@ def attention_maps(
         UserError: The checkpoint does not load, has no class token or no plain attention.
         UnreadableImageError: An image cannot be read.
     """
-    loaded = on_best_device(_loaded(checkpoint))
+    loaded = _loaded(checkpoint)
     backbone, dataset = loaded.backbone, _dataset(images)
     transform = EvalTransform(backbone.config.img_size, 1.0, loaded.mean, loaded.std)
     maps = []
@@ -180,7 +180,7 @@ def attention_maps(
 
 
 def _loaded(checkpoint: str | Path | LoadedBackbone) -> LoadedBackbone:
-    return checkpoint if isinstance(checkpoint, LoadedBackbone) else load_checkpoint(checkpoint)
+    return on_best_device(checkpoint if isinstance(checkpoint, LoadedBackbone) else load_checkpoint(checkpoint))
 
 
 def _dataset(images: Images) -> ImageDataset:
@@ -200,11 +200,9 @@ def _labeled(
             raise UserError("test needs train beside it")
         return list(overrides), None
     known, asked = TorchDataset(train), None if test is None else TorchDataset(test)
-    for name, dataset in (("train", known), ("test", asked)):
-        if dataset is not None and (dataset.labels < 0).any():
-            raise UserError(
-                f"{name}={dataset.root}: every item needs a label of 0 or more: return (image, label) pairs"
-            )
+    for name, given in (("train", known), ("test", asked)):
+        if given is not None and (given.labels < 0).any():
+            raise UserError(f"{name}={given.root}: every item needs a label of 0 or more: return (image, label) pairs")
     if len(known.classes) < 2:
         raise UserError(f"train={known.root}: two or more classes are needed")
     if asked is not None and asked.classes != known.classes:

@@ -8,6 +8,7 @@ ssl-vit bench data.root=photos 'compare_to=[trainer.precision=32-true]'
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -87,7 +88,10 @@ def bench(configs: list[BenchConfig]) -> None:
             f"Other processes had a load of {environment['load']:.1f} on {environment['cores']} cores: results are low"
         )
     for letter, result, description, original in zip("AB", results, descriptions, configs, strict=False):
-        print(f"\n{letter + ': ' if comparison else ''}{describe(result.config)}, {describe_batch(result, original)}")
+        size, requested = result.config.data.batch_size, original.data.batch_size
+        reduced = "" if size == requested else f" instead of {requested}, to keep steps short"
+        prefix = f"{letter}: " if comparison else ""
+        print(f"\n{prefix}{describe(result.config)}, batch {size}{reduced}, {result.model.precision}")
         print(f"images: {description}\n\n{format_result(result)}")
     print(f"\n{comparison or bottleneck(results[0], runs[0].device)}")
     if num_skipped:
@@ -114,7 +118,8 @@ def load_images(config: BenchConfig, directory: Path) -> tuple[BenchConfig, Imag
 def measure(runs: list[BenchmarkRun], config: BenchConfig) -> tuple[list[BenchmarkResult], Comparison | None]:
     """Measure all rows of one configuration, or one row of two configurations in turn."""
     models = [run.check() for run in runs]
-    peaks = [matmul_peak(run, model.precision) for run, model in zip(runs, models, strict=True)]
+    measure_peak = partial(measure_matmul, seconds=min(1.0, config.seconds))
+    peaks = [measure_peak(run.device.type, model.precision) for run, model in zip(runs, models, strict=True)]
     log("largest batch")
     largest = min(run.largest_batch(MAX_STEP) for run in runs)
     for run in runs:
@@ -129,7 +134,7 @@ def measure(runs: list[BenchmarkRun], config: BenchConfig) -> tuple[list[Benchma
     log("matmul peak")
     results = []
     for run, model, peak, own_rows in zip(runs, models, peaks, rows, strict=True):
-        best = max(peak, matmul_peak(run, model.precision))
+        best = max(peak, measure_peak(run.device.type, model.precision))
         results.append(BenchmarkResult(run.config, model, best, own_rows))
     if not config.compare_to:
         return results, None
@@ -137,18 +142,6 @@ def measure(runs: list[BenchmarkRun], config: BenchConfig) -> tuple[list[Benchma
     ratios = [b.images_per_s / a.images_per_s for a, b in zip(first, second, strict=True)]
     batch_sizes = [result.config.data.batch_size for result in results]
     return results, Comparison(config.row, config.compare_to, batch_sizes, ratios)
-
-
-def matmul_peak(run: BenchmarkRun, precision: str) -> float:
-    """Measure the FLOP/s of a matrix product."""
-    return measure_matmul(run.device.type, precision, seconds=min(1.0, run.seconds))
-
-
-def describe_batch(result: BenchmarkResult, original: BenchConfig) -> str:
-    """Return batch size and precision, and why the batch is smaller than requested."""
-    size, requested = result.config.data.batch_size, original.data.batch_size
-    text = f"batch {size}" if size == requested else f"batch {size} instead of {requested}, to keep steps short"
-    return f"{text}, {result.model.precision}"
 
 
 def log(name: str) -> None:

@@ -12,27 +12,18 @@ _GROUP = re.compile(r"  - (?:override /)?(\w+)(?:: (\w+))?$")
 
 def conf_dir() -> Path:
     """Return the folder of the configuration files: inside an installed wheel, or beside the package in a checkout."""
-    return _packaged_or_beside("conf")
+    return _ROOT / "conf" if (_ROOT / "conf").is_dir() else _ROOT.parent / "conf"
 
 
 def recipes_dir() -> Path:
     """Return the folder of the recipes."""
-    return _packaged_or_beside("recipes")
-
-
-def _packaged_or_beside(name: str) -> Path:
-    packaged = _ROOT / name
-    return packaged if packaged.is_dir() else _ROOT.parent / name
+    return conf_dir().with_name("recipes")
 
 
 def help_text(command: str, summary: str, example: str, overrides: list[str]) -> str:
-    """Return the summary, an example, and every key with its default and comment.
+    """Return the summary, the example, and every key with its default and comment.
 
-    Args:
-        command: Its name.
-        summary: One line.
-        example: A command line.
-        overrides: May select group options, whose keys are shown instead of the default ones.
+    Where `overrides` select group options, their keys are shown instead of the default ones.
     """
     chosen = dict(override.split("=", 1) for override in overrides if "=" in override)
     own, groups = _read(conf_dir() / f"{command}.yaml")
@@ -42,7 +33,8 @@ def help_text(command: str, summary: str, example: str, overrides: list[str]) ->
             continue
         option = chosen.get(group, default)
         file = conf_dir() / group / f"{option}.yaml"
-        lines += ["", f"{_section(file)}:   # {group}={option}{_others(file)}"]
+        others = ", ".join(sorted(other.stem for other in file.parent.glob("*.yaml") if other != file))
+        lines += ["", f"{_section(file)}:   # {group}={option}" + (f"; also {others}" if others else "")]
         lines += [f"  {line}".rstrip() for line in _keys_of(file).strip().splitlines()]
     if "recipes" in groups:
         names = ", ".join(sorted(file.stem for file in recipes_dir().glob("*.yaml")))
@@ -73,19 +65,8 @@ def _keys_of(file: Path) -> str:
     """Return the keys of a group option, after those that it inherits and does not override."""
     own, bases = _read(file)
     keys = set(re.findall(r"^(\w+):", own, flags=re.M))
-    inherited = [
-        line
-        for base in bases
-        for line in _keys_of(file.parent / f"{base}.yaml").splitlines()
-        if line.partition(":")[0] not in keys
-    ]
-    return "\n".join([*inherited, own.strip()])
-
-
-def _others(file: Path) -> str:
-    """Return a remark with the other options of the group."""
-    others = sorted(other.stem for other in file.parent.glob("*.yaml") if other != file)
-    return f"; also {', '.join(others)}" if others else ""
+    inherited = [line for base in bases for line in _keys_of(file.with_name(f"{base}.yaml")).splitlines()]
+    return "\n".join([*(line for line in inherited if line.partition(":")[0] not in keys), own.strip()])
 
 
 def _section(file: Path) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,28 +140,21 @@ def _analyze_images(
     result: AnalysisResult,
 ) -> int:
     """Add the analyses that need images, and return the number of images."""
-    other = None
-    all_models = dict(models)
+    other, all_models = None, dict(models)
     if config.compare_to is not None:
         loaded = _load(config.compare_to, config)
-        other = model_name(loaded, config.compare_to, config.weights)
-        other = f"{other} (compared)" if other in models else other
+        name = model_name(loaded, config.compare_to, config.weights)
+        other = f"{name} (compared)" if name in models else name
         all_models[other] = loaded
     for loaded in all_models.values():
         loaded.backbone.to(best_device())
     collectors = {name: ActivationCollector(loaded, config.image_size) for name, loaded in all_models.items()}
-    cka = LinearCKA()
-    count = 0
+    cka, count = LinearCKA(), 0
     for crops in _iter_batches(config, dataset, collectors, skipped):
         examples = max(0, NUM_EXAMPLES - count)
-        count += len(next(iter(crops.values())))
-        cka.update(
-            [
-                layer
-                for name, collector in collectors.items()
-                for layer in collector.update(crops[name], num_examples=examples)
-            ]
-        )
+        count += len(crops[MODEL])
+        layers = (collector.update(crops[name], num_examples=examples) for name, collector in collectors.items())
+        cka.update([*chain.from_iterable(layers)])
     if not count:
         raise UserError(f"no image could be read, see {skipped.path}")
     activations = {name: collectors[name].compute() for name in models}
@@ -198,24 +192,20 @@ def _iter_batches(
     size = max(1, BATCH_PIXELS // max(collector.transform.image_size for collector in collectors.values()) ** 2)
     batch: list[dict[str, Tensor]] = []
     yielded = 0
-    for index in progress_bar(indices, unit=" images", desc="inspect"):
+    for position, index in enumerate(progress_bar(indices, unit=" images", desc="inspect"), start=1):
         try:
             batch.append(_read_crops(dataset, index, collectors))
         except UnreadableImageError as broken:
             skipped.record(broken)
-        if batch and (len(batch) == size or yielded < NUM_EXAMPLES):  # examples alone: they need more memory
-            yield _stack_crops(batch)
+        full = len(batch) == size or yielded < NUM_EXAMPLES or position == len(indices)
+        if batch and full:  # examples alone: they need more memory
+            yield {name: torch.stack([crops[name] for crops in batch]) for name in batch[0]}
             yielded += len(batch)
             batch = []
-    if batch:
-        yield _stack_crops(batch)
 
 
 def _read_crops(dataset: ImageDataset, index: int, collectors: dict[str, ActivationCollector]) -> dict[str, Tensor]:
+    """Read an image with the channels of each model, and crop it for each."""
     channels = {name: collector.backbone.config.in_chans for name, collector in collectors.items()}
     images = {count: dataset.read(index, count) for count in set(channels.values())}
     return {name: collector.transform(images[channels[name]]) for name, collector in collectors.items()}
-
-
-def _stack_crops(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([crops[name] for crops in batch]) for name in batch[0]}

@@ -62,7 +62,8 @@ def evaluate(config: KNNConfig, dataset: TrainTestSplit | None = None) -> tuple[
         train = _labeled(source.train, device)
         queries = None if source.test is None else _labeled(source.test, device)
         found = search(train, queries, max_k=ks[-1], engine=config.engine)
-        added = _fallback_k(ks, found.smallest_class())
+        smallest = found.smallest_class()
+        added = [smallest] if 0 < smallest < ks[0] else []
         settings = Settings([*added, *ks], temperatures)
         results = [classify(found, ks=settings.ks, temperature=temperature) for temperature in temperatures]
         scores.append(to_scores(source, results, settings))
@@ -111,11 +112,6 @@ def to_scores(source: FeatureSource, results: Sequence[KNNResult], settings: Set
 
 def _labeled(features: Features, device: torch.device) -> LabeledFeatures:
     return LabeledFeatures(features.cls[:, -1].to(device), features.labels.to(device))
-
-
-def _fallback_k(ks: Sequence[int], smallest: int) -> list[int]:
-    """Return the size of the smallest class if all k exceed it."""
-    return [smallest] if 0 < smallest < min(ks) else []
 
 
 def _notes(score: ModelScores, added: Sequence[int], found: NeighborResult) -> list[str]:

@@ -156,8 +156,8 @@ def _split_config_dirs(argv: list[str]) -> tuple[list[str], list[Path]]:
 
 def _groups(file: Path) -> set[str]:
     """Return the groups in the defaults list of a command's YAML: for these, `key=value` selects a file."""
-    text = file.read_text(encoding="utf-8")
-    return {group for entry in yaml.safe_load(text).get("defaults", []) if isinstance(entry, dict) for group in entry}
+    entries = yaml.safe_load(file.read_text(encoding="utf-8")).get("defaults", [])
+    return {group for entry in entries if isinstance(entry, dict) for group in entry}
 
 
 def _key(override: str) -> str:
@@ -205,11 +205,9 @@ def key_similarity(key: str, other: str) -> float:
     return sum(difflib.SequenceMatcher(None, a, b).ratio() for a, b in (names, (key, other)))
 
 
-def _keys(values: dict[str, Any], prefix: str = "") -> list[str]:
-    """Return every dotted key, sections included."""
-    keys = []
+def _keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield every dotted key, sections included."""
     for key, value in values.items():
-        keys.append(f"{prefix}{key}")
+        yield f"{prefix}{key}"
         if isinstance(value, dict):
-            keys += _keys(value, f"{prefix}{key}.")
-    return keys
+            yield from _keys(value, f"{prefix}{key}.")

@@ -13,12 +13,7 @@ from ssl_vit.visualization.confusion_figure import plot_confusion, read_hardest_
 
 
 def report_result(result: EvalResult, path: Path, config: EvaluationConfig) -> None:
-    """Print the table and the file's name; with logger=wandb also send the metrics.
-
-    Args:
-        result: As it was written.
-        path: The file that it was written to.
-        config: Of the evaluation.
+    """Print the table of a result and its file, `path`; with logger=wandb also send the metrics.
 
     Raises:
         UserError: Weights & Biases cannot be reached; the result is written all the same.
@@ -46,15 +41,6 @@ def format_result(result: EvalResult, path: Path) -> str:
     return f"{result.table()}\n\n{path}" + (f"\n{figure}" if figure else "")
 
 
-def metric_dict(result: EvalResult) -> dict[str, float]:
-    """Return the metrics by `eval/<task>-<data>/<metric>`, with the name of a baseline before its metric."""
-    prefix = f"eval/{result.task}-{result.data.name}"
-    own = {f"{prefix}/{metric.name}": metric.value for metric in result.score.metrics}
-    return own | {
-        f"{prefix}/{score.name}/{metric.name}": metric.value for score in result.baselines for metric in score.metrics
-    }
-
-
 def _figure(result: EvalResult, path: Path) -> Path | None:
     """Return the figure of the confusions, if it was drawn."""
     name = None if result.by_class is None else result.by_class["figure"]
@@ -66,6 +52,8 @@ def _send(result: EvalResult, path: Path, config: EvaluationConfig) -> None:
     import wandb
 
     title = f"{result.task}-{result.data.name}"
+    parts = {f"eval/{title}": result.score, **{f"eval/{title}/{score.name}": score for score in result.baselines}}
+    metrics = {f"{name}/{metric.name}": metric.value for name, score in parts.items() for metric in score.metrics}
     run = result.model.run
     folder = path.parent if run is None else Path(run)
     id_file = folder / "wandb_id.txt"
@@ -79,7 +67,7 @@ def _send(result: EvalResult, path: Path, config: EvaluationConfig) -> None:
             dir=folder,
             mode="offline" if config.logger.offline else "online",
         ) as wandb_run:
-            wandb_run.summary.update(metric_dict(result))
+            wandb_run.summary.update(metrics)
             if figure := _figure(result, path):
                 wandb_run.log({f"eval/{title}/figure": wandb.Image(str(figure))})
     except wandb.errors.Error as error:

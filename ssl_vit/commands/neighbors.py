@@ -17,8 +17,7 @@ from torch import Tensor
 from ssl_vit.config.evaluate import NeighborsConfig
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog, Subset
 from ssl_vit.data.dataset_factory import TrainTestSplit, build_feature_splits
-from ssl_vit.data.sources.image_folder import load_images_at
-from ssl_vit.data.transforms.eval_transform import EvalTransform
+from ssl_vit.data.sources.image_folder import ImageFolder, load_images_at
 from ssl_vit.evaluation.classification.ann_index import IVFIndex, StaleIndexError
 from ssl_vit.evaluation.classification.nearest_neighbors import Neighbors, choose_engine, exact_search
 from ssl_vit.evaluation.evaluator import BLOCKS, fill_caches, load_model
@@ -29,7 +28,6 @@ from ssl_vit.evaluation.features.extractor import (
     on_best_device,
     validate_features,
 )
-from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.atomic_io import atomic_write, write_json
 from ssl_vit.runtime.device import best_device
 from ssl_vit.runtime.errors import UserError
@@ -67,11 +65,16 @@ def main(config: NeighborsConfig) -> None:
     Raises:
         UserError: Model or images are missing, do not fit each other, or there is only one image.
     """
+    given = None if config.images is None else load_images_at(config.images)
     loaded, transform = load_model(config)
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    index_set = _index_set(config, on_best_device(loaded), transform)
+    dataset = build_feature_splits(config.data).train
+    extractor = BackboneExtractor(on_best_device(loaded), transform, blocks=min(BLOCKS, loaded.backbone.num_blocks))
+    (filled,) = fill_caches(extractor, TrainTestSplit(dataset, None), config=config, run=loaded.run)
+    cache = filled.cache
+    index_set = FeatureSet(dataset, cache.features(blocks=1), cache.skipped, cache.folder)
     validate_features(index_set.features, loaded.source)
-    queries, exclude = _queries(config, loaded, transform, index_set)
+    queries, exclude = _queries(config, given, extractor, index_set)
     k = min(config.k, len(index_set.features.index) - (exclude is not None))
     if not k:
         raise UserError("only one image can be read, so it has no neighbors")
@@ -93,28 +96,18 @@ def main(config: NeighborsConfig) -> None:
     print(_summary(config, rows, method, {part.skipped.path: part.skipped.count() for part in (index_set, queries)}))
 
 
-def _index_set(config: NeighborsConfig, loaded: LoadedBackbone, transform: EvalTransform) -> FeatureSet:
-    """Return the images to search, with their cached features."""
-    dataset = build_feature_splits(config.data).train
-    extractor = BackboneExtractor(loaded, transform, blocks=min(BLOCKS, loaded.backbone.num_blocks))
-    (filled,) = fill_caches(extractor, TrainTestSplit(dataset, None), config=config, run=loaded.run)
-    return FeatureSet(dataset, filled.cache.features(blocks=1), filled.cache.skipped, filled.cache.folder)
-
-
 def _queries(
-    config: NeighborsConfig, loaded: LoadedBackbone, transform: EvalTransform, index_set: FeatureSet
+    config: NeighborsConfig, given: ImageFolder | None, extractor: BackboneExtractor, index_set: FeatureSet
 ) -> tuple[FeatureSet, Tensor | None]:
     """Return the queries; if they are drawn from the index set, also their rows (Q,) in it."""
-    if config.images is None:
+    if given is None:
         generator = torch.Generator().manual_seed(config.seed)
         rows = torch.randperm(len(index_set.features.index), generator=generator)[: config.limit].sort().values
         return index_set._replace(features=index_set.features.take(rows)), rows
-    dataset = load_images_at(config.images)
-    first = Subset(dataset, torch.arange(min(config.limit, len(dataset))))
+    first = Subset(given, torch.arange(min(config.limit, len(given))))
     skipped = SkippedImageLog(config.out.with_name(f"{config.out.stem}-skipped_images.txt"))
     skipped.path.unlink(missing_ok=True)
     size, num_workers = config.data.batch_size, config.data.num_workers
-    extractor = BackboneExtractor(loaded, transform, blocks=1)
     features = extract(extractor, first, batch_size=size, num_workers=num_workers, skipped=skipped)
     return FeatureSet(first, features, skipped, config.out.parent), None
 

@@ -35,12 +35,11 @@ def main(config: PropagateConfig) -> None:
         UserError: There is no video, or one without a usable first frame and mask.
     """
     clips = _load_clips(config)
-    baselines = config.baselines and any(clip.masks.has_multiple for clip in clips)
-    models = _load_models(config, baselines=baselines)
+    models = _load_models(config, baselines=config.baselines and any(clip.masks.has_multiple for clip in clips))
     skipped = SkippedImageLog(config.out / "skipped_images.txt")
     skipped.path.unlink(missing_ok=True)
     start = time.perf_counter()
-    videos, tiles = _track_all(config, clips, models, skipped, still=STILL if baselines else None)
+    videos, tiles = _track_all(config, clips, models, skipped)
     seconds = time.perf_counter() - start
     scores = tracking_scores(videos)
     count = skipped.count()
@@ -56,14 +55,10 @@ def main(config: PropagateConfig) -> None:
 
 
 def _track_all(
-    config: PropagateConfig,
-    clips: list[Clip],
-    models: dict[str, LoadedBackbone],
-    skipped: SkippedImageLog,
-    *,
-    still: str | None,
+    config: PropagateConfig, clips: list[Clip], models: dict[str, LoadedBackbone], skipped: SkippedImageLog
 ) -> tuple[list[TrackingResult], dict[str, list[Image.Image]]]:
     """Track the objects of all videos; return the results and some tiles of each, by its name."""
+    still = STILL if RANDOM in models else None  # a baseline, too
     settings = PropagationConfig(config.side, config.context, config.radius, config.top_k, config.temperature)
     videos: list[TrackingResult] = []
     tiles: dict[str, list[Image.Image]] = {}

@@ -83,10 +83,8 @@ def training_views_figure(run: Path, *, count: int = 4) -> TitledFigure:
         skipped = SkippedImageLog(Path(folder) / "skipped_images.txt")
         pretext = pretext_of(settings.method)
         seen = load_first_step(settings, dataset, pretext, count=count, skipped=skipped)
-    kinds = settings.method.views
-    views = f"{kinds.global_crops.count} global views of {kinds.global_crops.size} px"
-    if kinds.local_crops.count:
-        views += f" and {kinds.local_crops.count} local views of {kinds.local_crops.size} px"
+    kinds = {"global": settings.method.views.global_crops, "local": settings.method.views.local_crops}
+    views = " and ".join(f"{of.count} {kind} views of {of.size} px" for kind, of in kinds.items() if of.count)
     text = (
         f"The first {len(seen)} images of the run's first step with their {views}, as the model sees them. "
         "The frame with a view's number and color shows its crop box."
@@ -107,15 +105,10 @@ def pretext_of(config: MethodConfig) -> Pretext:
 
 
 def reconstruction_figure(run: Path, checkpoint: Path | None = None, *, count: int = 8) -> TitledFigure | None:
-    """Draw reconstructions of some of a run's images, always the same ones with the same corruption.
+    """Draw reconstructions of `count` of a run's images, evenly spaced, always with the same corruption.
 
-    Args:
-        run: The run directory.
-        checkpoint: One of its `.ckpt` files; None: the last one.
-        count: Number of images, evenly spaced over those of the run.
-
-    Returns:
-        None if the method does not restore images or the file has no such model.
+    Without `checkpoint`, its last one is loaded. None if the method does not restore images or the file has no such
+    model.
 
     Raises:
         UserError: The folder holds no pretraining run, its images are not where they were, or the checkpoint does
@@ -126,7 +119,7 @@ def reconstruction_figure(run: Path, checkpoint: Path | None = None, *, count: i
     restorer = METHODS[method.name].load_figures(checkpoint or run, method, settings.backbone).get("reconstruction")
     if restorer is None:
         return None
-    dataset = _images(settings)
+    dataset = build_dataset(settings.data.source, settings.data.root)
     transform = EvalTransform(method.views.global_crops.size, 0.875, method.views.mean, method.views.std)
     crops = []
     for index in evenly_spaced(len(dataset), count).tolist():
@@ -156,7 +149,7 @@ def _learned_from(run: Path, settings: RunSettings) -> ImageDataset:
     Raises:
         UserError: They are not where they were, or have changed.
     """
-    dataset = _images(settings)
+    dataset = build_dataset(settings.data.source, settings.data.root)
     try:
         fingerprint = json.loads((run / DATA).read_text(encoding="utf-8"))["fingerprint"]
         if dataset.fingerprint(sizes=False) == fingerprint:
@@ -171,7 +164,3 @@ def _learned_from(run: Path, settings: RunSettings) -> ImageDataset:
             f"{settings.data.root}: the images have changed since the run, so its first step cannot be shown"
         )
     return dataset.with_names(before)
-
-
-def _images(settings: RunSettings) -> ImageDataset:
-    return build_dataset(settings.data.source, settings.data.root)

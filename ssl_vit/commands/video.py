@@ -50,13 +50,8 @@ def main(config: VideoConfig) -> None:
     path = config.out.with_stem(f"{config.out.stem}-stopped") if as_video else config.out  # until all frames are done
     writer = video_writer(path, rate=frames.rate, clock=frames.clock) if as_video else image_writer(path)
     renderer, written, start = AttentionRenderer(config.attention_mass), 0, time.perf_counter()
-    batches = iter_attention(
-        islice(frames.read(skipped.append), config.limit),
-        model,
-        head=config.head,
-        max_side=config.max_side,
-        skip=skipped.append,
-    )
+    read = islice(frames.read(skipped.append), config.limit)
+    batches = iter_attention(read, model, head=config.head, max_side=config.max_side, skip=skipped.append)
     with _catch_ctrl_c() as stopped, writer as write, progress_bar(total=total, unit=" frames", desc="video") as bar:
         for batch in batches:
             for (frame, _), image in zip(batch, renderer.draw(batch), strict=True):
@@ -106,6 +101,5 @@ def _catch_ctrl_c() -> Iterator[list[int]]:
 
 
 def _list_skipped(skipped: list[UnreadableImageError]) -> str:
-    names = "; ".join(map(str, skipped[:MAX_LISTED])) or "there are no frames"
-    rest = len(skipped) - MAX_LISTED
-    return names + (f"; and {rest} more" if rest > 0 else "")
+    rest = [f"and {len(skipped) - MAX_LISTED} more"] if len(skipped) > MAX_LISTED else []
+    return "; ".join([*map(str, skipped[:MAX_LISTED]), *rest]) or "there are no frames"

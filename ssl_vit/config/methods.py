@@ -188,12 +188,7 @@ class SiTConfig(MethodConfig):
 METHOD_CONFIGS: dict[str, type[MethodConfig]] = {"dino": DINOConfig, "sit": SiTConfig}
 
 
-def check_method_name(name: str) -> str:
-    """Return the name of a method.
-
-    Raises:
-        ValueError: There is no such method.
-    """
+def _check_method_name(name: str) -> str:
     if name not in METHOD_CONFIGS:
         raise ValueError(f"choose one of {', '.join(METHOD_CONFIGS)}")
     return name
@@ -209,5 +204,5 @@ def _select_config(value: object) -> object:
     return config_class.model_validate(value)
 
 
-MethodName = Annotated[str, AfterValidator(check_method_name)]
+MethodName = Annotated[str, AfterValidator(_check_method_name)]
 SelectedMethodConfig = Annotated[SerializeAsAny[MethodConfig], BeforeValidator(_select_config)]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ssl_vit.config.methods import CropsConfig, MethodName, SelectedMethodConfig
+from ssl_vit.config.methods import MethodName, SelectedMethodConfig
 from ssl_vit.config.types import (
     Count,
     NonNegative,
@@ -171,18 +171,13 @@ class TrainingConfig(StrictConfig):
     trainer: TrainerConfig
 
     @model_validator(mode="after")
-    def _channels_agree(self) -> Self:
-        channels = self.backbone.in_chans
+    def _views_fit_the_backbone(self) -> Self:
+        channels, views = self.backbone.in_chans, self.method.views
         if channels not in (1, 3):
             raise ValueError(f"backbone.in_chans={channels}: images are read with 1 (gray) or 3 (RGB) channels")
-        if not len(self.method.views.mean) == len(self.method.views.std) == channels:
+        if not len(views.mean) == len(views.std) == channels:
             raise ValueError(f"backbone.in_chans={channels} needs {channels} values in method.views.mean and .std")
-        return self
-
-    @model_validator(mode="after")
-    def _whole_patches_in_views(self) -> Self:
-        for name in ("global_crops", "local_crops"):
-            crops: CropsConfig = getattr(self.method.views, name)
+        for name, crops in {"global_crops": views.global_crops, "local_crops": views.local_crops}.items():
             if crops.count and crops.size % self.backbone.patch_size:
                 raise ValueError(
                     f"method.views.{name}.size={crops.size} is not a multiple of backbone.patch_size="

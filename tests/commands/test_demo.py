@@ -20,7 +20,7 @@ def eval_result():
     return EvalResult(task="knn", protocol={}, model=model, data=data, score=own, baselines=[random, pixels])
 
 
-def test_table_compares_trained_model_random_weights_and_center_prior(tmp_path):
+def test_demo_table_compares_trained_model_random_weights_and_center_prior(tmp_path):
     generator = torch.Generator().manual_seed(0)
     evaluator = SegmentationEvaluator(tmp_path, mass=0.6, seed=0)
     for index in range(4):

@@ -301,7 +301,7 @@ def test_linear_evaluates_baselines_with_every_solver(solver, run, sample, tmp_p
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_saved_probe_reproduces_the_predictions(solver, run, sample, tmp_path, monkeypatch):
+def test_linear_saves_a_probe_that_reproduces_the_predictions(solver, run, sample, tmp_path, monkeypatch):
     """Execute the lines in its JSON."""
     out = tmp_path / "out.json"
     monkeypatch.chdir(tmp_path)

@@ -209,7 +209,7 @@ def test_inspect_leaves_no_stale_json_when_interrupted(tiny_model, tmp_path, mon
     assert not (tmp_path / "inspect.json").exists()
 
 
-def test_random_baseline_differs_from_a_random_checkpoint(sample, tmp_path):
+def test_inspect_baseline_differs_from_a_random_checkpoint(sample, tmp_path):
     """Both would otherwise be initialized from seed 0."""
     argv = ["checkpoint=random:vit_tiny_patch16_224", f"images={sample / 'test'}", "limit=8", f"out={tmp_path / 'x'}"]
     assert main(["inspect", *argv]) == 0

@@ -197,7 +197,7 @@ def test_positional_key_takes_arguments_without_an_equals_sign(tmp_path):
     assert load_config("compare", ["results=[runs/x,7]"], CompareConfig).results == [Path("runs/x"), Path("7")]
 
 
-def test_cfg_prints_the_composed_config(capsys):
+def test_main_with_cfg_prints_the_composed_config(capsys):
     overrides = ["data.root=x", "backbone=vit_cpu"]
     assert ssl_vit(["pretrain", *overrides, "--cfg"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)

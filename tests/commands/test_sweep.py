@@ -40,12 +40,12 @@ def test_multirun_reports_mistakes_before_the_first_run(pretrain_words, tmp_path
     assert not (tmp_path / "runs").exists()
 
 
-def test_help_of_pretrain_mentions_multirun(capsys):
+def test_multirun_is_in_the_help_of_pretrain(capsys):
     assert main(["pretrain", "--help"]) == 0
     assert "--multirun" in capsys.readouterr().out
 
 
-def test_launcher_without_multirun_is_an_error(pretrain_words, capsys):
+def test_multirun_is_required_by_a_launcher(pretrain_words, capsys):
     assert main(["pretrain", *pretrain_words("hydra/launcher=submitit_slurm")]) == 2
     assert "add --multirun" in capsys.readouterr().err
 

@@ -130,7 +130,7 @@ def test_video_codec_falls_back_to_mpeg4(tmp_path, tiny_model, capsys, monkeypat
     assert "write images into a directory" in capsys.readouterr().err
 
 
-def test_ctrl_c_leaves_a_complete_video_of_the_finished_frames(tmp_path, tiny_model, capsys, monkeypatch):
+def test_video_stopped_by_ctrl_c_keeps_the_finished_frames(tmp_path, tiny_model, capsys, monkeypatch):
     monkeypatch.setattr(attention_video, "BATCH_PIXELS", 64 * 48 * 3)  # batches of 3
     original = AttentionRenderer.draw
     batches = []

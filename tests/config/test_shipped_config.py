@@ -79,7 +79,7 @@ def test_dumped_config_reads_back_equal(overrides):
     assert type(config).model_validate(yaml.safe_load(text)) == config
 
 
-def test_times_and_durations_are_dumped_as_text():
+def test_dumped_config_has_times_and_durations_as_text():
     dumped = load("pretrain", "trainer.max_time=1.5h", "method.freeze_last_layer=5%").model_dump(mode="json")
     assert dumped["trainer"]["max_time"] == "5400s"
     assert dumped["method"]["freeze_last_layer"] == "5%"
