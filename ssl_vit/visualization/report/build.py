@@ -8,12 +8,10 @@ from contextlib import contextmanager
 from ssl_vit.config.visualize import ReportConfig
 from ssl_vit.data.dataset import escape_path
 from ssl_vit.runtime.errors import UserError
-from ssl_vit.visualization.report.embedding_map import embedding_map
-from ssl_vit.visualization.report.feature_images import load_feature_images
+from ssl_vit.visualization.report.feature_images import embedding_map, load_feature_images, neighbor_rows
 from ssl_vit.visualization.report.figures import read_inspection, read_logged_figures
 from ssl_vit.visualization.report.gallery import make_gallery
 from ssl_vit.visualization.report.metric_rows import metric_rows
-from ssl_vit.visualization.report.nearest_images import neighbor_rows
 from ssl_vit.visualization.report.report_data import ReportData
 from ssl_vit.visualization.report.run_metadata import load_health_warnings, run_caption, run_metadata
 from ssl_vit.visualization.report.run_reader import RunContent, read_run

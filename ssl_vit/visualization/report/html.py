@@ -13,10 +13,9 @@ import yaml
 from markupsafe import Markup, escape
 
 from ssl_vit.evaluation.segmentation.iou import pool_mask_to_patches
-from ssl_vit.visualization.image_grid import COLOR_MAP, TitledFigure
+from ssl_vit.visualization.image_grid import COLOR_MAP
 from ssl_vit.visualization.overlays import MIN_SCALE_MAX
 from ssl_vit.visualization.report.encode import (
-    EncodedImage,
     encode_array,
     encode_figure,
     encode_maps,
@@ -24,13 +23,12 @@ from ssl_vit.visualization.report.encode import (
     encode_sprite,
     outline_path,
 )
-from ssl_vit.visualization.report.report_data import EmbeddingMap, GalleryImage, MaskImage, MetricRow, ReportData
+from ssl_vit.visualization.report.report_data import EmbeddingMap, GalleryImage, MetricRow, ReportData
 from ssl_vit.visualization.report.svg_charts import interval_chart, line_chart
 
 PHOTO_SIDE = 360  # pixels of an image that maps or masks are drawn over
 NEIGHBOR_SIDE = 96
 FIGURE_SIDE = 1300
-WIDE = 2.6  # a figure of such an aspect takes the page's whole width
 SCRIPTS = ("report.js", "gallery.js", "masks.js", "embedding_map.js")
 
 
@@ -53,7 +51,7 @@ def render(report: ReportData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "signed": _signed, "code": _code, "grouped": _group}
+    environment.filters |= {"code": _code, "grouped": _group}
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     page = environment.get_template("template.html").render(
         report=report,
@@ -65,9 +63,17 @@ def render(report: ReportData) -> str:
         curves=[(curve.title, line_chart(curve)) for curve in report.curves],
         gallery=[(each, encode_photo(each.image, PHOTO_SIDE)) for each in gallery],
         has_ground_truth=any(each.ground_truth is not None for each in gallery),
-        masks=[_mask_paths(each) for each in report.masks],
+        masks=[
+            (
+                each,
+                encode_photo(each.image, PHOTO_SIDE),
+                outline_path(each.ground_truth),
+                list(map(outline_path, each.masks)),
+            )
+            for each in report.masks
+        ],
         neighbors=[[(each, encode_photo(each.image, NEIGHBOR_SIDE)) for each in row] for row in report.neighbors],
-        figures=[_encode_figure(figure) for figure in report.figures],
+        figures=[(figure, encode_figure(figure.image, FIGURE_SIDE)) for figure in report.figures],
         config=yaml.safe_dump(report.config, sort_keys=False, allow_unicode=True) if report.config else "",
     )
     return page.encode("utf-8", "backslashreplace").decode("utf-8")
@@ -132,28 +138,9 @@ def _map_data(features: EmbeddingMap) -> dict[str, Any]:
     }
 
 
-def _mask_paths(image: MaskImage) -> tuple[MaskImage, EncodedImage, str, list[str]]:
-    """Return an image, its encoded form, and the outlines of its ground truth and of the mask of each method."""
-    outlines = [outline_path(mask) for mask in image.masks]
-    return image, encode_photo(image.image, PHOTO_SIDE), outline_path(image.ground_truth), outlines
-
-
-def _encode_figure(figure: TitledFigure) -> tuple[TitledFigure, EncodedImage, bool]:
-    """Return a figure, its encoded image, and whether it is wide."""
-    return figure, encode_figure(figure.image, FIGURE_SIDE), figure.image.width >= WIDE * figure.image.height
-
-
 def _group(rows: list[MetricRow]) -> list[list[MetricRow]]:
     """Return the rows in groups that were measured together."""
     return [list(group) for _, group in groupby(rows, lambda row: (row.task, row.data, row.interval, row.n))]
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
-
-
-def _signed(share: float) -> str:
-    return f"{100 * share:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _code(text: str) -> Markup:
