@@ -16,9 +16,15 @@ import torch
 from ssl_vit.commands.log_results import draw_confusion, report_result
 from ssl_vit.config.evaluate import KNNConfig
 from ssl_vit.data.dataset_factory import TrainTestSplit
-from ssl_vit.evaluation.classification.knn import KNNResult, LabeledFeatures, NeighborResult, classify, search
+from ssl_vit.evaluation.classification.knn import (
+    KNNResult,
+    LabeledFeatures,
+    NeighborResult,
+    classify,
+    search,
+    train_test_overlap,
+)
 from ssl_vit.evaluation.classification.nearest_neighbors import choose_engine
-from ssl_vit.evaluation.classification.train_test_overlap import find_overlap
 from ssl_vit.evaluation.evaluator import MODEL, Evaluation, FeatureSource
 from ssl_vit.evaluation.features.extractor import Features
 from ssl_vit.evaluation.results.eval_result import EvalResult, ModelScores, Predictions, topk_metrics
@@ -68,8 +74,8 @@ def evaluate(config: KNNConfig, dataset: TrainTestSplit | None = None) -> tuple[
         results = [classify(found, ks=settings.ks, temperature=temperature) for temperature in temperatures]
         scores.append(to_scores(source, results, settings))
         if source.name == MODEL:
-            overlap = find_overlap(source, found, evaluation.dataset)
-            warnings = [*results[0].warnings, *_notes(scores[0], added, found), *overlap.warnings()]
+            data_info, overlap = train_test_overlap(source, found, evaluation.dataset)
+            warnings = [*results[0].warnings, *_notes(scores[0], added, found), *overlap]
     result = evaluation.write_result(
         scores,
         title="Nearest neighbors (kNN)",
@@ -83,7 +89,7 @@ def evaluate(config: KNNConfig, dataset: TrainTestSplit | None = None) -> tuple[
         },
         train_labels=train.labels,
         test_labels=train.labels if queries is None else queries.labels,
-        data_info=overlap.data_info(),
+        data_info=data_info,
         engines={"knn": choose_engine(config.engine, device)},
         confusion_of=settings.main,
         figure=config.figure,

@@ -17,8 +17,13 @@ import torch
 from ssl_vit.commands.log_results import draw_confusion, report_result
 from ssl_vit.config.evaluate import LinearConfig
 from ssl_vit.data.dataset_factory import TrainTestSplit
-from ssl_vit.evaluation.classification.classifier_file import save_probe
-from ssl_vit.evaluation.classification.linear_classifier import TEST_SHARE, FeatureVariant, split_rule, stratified
+from ssl_vit.evaluation.classification.linear_classifier import (
+    TEST_SHARE,
+    FeatureVariant,
+    save_probe,
+    split_rule,
+    stratified,
+)
 from ssl_vit.evaluation.classification.linear_probe import SGD, LinearResult, Logistic, Ridge, Solver, linear_probe
 from ssl_vit.evaluation.classification.sgd_classifiers import Schedule
 from ssl_vit.evaluation.evaluator import PIXELS, Evaluation, FeatureSource
@@ -59,20 +64,21 @@ def _evaluate(config: LinearConfig, dataset: TrainTestSplit | None) -> tuple[Eva
         found = linear_probe(train, test, variants=candidates, solver=solver, device=best_device())
         results.append(found)
         scores.append(_to_scores(source.name, found, train, test))
+    protocol, selection = solver.describe()
     result = evaluation.write_result(
         scores,
         title="Linear classifier on frozen features",
         protocol={
             "features": [str(variant) for variant in variants],
             "standardized": "by the training images",
-            **solver.protocol,
-            "selection": solver.selection["on"],
+            **protocol,
+            "selection": selection["on"],
             "split": split_rule(source.test, config.seed),
         },
         train_labels=train.labels,
         test_labels=test.labels,
         warnings=results[0].warnings,
-        selection={**solver.selection, "chosen": scores[0].details["chosen"]},
+        selection={**selection, "chosen": scores[0].details["chosen"]},
         confusion_of="",
         figure=config.figure,
     )

@@ -30,7 +30,7 @@ def draw_confusion(result: EvalResult, evaluation: Evaluation) -> None:
         return
     metric = result.by_class["metric"]
     predictions = result.score.predictions[metric.removeprefix("top-1")]
-    confusion = ConfusionSummary.of(metric, evaluation.test_images.classes, predictions)
+    confusion = ConfusionSummary(metric, evaluation.test_images.classes, predictions.target, predictions.predicted)
     title = f"{result.model.name}: {result.task}, {metric}, on {result.data.name}"
     plot_confusion(path, confusion, read_hardest_images(predictions, evaluation.test_images), title)
 

@@ -13,14 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-import yaml
-
 from ssl_vit import __version__
 from ssl_vit.commands import linear
 from ssl_vit.commands.load_config import load_config
 from ssl_vit.config.evaluate import LinearConfig, TransferConfig
 from ssl_vit.config.pretrain import Source
 from ssl_vit.data.dataset_factory import build_labeled_splits
+from ssl_vit.evaluation.results.provenance import run_config
 from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone
 from ssl_vit.runtime.atomic_io import atomic_write, write_json
 from ssl_vit.runtime.errors import AllRanksError, UserError
@@ -203,11 +202,7 @@ def _identity(loaded: LoadedBackbone) -> dict[str, Any]:
 
 def pretraining_images(run: Path | None) -> tuple[str, Path] | None:
     """Return source and root of the images in a run's `config.yaml`; None if unknown."""
-    try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) if run else None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return None
-    data = config.get("data") if isinstance(config, dict) else None
+    data = run_config(run).get("data")
     if not isinstance(data, dict) or not {"source", "root"} <= data.keys():
         return None
     return str(data["source"]), Path(str(data["root"])).resolve()

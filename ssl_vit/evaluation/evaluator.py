@@ -111,7 +111,11 @@ class Evaluation:
             test = rest[0] if rest else None
             if name == MODEL:
                 self._list_skipped(caches)
-                self._validate(train, test)
+                for part in (train, *([] if test is None else [test])):
+                    validate_features(part, self.loaded.source)
+                if len(torch.unique(train.labels)) < 2:
+                    data = data_name(self.config.data)
+                    raise UserError(f"{data}: all readable images are of one class; two are needed")
             if name == PIXELS:
                 mean = mean_cls(train)
                 train, test = center_cls(train, mean), None if test is None else center_cls(test, mean)
@@ -121,45 +125,36 @@ class Evaluation:
 
     def write_result(
         self,
-        scores: list[ModelScores],
+        scores: list[ModelScores],  # of the model, then of the baselines
         *,
-        protocol: dict[str, Any],
+        protocol: dict[str, Any],  # everything that determines the numbers, except model, images and transform
         train_labels: Tensor,
         test_labels: Tensor,
-        title: str = "",
-        data_info: Mapping[str, Any] | None = None,
-        warnings: Sequence[str] = (),
-        engines: Mapping[str, str] | None = None,
-        selection: Mapping[str, Any] | None = None,
-        seeds: Mapping[str, int | list[int]] | None = None,
-        main_metrics: Sequence[str] = (),
-        confusion_of: str | None = None,
-        figure: bool = False,
+        title: str = "",  # the task in words; by default its name
+        data_info: Mapping[str, Any] | None = None,  # further information about the images
+        warnings: Sequence[str] = (),  # what a reader of the numbers must know
+        engines: Mapping[str, str] | None = None,  # implementations, where several give the same numbers
+        selection: Mapping[str, Any] | None = None,  # what was selected (`chosen`), and on which images (`on`)
+        seeds: Mapping[str, int | list[int]] | None = None,  # besides those of the pretraining and the evaluation
+        main_metrics: Sequence[str] = (),  # names of those that a summary shows; by default all but details
+        confusion_of: str | None = None,  # suffix after "top-1" of the metric that is reported class by class
+        figure: bool = False,  # whether the caller draws the confusions, as a PNG beside the result
     ) -> EvalResult:
-        """Write the result to `out`.
-
-        Args:
-            scores: Scores of the model, then those of the baselines.
-            protocol: Everything that determines the numbers, except model, images and transform.
-            train_labels: Labels of the training images.
-            test_labels: Labels of the test images.
-            title: The task in words; by default its name.
-            data_info: Further information about the images.
-            warnings: What a reader of the numbers must know.
-            engines: Implementations that were used, where several give the same numbers.
-            selection: What was selected (`chosen`), and on which images (`on`).
-            seeds: Seeds in addition to those of the pretraining and the evaluation.
-            main_metrics: Names of the metrics that a summary shows; by default all but details.
-            confusion_of: Suffix after "top-1" of the metric that is reported class by class.
-            figure: Whether the caller draws the confusions, as a PNG beside the result.
-        """
+        """Write the result to `out`."""
         image = sibling_path(self.out, ".png")
-        by_class = None if confusion_of is None else self._confusion(scores[0], confusion_of).to_dict()
+        by_class = None
+        if confusion_of is not None:
+            predictions = scores[0].predictions[confusion_of]
+            classes = self.test_images.classes
+            confusion = ConfusionSummary(f"top-1{confusion_of}", classes, predictions.target, predictions.predicted)
+            by_class = {**confusion.to_dict(), "figure": image.name if figure else None}
+        # The normalization belongs to the model.
+        transform = {key: value for key, value in self.transform.describe().items() if key not in ("mean", "std")}
         result = EvalResult(
             task=self.task,
             title=title or self.task,
             main_metrics=list(main_metrics),
-            protocol={**protocol, "transform": self._transform_protocol()},
+            protocol={**protocol, "transform": transform},
             model=ModelInfo(**provenance.model_metadata(self.loaded, self.config.checkpoint, self.config.weights)),
             data=self._data(train_labels, test_labels, data_info or {}),
             seeds={"pretrain": pretraining_seed(self.loaded.run), "evaluation": self.config.seed, **(seeds or {})},
@@ -170,20 +165,12 @@ class Evaluation:
             warnings=[*self._skip_warnings(), *_class_warnings(train_labels, test_labels), *warnings],
             selection=Selection(**selection) if selection else None,
             config=self.config.model_dump(mode="json", exclude={"out"}),
-            by_class=by_class and {**by_class, "figure": image.name if figure else None},
+            by_class=by_class,
         )
         archive_previous_result(self.out, result)
         result.write(self.out)
         image.unlink(missing_ok=True)  # of an earlier result
         return result
-
-    def _confusion(self, score: ModelScores, suffix: str) -> ConfusionSummary:
-        """Return the confusions of the metric with this suffix."""
-        return ConfusionSummary.of(f"top-1{suffix}", self.test_images.classes, score.predictions[suffix])
-
-    def _transform_protocol(self) -> dict[str, Any]:
-        """Return the transform without the normalization, which belongs to the model."""
-        return {key: value for key, value in self.transform.describe().items() if key not in ("mean", "std")}
 
     def _data(self, train_labels: Tensor, test_labels: Tensor, data_info: Mapping[str, Any]) -> DataInfo:
         """Return information about the images, with the folders as in the config."""
@@ -218,14 +205,6 @@ class Evaluation:
         for log, cache in zip(self._skipped(), caches, strict=False):
             for error in cache.broken():
                 log.record(error)
-
-    def _validate(self, train: Features, test: Features | None) -> None:
-        """Check that features and labels are usable."""
-        validate_features(train, self.loaded.source)
-        if test is not None:
-            validate_features(test, self.loaded.source)
-        if len(torch.unique(train.labels)) < 2:
-            raise UserError(f"{data_name(self.config.data)}: all readable images are of one class; two are needed")
 
     def _skipped(self) -> tuple[SkippedImageLog, SkippedImageLog]:
         """Return the lists of the unreadable train and test images, beside the result."""

@@ -62,14 +62,8 @@ class IVFIndex:
         """Divide features (N, D) into lists, and select how many of them are searched for the target recall.
 
         There are 4 sqrt(N) lists, but at most one per 39 rows. The number of probes is the smallest that finds the
-        target fraction of the true k nearest of 1,000 random rows; the recall is then measured on 1,000 others (halves
-        of all rows, if there are fewer). Queries that are not rows of the index may have a lower recall.
-
-        Args:
-            features: Features of the images to search.
-            k: Neighbors per query, below N.
-            recall: Target recall in (0, 1].
-            seed: Seed of the random rows.
+        target fraction `recall` of the true k < N nearest of 1,000 random rows; the recall is then measured on 1,000
+        others (halves of all rows, if there are fewer). Queries that are not rows may have a lower recall.
         """
         started = time.perf_counter()
         faiss = load_faiss()
@@ -102,12 +96,9 @@ class IVFIndex:
         return cls(lists, quality, _fingerprint(features))
 
     def search(self, queries: Tensor, *, k: int, exclude: Tensor | None = None) -> Neighbors:
-        """Find the k nearest to each query (Q, D) within the searched lists.
+        """Find the k nearest to each query (Q, D), of any length above 0, within the searched lists.
 
-        Args:
-            queries: Vectors of any length above 0.
-            k: At most N, or N - 1 with `exclude`.
-            exclude: Index (Q,) int64 of the row that is not a neighbor of the query, because it is the same image.
+        With `exclude` (Q,) int64 the row of that index is not a neighbor of the query, because it is the same image.
         """
         return _search(self._lists, _normalize(queries), k, exclude)
 
@@ -139,11 +130,7 @@ class IVFIndex:
 
 
 def _select_probes(lists: IndexIVFFlat, queries: Tensor, neighbors: Tensor, recall: float) -> int:
-    """Return the smallest number of lists per query that contains the target fraction of its neighbors (Q k, D).
-
-    The lists of a query are searched in the order of their centers' products with it; a neighbor is found when its own
-    list is searched.
-    """
+    """Return the smallest number of lists per query that contains the target fraction of its neighbors (Q k, D)."""
     _, order = lists.quantizer.search(queries.numpy(), lists.nlist)  # (Q, lists)
     _, own_list = lists.quantizer.search(neighbors.numpy(), 1)  # (Q k, 1)
     rank = np.empty_like(order)

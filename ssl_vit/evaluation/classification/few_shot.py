@@ -64,12 +64,10 @@ class FewShotResult(NamedTuple):
 def few_shot_settings(
     labels: Tensor, *, shots: Sequence[int], shares: Sequence[float]
 ) -> tuple[list[FewShotSetting], list[str]]:
-    """Return the settings for training images, by size, and warnings of those that are skipped or adjusted.
+    """Return the settings for training images with labels (N,), by size, and warnings of skipped or adjusted ones.
 
-    Args:
-        labels: Labels (N,) of the training images.
-        shots: Images per class; numbers above the smallest class are skipped.
-        shares: Fractions of the images of each class, in (0, 1]; at least one image is used.
+    Shots are images per class; numbers above the smallest class are skipped. Shares are fractions in (0, 1] of the
+    images of each class; at least one image is used.
 
     Raises:
         UserError: No setting remains.
@@ -121,17 +119,11 @@ def few_shot(
     l2: Sequence[float],
     device: torch.device,
 ) -> list[FewShotResult]:
-    """Classify the test images from subsets of the training images; the penalty is selected within the subset.
+    """Classify the test images from subsets of the training images, in each setting one subset per seed.
 
-    Args:
-        train: Images that the subsets are drawn from.
-        test: Test images; nothing is selected on them.
-        variant: Features of the ridge probe; the nearest neighbor uses the cosine of the last block's [CLS].
-        settings: Sizes of the subsets.
-        seeds: Seeds of the subsets, one for each.
-        l2: Candidate penalties, selected by the squared error of exact leave-one-out: for few images the accuracy is
-            too coarse, and with one image per class it is not informative.
-        device: Device of the computation.
+    The ridge probe uses the features `variant`, the nearest neighbor the cosine of the last block's [CLS]. The penalty
+    is selected within the subset by the squared error of exact leave-one-out: for few images the accuracy is too
+    coarse, and with one image per class it is not informative.
     """
     classes, encoded = torch.unique(train.labels, return_inverse=True)
     test_features = variant.of(test).to(device)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssl_vit.data.dataset import exact_duplicates
+from ssl_vit.data.dataset_factory import TrainTestSplit
 from ssl_vit.evaluation.classification.nearest_neighbors import EngineChoice, Neighbors, choose_engine, exact_search
+from ssl_vit.evaluation.evaluator import FeatureSource
 from ssl_vit.runtime.text import pluralize
 
 NEAR_DUPLICATE = 0.9999  # cosine above which two images count as the same
 _VOTES = 1 << 24  # entries of a block of votes: 64 MB
+_MAX_NAMES = 8  # of identical files in a result
 
 
 class LabeledFeatures(NamedTuple):
@@ -39,7 +43,7 @@ class NeighborResult(NamedTuple):
 
     @property
     def leave_one_out(self) -> bool:
-        """Whether the queries are the training images themselves, so that an image does not vote for itself."""
+        """Whether the queries are the training images themselves, and do not vote for themselves."""
         return self.available < len(self.train_labels)
 
     def voters(self) -> Tensor:
@@ -59,7 +63,6 @@ class KNNResult(NamedTuple):
     ranks: dict[int, Tensor]  # (Q,) int64: number of classes ranked before the true one; 0 is right
     predicted: dict[int, Tensor]  # (Q,) int64: the label with most votes; among equals the lowest
     k_effective: dict[int, int]  # number of neighbors that voted: k, or all that are available
-    near_duplicates: int  # number of queries with a neighbor of cosine above NEAR_DUPLICATE
     warnings: list[str]
 
 
@@ -113,7 +116,6 @@ def classify(found: NeighborResult, *, ks: Sequence[int], temperature: float) ->
         ranks={k: torch.cat(parts) for k, parts in ranks.items()},
         predicted={k: torch.cat(parts) for k, parts in predicted.items()},
         k_effective=k_effective,
-        near_duplicates=int((found.similarity[:, 0] > NEAR_DUPLICATE).sum()),
         warnings=_warnings(k_effective, found),
     )
 
@@ -140,6 +142,28 @@ def rank_of_true_class(target: Tensor, scores: Tensor) -> Tensor:
     true_score = scores.gather(1, target[:, None])
     lower = torch.arange(scores.shape[1], device=scores.device) < target[:, None]
     return ((scores > true_score) | ((scores == true_score) & lower)).sum(dim=1)
+
+
+def train_test_overlap(
+    source: FeatureSource, found: NeighborResult, split: TrainTestSplit
+) -> tuple[dict[str, Any], list[str]]:
+    """Count test images that equal a training image, or with leave-one-out another image: they inflate every score.
+
+    Only the files of images with nearly equal features are compared. Also return a warning if there are any.
+    """
+    pairs = found.near_duplicates().cpu()  # (P, 2)
+    queries = source.train if source.test is None else source.test
+    test = split.train if split.test is None else split.test
+    indices = torch.stack([queries.index[pairs[:, 0]], source.train.index[pairs[:, 1]]], dim=1)
+    duplicates = dict(reversed(exact_duplicates(test, split.train, indices).tolist()))  # of each image its nearest
+    names = [(test.name(a), split.train.name(duplicates[a])) for a in sorted(duplicates)[:_MAX_NAMES]]
+    near = len(torch.unique(pairs[:, 0]))
+    other = "another image" if found.leave_one_out else "a training image"
+    text = f"{pluralize(near, 'test image')} nearly equal to {other} (cosine > {NEAR_DUPLICATE})"
+    if duplicates:
+        text += f", {len(duplicates):,} of them byte for byte, for example {' = '.join(names[0])}"
+    data_info = {"near_duplicates": near, "identical_files": {"count": len(duplicates), "names": names}}
+    return data_info, [text] if near else []
 
 
 def _warnings(k_effective: dict[int, int], found: NeighborResult) -> list[str]:

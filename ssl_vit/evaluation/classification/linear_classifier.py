@@ -1,15 +1,19 @@
-"""Linear classifiers on frozen features: choice and standardization of features, stratified splits."""
+"""Linear classifiers on frozen features: choice and standardization of features, stratified splits, their file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from ssl_vit.evaluation.classification.knn import rank_of_true_class
+from ssl_vit.evaluation.evaluator import Evaluation
 from ssl_vit.evaluation.features.extractor import Features
+from ssl_vit.runtime.atomic_io import atomic_write, write_json
 
 _ROWS = 4096  # of features that are standardized at a time
 _NOISE = 1e-6  # times a feature's mean: smaller standard deviations are rounding errors
@@ -106,3 +110,35 @@ def label_ranks(logits: Tensor, classes: Tensor, target: Tensor) -> Tensor:
     ranks = torch.full_like(target, len(classes))
     ranks[trained] = rank_of_true_class(torch.searchsorted(classes, target[trained]), logits[trained])
     return ranks
+
+
+def save_probe(
+    evaluation: Evaluation, probe: LinearClassifier, variant: FeatureVariant, classes: Sequence[str]
+) -> Path:
+    """Write a classifier on the CPU to `<result>.probe.safetensors`, and beside it a JSON that says how to apply it.
+
+    The file holds mean and scale (D,), weight (D, C) and bias (C,), float32, with `classes` in the order of the scores.
+    """
+    path = evaluation.out.with_suffix(".probe.safetensors")
+    with atomic_write(path) as file:
+        file.write(save({name: part.contiguous() for name, part in probe._asdict().items()}))
+    checkpoint = f"{evaluation.config.checkpoint!r}, {evaluation.config.weights!r}"
+    patch_mean = " + [tokens[-1].patches.mean(dim=1)]" if variant.patch_mean else ""
+    description = {
+        "apply": [
+            "import torch",
+            "from safetensors.torch import load_file",
+            "from ssl_vit.models.checkpoint import load_backbone",
+            f"tokens = load_backbone({checkpoint}).backbone.get_intermediate_tokens(images, {variant.blocks})",
+            f"x = torch.cat([block.cls for block in tokens]{patch_mean}, dim=1)",
+            f"probe = load_file({path.name!r})",
+            'scores = (x - probe["mean"]) * probe["scale"] @ probe["weight"] + probe["bias"]',
+        ],
+        "images": "float (B, channels, image_size, image_size), cropped and normalized as in `transform`",
+        "transform": evaluation.transform.describe(),
+        "features": str(variant),
+        "classes": list(classes),
+        "checkpoint": {"source": evaluation.loaded.source, "sha256": evaluation.loaded.sha256},
+    }
+    write_json(path.with_suffix(".json"), description)
+    return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import product
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,11 @@ class Candidate(NamedTuple):
     accuracy: float  # in [0, 1]
     loss: float  # mean cross-entropy, for ridge the squared error; infinite if the training diverged
 
+    @property
+    def rank(self) -> tuple[float, float]:
+        """The key by which a candidate is selected, the larger the better: the accuracy, then the lower loss."""
+        return self.accuracy, -self.loss
+
 
 class ProbeData(NamedTuple):
     """The N training images."""
@@ -48,12 +54,7 @@ class ProbeData(NamedTuple):
         return _check_finite(variant.of(self.features)).to(self.device)
 
 
-class SelectedProbe(NamedTuple):
-    """The selected probe, fitted to all training images."""
-
-    probe: LinearClassifier
-    chosen: Candidate
-    candidates: list[Candidate]
+Selected = tuple[LinearClassifier, Candidate, list[Candidate]]  # probe fitted to all images, its settings, all others
 
 
 class LinearResult(NamedTuple):
@@ -75,7 +76,7 @@ class Logistic(NamedTuple):
     val_fraction: float
     seed: int  # of the val split
 
-    def select(self, data: ProbeData, variants: Sequence[FeatureVariant]) -> SelectedProbe:
+    def select(self, data: ProbeData, variants: Sequence[FeatureVariant]) -> Selected:
         """Evaluate on the val split, then fit the best to all."""
         val = _val_mask(data, self.val_fraction, self.seed)
         labels, classes = data.labels, data.classes
@@ -88,25 +89,20 @@ class Logistic(NamedTuple):
                 for l2, probe in logistic_path(space, labels, classes=classes, l2=self.l2, mask=~val):
                     candidates.append(_evaluate(variant, {"l2": l2}, probe.logits(val_features), labels[val]))
                     bar.update()
-                if (best := max(candidates, key=_selection_key)).variant == variant:
+                if (best := max(candidates, key=attrgetter("rank"))).variant == variant:
                     chosen, chosen_space = best, space
         best_l2 = [chosen.settings["l2"]]
         _, probe = next(logistic_path(chosen_space, labels, classes=classes, l2=best_l2, tolerance=FINAL_TOLERANCE))
-        return SelectedProbe(probe, chosen, candidates)
+        return probe, chosen, candidates
 
-    @property
-    def protocol(self) -> dict[str, Any]:
-        """Everything that determines the numbers."""
-        return {
+    def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return everything that determines the numbers, and the images of the selection."""
+        protocol = {
             "solver": "logistic regression",
             "objective": "mean cross-entropy + l2 / 2 |W|^2, bias not penalized",
             "l2": sorted(set(self.l2)),
         }
-
-    @property
-    def selection(self) -> dict[str, Any]:
-        """The images of the selection."""
-        return _val_selection(self.val_fraction, self.seed)
+        return protocol, _val_selection(self.val_fraction, self.seed)
 
 
 class Ridge(NamedTuple):
@@ -114,7 +110,7 @@ class Ridge(NamedTuple):
 
     l2: Sequence[float]
 
-    def select(self, data: ProbeData, variants: Sequence[FeatureVariant]) -> SelectedProbe:
+    def select(self, data: ProbeData, variants: Sequence[FeatureVariant]) -> Selected:
         """Evaluate each image by the probe fitted without it."""
         candidates: list[Candidate] = []
         best: tuple[float, float] | None = None
@@ -124,21 +120,16 @@ class Ridge(NamedTuple):
                 candidates.append(Candidate(variant, {"l2": fit.l2}, score.accuracy, score.error))
                 if best is None or selection_score(score, data.labels) > best:
                     best, probe, chosen = selection_score(score, data.labels), fit.probe, candidates[-1]
-        return SelectedProbe(probe, chosen, candidates)
+        return probe, chosen, candidates
 
-    @property
-    def protocol(self) -> dict[str, Any]:
-        """Everything that determines the numbers."""
-        return {
+    def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return everything that determines the numbers, and the images of the selection."""
+        protocol = {
             "solver": "ridge regression",
             "objective": "mean squared error to -1 and 1 per class / 2 + l2 / 2 |W|^2, bias not penalized",
             "l2": sorted(set(self.l2)),
         }
-
-    @property
-    def selection(self) -> dict[str, Any]:
-        """The images of the selection."""
-        return {"on": "exact leave-one-out over the training images, standardized by all; tested once"}
+        return protocol, {"on": "exact leave-one-out over the training images, standardized by all; tested once"}
 
 
 class SGD(NamedTuple):
@@ -149,7 +140,7 @@ class SGD(NamedTuple):
     schedule: Schedule
     val_fraction: float
 
-    def select(self, data: ProbeData, variants: Sequence[FeatureVariant]) -> SelectedProbe:
+    def select(self, data: ProbeData, variants: Sequence[FeatureVariant]) -> Selected:
         """Evaluate on the val split, then train the best on all."""
         val = _val_mask(data, self.val_fraction, self.schedule.seed)
         widest = FeatureVariant(max(v.blocks for v in variants), any(v.patch_mean for v in variants))
@@ -158,24 +149,21 @@ class SGD(NamedTuple):
         heads = [Head(v.columns(widest, data.features), lr, decay) for v, lr, decay in grid]
         probes = train_heads(features, labels, classes=data.classes, heads=heads, schedule=self.schedule, mask=~val)
         val_features = features[val]
-        candidates = [
-            _evaluate(
-                variant, {"lr": lr, "weight_decay": decay}, probe.logits(val_features[:, head.columns]), labels[val]
-            )
-            for (variant, lr, decay), head, probe in zip(grid, heads, probes, strict=True)
-        ]
-        ranking = sorted(zip(candidates, heads, strict=True), key=lambda pair: _selection_key(pair[0]), reverse=True)
+        candidates = []
+        for (variant, lr, decay), head, probe in zip(grid, heads, probes, strict=True):
+            logits = probe.logits(val_features[:, head.columns])
+            candidates.append(_evaluate(variant, {"lr": lr, "weight_decay": decay}, logits, labels[val]))
+        ranking = sorted(zip(candidates, heads, strict=True), key=lambda pair: pair[0].rank, reverse=True)
         for candidate, head in ranking:
             if math.isfinite(candidate.loss):
                 (probe,) = train_heads(features, labels, classes=data.classes, heads=[head], schedule=self.schedule)
                 if all(part.isfinite().all() for part in probe):
-                    return SelectedProbe(probe, candidate, candidates)
+                    return probe, candidate, candidates
         raise UserError(f"all heads diverged; lower sgd.lr (the smallest was {min(self.lr):g})")
 
-    @property
-    def protocol(self) -> dict[str, Any]:
-        """Everything that determines the numbers."""
-        return {
+    def describe(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return everything that determines the numbers, and the images of the selection."""
+        protocol = {
             "solver": f"SGD from zero, momentum {MOMENTUM:g}, learning rate to 0 by half a cosine per step",
             "objective": "mean cross-entropy, weight decay on weights only",
             "lr": sorted(set(self.lr)),
@@ -183,11 +171,7 @@ class SGD(NamedTuple):
             "epochs": self.schedule.epochs,
             "batch_size": self.schedule.batch_size,
         }
-
-    @property
-    def selection(self) -> dict[str, Any]:
-        """The images of the selection."""
-        return _val_selection(self.val_fraction, self.schedule.seed)
+        return protocol, _val_selection(self.val_fraction, self.schedule.seed)
 
 
 Solver = Logistic | Ridge | SGD
@@ -196,14 +180,7 @@ Solver = Logistic | Ridge | SGD
 def linear_probe(
     train: Features, test: Features, *, variants: Sequence[FeatureVariant], solver: Solver, device: torch.device
 ) -> LinearResult:
-    """Select features and settings on the training images, fit to all of them, test once.
-
-    Args:
-        train: Training images.
-        test: Test images; nothing is selected on them.
-        variants: Candidate features.
-        solver: Fits the probes, and selects the settings.
-        device: Device of the computation.
+    """Select features among the variants, and the solver's settings, on the training images, fit to all, test once.
 
     Raises:
         UserError: The training images do not allow a selection, or features are not finite.
@@ -251,11 +228,6 @@ def _evaluate(variant: FeatureVariant, settings: Mapping[str, float], logits: Te
     if not math.isfinite(loss):
         return Candidate(variant, settings, 0.0, math.inf)
     return Candidate(variant, settings, float((logits.argmax(dim=1) == labels).float().mean()), loss)
-
-
-def _selection_key(candidate: Candidate) -> tuple[float, float]:
-    """Return the key by which a candidate is selected: the accuracy, then the lower loss."""
-    return candidate.accuracy, -candidate.loss
 
 
 def _warnings(chosen: Candidate, candidates: Sequence[Candidate]) -> list[str]:

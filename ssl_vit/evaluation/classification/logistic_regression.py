@@ -61,15 +61,10 @@ def logistic_path(
 
     Minimizes mean cross-entropy + l2 / 2 · |W|² over the weights W of standardized features and a free bias, by
     full-batch L-BFGS. The solver works on the principal axes, each divided by the square root of the loss's curvature
-    at W = 0, which is variance / classes + l2: the minimum is the same, with five times fewer steps.
+    at W = 0, which is variance / classes + l2: the minimum is the same, with five times fewer steps. It stops when a
+    step changes the loss by less than `tolerance`.
 
-    Args:
-        space: Standardized space of N images.
-        labels: Labels (N,) int64 in [0, classes).
-        classes: Number of classes C.
-        l2: Penalties, in any order.
-        mask: Images (N,) to train on; None: all.
-        tolerance: Change of the loss per step at which to stop.
+    Labels are (N,) int64 in [0, classes); the mask (N,) selects the images to train on, by default all.
     """
     x = space.x
     if mask is not None:

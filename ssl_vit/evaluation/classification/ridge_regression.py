@@ -28,19 +28,6 @@ class LeaveOneOut(NamedTuple):
     error: float  # mean squared distance to the targets
 
 
-class _Problem(NamedTuple):
-    """A regression problem, in float64."""
-
-    features: Tensor  # (N, D), of any floating dtype
-    standard: Standardizer
-    targets: Tensor  # (N, C), of mean 0
-    l2: Tensor  # (penalties,)
-
-    def rows(self) -> Iterator[Tensor]:
-        """Yield the standardized features in chunks of rows."""
-        return self.standard.rows(self.features)
-
-
 def ridge_path(features: Tensor, labels: Tensor, *, classes: int, l2: Sequence[float]) -> Iterator[RidgeFit]:
     """Fit least squares onto the classes for each penalty, from strong to weak, with exact leave-one-out.
 
@@ -52,20 +39,17 @@ def ridge_path(features: Tensor, labels: Tensor, *, classes: int, l2: Sequence[f
     image's score is yᵢ - (yᵢ - ŷᵢ) / (1 - hᵢᵢ) (Allen 1974). Everything is computed in float64, from the eigenvectors
     of ZᵀZ (D, D) or, for fewer images than features, of ZZᵀ (N, N).
 
-    Args:
-        features: (N, D) not standardized, of any floating dtype; constant ones get weight 0.
-        labels: (N,) int64 in [0, classes).
-        classes: Number of classes C; those without images score -1.
-        l2: Penalties above 0, in any order.
+    Features (N, D) are not standardized, and of any floating dtype; constant ones get weight 0. Labels are (N,) int64
+    in [0, classes); classes without images score -1. Penalties are above 0, in any order.
     """
     standard = Standardizer.of(features)
     targets = (2.0 * F.one_hot(labels, classes) - 1).double()  # (N, C)
     bias = targets.mean(dim=0)
     penalties = torch.tensor(sorted(l2, reverse=True), dtype=torch.float64, device=features.device)
-    problem = _Problem(features, standard, targets - bias, penalties)
     solve = _by_features if features.shape[1] <= len(features) else _by_images
+    solutions = solve(features, standard, targets - bias, penalties)
     dtype = upcast(features).dtype
-    for penalty, (weight, missed) in zip(penalties.tolist(), solve(problem), strict=True):
+    for penalty, (weight, missed) in zip(penalties.tolist(), solutions, strict=True):
         parts = (*standard, weight, bias)
         yield RidgeFit(penalty, LinearClassifier(*(part.to(dtype) for part in parts)), targets - missed)
 
@@ -93,38 +77,46 @@ def best_ridge(fits: Iterable[RidgeFit], labels: Tensor) -> RidgeFit:
     return max(fits, key=lambda fit: selection_score(leave_one_out(fit, labels), labels))
 
 
-def _by_features(problem: _Problem) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield weights (D, C) and leave-one-out residuals (N, C) for each penalty, from ZᵀZ (D, D)."""
-    (count, dim), targets, l2 = problem.features.shape, problem.targets, problem.l2
+def _by_features(
+    features: Tensor, standard: Standardizer, targets: Tensor, l2: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield weights (D, C) and leave-one-out residuals (N, C) for each penalty, from ZᵀZ (D, D).
+
+    Features are (N, D), targets (N, C) of mean 0, l2 (penalties,); everything is float64 but the features.
+    """
+    count, dim = features.shape
     products, coded = targets.new_zeros(dim, dim), targets.new_zeros(dim, targets.shape[1])
     done = 0
-    for rows in problem.rows():
+    for rows in standard.rows(features):
         products += rows.T @ rows
         coded += rows.T @ targets[done : done + len(rows)]
         done += len(rows)
     variance, axes = torch.linalg.eigh(products / count)
     variance, coded = variance.clamp(min=0), axes.T @ coded / count
     damped = 1 / (variance[:, None] + l2)  # (D, penalties)
-    free = 1 - 1 / count - torch.cat([(rows @ axes).square_() @ damped for rows in problem.rows()]) / count  # 1 - hᵢᵢ
+    leverage = torch.cat([(rows @ axes).square_() @ damped for rows in standard.rows(features)]) / count
+    free = 1 - 1 / count - leverage  # 1 - hᵢᵢ
     # The lower bound of 1 - hᵢᵢ: below it the difference consists of rounding errors.
     free = torch.maximum(free, (1 - 1 / count) * l2 / (variance[-1] + l2))
     for column in range(len(l2)):
         weight = axes @ (coded * damped[:, column, None])
-        residual = targets - torch.cat([rows @ weight for rows in problem.rows()])
+        residual = targets - torch.cat([rows @ weight for rows in standard.rows(features)])
         yield weight, residual / free[:, column, None]
 
 
-def _by_images(problem: _Problem) -> Iterator[tuple[Tensor, Tensor]]:
+def _by_images(
+    features: Tensor, standard: Standardizer, targets: Tensor, l2: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the same from ZZᵀ (N, N).
 
     With its eigenvectors U without their means, I - H is l2 · U (variance + l2)⁻¹ Uᵀ: residuals and 1 - hᵢᵢ are sums
     without cancellation, exact however small they are.
     """
-    z, targets = torch.cat(list(problem.rows())), problem.targets
+    z = torch.cat(list(standard.rows(features)))
     variance, vectors = torch.linalg.eigh(z @ z.T / len(z))
     variance, vectors = variance.clamp(min=0), vectors - vectors.mean(dim=0)
     coded = vectors.T @ targets
-    for l2 in problem.l2:
-        damped = 1 / (variance + l2)
+    for penalty in l2:
+        damped = 1 / (variance + penalty)
         residual = vectors @ (coded * damped[:, None])  # divided by l2, as is its divisor below
         yield z.T @ residual / len(z), residual / (vectors.square() @ damped)[:, None]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
@@ -48,18 +47,13 @@ def train_heads(
     Each head gets the weights that it would get alone: the gradients of the summed losses are independent, and neither
     a large learning rate nor its NaN reaches another head. Consecutive heads with the same columns share a matrix.
 
-    Args:
-        features: (N, D) of any floating dtype; standardized by their mean and standard deviation.
-        labels: (N,) int64 in [0, classes).
-        classes: Number of classes C.
-        heads: The grid.
-        schedule: Batches, the same for all heads.
-        mask: Images (N,) to train on; None: all. The standardization uses all.
+    Features are (N, D) of any floating dtype, labels (N,) int64 in [0, classes). The mask (N,) selects the images to
+    train on, by default all; the standardization uses all.
     """
     dtype = upcast(features).dtype
     standard = Standardizer.of(features).to(dtype)
     groups = [
-        HeadGroup.of(list(group), features.new_zeros(0, dtype=dtype), dim=features.shape[1], classes=classes)
+        _HeadGroup(list(group), features.new_zeros(0, dtype=dtype), dim=features.shape[1], classes=classes)
         for _, group in groupby(heads, key=lambda head: (head.columns.start, head.columns.stop))
     ]
     widths = [len(group.bias) for group in groups]
@@ -78,30 +72,16 @@ def train_heads(
     return [probe for group in groups for probe in group.probes(standard, classes)]
 
 
-@dataclass(frozen=True)
-class HeadGroup:
-    """H heads with the same columns: their weights side by side in one matrix."""
+class _HeadGroup:
+    """H heads with the same columns: their weights side by side in one matrix, with dtype and device of `like`."""
 
-    columns: slice
-    weight: Tensor  # (D', H·C)
-    bias: Tensor  # (H·C,)
-    weight_velocity: Tensor  # (D', H·C)
-    bias_velocity: Tensor  # (H·C,)
-    lr: Tensor  # (H·C,)
-    decay: Tensor  # (H·C,)
-
-    @classmethod
-    def of(cls, heads: Sequence[Head], like: Tensor, *, dim: int, classes: int) -> HeadGroup:
-        """Initialize the group with zeros, with the dtype and device of `like`."""
-        columns = heads[0].columns
-        width, total = len(range(*columns.indices(dim))), len(heads) * classes
-        lr, decay = (
-            like.new_tensor(values).repeat_interleave(classes)
-            for values in ([head.lr for head in heads], [head.weight_decay for head in heads])
-        )
-        weight, weight_velocity = (like.new_zeros(width, total) for _ in range(2))
-        bias, bias_velocity = (like.new_zeros(total) for _ in range(2))
-        return cls(columns, weight, bias, weight_velocity, bias_velocity, lr, decay)
+    def __init__(self, heads: Sequence[Head], like: Tensor, *, dim: int, classes: int) -> None:
+        self.columns = heads[0].columns
+        width, total = len(range(*self.columns.indices(dim))), len(heads) * classes
+        self.weight, self.weight_velocity = (like.new_zeros(width, total) for _ in range(2))  # (D', H·C)
+        self.bias, self.bias_velocity = (like.new_zeros(total) for _ in range(2))  # (H·C,)
+        self.lr = like.new_tensor([head.lr for head in heads]).repeat_interleave(classes)  # (H·C,)
+        self.decay = like.new_tensor([head.weight_decay for head in heads]).repeat_interleave(classes)  # (H·C,)
 
     def logits(self, x: Tensor) -> Tensor:
         """Compute the logits (B, H·C) of features (B, D)."""

@@ -38,7 +38,7 @@ class FeatureCache:
     """
 
     folder: Path
-    identity: dict[str, Any]  # everything that determines the content, as plain containers
+    identity: dict[str, Any]  # everything that determines the content
     extractor: FeatureExtractor
     dataset: ImageDataset
     blocks: int  # in the cache, at least those of the extractor
@@ -151,11 +151,8 @@ class FeatureCache:
         if not len(indices):
             return True
         cls, patch_mean = (torch.cat(parts) for parts in zip(*self.extractor(images), strict=True))
-        cached = self._map("cls.npy")[indices, -self.extractor.blocks :], self._map("patch_mean.npy")[indices]
-        return all(
-            _close(values, extracted, self.extractor.tolerance)
-            for values, extracted in zip(cached, (cls, patch_mean), strict=True)
-        )
+        tolerance, cached = self.extractor.tolerance, self._map("cls.npy")[indices, -self.extractor.blocks :]
+        return _close(cached, cls, tolerance) and _close(self._map("patch_mean.npy")[indices], patch_mean, tolerance)
 
     def _map(self, name: str) -> Tensor:
         # mode "c" (copy on write): torch has no read-only tensors
@@ -167,11 +164,7 @@ def candidate_caches(
 ) -> list[FeatureCache]:
     """Return the cache of these features, then the caches of more blocks, which contain them.
 
-    Args:
-        extractor: Feature extractor.
-        dataset: Images.
-        folder: Parent folder of all caches.
-        name: Start of the cache's name, which ends in a hash of everything that determines the features.
+    They lie in `folder`; their names start with `name` and end in a hash of everything that determines the features.
     """
     common = {
         "schema": SCHEMA,
@@ -191,12 +184,10 @@ def candidate_caches(
 
 def features_folder(folder: Path | None, run: Path | None) -> Path:
     """Return the parent folder of feature caches: the given one, else that of the run, else the user's cache."""
-    if folder:
-        return folder
-    return (run / "eval" if run else cache_dir() or Path()) / "features"
+    return folder or (run / "eval" if run else cache_dir() or Path()) / "features"
 
 
 def _close(cached: Tensor, extracted: Tensor, tolerance: float) -> bool:
-    """Return whether vectors (..., D) differ by at most this fraction of their length; infinite values are ignored."""
+    """Return whether vectors (..., D) differ by at most this fraction of their length, infinite values aside."""
     cached, extracted = (values.half().float().nan_to_num(0, 0, 0) for values in (cached, extracted))
     return bool(((cached - extracted).norm(dim=-1) <= tolerance * extracted.norm(dim=-1)).all())

@@ -38,15 +38,10 @@ class FillResult(NamedTuple):
 
 
 def fill_cache(caches: list[FeatureCache], *, batch_size: int, num_workers: Workers) -> FillResult:
-    """Fill the first of the caches, unless one of them is complete already.
+    """Fill the first of the caches (of `candidate_caches`), unless one of them is complete already.
 
     Each process of a torchrun launch extracts a contiguous share of the images. Rank 0 creates the folder, locks it
     against other commands, and returns when all images are done; the other ranks return when their share is done.
-
-    Args:
-        caches: Result of `candidate_caches`.
-        batch_size: Images loaded together.
-        num_workers: Loading processes.
 
     Raises:
         UserError: Another process of this launch has stopped extracting its share.
@@ -119,18 +114,12 @@ def _extract_pending(cache: FeatureCache, share: range, batch_size: int, num_wor
 
 
 class _CacheWriter:
-    """Write rows of a cache by positioned writes, so that several processes and machines can share it.
-
-    Args:
-        cache: Cache with its files.
-        rows: Indices (M,) of the images to be extracted, ascending.
-        files: The files of features and states, opened for writing.
-    """
+    """Write rows of a cache by positioned writes, so that several processes and machines can share it."""
 
     def __init__(self, cache: FeatureCache, rows: npt.NDArray[np.int64], files: Mapping[str, BinaryIO]) -> None:
         self.cache = cache
-        self.rows = rows
-        self.files = files
+        self.rows = rows  # (M,) indices of the images to be extracted, ascending
+        self.files = files  # of features and states, opened for writing
         self.arrays = {name: np.load(cache.folder / name, mmap_mode="r") for name in files}
         self.state = np.full(len(rows), BROKEN, dtype=np.uint8)  # until they are put
         self.seen = 0  # number of rows extracted or found broken
@@ -173,11 +162,7 @@ class _CacheWriter:
 
 
 def _wait_for_other_ranks(cache: FeatureCache) -> None:
-    """Wait until the other processes have extracted their shares.
-
-    Raises:
-        UserError: No progress for minutes.
-    """
+    """Wait until the other processes have extracted their shares, or make no progress for minutes."""
     pending, since = len(cache.dataset), time.monotonic()
     while count := int((cache.state() == PENDING).sum()):
         if count < pending:

@@ -55,17 +55,15 @@ class FeatureBatch(NamedTuple):
 class BackboneExtractor:
     """Extract the tokens of a frozen backbone on its device, in bfloat16 where the device is fast at it.
 
-    Args:
-        loaded: Model in evaluation mode.
-        transform: Transform that has resized the images, and normalizes them here.
-        blocks: Number of last blocks whose [CLS] token is kept.
+    The model is in evaluation mode; the transform has resized the images, and normalizes them here. The [CLS] tokens of
+    the last `blocks` blocks are kept.
     """
 
     def __init__(self, loaded: LoadedBackbone, transform: EvalTransform, *, blocks: int) -> None:
         model = loaded.backbone
         self.model = model
         self.transform = transform
-        self.blocks = blocks  # number of last blocks that are kept
+        self.blocks = blocks
         self.max_blocks = model.num_blocks
         self.title = f"features of {loaded.source}"
         self.channels = model.config.in_chans  # of the images
@@ -103,12 +101,7 @@ class BackboneExtractor:
 
 
 class RawPixelExtractor:
-    """Extract the pixels themselves in place of a model's tokens: a baseline that every score must exceed.
-
-    Args:
-        transform: Transform that has cropped the images as for the model.
-        channels: Channels of the images.
-    """
+    """Extract the pixels themselves, cropped as for the model: a baseline that every score must exceed."""
 
     title = "raw pixels"
     blocks = max_blocks = 1
@@ -145,15 +138,9 @@ def extract(
     skipped: SkippedImageLog,
     show: bool = True,
 ) -> Features:
-    """Extract the features of all readable images into memory, as float32.
+    """Extract the features of all readable images into memory, as float32; the others are listed in `skipped`.
 
-    Args:
-        extractor: Model or baseline.
-        dataset: Images.
-        batch_size: Images loaded together, and on a GPU processed together; a CPU processes fewer at a time.
-        num_workers: Loading processes.
-        skipped: Log of the unreadable images.
-        show: Show a progress bar.
+    The `batch_size` is that of the loader, and on a GPU of the model; a CPU processes fewer images at a time.
 
     Raises:
         UserError: No image can be read.
@@ -185,13 +172,9 @@ def iter_features(
     show: bool = True,
 ) -> Iterator[tuple[Tensor, FeatureBatch]]:
     """Yield the indices (B,) int64 of readable images, ascending, with their features, some at a time."""
+    transform, channels = extractor.transform, extractor.channels
     loader = build_eval_loader(
-        dataset,
-        extractor.transform,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        channels=extractor.channels,
-        skipped=skipped,
+        dataset, transform, batch_size=batch_size, num_workers=num_workers, channels=channels, skipped=skipped
     )
     with progress_bar(total=len(dataset), desc=extractor.title, unit=" images", show=show) as bar:
         for images, indices, unreadable in loader.batches:

@@ -93,11 +93,7 @@ def write_parquet(path: Path, splits: Sequence[FeatureSplit], *, pca: bool) -> N
 
 
 def check_pyarrow() -> None:
-    """Check that parquet can be written, before time is spent on extraction.
-
-    Raises:
-        UserError: pyarrow is not installed.
-    """
+    """Raise a UserError if pyarrow is not installed, before time is spent on extraction."""
     try:
         import pyarrow  # noqa: F401
     except ImportError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +33,7 @@ class Column(NamedTuple):
     metric: str
 
 
+Cells = dict[Column, Metric]
 Latest = dict[tuple[str, Group], EvalResult]  # by the model's name
 
 
@@ -40,7 +41,7 @@ class Row(NamedTuple):
     """One model or baseline."""
 
     name: str
-    cells: dict[Column, Metric]
+    cells: Cells
     baseline: bool
 
 
@@ -63,34 +64,26 @@ class Comparison(NamedTuple):
     optimistic: set[Column]  # selected on the test images: too high
     notes: list[str]
 
-    def best(self, column: Column) -> float | None:
-        """Return the highest value of a column, if it has several models."""
-        cells = [row.cells[column] for row in self.rows if not row.baseline and column in row.cells]
-        values = [cell.value for cell in cells if cell.is_number]
-        return max(values) if len(values) > 1 else None
-
 
 def compare(results: Sequence[EvalResult], *, mix: bool) -> Comparison:
-    """Put results side by side and test each model against the first.
+    """Put results side by side, in the order of the rows, and test each model against the first.
 
-    Args:
-        results: In the order of the rows.
-        mix: Show results of one task and dataset that have different protocols or images in columns of their own.
+    With `mix` results of one task and dataset that have different protocols or images get columns of their own.
 
     Raises:
         UserError: There are such results, and `mix` is False.
     """
     variants = _variants(results)
-    mixed = {key: kinds for key, kinds in variants.items() if len(kinds) > 1}
+    mixed = {f"{task} on {data}": kinds for (task, data), kinds in variants.items() if len(kinds) > 1}
     if mixed and not mix:
-        texts = [f"{task} on {data}: {_differing(kinds)}" for (task, data), kinds in mixed.items()]
+        texts = [f"{name}: {_differing(kinds)}" for name, kinds in mixed.items()]
         raise UserError(
             "these results do not belong in one column:\n  "
             + "\n  ".join(texts)
             + "\nEvaluate the models with the same settings, or use mix=true to show separate columns."
         )
+    notes = [f"[1] to [{len(kinds)}] of {name}: {_differing(kinds)}" for name, kinds in mixed.items()]
     names = _model_names(results)
-    notes = [f"[1] to [{len(kinds)}] of {task} on {data}: {_differing(kinds)}" for (task, data), kinds in mixed.items()]
     latest: Latest = {}
     for result in results:
         kinds = variants[result.task, result.data.name]
@@ -99,27 +92,24 @@ def compare(results: Sequence[EvalResult], *, mix: bool) -> Comparison:
         if key in latest:
             notes.append(f"several results of {key[0]} for {key[1]}: the latest is shown")
         latest[key] = max(latest.get(key, result), result, key=lambda one: one.created)
-    cells: dict[str, dict[Column, Metric]] = defaultdict(dict)
+    cells: dict[str, Cells] = defaultdict(dict)
+    optimistic = set()
     for (name, group), result in latest.items():
-        cells[name] |= {Column(group, metric.name): metric for metric in result.score.metrics}
+        own = _cells(group, result.score.metrics)
+        cells[name] |= own
+        optimistic |= {column for column in own if result.chosen_on_test(column.metric)}
+    columns: dict[Group, dict[Column, None]] = defaultdict(dict)  # the metrics of one group side by side
+    for column in (column for own in cells.values() for column in own):
+        columns[column.group][column] = None
     rows = [Row(name, own, baseline=False) for name, own in cells.items()]
     paired, missing = _pairs(latest)
     notes += [*missing, *_precision_notes(latest), *_warnings(latest)]
-    optimistic = {
-        Column(group, metric.name)
-        for (_, group), result in latest.items()
-        for metric in result.score.metrics
-        if result.chosen_on_test(metric.name)
-    }
-    return Comparison(_columns(cells.values()), rows + _baselines(latest), paired, optimistic, notes)
+    ordered = [column for group in columns.values() for column in group]
+    return Comparison(ordered, rows + _baselines(latest), paired, optimistic, notes)
 
 
-def _columns(rows: Iterable[Mapping[Column, Metric]]) -> list[Column]:
-    """Put the metrics of one group side by side, groups in the order of their first appearance."""
-    metrics: dict[Group, dict[Column, None]] = defaultdict(dict)
-    for column in (column for row in rows for column in row):
-        metrics[column.group][column] = None
-    return [column for columns in metrics.values() for column in columns]
+def _cells(group: Group, metrics: Sequence[Metric]) -> Cells:
+    return {Column(group, metric.name): metric for metric in metrics}
 
 
 def _variants(results: Sequence[EvalResult]) -> dict[tuple[str, str], list[EvalResult]]:
@@ -160,15 +150,13 @@ def _model_names(results: Sequence[EvalResult]) -> dict[str, str]:
 
 def _baselines(latest: Latest) -> list[Row]:
     """Return a row for each baseline, or for each model's where those of several models differ."""
-    values: dict[str, dict[str, dict[Column, Metric]]] = defaultdict(lambda: defaultdict(dict))
+    values: dict[str, dict[str, Cells]] = defaultdict(lambda: defaultdict(dict))
     for (name, group), result in latest.items():
         for score in result.baselines:
-            values[score.name][name] |= {Column(group, metric.name): metric for metric in score.metrics}
+            values[score.name][name] |= _cells(group, score.metrics)
     rows = []
     for baseline, by_model in values.items():
-        merged: dict[Column, Metric] = {}
-        for own in by_model.values():
-            merged |= own
+        merged = {column: cell for own in by_model.values() for column, cell in own.items()}
         if all(merged[column] == cell for own in by_model.values() for column, cell in own.items()):
             rows.append(Row(baseline, merged, baseline=True))
         else:
@@ -187,8 +175,11 @@ def _pairs(latest: Latest) -> tuple[list[Paired], list[str]]:
         for metric in base.score.metrics:
             if metric.name.partition(",")[0] != "top-1" or not others:
                 continue
-            if reason := _not_testable(metric, [base, *(result for _, result in others)]):
-                notes.append(f"{group}: {reason}")
+            if metric.over_subsets:
+                notes.append(f"{group}: no paired tests of means over subsets")
+                continue
+            if any(result.chosen_on_test(metric.name) for _, result in groups[group]):
+                notes.append(f"{group}: no paired test of {metric.name}, which was selected on the test images")
                 continue
             for name, result in others:
                 difference = _difference(base, result, metric.name.removeprefix("top-1"))
@@ -198,38 +189,6 @@ def _pairs(latest: Latest) -> tuple[list[Paired], list[str]]:
                     notes.append(f"no paired test of {name} and {first} for {group}: {difference}")
     adjusted = holm([difference.p for *_, difference in pairs])
     return [Paired(*pair, p) for pair, p in zip(pairs, adjusted, strict=True)], list(dict.fromkeys(notes))
-
-
-def _not_testable(metric: Metric, results: Sequence[EvalResult]) -> str | None:
-    """Return why a metric has no paired test, whatever the predictions are."""
-    if metric.over_subsets:
-        return "no paired tests of means over subsets"
-    if any(result.chosen_on_test(metric.name) for result in results):
-        return f"no paired test of {metric.name}, which was selected on the test images"
-    return None
-
-
-def _precision_notes(latest: Latest) -> list[str]:
-    """Note groups whose models were computed in different dtypes."""
-    groups: dict[Group, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for (name, group), result in latest.items():
-        if result.precision is not None:
-            groups[group][result.precision].append(name)
-    notes = []
-    for group, dtypes in groups.items():
-        if len(dtypes) > 1:
-            text = " and ".join(f"{dtype} ({', '.join(names)})" for dtype, names in dtypes.items())
-            notes.append(f"{group}: the models were computed in {text}; rounding is part of their difference")
-    return notes
-
-
-def _warnings(latest: Latest) -> list[str]:
-    """List each warning of the results once, with its models."""
-    models: dict[tuple[Group, str], list[str]] = defaultdict(list)
-    for (name, group), result in latest.items():
-        for text in dict.fromkeys(result.warnings):
-            models[group, text].append(name)
-    return [f"warning, {group}, {', '.join(names)}: {text}" for (group, text), names in models.items()]
 
 
 def _difference(first: EvalResult, second: EvalResult, suffix: str) -> Difference | str:
@@ -245,3 +204,26 @@ def _difference(first: EvalResult, second: EvalResult, suffix: str) -> Differenc
     if not len(rows):
         return "they have no image in common"
     return paired_difference(one.rank[torch.from_numpy(rows)] == 0, other.rank[torch.from_numpy(other_rows)] == 0)
+
+
+def _precision_notes(latest: Latest) -> list[str]:
+    """Note groups whose models were computed in different dtypes."""
+    groups: dict[Group, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for (name, group), result in latest.items():
+        if dtype := result.environment.get("forward"):
+            groups[group][str(dtype)].append(name)
+    notes = []
+    for group, dtypes in groups.items():
+        if len(dtypes) > 1:
+            text = " and ".join(f"{dtype} ({', '.join(names)})" for dtype, names in dtypes.items())
+            notes.append(f"{group}: the models were computed in {text}; rounding is part of their difference")
+    return notes
+
+
+def _warnings(latest: Latest) -> list[str]:
+    """List each warning of the results once, with its models."""
+    models: dict[tuple[Group, str], list[str]] = defaultdict(list)
+    for (name, group), result in latest.items():
+        for text in dict.fromkeys(result.warnings):
+            models[group, text].append(name)
+    return [f"warning, {group}, {', '.join(names)}: {text}" for (group, text), names in models.items()]

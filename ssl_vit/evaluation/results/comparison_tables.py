@@ -16,13 +16,12 @@ _MISSING = "–"
 
 def render(comparison: Comparison, style: TableStyle) -> str:
     """Return the table, the paired differences and the notes, without a newline at the end."""
-    title, notes = _paired_title(comparison), _notes(comparison)
     lines = [_blocks(comparison) if style == "text" else _one_table(comparison, style)]
     if comparison.paired:
-        title = f"% {title}" if style == "latex" else f"{escape(title, style)}\n"
+        title = _paired_title(len(comparison.paired))
         table = format_table([_paired(one) for one in comparison.paired], _PAIRED, style=style, align="llrrrrr")
-        lines += ["", title, table]
-    for note in notes:
+        lines += ["", f"% {title}" if style == "latex" else f"{escape(title, style)}\n", table]
+    for note in _notes(comparison):
         lines.append(f"% {' '.join(note.split())}" if style == "latex" else f"\n{escape(note, style)}")
     return "\n".join(lines)
 
@@ -33,9 +32,7 @@ def _blocks(comparison: Comparison) -> str:
     for group, group_columns in groupby(comparison.columns, key=lambda column: column.group):
         columns = list(group_columns)
         shown = [
-            row
-            for row in comparison.rows
-            if not row.baseline or any(_text(row, column) != _MISSING for column in columns)
+            row for row in comparison.rows if not row.baseline or any(_text(row, one) != _MISSING for one in columns)
         ]
         rows = [[_metric(comparison, column), *(_text(row, column) for row in shown)] for column in columns]
         blocks.append(format_table(rows, [f"{group}, in %", *(row.name for row in shown)]))
@@ -44,7 +41,7 @@ def _blocks(comparison: Comparison) -> str:
 
 def _one_table(comparison: Comparison, style: TableStyle) -> str:
     """Return one table with models as rows, the best of several in bold, and baselines below."""
-    best = {column: comparison.best(column) for column in comparison.columns}
+    best = {column: _best(comparison, column) for column in comparison.columns}
     models: list[Cells] = []
     baselines: list[Cells] = []
     for row in comparison.rows:
@@ -62,14 +59,20 @@ def _one_table(comparison: Comparison, style: TableStyle) -> str:
     )
 
 
+def _best(comparison: Comparison, column: Column) -> float | None:
+    """Return the highest value of a column, if it has several models."""
+    cells = [row.cells[column] for row in comparison.rows if not row.baseline and column in row.cells]
+    values = [cell.value for cell in cells if cell.is_number]
+    return max(values) if len(values) > 1 else None
+
+
 def _metric(comparison: Comparison, column: Column) -> str:
     return f"{column.metric} †" if column in comparison.optimistic else column.metric
 
 
 def _text(row: Row, column: Column) -> str:
-    """Return a value in percent, with half of the interval's length."""
     cell = row.cells.get(column)
-    return f"{100 * cell.value:.1f} ± {50 * (cell.high - cell.low):.1f}" if cell and cell.is_number else _MISSING
+    return cell.percent if cell and cell.is_number else _MISSING
 
 
 def _paired(one: Paired) -> list[str]:
@@ -84,8 +87,7 @@ def _p(value: float) -> str:
     return f"{value:.4f}" if value >= 1e-4 else f"{value:.0e}" if value else "0"
 
 
-def _paired_title(comparison: Comparison) -> str:
-    count = len(comparison.paired)
+def _paired_title(count: int) -> str:
     return (
         "Paired on the same test images; gained and lost: correct by the first-named model only, by the other only; "
         f"95 % percentile interval of {RESAMPLES:,} bootstrap resamples; p of McNemar's exact test, "

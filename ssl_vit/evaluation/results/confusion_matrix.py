@@ -29,11 +29,6 @@ class ConfusionSummary(NamedTuple):
     target: Tensor  # (Q,) int64, indices of `classes`
     predicted: Tensor  # (Q,) int64
 
-    @classmethod
-    def of(cls, metric: str, classes: list[str], predictions: Predictions) -> ConfusionSummary:
-        """Summarize predictions by class."""
-        return cls(metric, classes, predictions.target, predictions.predicted)
-
     @property
     def matrix(self) -> Tensor:
         """(C, C) int64: images of the row's class that were predicted as the column's."""

@@ -58,8 +58,13 @@ class Metric(_Part):
 
     @property
     def over_subsets(self) -> bool:
-        """Whether it is a mean over subsets of the training images, so that no single prediction is right or wrong."""
+        """Whether it is a mean over subsets of the training images: no single prediction is right or wrong."""
         return self.interval.endswith(" subsets")
+
+    @property
+    def percent(self) -> str:
+        """The value in percent, with half of the interval's length."""
+        return f"{100 * self.value:.1f} ± {50 * (self.high - self.low):.1f}"
 
     @property
     def is_number(self) -> bool:
@@ -116,8 +121,7 @@ class DataInfo(_Part):
 
     name: str
 
-    def get(self, key: str) -> Any:  # noqa: ANN401 - any JSON
-        """Return what the evaluation added under a key, or None."""
+    def get(self, key: str) -> Any:  # noqa: ANN401 - any JSON; None if the evaluation did not add the key
         return (self.model_extra or {}).get(key)
 
     def identity(self) -> dict[str, Any]:
@@ -169,12 +173,6 @@ class EvalResult(_Part):
         """Everything that must agree within one column of a table: dotted keys, values as JSON."""
         return flatten({"protocol": self.protocol, "data": self.data.identity()})
 
-    @property
-    def precision(self) -> str | None:
-        """The dtype of the forward pass."""
-        dtype = self.environment.get("forward")
-        return dtype if isinstance(dtype, str) else None
-
     def is_main(self, metric: Metric) -> bool:
         """Return whether a summary shows this metric of the model."""
         return metric.name in self.main_metrics if self.main_metrics else metric.level == "score"
@@ -199,13 +197,14 @@ class EvalResult(_Part):
             for suffix, predictions in score.predictions.items()
             for part, values in predictions._asdict().items()
         }
-        npz = sibling_path(path, ".npz") if arrays else None
-        if npz is not None:
+        npz = sibling_path(path, ".npz")
+        if arrays:
             with atomic_write(npz) as file:
                 np.savez_compressed(file, id=np.array(self.id), **arrays)  # type: ignore[arg-type]
-        content = self.model_copy(update={"predictions_file": npz and npz.name}).model_dump(by_alias=True)
-        write_json(path, json_safe(content))
-        _append(path.with_name("history.jsonl"), json_safe(content))
+        named = self.model_copy(update={"predictions_file": npz.name if arrays else None})
+        content = json_safe(named.model_dump(by_alias=True))
+        write_json(path, content)
+        _append(path.with_name("history.jsonl"), content)
 
     def table(self) -> str:
         """Return the scores in percent, the model's with its interval beside the baselines, and the warnings below."""
@@ -214,19 +213,19 @@ class EvalResult(_Part):
             f"{self.task} on {data.name}: {data.get('n_test'):,} test images, {data.get('n_classes')} classes, "
             f"{data.get('n_train'):,} training images ({self.protocol['split']})"
         )
-        rows = []
-        for row, metric in enumerate(self.score.metrics):
-            others = [f"{100 * score.metrics[row].value:.1f}" for score in self.baselines]
-            rows.append([metric.name, f"{100 * metric.value:.1f} ± {50 * (metric.high - metric.low):.1f}", *others])
+        rows = [
+            [metric.name, metric.percent, *(f"{100 * score.metrics[row].value:.1f}" for score in self.baselines)]
+            for row, metric in enumerate(self.score.metrics)
+        ]
         headers = ["accuracy in %", *(score.name for score in (self.score, *self.baselines))]
         return "\n".join([title, "", format_table(rows, headers), *(f"\nwarning: {text}" for text in self.warnings)])
 
 
 def topk_metrics(ranks: Tensor, classes: int, suffix: str = "") -> list[Metric]:
     """Return top-1, and top-5 for six classes or more, from the ranks (Q,) of the true classes."""
-    metrics = []
+    metrics, n = [], len(ranks)
     for depth in (1, 5) if classes >= 6 else (1,):
-        right, n = int((ranks < depth).sum()), len(ranks)
+        right = int((ranks < depth).sum())
         low, high = wilson(right, n)
         level: Literal["score", "detail"] = "score" if depth == 1 else "detail"
         metrics.append(Metric(name=f"top-{depth}{suffix}", value=right / n, n=n, low=low, high=high, level=level))
@@ -239,10 +238,7 @@ def sibling_path(path: Path, suffix: str) -> Path:
 
 
 def archive_previous_result(path: Path, result: EvalResult) -> None:
-    """Move an existing result at `path`, with its files, to `replaced/` unless the new one supersedes it.
-
-    A new result supersedes one of the same model by the same protocol on the same images.
-    """
+    """Move an existing result at `path` to `replaced/` unless it has the same model, protocol and images."""
     try:
         previous = json.loads(path.read_bytes())
         name = str(previous["id"])[:8]
@@ -268,12 +264,7 @@ def json_safe(value: Any) -> Any:  # noqa: ANN401 - any JSON
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return nested keys as dotted ones and their values as JSON.
-
-    Example:
-        >>> flatten({"k": [20], "transform": {"image_size": 32}})
-        {'k': '[20]', 'transform.image_size': '32'}
-    """
+    """Return nested keys as dotted ones and their values as JSON: {"a": {"b": [1]}} as {"a.b": "[1]"}."""
     items: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, dict):

@@ -40,23 +40,19 @@ def package_info() -> dict[str, Any]:
 def environment(device: torch.device) -> dict[str, Any]:
     """Return versions of libraries, the device and the dtype of the forward pass."""
     dtype = autocast_dtype(device) or torch.float32
+    try:
+        faiss = version("faiss-cpu")  # without importing it
+    except PackageNotFoundError:  # installed as another package
+        faiss = None
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
-        "faiss": _faiss_version(),
+        "faiss": faiss,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "forward": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
-
-
-def _faiss_version() -> str | None:
-    """Return the version without importing faiss; None where it was installed as another package."""
-    try:
-        return version("faiss-cpu")
-    except PackageNotFoundError:
-        return None
 
 
 def runtime_cost(started: float, device: torch.device) -> dict[str, Any]:
@@ -68,13 +64,7 @@ def runtime_cost(started: float, device: torch.device) -> dict[str, Any]:
 
 
 def model_metadata(loaded: LoadedBackbone, checkpoint: str, which: str) -> dict[str, Any]:
-    """Describe a model in a result.
-
-    Args:
-        loaded: The model.
-        checkpoint: As the user named it.
-        which: Teacher or student, as the user asked for it.
-    """
+    """Describe a model in a result; `checkpoint` and `which` (teacher or student) are as the user named them."""
     return {
         "name": model_name(loaded, checkpoint, which),
         "source": loaded.source,
@@ -90,16 +80,18 @@ def model_metadata(loaded: LoadedBackbone, checkpoint: str, which: str) -> dict[
     }
 
 
-def pretraining_seed(run: Path | None) -> int | None:
-    """Return the seed in a run's `config.yaml`, if the file exists and can be read."""
-    path = None if run is None else run / "config.yaml"
-    if path is None or not path.is_file():
-        return None
+def run_config(run: Path | None) -> dict[str, Any]:
+    """Return the content of a run's `config.yaml`; empty if it is missing or damaged: no evaluation needs it."""
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):  # the evaluation does not need it
-        return None
-    seed = config.get("seed") if isinstance(config, dict) else None
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) if run else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def pretraining_seed(run: Path | None) -> int | None:
+    """Return the seed of a run, if its `config.yaml` has one."""
+    seed = run_config(run).get("seed")
     return seed if isinstance(seed, int) else None
 
 
@@ -115,17 +107,12 @@ def _git(*args: str) -> str | None:
 
 
 def result_path(task: str, config: LabeledEvalConfig, loaded: LoadedBackbone) -> Path:
-    """Return the default path of a result: in `eval/` of the run, or without a run in the current folder.
-
-    Without a run the model's name is part of the file's.
-    """
-    parts = [task, data_name(config.data)]
+    """Return the default path of a result: in `eval/` of the run, else in the current folder with the model's name."""
     if loaded.run is None:
-        parts.append(model_name(loaded, config.checkpoint, config.weights))
+        folder, model = Path(), [model_name(loaded, config.checkpoint, config.weights)]
     else:
-        parts += _variant(config.checkpoint, config.weights)
-    folder = Path() if loaded.run is None else loaded.run / "eval"
-    return folder / f"{'-'.join(part[:80] for part in parts)}.json"
+        folder, model = loaded.run / "eval", _variant(config.checkpoint, config.weights)
+    return folder / f"{'-'.join(part[:80] for part in (task, data_name(config.data), *model))}.json"
 
 
 def data_name(data: EvalDataConfig) -> str:

@@ -20,6 +20,10 @@ from ssl_vit.runtime.errors import UserError
 _DAMAGE = (OSError, LookupError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 
 
+# Files that other commands and the training write beside results.
+_OTHER_FILES = {"backbone", "data", "source", "head", "protocol", "scan", "inspect", "transfer"}
+
+
 class InvalidResultError(ValueError):
     """A file that contains no readable result; the message gives the reason without the file's name."""
 
@@ -40,32 +44,29 @@ def find_results(paths: list[Path]) -> LoadedResults:
     results: dict[str, EvalResult] = {}
     skipped: list[str] = []
     for path in paths:
-        if not os.path.isdir(path):  # noqa: PTH112 - unlike Path.is_dir it takes names that are too long
+        is_folder = os.path.isdir(path)  # noqa: PTH112 - unlike Path.is_dir it takes names that are too long
+        folder = path / "eval" if is_folder and (path / "eval").is_dir() else path
+        found, invalid = [], []
+        for file in _result_files(folder) if is_folder else [path]:
             try:
-                found = [read_result(path)]
+                found.append(read_result(file))
             except InvalidResultError as error:
-                raise UserError(f"{path}: {error}") from None
-        else:
-            folder = path / "eval" if (path / "eval").is_dir() else path
-            found, invalid = _read_folder(folder)
-            if not found:
-                reasons = "".join(f"\n  {line}" for line in invalid)
-                raise UserError(f"{folder} contains no result. Run `ssl-vit knn` or another evaluation first.{reasons}")
-            skipped += invalid
+                invalid.append(f"{file}: {error}")
+        if not found and not is_folder:
+            raise UserError(invalid[0])
+        if not found:
+            reasons = "".join(f"\n  {line}" for line in invalid)
+            raise UserError(f"{folder} contains no result. Run `ssl-vit knn` or another evaluation first.{reasons}")
         for result in found:
             results.setdefault(result.id, result)
+        skipped += invalid
     return LoadedResults(list(results.values()), skipped)
 
 
-def _read_folder(folder: Path) -> tuple[list[EvalResult], list[str]]:
-    """Return the results in a folder, and why other JSON files are none."""
-    results, invalid = [], []
-    for file in sorted(set(folder.glob("*.json")) - set(folder.glob("*.probe.json"))):  # classifiers beside results
-        try:
-            results.append(read_result(file))
-        except InvalidResultError as error:
-            invalid.append(f"{file}: {error}")
-    return results, invalid
+def _result_files(folder: Path) -> list[Path]:
+    """Return the JSON files of a folder without those that are known to be something else."""
+    files = sorted(folder.glob("*.json"))
+    return [file for file in files if file.stem not in _OTHER_FILES and file.suffixes[-2:] != [".probe", ".json"]]
 
 
 def read_result(path: Path) -> EvalResult:

@@ -28,13 +28,7 @@ class Difference(NamedTuple):
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
-    """Compute Wilson's 95 % score interval (1927) of a fraction: within [0, 1], and valid for small n.
-
-    Example:
-        >>> low, high = wilson(8, 10)
-        >>> f"{low:.3f} {high:.3f}"
-        '0.490 0.943'
-    """
+    """Compute Wilson's 95 % score interval (1927) of a fraction: within [0, 1], and valid for small n."""
     share = right / n
     middle = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * (share * (1 - share) / n + Z95**2 / (4 * n**2)) ** 0.5
@@ -42,13 +36,7 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Compute the 95 % interval of the mean of two or more accuracies by Student's t (1908), within [0, 1].
-
-    Example:
-        >>> low, high = mean_interval([0.4, 0.5, 0.6])
-        >>> f"{low:.3f} {high:.3f}"
-        '0.252 0.748'
-    """
+    """Compute the 95 % interval of the mean of two or more accuracies by Student's t (1908), within [0, 1]."""
     half = float(stdtrit(len(values) - 1, 0.975)) * stdev(values) / len(values) ** 0.5
     return max(0.0, mean(values) - half), min(1.0, mean(values) + half)
 
@@ -77,22 +65,12 @@ def paired_bootstrap(gained: int, lost: int, n: int, *, seed: int) -> tuple[floa
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Compute the exact two-sided p of McNemar's test (1947): twice the binomial tail of the smaller count.
-
-    Example:
-        >>> f"{mcnemar(6, 16):.4f}"
-        '0.0525'
-    """
+    """Compute the exact two-sided p of McNemar's test (1947): twice the binomial tail of the smaller count."""
     return min(1.0, 2 * float(bdtr(min(gained, lost), gained + lost, 0.5)))
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Adjust the p of several tests by Holm's method (1979), which controls the family-wise error rate.
-
-    Example:
-        >>> holm([0.01, 0.04, 0.03])
-        [0.03, 0.06, 0.06]
-    """
+    """Adjust the p of several tests by Holm's method (1979), which controls the family-wise error rate."""
     order = sorted(range(len(ps)), key=ps.__getitem__)
     adjusted, largest = [0.0] * len(ps), 0.0
     for rank, index in enumerate(order):

@@ -5,7 +5,7 @@ import torch
 
 from ssl_vit.evaluation.classification import knn as knn_module
 from ssl_vit.evaluation.classification import nearest_neighbors as search_module
-from ssl_vit.evaluation.classification.knn import LabeledFeatures, knn, rank_of_true_class, votes
+from ssl_vit.evaluation.classification.knn import LabeledFeatures, knn, rank_of_true_class, search, votes
 from ssl_vit.evaluation.classification.nearest_neighbors import Neighbors, exact_search
 from tests.reference import probes
 
@@ -111,9 +111,8 @@ def test_exact_search_excludes_the_image_but_not_its_copies():
     found = exact_search(unit, unit, k=5, exclude=torch.arange(60))
     assert (found.indices[:, 0] == (torch.arange(60) + 30) % 60).all()
     assert not (found.indices == torch.arange(60)[:, None]).any()
-    result = knn(train, None, ks=[1], temperature=TEMPERATURE)
-    assert result.near_duplicates == 60
-    assert (result.ranks[1] == 0).all()
+    assert len(search(train, None, max_k=1).near_duplicates()) == 60
+    assert (knn(train, None, ks=[1], temperature=TEMPERATURE).ranks[1] == 0).all()
 
 
 def test_exact_search_does_not_depend_on_the_block_size(monkeypatch):
@@ -273,13 +272,13 @@ def test_rank_of_true_class_prefers_the_lower_of_equal_classes():
     assert [int(rank_of_true_class(torch.tensor([label]), scores)) for label in range(4)] == [2, 0, 1, 3]
 
 
-def test_knn_counts_near_duplicates():
+def test_search_finds_near_duplicates():
     train, queries = clouds(40, 0), clouds(20, 1)
     leaked = LabeledFeatures(
         torch.cat([queries.features, 3 * train.features[:4]]), torch.cat([queries.labels, train.labels[:4]])
     )
-    assert knn(train, queries, ks=[1], temperature=TEMPERATURE).near_duplicates == 0
-    assert knn(train, leaked, ks=[1], temperature=TEMPERATURE).near_duplicates == 4
+    assert len(search(train, queries, max_k=1).near_duplicates()) == 0
+    assert search(train, leaked, max_k=1).near_duplicates()[:, 0].tolist() == [20, 21, 22, 23]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -209,9 +209,14 @@ def test_find_results_explains_what_is_no_result(tmp_path, capsys, runs):
     assert "foo: unknown key" in compare_error(capsys, runs, "foo=1")
 
 
-def test_find_results_ignores_classifiers_beside_them(runs, capsys):
+def test_find_results_ignores_files_of_other_kinds_beside_them(runs, capsys, tmp_path):
     (runs / "dino" / "eval" / "linear-photos.probe.json").write_text("{}")
     assert "skipped" not in compare_output(capsys, runs / "dino")
+    for name in ("backbone.json", "data.json"):  # of a run without evaluations
+        (tmp_path / name).write_text("{}")
+    assert ".json" not in compare_error(capsys, tmp_path)
+    write_result(tmp_path / "knn.json", "dino")
+    assert "skipped" not in compare_output(capsys, tmp_path)
 
 
 def test_an_old_result_in_a_folder_is_skipped_and_noted(runs, capsys):
