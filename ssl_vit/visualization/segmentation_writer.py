@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from ssl_vit.data.sources.path_lists import check_name_inside
 from ssl_vit.evaluation.segmentation.mask_scores import PredictedMasks
 from ssl_vit.evaluation.segmentation.patch_mask import Segmentation
 from ssl_vit.evaluation.segmentation.segmentation_evaluator import MODEL, MethodResult
@@ -35,6 +36,8 @@ class SegmentationWriter:
 
     def __init__(self, directory: Path, names: list[str]) -> None:
         self.directory = directory
+        for name in names:
+            check_name_inside(name, directory)
         stems = [PurePosixPath(name).with_suffix("").as_posix() for name in names]
         shared = {stem for stem, count in Counter(stems).items() if count > 1}
         self.stems = [name if stem in shared else stem for name, stem in zip(names, stems, strict=True)]

@@ -14,6 +14,7 @@ from ssl_vit.data.annotations.mask_values import VOID, StoredValues
 from ssl_vit.data.dataset import UnreadableImageError
 from ssl_vit.data.sources.decode import open_image
 from ssl_vit.data.sources.image_folder import scan_image_folder
+from ssl_vit.data.sources.path_lists import read_names
 from ssl_vit.data.sources.video_frames import FolderFrames, VideoFrames, open_frames
 from ssl_vit.runtime.atomic_io import atomic_write
 from ssl_vit.runtime.errors import UserError
@@ -75,7 +76,7 @@ def davis_clips(root: Path, split: str) -> list[Clip]:
             f"davis={root}: there is no {listed.relative_to(root)}; DAVIS-2017 has ImageSets/2017/{split}.txt, "
             f"JPEGImages/{RESOLUTION} and Annotations/{RESOLUTION}"
         )
-    names = listed.read_text(encoding="utf-8").split()
+    names = read_names(listed)
     if not names:
         raise UserError(f"{listed}: there is no video in this list")
     clips = []

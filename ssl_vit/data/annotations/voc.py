@@ -25,6 +25,7 @@ from ssl_vit.data.dataset import UnreadableImageError
 from ssl_vit.data.sources.decode import open_image
 from ssl_vit.data.sources.image_folder import ImageFolder
 from ssl_vit.data.sources.packed_paths import PackedPaths
+from ssl_vit.data.sources.path_lists import read_names
 from ssl_vit.runtime.errors import UserError
 
 SEGMENTATION, MAIN = "Segmentation", "Main"
@@ -50,7 +51,7 @@ class VOCDataset:
             raise UserError(
                 f"split={split}: {file} does not exist; ImageSets/Segmentation has {', '.join(lists) or 'no split'}"
             )
-        names = [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = read_names(file)
         if not names:
             raise UserError(f"split={split}: no name in {file}")
         self.root = root

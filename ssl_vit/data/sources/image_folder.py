@@ -18,6 +18,7 @@ from ssl_vit.data.dataset import ImageDataset, JPEGScaleFn, UnreadableImageError
 from ssl_vit.data.sources.decode import EXTENSIONS, decode
 from ssl_vit.data.sources.image_index import cached_walk
 from ssl_vit.data.sources.packed_paths import PackedPaths
+from ssl_vit.data.sources.path_lists import read_paths
 from ssl_vit.data.sources.split_folders import folder_layout
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.text import pluralize, truncate_list
@@ -134,11 +135,7 @@ def read_image_list(file: Path) -> ImageFolder:
         raise UserError(
             f"{escape_path(file.absolute())} {problem}; data.source=list expects a text file with one path per line"
         )
-    with file.open("rb") as content:
-        names = PackedPaths.from_iterable(path for line in content for path in line.splitlines() if path.strip())
-    if not len(names):
-        raise UserError(f"{escape_path(file.absolute())}: there is no path in this list")
-    return ImageFolder(file.parent, names, ignored=Counter(), labeled=False)
+    return ImageFolder(file.parent, PackedPaths.from_iterable(read_paths(file)), ignored=Counter(), labeled=False)
 
 
 def labels_from_folders(names: PackedPaths) -> tuple[Tensor, list[str]]:
