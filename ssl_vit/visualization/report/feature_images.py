@@ -45,14 +45,6 @@ class FeatureImages(NamedTuple):
     text: str  # which they are, and where their features are from
 
 
-class NeighborRows(NamedTuple):
-    """Rows of neighbors, which they are, and how they were found."""
-
-    rows: list[list[NeighborImage]]
-    text: str
-    protocol: str
-
-
 def load_feature_images(run: RunContent, config: ReportConfig) -> FeatureImages:
     """Choose the named labeled images; else those of the run's newest evaluation; else the run's own.
 
@@ -108,8 +100,11 @@ def read_thumbnail(dataset: ImageDataset, index: int, side: int) -> Image.Image:
     return to_pil(image, fit_size(image, min(side, max(image.shape[-2:]))))
 
 
-def neighbor_rows(images: FeatureImages, k: int) -> NeighborRows:
+def neighbor_rows(images: FeatureImages, k: int) -> tuple[list[list[NeighborImage]], str, str]:
     """Find the k nearest images of evenly spaced ones, then of those whose neighbors are most often of another class.
+
+    Returns:
+        The rows, which they are, and how they were found.
 
     Raises:
         UserError: There are too few images.
@@ -134,7 +129,7 @@ def neighbor_rows(images: FeatureImages, k: int) -> NeighborRows:
         text += f" Of all {len(right):,}, {share} have their nearest neighbor in their own class."
     protocol = f"Cosine of the [CLS] of the last block; searched exactly among {len(index.features.index):,} images: "
     protocol += images.text + ("" if own is None else " An image is not its own neighbor.")
-    return NeighborRows([row for row in rows if len(row) > 1], text, protocol)
+    return [row for row in rows if len(row) > 1], text, protocol
 
 
 def embedding_map(images: FeatureImages, config: ReportConfig) -> EmbeddingMap:

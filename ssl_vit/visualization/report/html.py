@@ -51,7 +51,7 @@ def render(report: ReportData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"code": _code, "grouped": _group}
+    environment.filters |= {"outline": outline_path, "code": _code, "grouped": _group}
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     page = environment.get_template("template.html").render(
         report=report,
@@ -63,15 +63,7 @@ def render(report: ReportData) -> str:
         curves=[(curve.title, line_chart(curve)) for curve in report.curves],
         gallery=[(each, encode_photo(each.image, PHOTO_SIDE)) for each in gallery],
         has_ground_truth=any(each.ground_truth is not None for each in gallery),
-        masks=[
-            (
-                each,
-                encode_photo(each.image, PHOTO_SIDE),
-                outline_path(each.ground_truth),
-                list(map(outline_path, each.masks)),
-            )
-            for each in report.masks
-        ],
+        masks=[(each, encode_photo(each.image, PHOTO_SIDE)) for each in report.masks],
         neighbors=[[(each, encode_photo(each.image, NEIGHBOR_SIDE)) for each in row] for row in report.neighbors],
         figures=[(figure, encode_figure(figure.image, FIGURE_SIDE)) for figure in report.figures],
         config=yaml.safe_dump(report.config, sort_keys=False, allow_unicode=True) if report.config else "",
