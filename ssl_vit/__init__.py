@@ -1,10 +1,10 @@
 """ssl-vit: self-supervised pretraining of vision transformers on your own images.
 
-The names below are imported when they are first used, so that `import ssl_vit` loads neither torch nor Lightning.
+The names below are imported when they are first used, so that `import ssl_vit` loads neither torch nor Lightning, and
+is so short that Ctrl-C finds `__main__` at work.
 """
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -42,16 +42,25 @@ _MODULES = {
     "load_backbone": "ssl_vit.models.checkpoint",
 }  # all others: ssl_vit.commands.api
 
-try:
-    __version__ = version("ssl-vit")
-except PackageNotFoundError:  # a bare checkout that was never installed
-    __version__ = "0+checkout"
+__version__: str
+
+
+def _read_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("ssl-vit")
+    except PackageNotFoundError:  # a bare checkout that was never installed
+        return "0+checkout"
 
 
 def __getattr__(name: str) -> object:
-    if name not in __all__:
+    if name == "__version__":
+        value: object = _read_version()
+    elif name in __all__:
+        value = getattr(importlib.import_module(_MODULES.get(name, "ssl_vit.commands.api")), name)
+    else:
         raise AttributeError(f"module 'ssl_vit' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULES.get(name, "ssl_vit.commands.api")), name)
     globals()[name] = value
     return value
 
