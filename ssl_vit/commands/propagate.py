@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from ssl_vit.config.visualize import PropagateConfig
-from ssl_vit.data.annotations.davis import Clip, custom_clip, davis_clips, write_mask
+from ssl_vit.data.annotations.davis import FPS, Clip, MaskSequence, davis_clips, write_mask
 from ssl_vit.data.dataset import SkippedImageLog, UnreadableImageError
+from ssl_vit.data.sources.video_frames import open_frames
 from ssl_vit.evaluation.video.label_propagation import PropagationConfig
 from ssl_vit.evaluation.video.object_tracking import TrackedFrame, TrackingResult, track_objects
 from ssl_vit.evaluation.video.tracking_result import MODEL, RANDOM, STILL, score_table, tracking_scores, write_result
@@ -110,7 +111,8 @@ def _load_clips(config: PropagateConfig) -> list[Clip]:
             raise UserError(f"{key}={path}: there is no such file or folder")
         if config.out.absolute().is_relative_to(path.absolute()):
             raise UserError(f"out={config.out} lies inside {key}={path}: choose a folder outside of it")
-    return [custom_clip(config.frames, config.masks)]
+    frames = open_frames(config.frames, fps=FPS)
+    return [Clip(config.frames.resolve().stem, frames, MaskSequence(config.masks))]
 
 
 def _load_models(config: PropagateConfig, *, baselines: bool) -> dict[str, LoadedBackbone]:

@@ -15,7 +15,7 @@ from ssl_vit.data.dataset import UnreadableImageError
 from ssl_vit.data.sources.decode import open_image
 from ssl_vit.data.sources.image_folder import scan_image_folder
 from ssl_vit.data.sources.path_lists import read_names
-from ssl_vit.data.sources.video_frames import FolderFrames, VideoFrames, open_frames
+from ssl_vit.data.sources.video_frames import FolderFrames, VideoFrames
 from ssl_vit.runtime.atomic_io import atomic_write
 from ssl_vit.runtime.errors import UserError
 
@@ -87,15 +87,6 @@ def davis_clips(root: Path, split: str) -> list[Clip]:
                 raise UserError(f"davis={root}: {folder.relative_to(root)} is missing, but {split}.txt lists it")
         clips.append(Clip(name, FolderFrames(frames, FPS), MaskSequence(masks)))
     return clips
-
-
-def custom_clip(frames: Path, masks: Path) -> Clip:
-    """Open a video or folder of frames with its masks.
-
-    Raises:
-        UserError: There is no frame or no mask.
-    """
-    return Clip(frames.resolve().stem, open_frames(frames, fps=FPS), MaskSequence(masks))
 
 
 def read_mask(path: Path, *, binary: bool | None = None) -> Mask:

@@ -11,7 +11,6 @@ VOCdevkit/VOC2012/
 from __future__ import annotations
 
 import os
-from collections import Counter
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
 
@@ -28,7 +27,7 @@ from ssl_vit.data.sources.packed_paths import PackedPaths
 from ssl_vit.data.sources.path_lists import read_names
 from ssl_vit.runtime.errors import UserError
 
-SEGMENTATION, MAIN = "Segmentation", "Main"
+SEGMENTATION = "Segmentation"
 
 
 class VOCDataset:
@@ -56,12 +55,8 @@ class VOCDataset:
             raise UserError(f"split={split}: no name in {file}")
         self.root = root
         self.has_masks = path.parts[0] == SEGMENTATION
-        self.dataset = ImageFolder(
-            root / "JPEGImages",
-            PackedPaths.from_iterable(os.fsencode(f"{name}.jpg") for name in names),
-            ignored=Counter(),
-            labeled=False,
-        )
+        paths = PackedPaths.from_iterable(os.fsencode(f"{name}.jpg") for name in names)
+        self.dataset = ImageFolder(root / "JPEGImages", paths)
 
     def annotation(self, name: str, size: tuple[int, int]) -> Annotation:
         """Read the annotation of the image `<name>.jpg`; without an XML file, boxes are computed from the masks.

@@ -55,14 +55,9 @@ def decode(path: Path | BytesIO, channels: int = 3, jpeg_scale: JPEGScaleFn | No
     are rescaled from the image's own minimum and maximum to 0 and 255, because devices seldom use the whole range of
     their files. 16-bit colors keep their upper 8 bits.
 
-    Args:
-        path: The file, or its bytes.
-        channels: 3 for RGB, 1 for gray (ITU-R 601 luma).
-        jpeg_scale: Chooses by how much a JPEG is decoded smaller: from fewer coefficients of each block of 8 x 8
-            pixels, in a fraction of the time, approximately an average of the pixels.
-
-    Returns:
-        (C, H, W) uint8, channels last in memory, where crops resize twice as fast.
+    The pixels (C, H, W) uint8, RGB or for one channel gray (ITU-R 601 luma), are channels last in memory, where crops
+    resize twice as fast. `jpeg_scale` chooses by how much a JPEG is decoded smaller: from fewer coefficients of each
+    block of 8 x 8 pixels, in a fraction of the time, approximately an average of the pixels.
 
     Raises:
         UnreadableImageError: The file is missing, damaged, of another format, not a regular file, or has more than

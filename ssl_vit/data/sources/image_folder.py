@@ -27,19 +27,17 @@ log = logging.getLogger(__name__)
 
 
 class ImageFolder(ImageDataset):
-    """Image files below a root; if all of them are in folders directly below it, these are the classes.
+    """Image files with names relative to a root; `ignored` counts other files by kind.
 
-    Args:
-        root: Folder that the names are relative to.
-        names: One path per image; sorted if `labeled`.
-        ignored: Number of other files by kind.
-        labeled: Whether folders are classes.
+    If `labeled`, names are sorted, and if all images are in folders directly below the root, these are the classes.
     """
 
-    def __init__(self, root: Path, names: PackedPaths, *, ignored: Counter[str], labeled: bool) -> None:
+    def __init__(
+        self, root: Path, names: PackedPaths, *, ignored: Counter[str] | None = None, labeled: bool = False
+    ) -> None:
         self.root = root
         self.names = names
-        self.ignored = ignored
+        self.ignored = ignored or Counter()
         self.labels, self.classes = labels_from_folders(names) if labeled else unlabeled(len(names))
 
     def path(self, index: int) -> Path:
@@ -118,7 +116,7 @@ def load_images_at(path: Path) -> ImageFolder:
     """
     if path.is_file():
         names = PackedPaths.from_iterable([os.fsencode(path.name)])
-        return ImageFolder(path.parent, names, ignored=Counter(), labeled=False)
+        return ImageFolder(path.parent, names)
     if not path.exists():
         raise UserError(f"{escape_path(path.absolute())} does not exist; name an image, or a folder of images")
     return scan_image_folder(path)
@@ -135,16 +133,13 @@ def read_image_list(file: Path) -> ImageFolder:
         raise UserError(
             f"{escape_path(file.absolute())} {problem}; data.source=list expects a text file with one path per line"
         )
-    return ImageFolder(file.parent, PackedPaths.from_iterable(read_paths(file)), ignored=Counter(), labeled=False)
+    return ImageFolder(file.parent, PackedPaths.from_iterable(read_paths(file)))
 
 
 def labels_from_folders(names: PackedPaths) -> tuple[Tensor, list[str]]:
-    """Return labels (N,) and class names from the first folder of each path; none if an image is not in a folder.
+    """Return labels (N,) and class names from the first folder of sorted paths; none if an image is not in a folder.
 
     Splits have no labels; see `folder_layout`.
-
-    Args:
-        names: Sorted, so that the images of a class are contiguous.
     """
     sizes = count_by_folder(names)
     if not sizes:
@@ -172,12 +167,7 @@ def _class_name(folder: bytes) -> str:
 
 
 def count_by_folder(names: PackedPaths, prefix: bytes = b"") -> dict[bytes, int]:
-    """Return the number of images in each folder directly below a prefix; empty if an image is in none.
-
-    Args:
-        names: Sorted paths.
-        prefix: Empty, or a folder with a slash at its end.
-    """
+    """Count the images, sorted, in each folder directly below a prefix such as `train/`; empty if one is in none."""
     sizes: dict[bytes, int] = {}
     start = bisect_left(names, prefix)
     stop = bisect_left(names, prefix[:-1] + b"0", lo=start) if prefix else len(names)  # 0 is next after /

@@ -12,6 +12,7 @@ from bisect import bisect
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -145,23 +146,18 @@ def directory_fingerprint(root: Path, folders: PackedPaths) -> str:
     return state.hexdigest()
 
 
+@dataclass
 class _Folder:
-    """The entries of one folder.
+    """The entries of one folder."""
 
-    Args:
-        path: Relative to the root, with a slash at its end.
-        status: From before listing: a change in between makes it outdated.
-    """
-
-    def __init__(self, path: bytes, status: os.stat_result) -> None:
-        self.path = path
-        self.status = status
-        self.images: list[bytes] = []  # names
-        self.ignored: Counter[bytes] = Counter()  # files by extension
-        self.hidden = 0
-        self.subfolders: list[bytes] = []  # paths relative to the root, with a slash at their end
-        self.links: list[bytes] = []  # to folders, likewise
-        self.other_links: list[bytes] = []  # neither to folders nor named like images, likewise
+    path: bytes  # relative to the root, with a slash at its end
+    status: os.stat_result  # from before listing: a change in between makes it outdated
+    images: list[bytes] = field(default_factory=list)  # names
+    ignored: Counter[bytes] = field(default_factory=Counter)  # files by extension
+    hidden: int = 0
+    subfolders: list[bytes] = field(default_factory=list)  # paths relative to the root, with a slash at their end
+    links: list[bytes] = field(default_factory=list)  # to folders, likewise
+    other_links: list[bytes] = field(default_factory=list)  # neither to folders nor named like images, likewise
 
     def add(self, entry: os.DirEntry[bytes], *, link: bool) -> None:
         name = entry.name

@@ -8,7 +8,8 @@ import os
 import re
 import weakref
 from collections import Counter
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cached_property, lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -48,13 +49,8 @@ class TarShardDataset(ImageDataset):
     So shards are shuffled, split over processes and resumed exactly like a folder; a streaming reader could not resume
     exactly. The tar files must be on a mounted POSIX file system. Any number of threads and processes may read.
 
-    Args:
-        root: Folder that the tar files' paths are relative to.
-        index: Position of each image.
-        classes: Names of the labels 0, 1, ... in `.cls` members; if there are too few, the labels that occur are the
-            names. Images have labels only if all of them have one.
-        ignored: Number of other members by kind.
-        damaged: Number of damaged tar files.
+    `classes` are the names of the labels 0, 1, ... in `.cls` members; if there are too few, the labels that occur are
+    the names. Images have labels only if all of them have one. `ignored` counts other members by kind.
     """
 
     def __init__(
@@ -65,14 +61,13 @@ class TarShardDataset(ImageDataset):
         self.ignored = ignored
         self.damaged = damaged
         self.labels, self.classes = _labels_and_classes(index.label, classes)
-        self._open = lru_cache(_MAX_OPEN)(_OpenTar)
 
-    def __getstate__(self) -> dict[str, Any]:
+    @cached_property
+    def _open(self) -> Callable[[Path], _OpenTar]:
+        return lru_cache(_MAX_OPEN)(_OpenTar)
+
+    def __getstate__(self) -> dict[str, Any]:  # open files stay in their process
         return {name: value for name, value in self.__dict__.items() if name != "_open"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open = lru_cache(_MAX_OPEN)(_OpenTar)
 
     def name(self, index: int) -> str:
         """Return `<tar file>/<member>`, printable; `ssl-vit shard` keeps the original path in the `.json` member."""

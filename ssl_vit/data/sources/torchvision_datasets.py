@@ -54,12 +54,7 @@ class ArrayDataset(ImageDataset):
 
 
 def load_torchvision_dataset(source: ArraySource, root: Path, *, split: Split) -> ArrayDataset:
-    """Read one of torchvision's datasets.
-
-    Args:
-        source: The dataset.
-        root: The folder above its own, as torchvision takes it.
-        split: `pretrain` is `train`, for STL-10 with the unlabeled images.
+    """Read one of torchvision's datasets below `root`; `pretrain` is `train`, for STL-10 with the unlabeled images.
 
     Raises:
         UserError: Files are missing or damaged.

@@ -56,7 +56,7 @@ class FolderFrames:
         dataset = scan_image_folder(folder)
         names = sorted(dataset.names, key=lambda name: natural_sort_key(os.fsdecode(name)))
         paths = PackedPaths.from_iterable(names)
-        self.dataset = ImageFolder(folder, paths, ignored=dataset.ignored, labeled=False)
+        self.dataset = ImageFolder(folder, paths)
         self.rate = Fraction(fps).limit_denominator(1001)  # frames per second
         self.clock = self.rate  # ticks per second; all times are whole numbers of ticks
         self.count: int | None = len(self.dataset)

@@ -59,16 +59,11 @@ class ColorAugmentation:
         self.views = views
 
     def __call__(self, views: Tensor, key: Tensor, first_view: int = 0) -> Tensor:
-        """Augment and normalize views.
+        """Augment and normalize views (B, V, C, H, W) uint8, of one or three channels, to float32.
 
-        Args:
-            views: (B, V, C, H, W) uint8, of one or three channels.
-            key: The samples' keys (B,) int64, best on the CPU, so that it does not wait for a GPU.
-            first_view: Number of the first of the V views: 0 for global views, the number of global views for local
-                ones. It enters the RNG key and selects the probabilities of view 0, view 1 or all later views.
-
-        Returns:
-            Views (B, V, C, H, W) float32, normalized.
+        The samples' keys (B,) int64 are best on the CPU, so that it does not wait for a GPU. `first_view` is the number
+        of the first of the V views: 0 for global views, the number of global views for local ones. It enters the RNG
+        key and selects the probabilities of view 0, view 1 or all later views.
         """
         batch, count, channels = views.shape[:3]
         keys = view_keys(key.cpu(), first_view, count).flatten()  # (N,), N = B*V

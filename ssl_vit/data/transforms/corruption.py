@@ -106,12 +106,9 @@ def sample_rotations(key: Tensor) -> Tensor:
 
 
 def corrupt_views(corrupt: Corruption, clean: Tensor, key: Tensor) -> CorruptionResult:
-    """Corrupt two views of each image; replacement blocks come from other images of the same view.
+    """Corrupt two normalized views of each image with keys (B,): first views, then second ones, (2B, C, H, W) float.
 
-    Args:
-        corrupt: The corruption.
-        clean: (2B, C, H, W) float, normalized: the first view of each image, then the second.
-        key: The samples' keys (B,).
+    Replacement blocks come from other images of the same view.
     """
     keys = view_keys(key, 0, 2).unbind(1)  # (B,) each
     views = [corrupt(clean_view, keys[view], view=view) for view, clean_view in enumerate(clean.chunk(2))]
