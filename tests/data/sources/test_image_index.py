@@ -418,6 +418,7 @@ def test_with_names_gives_a_run_its_own_image_list(root, tmp_path):
 
 def test_read_image_list_takes_any_line_ends(tmp_path):
     ends = (b"\n", b"\r\n", b"\r", b"\n \n")
+    (tmp_path / "0.png").touch()  # a list of nothing that exists is refused
     (tmp_path / "list.txt").write_bytes(b"".join(b"%d.png%b" % (i, ends[i % 4]) for i in range(10_000)))
     dataset = read_image_list(tmp_path / "list.txt")
     assert dataset.names == [b"%d.png" % i for i in range(10_000)]

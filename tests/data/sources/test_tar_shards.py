@@ -551,10 +551,11 @@ def test_write_shards_skips_unreadable_files_and_keeps_any_name(tmp_path):
 
 
 def test_write_shards_skips_paths_of_a_list_that_are_no_files(tmp_path):
-    (tmp_path / "good.jpg").write_bytes(jpeg())
+    for name in ("good.jpg", "better.jpg"):
+        (tmp_path / name).write_bytes(jpeg())
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder.jpg").mkdir()
-    (tmp_path / "list.txt").write_bytes(b"pipe.jpg\nnul\0.jpg\ngood.jpg\nfolder.jpg\ngood.jpg\n")
+    (tmp_path / "list.txt").write_bytes(b"pipe.jpg\nnul\0.jpg\ngood.jpg\nfolder.jpg\nbetter.jpg\n")
     dataset = build_dataset("list", tmp_path / "list.txt")
     assert write_shards(dataset, tmp_path / "out", shard_bytes=10**6).num_images == 2
     found = load_shards(tmp_path / "out")
