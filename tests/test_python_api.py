@@ -43,7 +43,7 @@ def test_import_is_quick_and_loads_neither_torch_nor_lightning():
     assert time.perf_counter() - start < 5  # .2 s on a free core; this only notices torch
 
 
-def test_every_name_is_there_and_documented():
+def test_api_has_every_name_documented():
     assert set(ssl_vit.__all__) <= set(dir(ssl_vit))
     for name in ssl_vit.__all__:
         assert getattr(ssl_vit, name).__doc__
@@ -69,7 +69,7 @@ def test_methods_train_in_a_plain_lightning_trainer(method, sample, tmp_path):
     assert loaded.backbone.embed_dim == 32
 
 
-def test_own_dataset_pretrains_as_its_folder_does(sample, tmp_path):
+def test_pretrain_on_an_own_dataset_equals_its_folder(sample, tmp_path):
     common = (
         *TINY_DINO, "trainer=smoke", "trainer.accelerator=cpu", "trainer.max_steps=2", "online.every_epochs=null",
         "image_logging.every_epochs=null", f"run.folder={tmp_path}",
@@ -83,7 +83,7 @@ def test_own_dataset_pretrains_as_its_folder_does(sample, tmp_path):
 
 
 @pytest.mark.parametrize("evaluate", [ssl_vit.knn, ssl_vit.linear_probe])
-def test_own_datasets_are_evaluated_as_their_folders_are(evaluate, tiny_model, sample, tmp_path):
+def test_evaluations_of_own_datasets_equal_their_folders(evaluate, tiny_model, sample, tmp_path):
     words = (f"checkpoint={tiny_model}", "data.num_workers=0", "figure=false", "baselines=false")
     words += ("solver=ridge",) if evaluate is ssl_vit.linear_probe else ()
     folder = evaluate(*words, f"data.root={sample}", f"out={tmp_path / 'folder.json'}")

@@ -454,7 +454,7 @@ def test_label_smoothing_equals_torch():
     assert torch.equal(images[:, 0, 0, 0], torch.arange(6.0))
 
 
-def test_erasing_fills_a_rectangle_in_a_quarter_of_the_images():
+def test_random_erasing_fills_a_rectangle_in_a_quarter_of_the_images():
     count = 2000
     mixing = MixupCutmix(method_config("method.mixup=0", "method.cutmix=0"), 5)
     key = sample_keys(0, 0, torch.arange(count))

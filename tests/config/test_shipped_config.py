@@ -73,13 +73,13 @@ def test_recipe_validates_and_names_its_command_and_result(recipe):
 @pytest.mark.parametrize(
     "overrides", ["", "method=sit", "trainer.max_time=1.5h method.teacher.warmup=2.5epochs", "backbone=vit_cpu"]
 )
-def test_dumped_config_reads_back_equal(overrides):
+def test_dump_config_reads_back_equal(overrides):
     config = load("pretrain", *overrides.split())
     text = to_yaml(config.model_dump(mode="json"))
     assert type(config).model_validate(yaml.safe_load(text)) == config
 
 
-def test_dumped_config_has_times_and_durations_as_text():
+def test_dump_config_has_times_and_durations_as_text():
     dumped = load("pretrain", "trainer.max_time=1.5h", "method.freeze_last_layer=5%").model_dump(mode="json")
     assert dumped["trainer"]["max_time"] == "5400s"
     assert dumped["method"]["freeze_last_layer"] == "5%"
@@ -108,5 +108,5 @@ def test_batch_size_is_a_multiple_of_4_only_where_processes_replace_blocks(batch
         ("[a=[[1,2],[3,4]], b=c]", ["a=[[1,2],[3,4]]", "b=c"]),
     ],
 )
-def test_override_list_splits_at_outer_commas(written, items):
+def test_split_overrides_splits_at_outer_commas(written, items):
     assert load("bench", f"compare_to={written}").compare_to == items

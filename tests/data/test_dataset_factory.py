@@ -269,7 +269,7 @@ def test_build_labeled_splits_keeps_the_labels_of_a_test_set_that_lacks_classes(
     assert split.test.labels.tolist() == [1, 2]
 
 
-def test_class_folders_are_equal_in_any_unicode_form_and_without_blanks(tmp_path, caplog):
+def test_labels_from_folders_are_equal_in_any_unicode_form_and_without_blanks(tmp_path, caplog):
     put(tmp_path, "train/Cafe\u0301/1.png", "train/dog /2.png", "test/Caf\u00e9/3.png", "test/dog/4.png")
     put(tmp_path, "train/__MACOSX/Cafe\u0301/5.png", "train/@eaDir/6.png")
     split = build_labeled_splits(labeled(root=tmp_path))

@@ -51,18 +51,18 @@ def test_losses_and_gradients_are_those_of_one_process(found, case):
     assert found[case].gradient < 1e-12
 
 
-def test_interpolated_positions_are_exact_to_float32(found):
+def test_backbone_interpolates_positions_exactly_to_float32(found):
     assert found[SMALL_VIEWS].loss < 1e-12
     assert found[SMALL_VIEWS].gradient < 1e-7
 
 
-def test_what_a_process_does_for_itself_would_be_found(found):
+def test_ddp_parity_finds_what_a_process_does_for_itself(found):
     assert found[PER_PROCESS].loss > 0.01
     assert found[PER_PROCESS].gradient > 0.01
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_the_processes_hide_different_numbers_of_pixels(world):
+def test_ddp_parity_covers_different_numbers_of_hidden_pixels(world):
     """Else a mean per process would do for the reconstruction of corrupted pixels."""
     method, config = build(ALL_CASES["SiT", "reconstruction of corrupted pixels"])
     views, _, key = views_of(config, micro_batch=0)
@@ -117,7 +117,7 @@ def as_torchrun_starts_it(rank: int, world: int, port: int, config: PretrainConf
 
 
 @pytest.mark.parametrize(("method", "accumulate"), [("dino", 2), ("sit", 1)])
-def test_three_steps_on_two_processes_are_those_of_one(pretrain_config, method, accumulate):
+def test_ddp_three_steps_on_two_processes_are_those_of_one(pretrain_config, method, accumulate):
     """Metrics are of the whole batch, too: all processes, all micro-batches."""
     words = (*THREE_STEPS, f"method={method}", f"trainer.accumulate_grad_batches={accumulate}")
     one = pretrain(pretrain_config(*words, "run.name=one"))
@@ -128,7 +128,7 @@ def test_three_steps_on_two_processes_are_those_of_one(pretrain_config, method, 
 
 
 @pytest.mark.parametrize("method", ["dino", "sit"])
-def test_three_steps_of_a_sharded_model_are_those_of_a_whole_one(pretrain_config, method):
+def test_fsdp_three_steps_are_those_of_a_whole_model(pretrain_config, method):
     """FSDP2; its checkpoint and its exported backbone are whole."""
     words = (*THREE_STEPS, f"method={method}", "method.optimizer.grad_clip=0.01")
     one = pretrain(pretrain_config(*words, "run.name=one"))
@@ -148,7 +148,7 @@ def train(words, launcher=()):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["dino", "sit"])
-def test_lightnings_launch_and_torchrun_train_the_same(pretrain_words, tmp_path, method):
+def test_ddp_by_lightning_and_torchrun_train_the_same(pretrain_words, tmp_path, method):
     """Two processes, and four; each against one, and the two ways of starting against each other."""
     words = pretrain_words(*THREE_STEPS, f"method={method}")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -163,7 +163,7 @@ def test_lightnings_launch_and_torchrun_train_the_same(pretrain_words, tmp_path,
     assert all(torch.equal(by_lightning[name], by_torchrun[name]) for name in by_lightning)
 
 
-def test_the_batch_stays_where_lightning_put_it():
+def test_batch_stays_where_lightning_put_it():
     """Torch's DDP would move the images' keys to the GPU, where the CPU would have to wait for them."""
     from ssl_vit.config.pretrain import TrainerConfig
     from ssl_vit.training.trainer import make_strategy

@@ -9,7 +9,7 @@ from ssl_vit.training.loggers import ResumableCSVLogger
 from tests.helpers.cli import rows
 
 
-def test_csv_logger_merges_rows_of_a_step_and_adds_columns(tmp_path):
+def test_resumable_csv_logger_merges_rows_of_a_step_and_adds_columns(tmp_path):
     path = tmp_path / "metrics.csv"
     metrics = ResumableCSVLogger(path, done=0)
     metrics.log_metrics({"loss": 3.0}, step=0)
@@ -25,7 +25,7 @@ def test_csv_logger_merges_rows_of_a_step_and_adds_columns(tmp_path):
     ]
 
 
-def test_csv_logger_drops_rows_behind_the_resumed_step(tmp_path):
+def test_resumable_csv_logger_drops_rows_behind_the_resumed_step(tmp_path):
     path = tmp_path / "metrics.csv"
     first = ResumableCSVLogger(path, done=0)
     for step in range(6):  # steps 4 and 5 came after the last checkpoint

@@ -66,7 +66,7 @@ def test_labels_are_those_of_the_items_or_of_targets():
         (iter([RGB]), "map-style"),
     ],
 )
-def test_constructor_refuses_what_is_no_dataset_of_images(items, message):
+def test_torch_dataset_refuses_what_is_no_dataset_of_images(items, message):
     with pytest.raises(UserError, match=message):
         TorchDataset(Items(items) if isinstance(items, list) else items)
 

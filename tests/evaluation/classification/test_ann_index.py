@@ -45,7 +45,7 @@ def test_build_reaches_the_recall_with_some_of_the_lists(index, features):
     assert (found.similarity.diff(dim=1) <= 0).all()
 
 
-def test_quality_recall_is_measured_on_other_rows(index, features):
+def test_ann_index_recall_is_measured_on_other_rows(index, features):
     drawn = torch.randperm(6000, generator=torch.Generator().manual_seed(0))[1000:2000]
     found = index.search(features[drawn], k=10, exclude=drawn)
     target = exact(features[drawn], features, 10, exclude=drawn)

@@ -52,7 +52,7 @@ def test_text_has_a_block_per_evaluation_with_models_as_columns(runs, capsys):
     assert linear.startswith("linear on photos, in %")
 
 
-def test_markdown_has_models_as_rows_and_metrics_as_columns(runs, capsys):
+def test_comparison_in_markdown_has_models_as_rows_and_metrics_as_columns(runs, capsys):
     head, _, *rows = compare_output(capsys, runs / "dino", runs / "sit_longer", "format=markdown").splitlines()
     assert [cell.strip() for cell in head.strip("|").split("|")] == [
         "in %",
@@ -62,7 +62,7 @@ def test_markdown_has_models_as_rows_and_metrics_as_columns(runs, capsys):
     assert [row.split()[1] for row in rows[:5]] == ["dino", "sit\\_longer", "random", "random", "raw"]
 
 
-def test_each_model_is_tested_against_the_first(runs, capsys):
+def test_comparison_tests_each_model_against_the_first(runs, capsys):
     text = compare_output(capsys, runs / "dino", runs / "sit_longer")
     found = paired_difference(random_correct(0.6, 0), random_correct(0.75, 1))
     row = next(line for line in text.splitlines() if line.startswith("knn on photos, top-1, k=20"))
@@ -77,7 +77,7 @@ def test_each_model_is_tested_against_the_first(runs, capsys):
     assert larger.adjusted == pytest.approx(max(smaller.adjusted, larger.difference.p))
 
 
-def test_markdown_has_the_best_in_bold(runs, capsys, tmp_path):
+def test_comparison_in_markdown_has_the_best_in_bold(runs, capsys, tmp_path):
     out = tmp_path / "a" / "table.md"
     text = compare_output(capsys, runs / "dino", runs / "sit_longer", "format=markdown", f"out={out}")
     table = text.split("\n\n")[0].splitlines()
@@ -88,7 +88,7 @@ def test_markdown_has_the_best_in_bold(runs, capsys, tmp_path):
     assert out.read_text().startswith("\n".join(table))
 
 
-def test_latex_is_well_formed(runs, capsys):
+def test_comparison_in_latex_is_well_formed(runs, capsys):
     text = compare_output(capsys, runs / "dino", runs / "sit_longer", "format=latex")
     first = text[: text.index(r"\end{tabular}")]
     rows = [line for line in first.splitlines() if line.endswith(r" \\")]
@@ -101,14 +101,14 @@ def test_latex_is_well_formed(runs, capsys):
     assert not set("_#%") & set(plain)
 
 
-def test_one_result_alone_is_a_table(runs, capsys):
+def test_comparison_of_one_result_is_a_table(runs, capsys):
     text = compare_output(capsys, runs / "dino" / "eval" / "knn-photos.json", "format=markdown")
     assert "| raw pixels" in text
     assert "**" not in text
     assert "Paired" not in text
 
 
-def test_different_protocols_and_images_are_not_mixed(tmp_path, capsys):
+def test_comparison_does_not_mix_protocols_and_images(tmp_path, capsys):
     a = write_result(tmp_path / "a.json", "a", k=[20])
     b = write_result(tmp_path / "b.json", "b", k=[10], temperature=0.1)
     error = compare_error(capsys, a, b)
@@ -130,7 +130,7 @@ def test_different_protocols_and_images_are_not_mixed(tmp_path, capsys):
     assert 'data.fingerprints: ["a", "b"] | ["a", "c"]' in compare_error(capsys, a, c)
 
 
-def test_other_tasks_and_datasets_have_columns_of_their_own(tmp_path, capsys):
+def test_comparison_has_columns_for_other_tasks_and_datasets(tmp_path, capsys):
     a = write_result(tmp_path / "a.json", "a")
     b = write_result(tmp_path / "b.json", "b", data="other")
     photos, first, _, other, second, *_ = compare_output(capsys, a, b).splitlines()
@@ -140,7 +140,7 @@ def test_other_tasks_and_datasets_have_columns_of_their_own(tmp_path, capsys):
     assert second.split()[2] == "–"  # a was not evaluated on the other
 
 
-def test_missing_predictions_are_noted(runs, capsys):
+def test_comparison_notes_missing_predictions(runs, capsys):
     (runs / "dino" / "eval" / "knn-photos.npz").unlink()
     text = compare_output(capsys, runs / "dino", runs / "sit_longer")
     assert "no paired test of sit_longer and dino for knn on photos" in text
@@ -219,13 +219,13 @@ def test_find_results_ignores_files_of_other_kinds_beside_them(runs, capsys, tmp
     assert "skipped" not in compare_output(capsys, tmp_path)
 
 
-def test_an_old_result_in_a_folder_is_skipped_and_noted(runs, capsys):
+def test_comparison_skips_and_notes_an_old_result_in_a_folder(runs, capsys):
     (runs / "dino" / "eval" / "old.json").write_text(json.dumps(OLD))
     text = compare_output(capsys, runs / "dino")
     assert re.search(r"^skipped: .*old.json: written by ssl-vit 0.1.0 in format 2", text, re.MULTILINE)
 
 
-def test_file_names_may_contain_an_equals_sign(tmp_path, capsys, monkeypatch):
+def test_comparison_takes_file_names_with_an_equals_sign(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_result(tmp_path / "lr=0.1" / "eval" / "knn-photos.json", "tuned")
     assert "tuned" in compare_output(capsys, "lr=0.1/eval/knn-photos.json")
@@ -246,7 +246,7 @@ def test_names_cannot_break_a_table(tmp_path):
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(fuzz=st.data())
-def test_damaged_files_are_refused_or_read_and_never_crash(fuzz, runs):
+def test_comparison_refuses_or_reads_damaged_files_and_never_crashes(fuzz, runs):
     folder = runs / "dino" / "eval"
     kept = {path: path.read_bytes() for path in (folder / "knn-photos.json", folder / "knn-photos.npz")}
     path = fuzz.draw(st.sampled_from(sorted(kept)))
@@ -266,7 +266,7 @@ def test_damaged_files_are_refused_or_read_and_never_crash(fuzz, runs):
             each.write_bytes(before)
 
 
-def test_two_models_on_real_images(cifar, tmp_path, capsys):
+def test_comparison_of_two_models_on_real_images(cifar, tmp_path, capsys):
     overrides = [f"data.root={cifar}", "data.num_workers=0", "data.image_size=32", "baselines=false", "k=[20]"]
     for size in ("tiny", "small"):
         model = f"checkpoint=random:vit_{size}_patch16_224"
@@ -284,7 +284,7 @@ def test_two_models_on_real_images(cifar, tmp_path, capsys):
     assert "random-vit_small_patch16_224" in compare_output(capsys, tmp_path / "tiny.json", tmp_path / "small.json")
 
 
-def test_a_missing_value_is_a_dash(tmp_path, capsys):
+def test_comparison_shows_a_missing_value_as_a_dash(tmp_path, capsys):
     metric = Metric(name="top-1, k=20", value=float("nan"), n=4, low=np.nan, high=np.nan)
     odd = changed(make_result(), score=ModelScores(name="model", metrics=[metric]))
     odd.write(tmp_path / "a.json")

@@ -71,7 +71,7 @@ def test_warnings_of_results_appear_once(tmp_path, capsys):
     ]
 
 
-def test_different_precisions_are_compared_and_noted(tmp_path, capsys):
+def test_comparison_notes_different_precisions(tmp_path, capsys):
     for name, dtype in {"a": "bfloat16", "b": "float32", "c": "bfloat16"}.items():
         changed(make_result(name), environment={"forward": dtype}).write(tmp_path / f"{name}.json")
     text = compare_output(capsys, tmp_path)
@@ -81,7 +81,7 @@ def test_different_precisions_are_compared_and_noted(tmp_path, capsys):
     assert "rounding" not in compare_output(capsys, tmp_path)
 
 
-def test_random_models_are_distinguished_by_their_weights(tmp_path, capsys):
+def test_comparison_distinguishes_random_models_by_their_weights(tmp_path, capsys):
     for number, digest in enumerate("ef"):  # no file, and one name
         one = make_result("random-dino", seed=number)
         model = one.model.model_copy(update={"sha256": None, "state_sha256": digest * 64})
@@ -92,7 +92,7 @@ def test_random_models_are_distinguished_by_their_weights(tmp_path, capsys):
     assert "the latest is shown" not in text
 
 
-def test_the_latest_of_two_results_is_shown_in_any_order(tmp_path):
+def test_comparison_shows_the_latest_of_two_results_in_any_order(tmp_path):
     write_result(tmp_path / "b.json", "dino", 0.2)
     write_result(tmp_path / "a.json", "dino", 0.9)  # within the same second, and first in the folder
     (row,) = (row for row in compare(find_results([tmp_path]).results, mix=False).rows if not row.baseline)

@@ -96,7 +96,7 @@ def test_write_can_be_read_again_and_leaves_no_partial_file(tmp_path):
     assert sorted(file.name for file in path.parent.iterdir()) == ["history.jsonl", "knn-photos.json"]
 
 
-def test_created_is_finer_than_a_second(tmp_path):
+def test_eval_result_created_is_finer_than_a_second(tmp_path):
     before = datetime.now(UTC)
     changed(RESULT).write(tmp_path / "a.json")
     created = datetime.fromisoformat(json.loads((tmp_path / "a.json").read_text())["created"])
@@ -133,7 +133,7 @@ def test_write_stores_predictions_beside_the_json(tmp_path):
             assert saved.dtype == (np.uint16 if part == "indices" else np.uint8)
 
 
-def test_history_keeps_every_result(tmp_path):
+def test_eval_result_history_keeps_every_result(tmp_path):
     path = tmp_path / "knn-photos.json"
     RESULT.write(path)
     changed(RESULT, protocol={"k": [1], "split": "train and test"}).write(path)
@@ -232,7 +232,7 @@ def test_model_metadata_identifies_the_model(exported):
     assert (metadata["backbone"]["patch_size"], metadata["backbone"]["img_size"]) == (16, 32)
 
 
-def test_a_timm_name_is_the_name_of_the_model():
+def test_model_name_of_a_timm_model_is_its_name():
     loaded = LoadedBackbone(None, [], [], "timm:vit_small_patch16_224.dino", None, None)
     name = model_name(loaded, "timm:vit_small_patch16_224.dino", "teacher")
     assert name == "vit_small_patch16_224.dino"

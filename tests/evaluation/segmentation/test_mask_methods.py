@@ -223,7 +223,7 @@ def test_masks_of_an_image_without_contrast_are_full_or_empty(name, kind, full):
     assert torch.equal(mask, torch.full((4, 6), full))
 
 
-def test_a_single_patch_is_foreground_for_lost_alone():
+def test_mask_methods_find_a_single_patch_with_lost_alone():
     features = make_odd_features("random", (1, 1))
     masks = {name: segment(features).mask.item() for name, segment in build_segmenters(METHODS, [features]).items()}
     assert masks == {"lost": True, "tokencut": False, "pca": False, "found": False}

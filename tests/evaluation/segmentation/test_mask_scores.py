@@ -72,7 +72,7 @@ def test_score_masks_equals_the_slow_forms_on_valid_pixels(seed):
         assert result.f_selfmask[index] == pytest.approx(max(slow_f_curve(scaled, target, 0.09)), abs=1e-12)
 
 
-def test_max_f_and_selfmask_max_f_differ():
+def test_mask_scores_max_f_and_selfmask_max_f_differ():
     dataset, scores = [], []
     for seed in range(6):
         score_maps, masks, annotation = image(seed)
@@ -110,7 +110,7 @@ def test_count_levels_of_a_constant_map(value, whole):
     assert scale_maps(torch.tensor([[[-1.0, 1.0, 3.0]]])).tolist() == [[[0, 0.5, 1]]]
 
 
-def test_a_mask_as_score_map_has_its_f_at_every_threshold():
+def test_mask_scores_of_a_mask_have_its_f_at_every_threshold():
     masks = torch.stack([blob(40, 53, seed) for seed in range(2)] + [torch.zeros(40, 53, dtype=torch.bool)])
     scores = score_masks(masks.float(), masks, annotation_from_mask(blob(40, 53, 5)))
     assert torch.allclose(scores.f_curve.double(), scores.f[:, None].expand(-1, 255))

@@ -115,14 +115,14 @@ def blob(seed: int, height: int = 40, width: int = 60) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_j_and_f_equal_their_slow_forms(seed):
+def test_label_propagation_j_and_f_equal_their_slow_forms(seed):
     mask, target = blob(seed), blob(seed).roll(seed, dims=1) if seed % 2 else blob(seed + 50)
     assert boundaries(mask).numpy().tolist() == slow.boundary(mask.numpy()).tolist()
     assert region_similarity(mask, target).item() == pytest.approx(slow.region(mask.numpy(), target.numpy()))
     assert boundary_accuracy(mask, target).item() == pytest.approx(slow.boundary_f(mask.numpy(), target.numpy()))
 
 
-def test_j_and_f_of_known_cases():
+def test_label_propagation_j_and_f_of_known_cases():
     square, empty = torch.zeros(100, 100, dtype=torch.bool), torch.zeros(100, 100, dtype=torch.bool)
     square[20:40, 20:40] = True
     far = square.roll((50, 50), dims=(0, 1))

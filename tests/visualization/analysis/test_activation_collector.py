@@ -18,7 +18,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_collector_equals_loops_over_the_unfused_attention(make_model, make_crops, collect, kind):
+def test_activation_collector_equals_loops_over_the_unfused_attention(make_model, make_crops, collect, kind):
     model, crops = make_model(**KINDS[kind]), make_crops()
     collector, _, found = collect(model, crops)
     prefix = model.backbone.num_prefix_tokens
@@ -38,7 +38,7 @@ def test_collector_equals_loops_over_the_unfused_attention(make_model, make_crop
 
 
 @pytest.mark.parametrize("registers", [0, 3])
-def test_rollout_equals_the_loops(make_model, make_crops, collect, registers):
+def test_attention_rollout_equals_the_loops(make_model, make_crops, collect, registers):
     model, crops = make_model(registers=registers), make_crops()
     collector, _, found = collect(model, crops)
     matrices = slow.unfused_attention(model.backbone, collector.transform.normalize(crops))
@@ -50,7 +50,9 @@ def test_rollout_equals_the_loops(make_model, make_crops, collect, registers):
         assert torch.corrcoef(torch.stack([example.last.flatten(), last]))[0, 1] > 0.95
 
 
-def test_collector_is_independent_of_the_number_of_rows_in_memory(make_model, make_crops, collect, monkeypatch):
+def test_activation_collector_is_independent_of_the_number_of_rows_in_memory(
+    make_model, make_crops, collect, monkeypatch
+):
     model, crops = make_model(registers=2), make_crops()
     _, _, whole = collect(model, crops)
     monkeypatch.setattr(attention_statistics, "MAX_WEIGHTS", 500)  # 4 rows of 2 images and 3 heads at a time
@@ -60,7 +62,7 @@ def test_collector_is_independent_of_the_number_of_rows_in_memory(make_model, ma
     torch.testing.assert_close(whole.examples[1].rollout, pieces.examples[1].rollout)
 
 
-def test_collector_is_independent_of_the_batch_size(make_model, make_crops, collect):
+def test_activation_collector_is_independent_of_the_batch_size(make_model, make_crops, collect):
     model, crops = make_model(), make_crops(5)
     _, layers, whole = collect(model, crops)
     collector = ActivationCollector(model, None)
@@ -75,7 +77,7 @@ def test_collector_is_independent_of_the_batch_size(make_model, make_crops, coll
         torch.testing.assert_close(one, torch.cat(rest))
 
 
-def test_collector_locates_a_high_norm_token(make_model, make_crops, collect):
+def test_activation_collector_locates_a_high_norm_token(make_model, make_crops, collect):
     model = make_model()
     model.backbone.vit.pos_embed.data[0, 1 + 6] *= 3000  # the seventh patch of every image
     _, _, found = collect(model, make_crops(3))
@@ -86,13 +88,13 @@ def test_collector_locates_a_high_norm_token(make_model, make_crops, collect):
 
 
 @pytest.mark.parametrize("size", [16, 48])
-def test_collector_takes_other_image_sizes(make_model, make_crops, collect, size):
+def test_activation_collector_takes_other_image_sizes(make_model, make_crops, collect, size):
     _, _, found = collect(make_model(), make_crops(2, size), image_size=size)
     assert found.examples[0].rollout.shape == (size // 8, size // 8)
     assert found.heads.distance.isfinite().all()
 
 
 @pytest.mark.parametrize("size", [8, 30, 4])
-def test_collector_rejects_sizes_without_a_grid_of_patches(make_model, size):
+def test_activation_collector_rejects_sizes_without_a_grid_of_patches(make_model, size):
     with pytest.raises(UserError, match=f"image_size={size}.*multiple"):
         ActivationCollector(make_model(), size)

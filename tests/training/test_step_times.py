@@ -16,7 +16,7 @@ from tests.helpers.cli import rows
 CPU = torch.device("cpu")
 
 
-def test_laps_give_each_part_its_time():
+def test_step_timer_gives_each_part_its_time():
     laps = StepTimer()
     time.sleep(0.01)  # before the start: not counted
     laps.start(CPU)
@@ -36,7 +36,7 @@ def test_laps_give_each_part_its_time():
     assert laps.totals()["other"] >= 0.01  # nothing between two totals is lost
 
 
-def test_a_lap_costs_next_to_nothing():
+def test_step_timer_costs_next_to_nothing():
     laps = StepTimer()
     best = float("inf")
     for _ in range(5):
@@ -48,7 +48,7 @@ def test_a_lap_costs_next_to_nothing():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_a_lap_is_the_time_of_the_device_and_the_cpu_runs_ahead():
+def test_step_timer_on_a_gpu_takes_the_time_of_the_device():
     a, laps = torch.rand(8192, 8192, device="cuda"), StepTimer()
     torch.mm(a, a)
     torch.cuda.synchronize()
@@ -93,7 +93,7 @@ def clocked(monkeypatch):
     ("method", "accumulate", "missing"),
     [("dino", 1, {"corruption"}), ("dino", 2, {"corruption"}), ("sit", 1, {"teacher"})],
 )
-def test_the_parts_of_a_step_add_up_to_its_wall_time(pretrain_config, clocked, method, accumulate, missing):
+def test_step_timer_parts_add_up_to_the_wall_time(pretrain_config, clocked, method, accumulate, missing):
     run = pretrain(
         pretrain_config(
             f"method={method}",
@@ -145,7 +145,7 @@ class Slow:
             began = time.perf_counter()
 
 
-def test_waiting_for_a_slow_loader_is_seen_and_evaluation_is_none(pretrain_config, monkeypatch):
+def test_step_timer_counts_waiting_for_a_slow_loader_but_not_evaluation(pretrain_config, monkeypatch):
     loaders, loader_of, measure = [], command.build_train_loader, command.OnlineEval._evaluate
 
     def slow(*args, **kwargs):
@@ -169,14 +169,14 @@ def test_waiting_for_a_slow_loader_is_seen_and_evaluation_is_none(pretrain_confi
     assert float(second["speed/other_ms"]) > 500 / 3  # kNN after the first epoch, and the checkpoint
 
 
-def test_the_bar_says_it_all(pretrain_config, capsys):
+def test_progress_bar_shows_loss_speed_and_waiting(pretrain_config, capsys):
     pretrain(pretrain_config("trainer.max_steps=2"))
     bar = capsys.readouterr().err
     for part in ("loss", "img/s", "of peak", "data wait"):
         assert part in bar
 
 
-def test_peak_memory_counts_anew_where_the_system_can():
+def test_peak_memory_restarts_where_the_system_can():
     reset_peak_memory(CPU)
     before = peak_memory(CPU)["host_gb"]
     big = torch.ones(100_000_000 // 4)
