@@ -17,7 +17,7 @@ from ssl_vit.config.evaluate import LinearConfig
 from ssl_vit.config.pretrain import RunDirConfig
 from ssl_vit.data.batch import Batch
 from ssl_vit.data.dataset import SkippedImageLog
-from ssl_vit.data.loading.loader import build_eval_loader
+from ssl_vit.data.loading.loader import EvalLoader
 from ssl_vit.data.transforms.color import ColorAugmentation
 from ssl_vit.data.transforms.mixup import MixupCutmix, single_view_config
 from ssl_vit.evaluation.evaluator import MODEL, Evaluation
@@ -189,7 +189,7 @@ def _train(
 def _test_features(module: LinearProbe, evaluation: Evaluation, skipped: SkippedImageLog) -> TestFeatures:
     """Extract the probe's features of all readable test images."""
     data, backbone = evaluation.config.data, evaluation.loaded.backbone
-    loader = build_eval_loader(
+    loader = EvalLoader(
         evaluation.test_images,
         evaluation.transform,
         batch_size=data.batch_size,

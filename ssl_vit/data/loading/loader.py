@@ -189,12 +189,26 @@ class EvalDataset(Dataset[EvalBatch]):
         return EvalBatch(images[: len(readable)], torch.tensor(readable, dtype=torch.int64), unreadable)
 
 
-@dataclass(eq=False)
 class EvalLoader:
-    """All readable images in order, as pairs of a batch (B, C, S, S) uint8 and its indices (B,) int64."""
+    """All readable images in order, as pairs of a batch (B, C, S, S) uint8 and its indices (B,) int64.
 
-    batches: DataLoader[EvalBatch]
-    skipped: SkippedImageLog
+    They are normalized later, on the device.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        transform: EvalTransform,
+        *,
+        batch_size: int,
+        num_workers: Workers,
+        channels: int,
+        skipped: SkippedImageLog,
+    ) -> None:
+        whole = EvalDataset(dataset, transform, channels)
+        kwargs = _loader_kwargs(resolve_num_workers(num_workers, processes=1))
+        self.batches: DataLoader[EvalBatch] = DataLoader(whole, **kwargs, batch_size=batch_size)
+        self.skipped = skipped
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -209,21 +223,6 @@ class EvalLoader:
                 yield images, indices
         if not any_readable:
             raise UserError(f"none of the images can be read; {self.skipped.path} lists the reasons")
-
-
-def build_eval_loader(
-    dataset: ImageDataset,
-    transform: EvalTransform,
-    *,
-    batch_size: int,
-    num_workers: Workers,
-    channels: int,
-    skipped: SkippedImageLog,
-) -> EvalLoader:
-    """Build the loader of whole images for evaluation; they are normalized later, on the device."""
-    whole = EvalDataset(dataset, transform, channels=channels)
-    kwargs = _loader_kwargs(resolve_num_workers(num_workers, processes=1))
-    return EvalLoader(DataLoader(whole, **kwargs, batch_size=batch_size), skipped)
 
 
 def _loader_kwargs(num_workers: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssl_vit.config.pretrain import Workers
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog
-from ssl_vit.data.loading.loader import build_eval_loader
+from ssl_vit.data.loading.loader import EvalLoader
 from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.models.backbone import timm_kwargs
 from ssl_vit.models.checkpoint import LoadedBackbone
@@ -173,7 +173,7 @@ def iter_features(
 ) -> Iterator[tuple[Tensor, FeatureBatch]]:
     """Yield the indices (B,) int64 of readable images, ascending, with their features, some at a time."""
     transform, channels = extractor.transform, extractor.channels
-    loader = build_eval_loader(
+    loader = EvalLoader(
         dataset, transform, batch_size=batch_size, num_workers=num_workers, channels=channels, skipped=skipped
     )
     with progress_bar(total=len(dataset), desc=extractor.title, unit=" images", show=show) as bar:

@@ -14,7 +14,7 @@ from ssl_vit.data.dataset_factory import build_dataset
 from ssl_vit.data.loading import loader as loading
 from ssl_vit.data.loading import ram_cache
 from ssl_vit.data.loading.batch_sampler import ResumableBatchSampler
-from ssl_vit.data.loading.loader import build_eval_loader, build_train_loader
+from ssl_vit.data.loading.loader import EvalLoader, build_train_loader
 from ssl_vit.data.loading.ram_cache import InMemoryLoader, cache_in_memory, place_on_device
 from ssl_vit.data.sources import decode as decoding
 from ssl_vit.data.sources.image_folder import scan_image_folder
@@ -362,7 +362,7 @@ def test_place_on_device_keeps_too_large_datasets_on_the_cpu(monkeypatch):
 def test_eval_loader_keeps_the_order_and_skips_unreadable_images(tmp_path, skipped, num_workers):
     dataset = put(tmp_path / "some", [(30 + i, 40) for i in range(11)], broken=(0, 1, 2, 3, 7))
     transform = EvalTransform(16, 0.875, [0.5] * 3, [0.5] * 3)
-    loader = build_eval_loader(dataset, transform, batch_size=4, num_workers=num_workers, channels=3, skipped=skipped)
+    loader = EvalLoader(dataset, transform, batch_size=4, num_workers=num_workers, channels=3, skipped=skipped)
     batches = list(loader)
     assert len(loader) == 3
     assert torch.cat([indices for _, indices in batches]).tolist() == [4, 5, 6, 8, 9, 10]
@@ -377,7 +377,7 @@ def test_eval_loader_refuses_a_dataset_without_readable_images(tmp_path, skipped
     dataset = put(tmp_path / "none", [(30, 40)] * 3, broken=range(3))
     transform = EvalTransform(16, 0.875, [0.5] * 3, [0.5] * 3)
     with pytest.raises(UserError, match="none of the images can be read"):
-        list(build_eval_loader(dataset, transform, batch_size=2, num_workers=0, channels=3, skipped=skipped))
+        list(EvalLoader(dataset, transform, batch_size=2, num_workers=0, channels=3, skipped=skipped))
 
 
 # --- memory and cores ------------------------------------------------------------------------------------------
