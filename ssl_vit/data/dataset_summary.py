@@ -20,23 +20,17 @@ _SHOWN = 8  # names per list on the terminal
 _PERCENTILES = (0, 5, 50, 95, 100)
 
 
-class ImageInfo(NamedTuple):
-    """Properties of one readable image."""
-
-    format: str
-    mode: str
-    width: int  # pixels, upright
-    height: int
-    rotated: bool  # by its EXIF orientation
-
-
 class FileInfo(NamedTuple):
-    """One scanned file."""
+    """One scanned file and, if `reason` is empty, the properties of its image."""
 
     name: str
     bytes: int
-    digest: str  # of the content
-    image: ImageInfo | UnreadableImageError
+    digest: str  # of the content; empty if it cannot be read
+    reason: str  # why it cannot be read
+    format: str = ""
+    mode: str = ""
+    size: tuple[int, int] = 0, 0  # height and width in pixels, upright
+    rotated: bool = False  # by its EXIF orientation
 
 
 class DatasetSummary(NamedTuple):
@@ -97,8 +91,8 @@ class DatasetSummary(NamedTuple):
 def summarize_dataset(dataset: ImageFolder) -> DatasetSummary:
     """Read every file once and summarize them."""
     files = list(map_threads(lambda i: _scan_file(dataset, i), len(dataset), label="scanning", show=True))
-    images = {file.name: file.image for file in files if isinstance(file.image, ImageInfo)}
-    sides = np.array([(image.height, image.width) for image in images.values()], dtype=np.int64).reshape(-1, 2)
+    images = [file for file in files if not file.reason]
+    sides = np.array([image.size for image in images], dtype=np.int64).reshape(-1, 2)
     groups = defaultdict(list)
     for file in files:
         if file.bytes:
@@ -110,13 +104,13 @@ def summarize_dataset(dataset: ImageFolder) -> DatasetSummary:
         bytes=sum(file.bytes for file in files),
         memory_bytes=3 * int(sides.prod(axis=1).sum()),
         extensions=sort_counts(dataset.extensions),
-        formats=sort_counts(Counter(image.format for image in images.values())),
-        modes=sort_counts(Counter(image.mode for image in images.values())),
+        formats=sort_counts(Counter(image.format for image in images)),
+        modes=sort_counts(Counter(image.mode for image in images)),
         short_side=_percentiles(sides.min(axis=1)),
         long_side=_percentiles(sides.max(axis=1)),
-        rotated=[name for name, image in images.items() if image.rotated],
+        rotated=[image.name for image in images if image.rotated],
         classes=_class_counts([file.name for file in files]),
-        unreadable={file.name: file.image.reason for file in files if isinstance(file.image, UnreadableImageError)},
+        unreadable={file.name: file.reason for file in files if file.reason},
         duplicates=duplicates,
         leaks=[names for names in duplicates if _is_leak(names)],
         ignored=sort_counts(dataset.ignored),
@@ -124,17 +118,16 @@ def summarize_dataset(dataset: ImageFolder) -> DatasetSummary:
 
 
 def _scan_file(dataset: ImageFolder, index: int) -> FileInfo:
-    image: ImageInfo | UnreadableImageError
-    content = b""
+    name, content, digest = dataset.name(index), b"", ""
     try:
         content = dataset.content(index)
-        with open_image(dataset.path(index)) as opened:
-            kind, mode, rotated = opened.format or "", opened.mode, orientation(opened) != 1
-            height, width = to_tensor(opened, channels=3).shape[1:]
-        image = ImageInfo(kind, mode, width, height, rotated)
+        digest = hashlib.sha256(content).hexdigest()
+        with open_image(dataset.path(index)) as image:
+            kind, mode, rotated = image.format or "", image.mode, orientation(image) != 1
+            height, width = to_tensor(image, channels=3).shape[1:]
     except UnreadableImageError as error:
-        image = error
-    return FileInfo(dataset.name(index), len(content), hashlib.sha256(content).hexdigest(), image)
+        return FileInfo(name, len(content), digest, error.reason)
+    return FileInfo(name, len(content), digest, "", kind, mode, (height, width), rotated)
 
 
 def _class_counts(names: list[str]) -> dict[str, dict[str, int]]:
