@@ -117,6 +117,7 @@ class ReportConfig(StrictConfig):
     features: Path | None
     images: Path | None
     masks: Path | None
+    mask_values: MaskValuesConfig | None
     limit: Count
     max_side: Count | None
     attention_mass: Fraction

@@ -38,7 +38,7 @@ PROTOCOL = {
     "map": "[CLS] row of the last block's softmax over all tokens in float32; patches only, scaled to sum 1",
     "resize": "each side to the nearest multiple of the patch, bicubic, antialias; no crop, no padding",
     "mask of a map": "the fewest patches that hold `mass` of it; each pixel takes its patch's value, original size",
-    "foreground": "non-zero pixels of the ground-truth masks",
+    "foreground": "the larger of two values of a mask, all labels but 0, or above half of white; or `mask_values`",
     "mass/...": "IoU of the masks",
     "area/...": "IoU of as many top patches as the foreground's area: the area is taken from the ground truth",
     "fixed head": "the best by IoU on one random half of the images, scored on the other, both ways",

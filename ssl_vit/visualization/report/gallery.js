@@ -43,7 +43,8 @@ class GalleryEntry {
     if (!this.groundTruth) return;
     this.foreground = new Uint32Array(bytes(this.groundTruth.foreground).buffer);
     const [down, across] = [pixelsPerPatch(this.groundTruth.height, this.rows), pixelsPerPatch(this.groundTruth.width, this.columns)];
-    this.pixels = down.flatMap((height) => across.map((width) => height * width));
+    const valid = this.groundTruth.valid && new Uint32Array(bytes(this.groundTruth.valid).buffer);
+    this.pixels = valid ?? down.flatMap((height) => across.map((width) => height * width));
     this.foregroundPixels = this.foreground.reduce((sum, count) => sum + count, 0);
   }
 

@@ -8,13 +8,12 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor
 
-from ssl_vit.config.visualize import ReportConfig
-from ssl_vit.data.annotations.object_masks import MaskFolder, MissingMaskError
+from ssl_vit.config.visualize import MaskValuesConfig, ReportConfig
+from ssl_vit.data.annotations.object_masks import Annotation, MaskFolder, MissingMaskError
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog, evenly_spaced
 from ssl_vit.data.dataset_factory import build_feature_splits
-from ssl_vit.data.sources.image_folder import load_images_at
+from ssl_vit.data.sources.image_folder import ImageFolder, load_images_at
 from ssl_vit.evaluation.segmentation.image_outputs import ImageOutputs, run_backbone
 from ssl_vit.evaluation.segmentation.iou import center_prior, downsample_mask
 from ssl_vit.evaluation.segmentation.mask_methods import METHODS, NEED_CLS, build_segmenters
@@ -46,8 +45,11 @@ def make_gallery(run: RunContent, config: ReportConfig) -> Gallery:
         UserError: There is no image that can be used, or no model, or it has diverged.
     """
     model, mass = run.model, config.attention_mass
-    dataset, mask_folder, origin = _choose_images(run, config)
-    ground_truth = None if mask_folder is None else MaskFolder(mask_folder)
+    chosen = _choose_images(run, config)
+    dataset, ground_truth, origin = chosen.dataset, None, chosen.origin
+    if chosen.masks is not None and isinstance(dataset, ImageFolder):
+        ground_truth = MaskFolder(chosen.masks, dataset, chosen.mask_values)
+        dataset = ground_truth.pairs.images
     indices = evenly_spaced(len(dataset), config.limit).tolist()
     with TemporaryDirectory() as folder:
         skipped = SkippedImageLog(Path(folder) / "skipped_images.txt")
@@ -63,13 +65,14 @@ def make_gallery(run: RunContent, config: ReportConfig) -> Gallery:
     segmenters = build_segmenters(names, features) if ground_truth is not None else {}
     images, masks = [], []
     for output, each in zip(outputs, features, strict=True):
-        target = None if ground_truth is None else _read_mask(ground_truth, dataset, output)
+        truth = None if ground_truth is None else _read_annotation(ground_truth, dataset, output)
+        target, valid = (None, None) if truth is None else (truth.foreground, truth.valid)
         methods = {} if target is None else {name: segmenter(each) for name, segmenter in segmenters.items()}
-        inputs = make_overlay_inputs(output.image, each.cls, mass, target, methods=methods)
+        inputs = make_overlay_inputs(output.image, each.cls, mass, target, valid=valid, methods=methods)
         name = dataset.name(output.image_index)
         image = to_pil(output.image, fit_size(output.image, min(SIDE, max(output.image.shape[-2:]))))
         if each.cls is not None:
-            images.append(GalleryImage(name, image, each.cls, target, inputs.ious))
+            images.append(GalleryImage(name, image, each.cls, target, valid, inputs.ious))
         if target is not None:
             masks.append(_mask_image(name, image, inputs))
     reduced = "" if config.max_side is None else f", larger ones reduced to {config.max_side} pixels"
@@ -78,46 +81,57 @@ def make_gallery(run: RunContent, config: ReportConfig) -> Gallery:
         f"nearest multiple of the patch{reduced}. A map is the [CLS] row of the last block's softmax over all tokens "
         "in float32, patches only, scaled to sum 1; a mask is the fewest patches that hold the chosen share of it; "
         f"IoU is counted in pixels of the image at its own size.{excluded}"
+        + "".join(f" {note}." for note in (ground_truth.notes() if ground_truth is not None else []))
     )
     missing = ""
-    if mask_folder is None:
+    if chosen.masks is None:
         missing = "There are no object masks to compare with. Name some: `images=FOLDER masks=FOLDER`."
     elif not masks:
-        missing = f"None of the images shown has a usable mask in {mask_folder}."
+        missing = f"None of the images shown has a usable mask in {chosen.masks}."
     return Gallery(images, masks, protocol, _mask_protocol(masks, len(outputs), mass) if masks else "", missing)
 
 
-def _choose_images(run: RunContent, config: ReportConfig) -> tuple[ImageDataset, Path | None, str]:
-    """Choose the named images; else those of a result on masks; else the run's own; else the labeled ones.
+class _ChosenImages(NamedTuple):
+    dataset: ImageDataset
+    origin: str  # which images they are
+    masks: Path | None = None
+    mask_values: MaskValuesConfig | None = None
 
-    Returns:
-        The images, the folder of their masks if there is one, and which images they are.
+
+def _choose_images(run: RunContent, config: ReportConfig) -> _ChosenImages:
+    """Choose the named images; else those of a result on masks; else the run's own; else the labeled ones.
 
     Raises:
         UserError: They no longer exist.
     """
     if config.images is not None:
-        return load_images_at(config.images), config.masks, f"of {config.images}"
+        return _ChosenImages(load_images_at(config.images), f"of {config.images}", config.masks, config.mask_values)
     for result in run.results:
         images, masks = (result.data.get(key) for key in ("images", "masks"))
         if images is not None and Path(images).exists():
-            return load_images_at(Path(images)), None if masks is None else Path(masks), f"of {result.data.name}"
+            values = result.config.get("mask_values")
+            return _ChosenImages(
+                load_images_at(Path(images)),
+                f"of {result.data.name}",
+                None if masks is None else Path(masks),
+                None if values is None else MaskValuesConfig.model_validate(values),
+            )
     try:
-        return build_feature_splits(trained_images(run, config)).train, None, "that the run has learned from"
+        return _ChosenImages(build_feature_splits(trained_images(run, config)).train, "that the run has learned from")
     except UserError as error:
         if not config.data.named:
             raise UserError(f"The run's own images are not there: {error}. {NO_IMAGES}") from None
-    return build_feature_splits(config.data).train, None, "of the labeled set"
+    return _ChosenImages(build_feature_splits(config.data).train, "of the labeled set")
 
 
 def _is_finite(features: LastBlockFeatures) -> bool:
     return all(bool(part.isfinite().all()) for part in features if part is not None)
 
 
-def _read_mask(masks: MaskFolder, dataset: ImageDataset, output: ImageOutputs) -> Tensor | None:
-    """Return the image's foreground mask (H, W) bool, if there is one of its size."""
+def _read_annotation(masks: MaskFolder, dataset: ImageDataset, output: ImageOutputs) -> Annotation | None:
+    """Return the image's mask, if there is one of its size."""
     try:
-        return masks.read(dataset.name(output.image_index), (output.image.shape[-2], output.image.shape[-1]))
+        return masks.annotation(dataset.name(output.image_index), (output.image.shape[-2], output.image.shape[-1]))
     except MissingMaskError:
         return None
 

@@ -107,11 +107,16 @@ def _gallery_data(image: GalleryImage) -> dict[str, Any]:
     _, rows, columns = image.maps.shape
     data = {"name": image.name, "rows": rows, "columns": columns, "maps": levels, "maxima": maxima, "groundTruth": None}
     if image.ground_truth is not None:
-        counts = pool_mask_to_patches(image.ground_truth, (rows, columns)).foreground
+        counts = pool_mask_to_patches(image.ground_truth, (rows, columns), image.valid)
         height, width = image.ground_truth.shape
-        foreground = encode_array(counts.numpy().astype("<u4"))
-        outline = outline_path(image.ground_truth)
-        data["groundTruth"] = {"foreground": foreground, "height": height, "width": width, "outline": outline}
+        has_void = image.valid is not None and not image.valid.all()
+        data["groundTruth"] = {
+            "foreground": encode_array(counts.foreground.numpy().astype("<u4")),
+            "valid": encode_array(counts.valid.numpy().astype("<u4")) if has_void else None,
+            "height": height,
+            "width": width,
+            "outline": outline_path(image.ground_truth),
+        }
     return data
 
 

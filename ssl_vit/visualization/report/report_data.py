@@ -63,6 +63,7 @@ class GalleryImage(NamedTuple):
     image: Image.Image  # RGB, as large as the page shows it
     maps: Tensor  # (heads, rows, columns) float32; each sums to 1
     ground_truth: Tensor | None  # (H, W) bool, at the image's own size
+    valid: Tensor | None  # (H, W) bool: all pixels but the void ones
     ious: list[float] | None  # of the masks of the heads, then of their mean
 
 

@@ -55,11 +55,14 @@ def disc(height: int, width: int) -> torch.Tensor:
 
 
 def seen(seed: int, name: str, heads: int = 3, rows: int = 24, columns: int = 32) -> GalleryImage:
-    truth = disc(90, 121)
+    truth, valid = disc(90, 121), torch.ones(90, 121, dtype=torch.bool)
+    if name == "0.jpg":
+        valid[:20, :60] = False  # void
+    truth &= valid
     maps = maps_of(seed, heads, rows, columns) / 2 + 0.5 / (rows * columns)
     with_mean = torch.cat([maps, maps.mean(0, keepdim=True)])
-    ious = iou(attention_mass_mask(with_mean, 0.6), pool_mask_to_patches(truth, (rows, columns))).tolist()
-    return GalleryImage(name, pixels(seed, (121, 90)), maps, truth, ious)
+    ious = iou(attention_mass_mask(with_mean, 0.6), pool_mask_to_patches(truth, (rows, columns), valid)).tolist()
+    return GalleryImage(name, pixels(seed, (121, 90)), maps, truth, valid, ious)
 
 
 @pytest.fixture(scope="module")
@@ -368,7 +371,7 @@ def test_page_shows_all_images(visit):
 def test_gallery_masks_and_ious_follow_the_threshold(visit, content):
     page, first = visit(), content.gallery[0]
     maps = torch.cat([first.maps, first.maps.mean(0, keepdim=True)])
-    truth = pool_mask_to_patches(first.ground_truth, (24, 32))
+    truth = pool_mask_to_patches(first.ground_truth, (24, 32), first.valid)
     covered, outlines = [], []
     for mass in (20, 40, 60, 80, 100):
         page.locator("#mass").fill(str(mass))
