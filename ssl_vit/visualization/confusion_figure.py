@@ -63,7 +63,7 @@ def plot_confusion(path: Path, summary: ConfusionSummary, hardest: list[HardImag
     tiles = []
     for image, target, predicted, rank in hardest:
         names = _shorten(summary.classes[target], 18), f"→ {_shorten(summary.classes[predicted], 18)}"
-        lines = [*names, f"rank {rank + 1} of {len(summary.classes)}"]
+        lines = [*names, f"rank {rank + 1} of {len(summary.classes)}" if rank < len(summary.classes) else "no vote"]
         tiles.append(captioned(to_pil(image, fit_size(image, TILE_SIDE)), lines, max_width=TILE_SIDE))
     parts = [chart]
     if tiles:

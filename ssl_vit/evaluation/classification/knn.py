@@ -18,6 +18,7 @@ from ssl_vit.runtime.text import pluralize
 NEAR_DUPLICATE = 0.9999  # cosine above which two images count as the same
 _VOTES = 1 << 24  # entries of a block of votes: 64 MB
 _MAX_NAMES = 8  # of identical files in a result
+UNRANKED = 1 << 31  # rank of a true class that has no score: it is never among the first n
 
 
 class LabeledFeatures(NamedTuple):
@@ -60,7 +61,7 @@ class NeighborResult(NamedTuple):
 class KNNResult(NamedTuple):
     """The classification of Q queries, for each k."""
 
-    ranks: dict[int, Tensor]  # (Q,) int64: number of classes ranked before the true one; 0 is right
+    ranks: dict[int, Tensor]  # (Q,) int64: number of classes before the true one; 0 is right; UNRANKED without a vote
     predicted: dict[int, Tensor]  # (Q,) int64: the label with most votes; among equals the lowest
     k_effective: dict[int, int]  # number of neighbors that voted: k, or all that are available
     warnings: list[str]
@@ -110,7 +111,8 @@ def classify(found: NeighborResult, *, ks: Sequence[int], temperature: float) ->
         part = Neighbors(found.similarity[rows], found.indices[rows])
         counts = votes(part, train_classes, len(classes), ks=list(k_effective.values()), temperature=temperature)
         for k, count in zip(k_effective, counts, strict=True):
-            ranks[k].append(rank_of_true_class(true_classes[rows], count))
+            has_vote = count.gather(1, true_classes[rows, None])[:, 0] > 0
+            ranks[k].append(rank_of_true_class(true_classes[rows], count).where(has_vote, UNRANKED))
             predicted[k].append(classes[count.argmax(dim=1)])
     return KNNResult(
         ranks={k: torch.cat(parts) for k, parts in ranks.items()},
@@ -126,10 +128,10 @@ def votes(
     """Yield the votes (Q, classes) float32 of the first k neighbors for each of the ascending `ks`, as running sums.
 
     A neighbor of similarity s votes exp((s - largest s) / temperature): the shift does not change the order within a
-    row, and nothing overflows. `labels` (N,) are those of the training images, in [0, classes).
+    row, nothing overflows, and no vote is 0. `labels` (N,) are those of the training images, in [0, classes).
     """
     similarity = neighbors.similarity
-    weight = ((similarity - similarity[:, :1]) / temperature).exp()
+    weight = ((similarity - similarity[:, :1]) / temperature).exp().clamp(min=torch.finfo(similarity.dtype).tiny)
     voted = labels[neighbors.indices]  # (Q, k)
     total = similarity.new_zeros(len(similarity), classes)
     for start, stop in zip([0, *ks], ks, strict=False):

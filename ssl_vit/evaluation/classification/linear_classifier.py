@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ssl_vit.evaluation.classification.knn import rank_of_true_class
+from ssl_vit.evaluation.classification.knn import UNRANKED, rank_of_true_class
 from ssl_vit.evaluation.evaluator import Evaluation
 from ssl_vit.evaluation.features.extractor import Features
 from ssl_vit.runtime.atomic_io import atomic_write, write_json
@@ -105,9 +105,9 @@ def stratified(labels: Tensor, fraction: float, *, seed: int) -> Tensor:
 
 
 def label_ranks(logits: Tensor, classes: Tensor, target: Tensor) -> Tensor:
-    """Return the ranks (Q,) of target labels by scores (Q, C) of ascending `classes` (C,); other labels are last."""
+    """Return the ranks (Q,) of target labels by scores (Q, C) of ascending `classes` (C,), else UNRANKED."""
     trained = torch.isin(target, classes)
-    ranks = torch.full_like(target, len(classes))
+    ranks = torch.full_like(target, UNRANKED)
     ranks[trained] = rank_of_true_class(torch.searchsorted(classes, target[trained]), logits[trained])
     return ranks
 

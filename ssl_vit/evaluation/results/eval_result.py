@@ -78,7 +78,7 @@ class Predictions(NamedTuple):
     indices: Tensor  # (Q,) int64, of the images in the test set
     target: Tensor  # (Q,) int64, the labels
     predicted: Tensor  # (Q,) int64, the labels that were ranked first
-    rank: Tensor  # (Q,) int64: number of classes ranked before the true one; 0 is right
+    rank: Tensor  # (Q,) int64: number of classes before the true one; 0 is right, 2**31 is a class without a score
 
 
 class ModelScores(_Part):

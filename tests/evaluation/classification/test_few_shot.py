@@ -17,6 +17,7 @@ from ssl_vit.evaluation.classification.few_shot import (
     few_shot,
     few_shot_settings,
 )
+from ssl_vit.evaluation.classification.knn import UNRANKED
 from ssl_vit.evaluation.classification.linear_classifier import FeatureVariant, label_ranks
 from ssl_vit.evaluation.features.extractor import Features
 from ssl_vit.evaluation.results.eval_result import Predictions, wilson
@@ -201,7 +202,7 @@ def test_few_shot_selects_the_largest_penalty_for_one_image_per_class():
 
 def test_label_ranks_accept_labels_with_gaps():
     logits = torch.tensor([[1.0, 3.0, 2.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
-    assert label_ranks(logits, torch.tensor([2, 5, 9]), torch.tensor([9, 5, 4])).tolist() == [1, 1, 3]
+    assert label_ranks(logits, torch.tensor([2, 5, 9]), torch.tensor([9, 5, 4])).tolist() == [1, 1, UNRANKED]
 
 
 # --- the command ---

@@ -5,8 +5,9 @@ import torch
 
 from ssl_vit.evaluation.classification import knn as knn_module
 from ssl_vit.evaluation.classification import nearest_neighbors as search_module
-from ssl_vit.evaluation.classification.knn import LabeledFeatures, knn, rank_of_true_class, search, votes
+from ssl_vit.evaluation.classification.knn import UNRANKED, LabeledFeatures, knn, rank_of_true_class, search, votes
 from ssl_vit.evaluation.classification.nearest_neighbors import Neighbors, exact_search
+from ssl_vit.evaluation.results.eval_result import topk_metrics
 from tests.reference import probes
 
 TEMPERATURE = 0.07
@@ -28,10 +29,9 @@ def signs(count, seed, *, dim=4):
 
 
 def textbook_ranks(train, queries, k, temperature=TEMPERATURE):
-    """Return the ranks of the true classes; classes without a vote are last, in their order."""
+    """Return the ranks of the true classes; classes without a vote have none."""
     leave_one_out = queries is None
     queries = train if leave_one_out else queries
-    classes = sorted(set(train.labels.tolist()) | set(queries.labels.tolist()))
     predictions = probes.knn_classes(
         queries.features.double().numpy(),
         train.features.double().numpy(),
@@ -40,8 +40,8 @@ def textbook_ranks(train, queries, k, temperature=TEMPERATURE):
         temperature,
         leave_one_out=leave_one_out,
     )
-    order = [voted + [label for label in classes if label not in voted] for voted in predictions]
-    return [row.index(label) for row, label in zip(order, queries.labels.tolist(), strict=True)]
+    pairs = zip(predictions, queries.labels.tolist(), strict=True)
+    return [voted.index(label) if label in voted else UNRANKED for voted, label in pairs]
 
 
 @pytest.fixture
@@ -216,6 +216,25 @@ def test_choose_engine_depends_on_the_device(monkeypatch):
             "torch",
             "faiss",
         ]
+
+
+@pytest.mark.parametrize("k", [1, 3, 5, 20])
+def test_knn_top_5_counts_classes_with_a_vote_only(k):
+    train, queries = clouds(300, 0, dim=8), clouds(100, 1, dim=8)
+    ranks = knn(train, queries, ks=[k], temperature=TEMPERATURE).ranks[k]
+    found = search(train, queries, max_k=k)
+    voted = train.labels[found.indices]  # (Q, k)
+    assert torch.equal(ranks < 1 << 31, (voted == queries.labels[:, None]).any(1))
+    if k == 1:  # as in DINO's evaluation, top-5 of one neighbor is top-1
+        assert torch.equal(ranks < 5, ranks == 0)
+    metrics = {metric.name: metric.value for metric in topk_metrics(ranks, 7)}
+    assert metrics["top-5"] <= (voted == queries.labels[:, None]).any(1).double().mean()
+
+
+def test_knn_counts_votes_that_vanish_in_float32():
+    train = LabeledFeatures(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([3, 1]))
+    query = LabeledFeatures(torch.tensor([[1.0, 0.0]]), torch.tensor([1]))
+    assert knn(train, query, ks=[2], temperature=1e-3).ranks[2].tolist() == [1]
 
 
 def test_knn_equals_the_evaluation_of_dino():
