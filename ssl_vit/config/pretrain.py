@@ -240,6 +240,8 @@ class BenchConfig(TrainingConfig):
 
 
 class ExportConfig(ModelConfig):
+    num_heads: Count | None
+    overwrite: bool
     out: Path
 
 

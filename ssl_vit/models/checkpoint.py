@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -19,7 +19,12 @@ from torch import Tensor
 from ssl_vit.config.pretrain import BackboneConfig
 from ssl_vit.models.backbone import UNSUPPORTED_MESSAGE, Backbone
 from ssl_vit.models.export import ModelDescription, file_sha256, read_export
-from ssl_vit.models.official_checkpoints import IMAGENET_MEAN, IMAGENET_STD, convert_official_checkpoint
+from ssl_vit.models.official_checkpoints import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    OFFICIAL_CLASSES,
+    convert_official_checkpoint,
+)
 from ssl_vit.runtime.errors import UserError
 
 CHECKPOINT_KEY = "ssl_vit"  # entry in a Lightning checkpoint with method, backbone and normalization
@@ -45,7 +50,13 @@ class LoadedBackbone(NamedTuple):
     step: int | None = None
 
 
-def load_backbone(checkpoint: str | Path, weights: Weights = "teacher", *, require_cls: bool = True) -> LoadedBackbone:
+def load_backbone(
+    checkpoint: str | Path,
+    weights: Weights = "teacher",
+    *,
+    require_cls: bool = True,
+    num_heads: int | None = None,
+) -> LoadedBackbone:
     """Load a backbone.
 
     Args:
@@ -53,27 +64,30 @@ def load_backbone(checkpoint: str | Path, weights: Weights = "teacher", *, requi
             `random:<any of these, or a timm name>` for the same architecture with random weights.
         weights: Teacher or student, if the file contains both.
         require_cls: Refuse models without a pooled class token.
+        num_heads: Number of attention heads, for files that do not tell it.
 
     Raises:
         UserError: There is no such file or model, the file is none of these, its keys do not match exactly, or it has
             no class token although one is required.
     """
-    loaded = _load(str(checkpoint), weights)
+    loaded = _load(str(checkpoint), weights, num_heads)
     if require_cls:
         loaded.backbone.require_cls()
     return loaded
 
 
-def _load(checkpoint: str, weights: Weights) -> LoadedBackbone:
+def _load(checkpoint: str, weights: Weights, num_heads: int | None) -> LoadedBackbone:
     kind, _, name = checkpoint.partition(":")
     if kind == "timm":
         return _from_timm(name, checkpoint, pretrained=True)
     if kind == "random":
-        like = _from_timm(name, checkpoint, pretrained=False) if timm.is_model(name) else _load(name, "teacher")
+        like = (
+            _from_timm(name, checkpoint, pretrained=False) if timm.is_model(name) else _load(name, "teacher", num_heads)
+        )
         return random_init_like(like, seed=0)
     path = _file_of(Path(checkpoint))
     try:
-        return _from_file(path, weights)
+        return _from_file(path, weights, num_heads)
     except UserError:
         raise
     except _MISFIT as error:
@@ -97,13 +111,23 @@ def _build_and_load(config: BackboneConfig, state: Mapping[str, Tensor], origin:
     Memory is allocated only after the sizes in the configuration have been compared with those of the weights.
 
     Raises:
-        UserError: Listing the keys that are missing, unexpected, or of another shape.
+        UserError: Listing the keys that are missing, unexpected, or of another shape; or weights are not finite.
     """
     with torch.device("meta"):
         _check_state_dict(Backbone(config), state, origin)
+    _check_finite(state, origin)
     backbone = Backbone(config)
     backbone.vit.load_state_dict(dict(state))
     return backbone.requires_grad_(False).eval()
+
+
+def _check_finite(state: Mapping[str, Tensor], origin: str) -> None:
+    broken = [name for name, weights in state.items() if not weights.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"{origin}: {len(broken):,} of {len(state):,} weights are not finite ({_shortened(broken, 3)}): the "
+            "training has diverged, or the file is damaged; use an earlier checkpoint"
+        )
 
 
 def _check_state_dict(backbone: Backbone, state: Mapping[str, Tensor], origin: str) -> None:
@@ -148,16 +172,16 @@ def _name_nearby(path: Path) -> str:
     return f"; near it: {', '.join(nearest)}" if nearest else ""
 
 
-def _from_file(path: Path, weights: Weights) -> LoadedBackbone:
+def _from_file(path: Path, weights: Weights, num_heads: int | None) -> LoadedBackbone:
     if path.suffix == ".safetensors":
-        description, state = read_export(path)
+        description, state, sha256 = read_export(path)
         backbone = _build_and_load(description.backbone, state, f"checkpoint={path}")
         run = path.parent if (path.parent / "config.yaml").is_file() else None
-        return LoadedBackbone(backbone, description.mean, description.std, str(path), file_sha256(path), run)
+        return LoadedBackbone(backbone, description.mean, description.std, str(path), sha256, run)
     content = torch_load_weights_only(path)
     if CHECKPOINT_KEY in content:
         return _from_lightning_checkpoint(content, path, weights)
-    return _from_official(content, path, weights)
+    return _from_official(content, path, weights, num_heads)
 
 
 def _from_timm(name: str, origin: str, *, pretrained: bool) -> LoadedBackbone:
@@ -205,10 +229,11 @@ def _from_lightning_checkpoint(content: dict[str, Any], path: Path, weights: Wei
     return loaded._replace(weights=which, epoch=_count(content, "epoch"), step=_count(content, "global_step"))
 
 
-def _from_official(content: dict[str, Any], path: Path, weights: Weights) -> LoadedBackbone:
-    config, state, which = convert_official_checkpoint(content, weights, f"checkpoint={path}")
+def _from_official(content: dict[str, Any], path: Path, weights: Weights, num_heads: int | None) -> LoadedBackbone:
+    config, state, which = convert_official_checkpoint(content, weights, path, num_heads)
     backbone = _build_and_load(config, state, f"checkpoint={path}")
-    source = f"{path} ({which}; {config.num_heads} attention heads of width 64, which the file does not state)"
+    assumed = "as in DINO and SiT" if num_heads is None else "given"
+    source = f"{path} ({which}; {config.num_heads} attention heads, {assumed}; the file does not tell)"
     loaded = LoadedBackbone(backbone, IMAGENET_MEAN, IMAGENET_STD, source, file_sha256(path), None)
     named = which if which in ("teacher", "student") else None
     return loaded._replace(weights=named, epoch=_count(content, "epoch"))
@@ -220,7 +245,7 @@ def _count(content: dict[str, Any], key: str) -> int | None:
 
 
 def torch_load_weights_only(path: Path) -> dict[str, Any]:
-    """Load a torch file of plain containers and tensors.
+    """Load a torch file of plain containers, tensors and numbers.
 
     Raises:
         UserError: The file is damaged or contains anything else, which could run code.
@@ -229,14 +254,18 @@ def torch_load_weights_only(path: Path) -> dict[str, Any]:
         f"{path} is damaged or not a checkpoint of plain tensors; anything else is not read, as it could run code"
     )
     try:
-        official = torch.serialization.safe_globals([argparse.Namespace])  # official DINO files contain their arguments
+        official = torch.serialization.safe_globals(OFFICIAL_CLASSES)
         if zipfile.is_zipfile(path):  # with a CRC-32 of each record, which torch does not check
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():
                     raise refused
         with warnings.catch_warnings(action="ignore"), official:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # depending on the damage, torch raises anything
+    except Exception as error:  # depending on the damage, torch raises anything
+        if found := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
+            raise UserError(
+                f"{path} contains {found[1]}, which is not read, as it could run code; save a dict of its tensors alone"
+            ) from None
         raise refused from None
     if not isinstance(content, dict):
         raise refused

@@ -55,11 +55,11 @@ def export_backbone(backbone: Backbone, path: Path, *, mean: list[float], std: l
     write_json(path.with_suffix(".json"), sidecar)
 
 
-def read_export(path: Path) -> tuple[ModelDescription, dict[str, Tensor]]:
-    """Read an exported backbone: its description, and its weights under timm's names.
+def read_export(path: Path) -> tuple[ModelDescription, dict[str, Tensor], str]:
+    """Read an exported backbone: its description, its weights under timm's names, and the SHA-256 of the file.
 
     Raises:
-        UserError: The JSON file is missing or a file is damaged.
+        UserError: The JSON file is missing, a file is damaged, or the weights are not those that the JSON describes.
     """
     sidecar_path = path.with_suffix(".json")
     if not sidecar_path.is_file():
@@ -70,10 +70,24 @@ def read_export(path: Path) -> tuple[ModelDescription, dict[str, Tensor]]:
         description = ModelDescription(backbone=sidecar["backbone"], **sidecar[key])
     except (ValueError, LookupError, TypeError, RecursionError):  # no JSON, or one of another tool
         raise UserError(f"checkpoint={path}: {sidecar_path.name} is not a file of `ssl-vit export`") from None
+    sha256 = file_sha256(path)
+    if sidecar.get("sha256", sha256) != sha256:  # files of other tools may have none
+        raise UserError(
+            f"checkpoint={path}: damaged or replaced, as {sidecar_path.name} has another SHA-256; export it again"
+        )
     try:
-        return description, load_file(path)
+        return description, load_file(path), sha256
     except SafetensorError as error:
         raise UserError(f"checkpoint={path}: damaged safetensors file: {error}") from None
+
+
+def is_export(path: Path) -> bool:
+    """Return whether a file is an intact export with its JSON file."""
+    try:
+        read_export(path)
+    except (UserError, OSError):
+        return False
+    return True
 
 
 def file_sha256(path: Path) -> str:

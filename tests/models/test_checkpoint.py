@@ -3,7 +3,10 @@
 import argparse
 import json
 import os
+import zipfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -121,6 +124,97 @@ def test_export_backbone_writes_the_lines_that_load_it_in_bare_timm(tmp_path, mo
     assert load_backbone(str(tmp_path / "w.safetensors")).std == [0.2] * 3
 
 
+@pytest.mark.parametrize("module", [b"numpy._core.multiarray", b"numpy.core.multiarray"])
+def test_load_backbone_reads_the_numpy_scalars_of_a_full_dino_checkpoint(plain, tmp_path, module):
+    """DINO's training leaves them in its optimizer groups; their module has another name since NumPy 2."""
+    group = {"lr": np.float64(1e-4), "weight_decay": np.float32(0.1), "step": np.int64(3), "fused": np.bool_(False)}
+    content = {
+        "teacher": prefixed(plain.state_dict(), "backbone."),
+        "student": prefixed(plain.state_dict(), "module.backbone."),
+        "optimizer": {"state": {}, "param_groups": [group]},
+        "args": argparse.Namespace(arch="vit_small"),
+    }
+    torch.save(content, tmp_path / "new.pth")
+    with zipfile.ZipFile(tmp_path / "new.pth") as new, zipfile.ZipFile(tmp_path / "checkpoint.pth", "w") as file:
+        for name in new.namelist():
+            file.writestr(name, new.read(name).replace(b"cnumpy._core.multiarray\n", b"c" + module + b"\n"))
+    assert_same_tokens(load_backbone(str(tmp_path / "checkpoint.pth")), plain)
+
+
+def test_load_backbone_names_the_class_that_it_does_not_read(tmp_path):
+    torch.save({"teacher": {}, "folder": Path("x")}, tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=r"contains pathlib\.\w+, which is not read, as it could run code"):
+        load_backbone(str(tmp_path / "a.ckpt"))
+
+
+def test_load_backbone_refuses_a_file_that_does_not_tell_the_number_of_heads(plain, tmp_path, capsys):
+    """Shapes are equal for any number of heads, and the attention is another one."""
+    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_classes": 0}
+    four = timm.create_model("vit_tiny_patch16_224", num_heads=4, dynamic_img_size=True, **kwargs).eval()
+    torch.save({"model": four.state_dict()}, tmp_path / "moco.pth")
+    with pytest.raises(UserError, match=r"does not tell how many attention heads.*num_heads=1 out="):
+        load_backbone(str(tmp_path / "moco.pth"))
+    out = tmp_path / "backbone.safetensors"
+    assert main(["export", f"checkpoint={tmp_path / 'moco.pth'}", "num_heads=4", f"out={out}"]) == 0
+    assert_same_tokens(load_backbone(str(out)), four)
+    assert main(["export", f"checkpoint={tmp_path / 'moco.pth'}", "num_heads=5", f"out={out}"]) == 2
+    assert "num_heads=5 does not divide the width 64" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_load_backbone_refuses_weights_that_are_not_finite(plain, tmp_path, value):
+    state = plain.state_dict()
+    state["blocks.0.norm1.weight"] = torch.full((64,), value)
+    torch.save(state, tmp_path / "dino_nan.pth")
+    with pytest.raises(UserError, match=r"1 of \d+ weights are not finite \(blocks\.0\.norm1\.weight\)"):
+        load_backbone(str(tmp_path / "dino_nan.pth"))
+
+
+def test_load_backbone_refuses_an_export_whose_weights_changed(plain, tmp_path):
+    torch.save(plain.state_dict(), tmp_path / "dino.pth")
+    out = tmp_path / "backbone.safetensors"
+    assert main(["export", f"checkpoint={tmp_path / 'dino.pth'}", f"out={out}"]) == 0
+    weights = safetensors.torch.load_file(out)
+    weights["blocks.0.norm1.weight"][0] *= -1
+    safetensors.torch.save_file(weights, out)
+    with pytest.raises(UserError, match=r"damaged or replaced, as backbone\.json has another SHA-256"):
+        load_backbone(str(out))
+
+
+def test_export_command_replaces_only_its_own_files_unless_told(plain, tmp_path, capsys):
+    torch.save(plain.state_dict(), tmp_path / "dino.pth")
+    out = tmp_path / "backbone.safetensors"
+    command = ["export", f"checkpoint={tmp_path / 'dino.pth'}", f"out={out}"]
+    out.write_bytes(b"precious")
+    assert main(command) == 2
+    assert out.read_bytes() == b"precious"
+    assert "overwrite=true replaces it" in capsys.readouterr().err
+    assert main([*command, "overwrite=true"]) == 0
+    assert main(command) == 0
+
+
+FOREIGN = {
+    "mask_token blocks.0.ls1.gamma patch_embed.proj.weight": "DINOv2 file of width 384: use timm.s copy",
+    "storage_tokens patch_embed.proj.weight": "DINOv3 file",
+    "rope_embed.periods cls_token": "DINOv3 file",
+    "decoder_embed.weight mask_token": "full MAE checkpoint",
+    "embeddings.cls_token encoder.layer.0.x": "transformers library",
+    "module.base_encoder.cls_token": "MoCo v3",
+    "blocks.0.3.norm1.weight cls_token": "DINOv2's training",
+    "_orig_mod.cls_token": "compiled model",
+}
+
+
+@pytest.mark.parametrize("keys", FOREIGN)
+def test_load_backbone_names_files_of_other_tools(keys, tmp_path):
+    torch.save({key: torch.zeros(384, 3, 14, 14) for key in keys.split()}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=FOREIGN[keys]):
+        load_backbone(str(tmp_path / "a.pth"))
+    torch.save({"state_dict": {"net.x": torch.zeros(1)}, "pytorch-lightning_version": "2.0"}, tmp_path / "b.ckpt")
+    with pytest.raises(UserError, match="Lightning checkpoint of another tool"):
+        load_backbone(str(tmp_path / "b.ckpt"))
+
+
 def test_export_command_converts_an_official_file(plain, tmp_path, capsys):
     torch.save(plain.state_dict(), tmp_path / "dino.pth")
     out = tmp_path / "new" / "backbone.safetensors"
@@ -219,9 +313,9 @@ def test_load_backbone_lists_keys_that_do_not_match(plain, tmp_path):
     del state["blocks.1.attn.qkv.bias"]
     state["blocks.0.extra"] = torch.zeros(1)
     state["norm.weight"] = torch.zeros(3)
-    torch.save(state, tmp_path / "odd.pth")
+    torch.save(state, tmp_path / "dino_odd.pth")
     with pytest.raises(UserError) as error:
-        load_backbone(str(tmp_path / "odd.pth"))
+        load_backbone(str(tmp_path / "dino_odd.pth"))
     text = str(error.value)
     assert "missing: blocks.1.attn.qkv.bias" in text
     assert "unexpected: blocks.0.extra" in text
