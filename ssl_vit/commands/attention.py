@@ -30,11 +30,13 @@ from ssl_vit.evaluation.segmentation.segmentation_result import score_table, wri
 from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone, random_init_like
 from ssl_vit.runtime.device import best_device
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.outputs import check_outputs, record_outputs
 from ssl_vit.runtime.progress import progress_bar
 from ssl_vit.runtime.text import pluralize
 from ssl_vit.visualization.overlays import OverlayInputs, make_overlay_inputs, overlay_grid
 from ssl_vit.visualization.segmentation_writer import SegmentationWriter, plot_iou_curves
 
+OUTPUTS = ("maps", "masks", "overlays", "heads", "overview.jpg", "summary.json", "ious.npz", "curve.png")  # in `out`
 GRID_ROWS = 3  # of the best, the median and the worst images each
 
 
@@ -74,7 +76,11 @@ def run_attention(config: AttentionConfig) -> AttentionSummary:
     dataset, annotations = _load_images(config)
     indices = range(len(dataset))[: config.limit]
     names = [dataset.name(index) for index in indices]
+    outputs = [config.out / name for name in OUTPUTS]
+    inputs = {"images": config.images, "masks": config.masks, "voc": config.voc}
+    check_outputs(outputs, inputs=inputs, is_own=(config.out / "summary.json").is_file())
     models = _load_models(config, scored=annotations is not None)
+    record_outputs(outputs)
     writer = SegmentationWriter(config.out, names)
     skipped, unscored = (SkippedImageLog(config.out / f"{kind}_images.txt") for kind in ("skipped", "unscored"))
     for log in (skipped, unscored):
@@ -124,8 +130,6 @@ def _load_images(config: AttentionConfig) -> tuple[ImageFolder, MaskFolder | VOC
         voc = VOCDataset(config.voc, config.split)
         return voc.dataset, voc
     assert config.images is not None
-    if config.out.absolute().is_relative_to(config.images.absolute()):
-        raise UserError(f"out={config.out} lies inside images={config.images}: choose a folder outside of it")
     dataset = load_images_at(config.images)
     if config.masks is None:
         return dataset, None

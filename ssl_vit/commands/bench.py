@@ -22,6 +22,7 @@ from ssl_vit.data.sources.synthetic import HEIGHT, WIDTH, make_synthetic_photos
 from ssl_vit.runtime.atomic_io import write_json
 from ssl_vit.runtime.device import measure_matmul
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.outputs import check_outputs, record_outputs
 from ssl_vit.runtime.text import pluralize
 from ssl_vit.training.benchmark import BenchmarkRun, Row
 from ssl_vit.training.benchmark_report import (
@@ -67,9 +68,7 @@ def bench(configs: list[BenchConfig]) -> None:
     for each in configs:
         if each.trainer.devices * each.trainer.num_nodes > 1:
             raise UserError("trainer.devices and trainer.num_nodes: bench measures a single process, set both to 1")
-    if config.out.exists() and not config.out.is_file():
-        raise UserError(f"out={config.out} is not a file; choose the path of a JSON file")
-    config.out.parent.mkdir(parents=True, exist_ok=True)
+    check_outputs([config.out], inputs={})
     with TemporaryDirectory(prefix="ssl-vit-bench-") as name:
         directory = Path(name)
         runs, descriptions = [], []
@@ -96,6 +95,7 @@ def bench(configs: list[BenchConfig]) -> None:
     print(f"\n{comparison or bottleneck(results[0], runs[0].device)}")
     if num_skipped:
         print(f"{pluralize(num_skipped, 'unreadable image')} skipped; list them with ssl-vit scan")
+    record_outputs([config.out])
     write_json(config.out, to_json(results, comparison, descriptions, environment))
     print(f"All results: {config.out}")
 

@@ -12,6 +12,7 @@ from ssl_vit.evaluation.results.comparison import compare
 from ssl_vit.evaluation.results.comparison_tables import render
 from ssl_vit.evaluation.results.result_reader import find_results
 from ssl_vit.runtime.atomic_io import atomic_write
+from ssl_vit.runtime.outputs import check_outputs, record_outputs
 
 
 def main(config: CompareConfig) -> None:
@@ -20,13 +21,15 @@ def main(config: CompareConfig) -> None:
     Raises:
         UserError: A named file is no result, or the results do not belong in one table.
     """
+    if config.out is not None:
+        check_outputs([config.out], inputs={})
     found = find_results(config.results)
     comparison = compare(found.results, mix=config.mix)
     skipped = [f"skipped: {text}" for text in found.skipped]
     table = render(comparison._replace(notes=[*comparison.notes, *skipped]), config.format)
     print(table)
     if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
+        record_outputs([config.out])
         with atomic_write(config.out) as file:
             file.write(f"{table}\n".encode("utf-8", "backslashreplace"))
         print(f"\n{config.out}")

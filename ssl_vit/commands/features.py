@@ -18,6 +18,7 @@ from ssl_vit.evaluation.features.feature_export import FeatureSplit, check_pyarr
 from ssl_vit.models.feature_statistics import effective_rank, feature_std
 from ssl_vit.runtime.errors import RankFinished
 from ssl_vit.runtime.launch import torchrun_rank
+from ssl_vit.runtime.outputs import check_outputs, record_outputs
 from ssl_vit.runtime.text import pluralize
 
 
@@ -25,6 +26,8 @@ def main(config: FeaturesConfig) -> None:
     """Run the command."""
     if config.to == "parquet":
         check_pyarrow()
+    if config.out is not None and not torchrun_rank()[0]:
+        check_outputs([config.out], inputs={"data.root": config.data.root})
     loaded, transform = load_model(config)
     dataset = build_feature_splits(config.data)
     blocks = min(config.blocks, loaded.backbone.num_blocks)
@@ -39,6 +42,7 @@ def main(config: FeaturesConfig) -> None:
         splits.append(FeatureSplit(name, result.cache.dataset, features))
         print(_summary(splits[-1], result))
     if config.out is not None:
+        record_outputs([config.out])
         if config.to == "npz":
             write_npz(config.out, splits)
         else:

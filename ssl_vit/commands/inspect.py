@@ -28,6 +28,7 @@ from ssl_vit.evaluation.segmentation.segmentation_evaluator import MODEL, RANDOM
 from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone, random_init_like
 from ssl_vit.runtime.device import best_device
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.outputs import check_outputs, record_outputs
 from ssl_vit.runtime.progress import progress_bar
 from ssl_vit.runtime.text import pluralize
 from ssl_vit.training.resume_checks import CONFIG, read_config
@@ -78,15 +79,13 @@ def inspect(config: InspectConfig) -> InspectSummary:
         UserError: A model cannot be loaded or has diverged, `images` does not exist, or none of them can be read.
     """
     start = time.perf_counter()
-    models = {MODEL: _load(config.checkpoint, config)}
+    models = {MODEL: load_backbone(config.checkpoint, config.weights, require_cls=False)}
     if config.baselines:
         models[RANDOM] = random_init_like(models[MODEL], config.seed + RANDOM_SEED_OFFSET)
     run = models[MODEL].run
     dataset = _find_images(config, run)
     out = config.out or (run or Path()) / "inspect"
-    if config.images is not None and out.absolute().is_relative_to(config.images.absolute()):
-        raise UserError(f"out={out} is inside images={config.images}: choose a directory outside of it")
-    out.mkdir(parents=True, exist_ok=True)
+    check_outputs([out / INSPECT_JSON], inputs={"images": config.images}, is_own=(out / INSPECT_JSON).is_file())
     skipped = SkippedImageLog(out / "skipped_images.txt")
     skipped.path.unlink(missing_ok=True)
     result, count = AnalysisResult(), 0
@@ -110,15 +109,9 @@ def inspect(config: InspectConfig) -> InspectSummary:
         "environment": {**provenance.environment(device), "forward": "float32"},
         "tool": provenance.package_info(),
     }
+    record_outputs([out / INSPECT_JSON])
     result.write(out, metadata)
     return InspectSummary(out, result, count, skipped, time.perf_counter() - start)
-
-
-def _load(checkpoint: str, config: InspectConfig) -> LoadedBackbone:
-    loaded = load_backbone(checkpoint, config.weights, require_cls=False)
-    if not all(values.isfinite().all() for values in loaded.backbone.parameters()):
-        raise UserError(f"{loaded.source}: its weights are not finite. {_DIVERGED}")
-    return loaded
 
 
 def _find_images(config: InspectConfig, run: Path | None) -> ImageDataset | None:
@@ -142,7 +135,7 @@ def _analyze_images(
     """Add the analyses that need images, and return the number of images."""
     other, all_models = None, dict(models)
     if config.compare_to is not None:
-        loaded = _load(config.compare_to, config)
+        loaded = load_backbone(config.compare_to, config.weights, require_cls=False)
         name = model_name(loaded, config.compare_to, config.weights)
         other = f"{name} (compared)" if name in models else name
         all_models[other] = loaded

@@ -30,6 +30,18 @@ from ssl_vit.runtime.errors import AllRanksError, UserError
 
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
 
+_LEAST_SIMILARITY = 1.0  # of a key that is proposed, see `key_similarity`
+_KEYS_OF_OTHER_TOOLS = {  # of commands that load no model
+    **dict.fromkeys(
+        ("checkpoint", "pretrained", "weights"),
+        "training starts from random weights; existing ones are evaluated with `ssl-vit knn checkpoint=...`",
+    ),
+    **dict.fromkeys(
+        ("resume", "resume_from", "resume_from_checkpoint", "ckpt_path"),
+        "a run is resumed with run.resume=true and its run.name",
+    ),
+}
+
 
 def load_config(command: str, argv: list[str], config_class: type[ConfigT]) -> ConfigT:
     """Compose `conf/<command>.yaml` with the overrides `argv` and validate it.
@@ -189,7 +201,7 @@ def _describe(error: ValidationError, values: dict[str, Any]) -> str:
         message = mistake["msg"].removeprefix("Value error, ")
         message = message[:1].lower() + message[1:]
         if key in unknown:
-            message = f"unknown key; the nearest valid one is {max(valid, key=partial(key_similarity, key))}"
+            message = f"unknown key{_explain_unknown(key, valid)}"
         elif mistake["input"] is None:
             message = f"is required: write {key}=..."
         elif not isinstance(mistake["input"], dict):
@@ -197,6 +209,17 @@ def _describe(error: ValidationError, values: dict[str, Any]) -> str:
         lines.append(f"{key}: {message}" if key else message)
     count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
     return "\n  ".join([f"{count} in the configuration", *lines])
+
+
+def _explain_unknown(key: str, valid: list[str]) -> str:
+    """Return what to write instead of an unknown key, if that is clear."""
+    explanation = _KEYS_OF_OTHER_TOOLS.get(key.rpartition(".")[2])
+    if explanation and "checkpoint" not in valid:
+        return f"; {explanation}"
+    nearest = max(valid, key=partial(key_similarity, key))
+    if key_similarity(key, nearest) < _LEAST_SIMILARITY:
+        return "; --help lists all keys"
+    return f"; the nearest valid one is {nearest}"
 
 
 def key_similarity(key: str, other: str) -> float:

@@ -31,6 +31,7 @@ from ssl_vit.evaluation.features.extractor import (
 from ssl_vit.runtime.atomic_io import atomic_write, write_json
 from ssl_vit.runtime.device import best_device
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.outputs import check_outputs, record_outputs
 from ssl_vit.runtime.text import pluralize
 from ssl_vit.visualization.image_rows import NeighborTile, neighbor_figure
 
@@ -67,7 +68,9 @@ def main(config: NeighborsConfig) -> None:
     """
     given = None if config.images is None else load_images_at(config.images)
     loaded, transform = load_model(config)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
+    outputs = [config.out, config.out.with_suffix(".json")]
+    check_outputs(outputs, inputs={"images": config.images, "data.root": config.data.root})
+    record_outputs(outputs)
     dataset = build_feature_splits(config.data).train
     extractor = BackboneExtractor(on_best_device(loaded), transform, blocks=min(BLOCKS, loaded.backbone.num_blocks))
     (filled,) = fill_caches(extractor, TrainTestSplit(dataset, None), config=config, run=loaded.run)

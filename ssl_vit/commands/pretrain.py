@@ -74,7 +74,7 @@ def train(config: PretrainConfig, run: RunState, method: SSLMethod) -> None:
         run,
         method,
         images=[pluralize(len(run.train), "image")],
-        model=f"{config.method.name} on {config.backbone.name} with {method.eval_backbone.describe()}",
+        model=_describe_model(config, method),
         notes=[*online.plan(), *(f"Health: {warning}" for warning in warnings)],
     )
     result = fit_run(
@@ -93,3 +93,10 @@ def train(config: PretrainConfig, run: RunState, method: SSLMethod) -> None:
         export_backbone(backbone, run.path / "backbone.safetensors", mean=views.mean, std=views.std, source=source)
         print(result.summary([*health.summary(), *online.summary(), *images.summary()]))
         result.requeue_job()
+
+
+def _describe_model(config: PretrainConfig, method: SSLMethod) -> str:
+    """Return what is trained, from which weights, and where it differs from what the model's name says."""
+    text = f"{config.method.name} on {config.backbone.name} with {method.eval_backbone.describe()}, from random weights"
+    changed = config.backbone.overridden()
+    return text + (f" (not as the name says: {', '.join(changed)})" if changed else "")

@@ -23,6 +23,7 @@ from ssl_vit.evaluation.video.tracking_result import MODEL, RANDOM, STILL, score
 from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone, random_init_like
 from ssl_vit.runtime.device import best_device
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.outputs import check_outputs, record_outputs
 from ssl_vit.runtime.progress import progress_bar
 from ssl_vit.visualization.image_rows import FRAMES_PER_VIDEO, draw_objects, tracking_figure
 
@@ -36,7 +37,11 @@ def main(config: PropagateConfig) -> None:
         UserError: There is no video, or one without a usable first frame and mask.
     """
     clips = _load_clips(config)
+    inputs = {"frames": config.frames, "masks": config.masks, "davis": config.davis}
+    outputs = [config.out / name for name in ("masks", "overview.jpg", "summary.json")]
+    check_outputs(outputs, inputs=inputs, is_own=(config.out / "summary.json").is_file())
     models = _load_models(config, baselines=config.baselines and any(clip.masks.has_multiple for clip in clips))
+    record_outputs(outputs)
     skipped = SkippedImageLog(config.out / "skipped_images.txt")
     skipped.path.unlink(missing_ok=True)
     start = time.perf_counter()
@@ -109,8 +114,6 @@ def _load_clips(config: PropagateConfig) -> list[Clip]:
     for key, path in {"frames": config.frames, "masks": config.masks}.items():
         if not path.exists():
             raise UserError(f"{key}={path}: there is no such file or folder")
-        if config.out.absolute().is_relative_to(path.absolute()):
-            raise UserError(f"out={config.out} lies inside {key}={path}: choose a folder outside of it")
     frames = open_frames(config.frames, fps=FPS)
     return [Clip(config.frames.resolve().stem, frames, MaskSequence(config.masks))]
 

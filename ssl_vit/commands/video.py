@@ -19,6 +19,7 @@ from ssl_vit.data.sources.video_frames import open_frames
 from ssl_vit.models.checkpoint import load_backbone
 from ssl_vit.runtime.device import best_device
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.outputs import check_outputs, record_outputs
 from ssl_vit.runtime.progress import progress_bar
 from ssl_vit.visualization.attention_video import (
     AttentionRenderer,
@@ -60,7 +61,9 @@ def main(config: VideoConfig) -> None:
                 bar.update()
             if stopped:
                 break
-        if not written:
+        if written:
+            record_outputs([config.out])
+        else:
             raise UserError(f"video={config.video}: no frame could be used; {_list_skipped(skipped)}")
     codec = video_codec() if as_video else "JPEG"
     if stopped:
@@ -78,10 +81,7 @@ def main(config: VideoConfig) -> None:
 def _check_paths(config: VideoConfig) -> None:
     if not config.video.exists():
         raise UserError(f"video={config.video}: there is no such file or directory")
-    if config.out.absolute().resolve() == config.video.absolute().resolve():
-        raise UserError(f"out={config.out} is the video itself; choose another file")
-    if config.video.is_dir() and config.out.absolute().is_relative_to(config.video.absolute()):
-        raise UserError(f"out={config.out} is inside video={config.video}; choose a directory outside of it")
+    check_outputs([config.out], inputs={"video": config.video})
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -139,6 +140,16 @@ class BackboneConfig(StrictConfig):
     num_heads: Count | None
     init: Literal["timm", "jax"]
 
+    def overridden(self) -> list[str]:
+        """Return what the keys change of the model that `name` stands for: `patch_size=16 instead of 8`."""
+        said = {"patch_size": r"_patch(\d+)", "reg_tokens": r"_reg(\d+)", "img_size": r"_(\d{2,4})(?:\.|$)"}
+        named = {key: int(match[1]) for key, form in said.items() if (match := re.search(form, self.name))}
+        changed = {key: value for key, value in named.items() if getattr(self, key) != value}
+        found = [f"{key}={getattr(self, key)} instead of {value}" for key, value in changed.items()]
+        return found + [
+            f"{key}={value}" for key in ("embed_dim", "depth", "num_heads") if (value := getattr(self, key))
+        ]
+
     @model_validator(mode="after")
     def _whole_patches(self) -> Self:
         if self.img_size % self.patch_size:
@@ -213,6 +224,16 @@ class PretrainConfig(TrainingConfig):
     def depends_on_num_processes(self) -> bool:
         """Whether another number of processes changes the loss."""
         return self.method.depends_on_num_processes
+
+    @model_validator(mode="after")
+    def _no_pretrained_tag(self) -> Self:
+        architecture, dot, tag = self.backbone.name.partition(".")
+        if dot:
+            raise ValueError(
+                f"backbone.name={self.backbone.name}: the tag {tag} stands for trained weights, and training starts from "
+                f"random ones: write backbone.name={architecture}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _no_online_eval_with_fsdp(self) -> Self:

@@ -37,6 +37,7 @@ from ssl_vit.evaluation.results.eval_result import (
     ModelScores,
     Selection,
     archive_previous_result,
+    is_result,
     sibling_path,
 )
 from ssl_vit.evaluation.results.provenance import data_name, pretraining_seed, result_path
@@ -44,6 +45,7 @@ from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone, random_init
 from ssl_vit.runtime.device import best_device, set_local_device
 from ssl_vit.runtime.errors import RankFinished, UserError
 from ssl_vit.runtime.launch import torchrun_rank
+from ssl_vit.runtime.outputs import check_outputs, record_outputs
 from ssl_vit.runtime.text import pluralize
 
 BLOCKS = 4  # minimum number of last blocks in the feature cache, so that all evaluations share one pass
@@ -80,9 +82,12 @@ class Evaluation:
         started = time.perf_counter()
         loaded, transform = load_model(config)
         out = config.out or result_path(task, config, loaded)
-        for path in (out, sibling_path(out, ".npz"), sibling_path(out, ".png")):
+        files = [out, sibling_path(out, ".npz"), sibling_path(out, ".png")]
+        for path in files:
             if path.exists() and not path.is_file():
                 raise UserError(f"out={out}: {path} is not a file and cannot be replaced; use another name")
+        if config.out is not None and not torchrun_rank()[0]:
+            check_outputs(files, inputs={"data.root": config.data.root}, is_own=is_result(out))
         return cls(task, config, loaded, dataset or build_labeled_splits(config.data), transform, out, started)
 
     @property
@@ -168,6 +173,8 @@ class Evaluation:
             by_class=by_class,
         )
         archive_previous_result(self.out, result)
+        if self.config.out is not None:
+            record_outputs([self.out, sibling_path(self.out, ".npz"), image])
         result.write(self.out)
         image.unlink(missing_ok=True)  # of an earlier result
         return result

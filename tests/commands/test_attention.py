@@ -155,7 +155,7 @@ def test_attention_of_one_image_with_max_side(folder):
         (["masks={folder}/nowhere"], "there is no such folder"),
         (["images={folder}/images/thin.png"], "no image could be used"),
         (["images={folder}/images/other size.webp", "masks={folder}/masks"], "no image has a usable mask"),
-        (["out={folder}/images/maps"], "choose a folder outside of it"),
+        (["out={folder}/images/maps"], "would be written over images="),
         (["attention_mass=1.5"], "attention_mass: input should be less than 1"),
         (["checkpoint=random:vit_nothing"], "vit_nothing"),
         (["checkpoint=random:vit_small_patch16_dinov3", "methods=[lost]"], "rotary position embeddings"),

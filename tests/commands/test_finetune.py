@@ -262,12 +262,14 @@ def test_finetune_refuses_another_test_set_on_resume(begun):
 def test_finetune_refuses_another_model_on_resume(begun, tmp_path):
     root = f"data.root={begun.folder}"
     first = (tmp_path / "model.safetensors").read_bytes()
+    sidecar = (tmp_path / "model.json").read_bytes()
     export_backbone(make_model(init="timm"), tmp_path / "model.safetensors", mean=[0.5] * 3, std=[0.25] * 3,
                     source="a test")  # fmt: skip
     with pytest.raises(UserError, match=r"another model than the one that the run started from(.|\n)*run.overwrite"):
         begun.go_on(root)
     assert state(begun.run)[1] == 2
     (tmp_path / "model.safetensors").write_bytes(first)
+    (tmp_path / "model.json").write_bytes(sidecar)
     begun.go_on(root)
     assert record_of(begun.run)["model"]["sha256"] == hashlib.sha256(first).hexdigest()
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from ssl_vit.cli import main
 from ssl_vit.config.pretrain import BackboneConfig
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.export import export_backbone
+from ssl_vit.models.export import export_backbone, file_sha256
 
 IMAGE_FIGURES = ["rollout", "distance", "entropy", "prefix", "diversity", "norms", "spectrum", "layers"]
 WEIGHT_FIGURES = ["positions", "filters"]
@@ -166,7 +166,7 @@ def test_inspect_skips_and_lists_corrupt_images(tiny_model, tmp_path, capsys):
     ("argv", "message"),
     [
         (["images={folder}/nowhere"], "does not exist"),
-        (["images={folder}", "out={folder}/inspect"], "choose a directory outside of it"),
+        (["images={folder}", "out={folder}/inspect"], "would be written over images="),
         (["images={folder}", "image_size=20"], "image_size=20"),
         (["images={folder}", "compare_to={folder}/nothing"], "there is no such file or folder"),
         (["limit=0"], "limit"),
@@ -190,6 +190,8 @@ def test_inspect_rejects_a_model_that_has_diverged(sample, tmp_path, capsys):
     ):
         value = torch.nan if name == "norm.bias" else 3e38
         save_file({**weights, name: torch.full_like(weights[name], value)}, file)
+        sidecar = json.loads(file.with_suffix(".json").read_text()) | {"sha256": file_sha256(file)}
+        file.with_suffix(".json").write_text(json.dumps(sidecar))
         out = tmp_path / name
         assert main(["inspect", f"checkpoint={file}", f"images={sample / 'test'}", f"out={out}", "limit=5"]) == 2
         assert message in capsys.readouterr().err

@@ -55,6 +55,37 @@ def test_load_config_parses_typed_values():
 # --- messages ---
 
 
+def test_load_config_explains_keys_of_other_tools_and_proposes_similar_keys_only():
+    for key in ("checkpoint", "pretrained", "backbone.pretrained", "weights"):
+        assert f"{key}: unknown key; training starts from random weights" in error_of(
+            "pretrain", "data.root=x", f"{key}=true"
+        )
+    assert "resume_from: unknown key; a run is resumed with run.resume=true" in error_of(
+        "pretrain", "data.root=x", "resume_from=y"
+    )
+    assert "zzqq: unknown key; --help lists all keys" in error_of("pretrain", "data.root=x", "zzqq=1")
+
+
+def test_load_config_refuses_a_name_that_promises_trained_weights():
+    text = error_of("pretrain", "data.root=x", "backbone.name=vit_small_patch14_dinov2.lvd142m")
+    assert "the tag lvd142m stands for trained weights" in text
+    assert "write backbone.name=vit_small_patch14_dinov2" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "changed"),
+    [
+        ([], []),
+        (["backbone.name=vit_small_patch8_224"], ["patch_size=16 instead of 8"]),
+        (["backbone.name=vit_small_patch16_224", "backbone.img_size=96"], ["img_size=96 instead of 224"]),
+        (["backbone.name=vit_small_patch14_reg4_dinov2", "backbone.depth=2"],
+         ["patch_size=16 instead of 14", "reg_tokens=0 instead of 4", "depth=2"]),
+    ],
+)  # fmt: skip
+def test_backbone_config_overridden_names_what_the_name_does_not_say(argv, changed):
+    assert load("pretrain", "data.root=x", *argv).backbone.overridden() == changed
+
+
 def test_load_config_lists_all_mistakes_with_the_nearest_keys():
     text = error_of(
         "pretrain", "sede=1", "data.bach_size=2", "lr=0.1", "method.head.layers=many", "trainer.max_epochs=0"

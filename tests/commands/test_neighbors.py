@@ -65,7 +65,13 @@ def test_neighbors_of_an_unlabeled_image(overrides, flat, tmp_path, capsys):
         assert figure.width > 6 * NEIGHBOR_SIDE
     printed = capsys.readouterr().out
     assert str(tmp_path / "figure.json") in printed
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["features", "figure.json", "figure.png", "flat"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        ".ssl-vit-outputs",
+        "features",
+        "figure.json",
+        "figure.png",
+        "flat",
+    ]
 
 
 def test_neighbors_exclude_the_query_itself(overrides, sample, tiny_model, tmp_path):

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from ssl_vit.cli import main
+from ssl_vit.runtime.outputs import record_outputs
 from ssl_vit.visualization import attention_video
 from ssl_vit.visualization.attention_video import AttentionRenderer
 
@@ -58,7 +59,7 @@ def test_video_keeps_size_rate_and_number_of_frames(tmp_path, tiny_model, capsys
         assert (stream.width, stream.height, stream.average_rate, stream.frames) == (64, 48, 30, 12)
     frames = read_video(out)
     assert [frame.time for frame in frames] == [Fraction(number, 30) for number in range(12)]
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []  # nothing temporary is left
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
 
 
 def test_video_keeps_uneven_times_and_applies_the_limit(tmp_path, tiny_model):
@@ -145,6 +146,7 @@ def test_video_stopped_by_ctrl_c_keeps_the_finished_frames(tmp_path, tiny_model,
     before = signal.getsignal(signal.SIGINT)
     out = tmp_path / "out.mp4"
     out.write_bytes(b"the old one")
+    record_outputs([out])
     assert run_video(tiny_model, write_video(tmp_path / "clip.mp4", 12), out) == 130
     assert signal.getsignal(signal.SIGINT) is before
     stopped = tmp_path / "out-stopped.mp4"
@@ -156,6 +158,7 @@ def test_video_stopped_by_ctrl_c_keeps_the_finished_frames(tmp_path, tiny_model,
 def test_video_leaves_an_existing_file_unchanged_on_failure(tmp_path, tiny_model, monkeypatch):
     out = tmp_path / "out.mp4"
     out.write_bytes(b"the old one")
+    record_outputs([out])
     write_video(tmp_path / "clip.mp4", 3)
 
     def fail(self, batch):
@@ -165,7 +168,7 @@ def test_video_leaves_an_existing_file_unchanged_on_failure(tmp_path, tiny_model
     with pytest.raises(RuntimeError, match="no more"):
         run_video(tiny_model, tmp_path / "clip.mp4", out)
     assert out.read_bytes() == b"the old one"
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 @pytest.mark.parametrize(
@@ -185,9 +188,9 @@ def test_video_reports_invalid_options(tmp_path, tiny_model, capsys, argv, messa
 def test_video_rejects_its_input_as_output(tmp_path, tiny_model, capsys):
     path = write_video(tmp_path / "clip.mp4", 2)
     assert run_video(tiny_model, path, path) == 2
-    assert "is the video itself" in capsys.readouterr().err
+    assert "would be written over video=" in capsys.readouterr().err
     assert run_video(tiny_model, tmp_path, tmp_path / "overlays") == 2
-    assert "is inside" in capsys.readouterr().err
+    assert "would be written over video=" in capsys.readouterr().err
 
 
 def test_video_draws_one_head(tmp_path, tiny_model):

@@ -237,6 +237,15 @@ def sibling_path(path: Path, suffix: str) -> Path:
     return path.with_name(f"{path.name.removesuffix('.json')}{suffix}")
 
 
+def is_result(path: Path) -> bool:
+    """Return whether a file is a result, of any version."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"task", "protocol_hash"} <= content.keys()
+
+
 def archive_previous_result(path: Path, result: EvalResult) -> None:
     """Move an existing result at `path` to `replaced/` unless it has the same model, protocol and images."""
     try:
