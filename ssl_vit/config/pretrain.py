@@ -230,8 +230,8 @@ class PretrainConfig(TrainingConfig):
         architecture, dot, tag = self.backbone.name.partition(".")
         if dot:
             raise ValueError(
-                f"backbone.name={self.backbone.name}: the tag {tag} stands for trained weights, and training starts from "
-                f"random ones: write backbone.name={architecture}"
+                f"backbone.name={self.backbone.name}: the tag {tag} stands for trained weights, and training starts "
+                f"from random ones: write backbone.name={architecture}"
             )
         return self
 
