@@ -6,7 +6,6 @@ ssl-vit demo method=sit run.name=demo-sit
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 
@@ -20,7 +19,8 @@ from ssl_vit.data.sources.synthetic import make_synthetic_dataset
 from ssl_vit.evaluation.results.eval_result import EvalResult
 from ssl_vit.evaluation.segmentation.segmentation_evaluator import MODEL, RANDOM, MethodResult
 from ssl_vit.training.checkpointing import find_latest_checkpoint
-from ssl_vit.training.run_dir import lock_run_dir, prepare_run_dir
+from ssl_vit.training.run_dir import delete_run, lock_run_dir, prepare_run_dir
+from ssl_vit.training.run_identity import mark_as_run
 
 
 def main(config: DemoConfig) -> None:
@@ -33,8 +33,10 @@ def main(config: DemoConfig) -> None:
     if not config.run.resume:
         with lock_run_dir(config.run):
             if config.run.overwrite:
-                shutil.rmtree(folder, ignore_errors=True)
+                delete_run(config.run)
             prepare_run_dir(config.run)
+            folder.mkdir(exist_ok=True)
+            mark_as_run(folder)
             print(f"Generating {config.num_images:,} images of 12 classes in {dataset}", flush=True)
             make_synthetic_dataset(dataset, num_images=config.num_images, seed=config.seed)
     pretrain(pretrain_config)

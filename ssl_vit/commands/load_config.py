@@ -27,6 +27,7 @@ from ssl_vit.commands.help import conf_dir, recipes_dir
 from ssl_vit.config.methods import METHOD_CONFIGS, MethodConfig
 from ssl_vit.config.types import POSITIONAL, StrictConfig
 from ssl_vit.runtime.errors import AllRanksError, UserError
+from ssl_vit.runtime.launch import launched_processes
 
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
 
@@ -51,6 +52,7 @@ def load_config(command: str, argv: list[str], config_class: type[ConfigT]) -> C
     """
     try:
         values = compose_config(command, argv, config_class)
+        _set_processes(values.get("trainer"))
         return config_class.model_validate(values)
     except ValidationError as error:
         raise AllRanksError(_describe(error, values)) from None
@@ -87,6 +89,27 @@ def compose_config(command: str, argv: list[str], config_class: type[StrictConfi
     except (OSError, ValueError, RecursionError) as error:  # files that are not YAML, names that are too long
         given = ", ".join(arg[:80] for arg in argv)
         raise UserError(f"cannot compose a configuration from {given}: {_without_hints(error)}") from None
+
+
+def _set_processes(trainer: object) -> None:
+    """Replace `auto` in trainer.devices and trainer.num_nodes by what a launcher such as torchrun started, else by 1.
+
+    Raises:
+        UserError: They are given, and contradict the launcher: each of its processes would train for itself.
+    """
+    if not isinstance(trainer, dict):
+        return
+    launched = launched_processes()
+    for key, count in zip(("devices", "num_nodes"), launched or (1, 1), strict=True):
+        if trainer.get(key) == "auto":
+            trainer[key] = count
+    given = trainer.get("devices"), trainer.get("num_nodes")
+    if launched and all(isinstance(count, int) for count in given) and given != launched:
+        raise UserError(
+            f"trainer.devices={given[0]} and trainer.num_nodes={given[1]}, but the launcher started "
+            f"{launched[0]} x {launched[1]} processes (per machine x machines). Leave both keys out, or set "
+            f"trainer.devices={launched[0]} trainer.num_nodes={launched[1]}"
+        )
 
 
 def to_yaml(values: dict[str, Any]) -> str:

@@ -28,6 +28,27 @@ def torchrun_rank() -> tuple[int, int]:
     return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if "RANK" in os.environ else (0, 1)
 
 
+def launched_processes() -> tuple[int, int] | None:
+    """Return the processes per machine and the machines that torchrun, srun or alike started; None without a launcher.
+
+    Not the processes that Lightning starts itself: these have no RANK.
+    """
+    if "RANK" in os.environ:
+        world = _count("WORLD_SIZE")
+        local = _count("LOCAL_WORLD_SIZE", world)
+        return local, max(1, world // local)
+    interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")  # there Lightning starts the processes
+    if "SLURM_STEP_NUM_TASKS" in os.environ and not interactive:
+        nodes = _count("SLURM_STEP_NUM_NODES", _count("SLURM_NNODES"))
+        return max(1, _count("SLURM_STEP_NUM_TASKS") // nodes), nodes
+    return None
+
+
+def _count(variable: str, default: int = 1) -> int:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() and int(text) else default
+
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of glibc's mallopt
 _LARGE = 32 << 20  # bytes; glibc's upper limit of its dynamic mmap threshold
 _GLIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

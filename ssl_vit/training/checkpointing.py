@@ -14,9 +14,11 @@ from ssl_vit.models.checkpoint import LAST, torch_load_weights_only
 from ssl_vit.runtime.atomic_io import atomic_write, fsync_dir
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.launch import is_rank_zero
+from ssl_vit.training.run_identity import MARKER, read_run_id
 
 PREVIOUS = "previous.ckpt"
 BEST = "best_knn.ckpt"  # never resumed from
+RUN_ID = "ssl_vit_run"  # key of the run's id in a checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -32,7 +34,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> None:
         try:
             with atomic_write(Path(path)) as file:
-                torch.save(checkpoint, file)
+                torch.save(checkpoint | {RUN_ID: read_run_id(Path(path).parent.parent)}, file)
                 if Path(path).exists():
                     link_checkpoint(Path(path), PREVIOUS)
         except (OSError, RuntimeError) as error:  # torch's writer wraps what the file raises
@@ -70,14 +72,15 @@ def find_latest_checkpoint(folder: Path, *, otherwise: str = _REPLACE) -> Latest
     """Return the newest intact checkpoint of a run, or None where none was written; `otherwise` is for the message.
 
     Raises:
-        UserError: There are checkpoints, and all of them are damaged.
+        UserError: There are checkpoints, and all of them are damaged; or the newest is that of another run.
     """
     kept = sorted(folder.glob("epoch_*.ckpt"), reverse=True)
     candidates = [path for path in (folder / LAST, folder / PREVIOUS, *kept) if path.is_file()]
     damaged: list[Path] = []
     for path in candidates:
-        if (step := read_global_step(path)) is not None:
-            return LatestCheckpoint(path, step, damaged)
+        if (header := _read_header(path)) is not None:
+            _check_run_id(path, header.run_id)
+            return LatestCheckpoint(path, header.step, damaged)
         damaged.append(path)
     if damaged:
         raise UserError(
@@ -107,8 +110,30 @@ def resume_point(folder: Path, *, otherwise: str = _REPLACE) -> tuple[LatestChec
 
 
 def read_global_step(path: Path) -> int | None:
-    """Return the number of optimizer steps in a checkpoint; None if it cannot be read or is damaged."""
+    """Return the number of optimizer steps in a checkpoint of this run; None if it cannot be read or is another's."""
+    header = _read_header(path)
+    return header.step if header and header.run_id in (None, read_run_id(path.parent.parent)) else None
+
+
+class _Header(NamedTuple):
+    step: int
+    run_id: str | None  # None: written before checkpoints had one
+
+
+def _check_run_id(path: Path, run_id: str | None) -> None:
+    folder = path.parent.parent
+    own = read_run_id(folder)
+    if run_id is not None and run_id != own:
+        raise UserError(
+            f"{path} belongs to another run (id {run_id[:8]}; {folder / MARKER} "
+            f"{f'has {own[:8]}' if own else 'is missing'}). Put the run's own files back to resume it"
+        )
+
+
+def _read_header(path: Path) -> _Header | None:
     try:
-        return int(torch_load_weights_only(path)["global_step"])
+        content = torch_load_weights_only(path)
+        run_id = content.get(RUN_ID)
+        return _Header(int(content["global_step"]), run_id if isinstance(run_id, str) else None)
     except (UserError, LookupError, TypeError, ValueError):
         return None

@@ -34,6 +34,11 @@ def translate_training_errors(checkpoints: RunCheckpoint) -> Iterator[None]:
     except SystemExit:  # Lightning's answer to a second Ctrl-C
         raise KeyboardInterrupt from None
     except Exception as error:
+        if not checkpoints.started and "loading state_dict" in str(error):
+            raise AllRanksError(
+                f"the checkpoint in {checkpoints.folder} is not of this run: its weights have other names or shapes. "
+                "Put the run's own checkpoint back to resume it"
+            ) from None
         if world_size() > 1 and _peer_is_gone(error):
             if is_rank_zero():
                 reason = str(error).partition("\n")[0].partition(". This is typically")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,6 +31,7 @@ from ssl_vit.training.resume_checks import (
     compare_configs,
     read_config,
 )
+from ssl_vit.training.run_identity import check_deletable, check_startable, mark_as_run
 
 AnyRun = PretrainConfig | FinetuneConfig
 RunT = TypeVar("RunT", PretrainConfig, FinetuneConfig)
@@ -53,7 +55,8 @@ class RunState(NamedTuple):
 def lock_run_dir(run: RunDirConfig, *, alternative: str = "another run.name") -> Iterator[None]:
     """Hold the lock of the run directory; it is released when its process ends, however that happens.
 
-    Only the first process of a run takes the lock. A command that fails before its run begins leaves no empty
+    Only the first process of a run takes the lock, beside the real path of the directory: names that link to it share
+    it. A command that fails before its run begins leaves no empty
     directories behind, and restores the run that it was about to replace.
 
     Raises:
@@ -62,17 +65,19 @@ def lock_run_dir(run: RunDirConfig, *, alternative: str = "another run.name") ->
     if not is_rank_zero():
         yield
         return
-    created = not run.folder.exists()
+    real = _real_path(run)
+    created = not real.parent.exists()
     try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run.folder / f".{run.name}.lock")
+        real.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(real.parent / f".{real.name}.lock")
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
             f"another process is training in {run.path}. Wait for it, stop it, or use {alternative}"
         ) from None
-    except OSError as error:
-        raise UserError(f"run.folder={run.folder}: {error.strerror}. Choose a writable directory") from None
+    except (OSError, NotImplementedError) as error:  # the latter from a file system without locks
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise UserError(f"run.folder={run.folder}: {reason}. Choose a writable directory") from None
     with lock:
         restore_or_delete_replaced(run)
         try:
@@ -80,12 +85,12 @@ def lock_run_dir(run: RunDirConfig, *, alternative: str = "another run.name") ->
         finally:
             restore_or_delete_replaced(run)
             with suppress(OSError):  # not empty, or never created
-                (run.path / "checkpoints").rmdir()
-                run.path.rmdir()
-            if created and not run.path.exists():
+                (real / "checkpoints").rmdir()
+                real.rmdir()
+            if created and not real.exists():
                 Path(lock.lock_file).unlink(missing_ok=True)
                 with suppress(OSError):
-                    run.folder.rmdir()
+                    real.parent.rmdir()
 
 
 def apply_extension(config: RunT) -> RunT:
@@ -118,7 +123,7 @@ def open_run_dir(
     if not (run.resume is True or (exists and (run.resume == "auto" or requeued()))):
         if is_rank_zero():
             prepare_run_dir(run)
-            (run.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (_real_path(run) / "checkpoints").mkdir(parents=True, exist_ok=True)
         train = train_part(dataset)
         return RunState(run.path, dataset, train, make_plan(config, len(train)))
     if not exists:
@@ -167,6 +172,7 @@ def write_run_metadata(config: AnyRun, dataset: ImageDataset) -> None:
     write_json(folder / DATA, data)
     with atomic_write(folder / CONFIG) as file:
         file.write(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).encode())
+    mark_as_run(folder)
     restore_or_delete_replaced(config.run)
 
 
@@ -174,7 +180,7 @@ def prepare_run_dir(run: RunDirConfig) -> None:
     """Make sure that the directory contains no run; one to be overwritten is moved aside until `write_run_metadata`.
 
     Raises:
-        UserError: It contains a run, and run.overwrite is false.
+        UserError: It contains a run, and run.overwrite is false; or files that this tool did not write.
     """
     if (run.path / CONFIG).exists() or any((run.path / "checkpoints").glob("*.ckpt")):
         if not run.overwrite:
@@ -182,20 +188,45 @@ def prepare_run_dir(run: RunDirConfig) -> None:
                 f"{run.path} already contains a run. Use run.resume=true to continue it, run.overwrite=true to "
                 "replace it, or another run.name"
             )
-        run.path.rename(_replaced_path(run))
+        check_deletable(run.path)
+        _real_path(run).rename(_replaced_path(run))
+    check_startable(run.path)
+
+
+def _real_path(run: RunDirConfig) -> Path:
+    """Return the run directory behind symbolic links, which stay as they are when a run is replaced."""
+    return Path(os.path.realpath(run.path))
+
+
+def delete_run(run: RunDirConfig) -> None:
+    """Delete the run directory, if there is one.
+
+    Raises:
+        UserError: This tool did not write it.
+    """
+    if run.path.exists():
+        check_deletable(run.path)
+        shutil.rmtree(_real_path(run))
 
 
 def _replaced_path(run: RunDirConfig) -> Path:
-    return run.folder / f".{run.name}.replaced"
+    real = _real_path(run)
+    return real.with_name(f".{real.name}.replaced")
 
 
 def restore_or_delete_replaced(run: RunDirConfig) -> None:
-    """Delete the run that was moved aside if the new one has begun, else move it back."""
+    """Delete the run that was moved aside if the new one has begun, else move it back.
+
+    Raises:
+        UserError: The files of others lie in its place.
+    """
     replaced = _replaced_path(run)
     if not replaced.is_dir():
         return
+    check_deletable(replaced)
     if (run.path / CONFIG).exists():
         shutil.rmtree(replaced)
     else:
-        shutil.rmtree(run.path, ignore_errors=True)
-        replaced.rename(run.path)
+        check_startable(run.path)
+        shutil.rmtree(_real_path(run), ignore_errors=True)
+        replaced.rename(_real_path(run))

@@ -234,3 +234,35 @@ def test_main_with_cfg_prints_the_composed_config(capsys):
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed == compose_config("pretrain", overrides, PretrainConfig)
     assert printed["backbone"]["embed_dim"] == 128
+
+
+@pytest.mark.parametrize(
+    ("environment", "words", "expected"),
+    [
+        ({}, [], (1, 1)),
+        ({}, ["trainer.devices=2"], (2, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, [], (2, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, [], (4, 2)),
+        (
+            {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"},
+            ["trainer.devices=4", "trainer.num_nodes=2"],
+            (4, 2),
+        ),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2"}, [], (2, 2)),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_JOB_NAME": "bash"}, ["trainer.devices=2"], (2, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, ["trainer.devices=1"], None),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, ["trainer.num_nodes=2"], None),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, ["trainer.devices=2"], None),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "1"}, ["trainer.devices=2"], None),
+    ],
+)
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_load_config_takes_the_processes_of_the_launcher(monkeypatch, environment, words, expected, command):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if expected is None:
+        with pytest.raises(UserError, match=r"but the launcher started \d x \d processes"):
+            load(command, *words)
+    else:
+        trainer = load(command, *words).trainer
+        assert (trainer.devices, trainer.num_nodes) == expected

@@ -47,6 +47,7 @@ class RunCheckpoint(L.Callback):
         self.keep_every_epochs = config.keep_every_epochs
         self.io = AtomicCheckpointIO()
         self.saved_step = 0  # optimizer steps in the newest checkpoint
+        self.started = 0.0  # time of the first step; 0 before
         self.diverged = self.timed_out = False
 
     @property
@@ -54,6 +55,8 @@ class RunCheckpoint(L.Callback):
         """How to resume, for the messages of what stopped the run."""
         if not self.saved_step:
             return "No checkpoint was written."
+        if not (self.folder / LAST).is_file():
+            return f"The checkpoint of step {self.saved_step:,} is gone: {self.folder} was removed or moved."
         return f"The checkpoint of step {self.saved_step:,} is intact: resume from it with {self.resume_with}."
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
