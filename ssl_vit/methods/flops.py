@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -42,11 +42,8 @@ def count_flops(model: nn.Module, *shapes: Sequence[int]) -> Flops:
         model: Anything that contains backbones; its `forward` returns a sequence of tensors.
         shapes: Of the inputs of `forward`.
     """
-    with _plain_modules(model), FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
-        tensors = {
-            name: torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-        }
+    with plain_modules(model), FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+        tensors = empty_tensors(model)
         outputs = functional_call(model, tensors, tuple(torch.empty(shape) for shape in shapes))
         torch.stack([output.sum() for output in outputs]).sum().backward()  # type: ignore[no-untyped-call]
     counts = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
@@ -55,8 +52,16 @@ def count_flops(model: nn.Module, *shapes: Sequence[int]) -> Flops:
     return Flops(backbones, counts["Global"] - sum(backbones.values()))
 
 
+def empty_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return tensors for all parameters and buffers of a model, by name; in a FakeTensorMode they have no values."""
+    return {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    }
+
+
 @contextmanager
-def _plain_modules(model: nn.Module) -> Iterator[None]:
+def plain_modules(model: nn.Module) -> Iterator[None]:
     """Within it, modules are in evaluation mode and compute by their class's own `forward`."""
     modules = list(model.modules())
     modes = [module.training for module in modules]

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch.distributed import DistBackendError
 
 from ssl_vit.runtime.distributed import rank, world_size
@@ -34,6 +35,12 @@ def translate_training_errors(checkpoints: RunCheckpoint) -> Iterator[None]:
     except SystemExit:  # Lightning's answer to a second Ctrl-C
         raise KeyboardInterrupt from None
     except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise _with_rank(
+                f"the GPU has too little memory ({str(error).partition('. ')[0]}). It comes down with a larger "
+                "trainer.accumulate_grad_batches, trainer.activation_checkpointing=true, a smaller "
+                f"data.batch_size or smaller views. {checkpoints.resume_hint}"
+            ) from None
         if not checkpoints.started and "loading state_dict" in str(error):
             raise AllRanksError(
                 f"the checkpoint in {checkpoints.folder} is not of this run: its weights have other names or shapes. "

@@ -24,6 +24,7 @@ from ssl_vit.training.callbacks.run_checkpoint import RunCheckpoint
 from ssl_vit.training.callbacks.skipped_steps import SkippedSteps
 from ssl_vit.training.failures import raise_if_diverged, translate_training_errors
 from ssl_vit.training.loggers import make_loggers
+from ssl_vit.training.memory_estimate import check_host_memory
 from ssl_vit.training.run_dir import AnyRun, RunState, write_run_metadata
 from ssl_vit.training.trainer import build_trainer
 
@@ -127,8 +128,9 @@ def fit_run(
     The summary is printed before the first step; `is_best` answers whether a step's checkpoint is the best so far.
 
     Raises:
-        UserError: No image can be read, training failed, or diverged.
+        UserError: The machine has too little memory, no image can be read, training failed, or diverged.
     """
+    summary = "\n".join([summary, *check_host_memory(config, method)])
     journal = JSONLWriter(run.path / "skipped_steps.jsonl", run.done)
     steps = SkippedSteps(journal, run.train, max_in_a_row=config.trainer.max_skipped_steps)
     texts = {
