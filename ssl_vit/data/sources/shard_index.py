@@ -32,6 +32,7 @@ Integers = npt.NDArray[np.int64]
 INDEX_FILE = "shards.safetensors"
 MANIFEST_FILE = "ssl-vit-shards.json"
 
+FURTHER_IMAGES = "further images of a sample"  # a kind of ignored members
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")  # gzip, bz2, xz, zstd, lz4
 _EXPECTED = EXTENSIONS | {".cls", ".json"}
 _LABEL = re.compile(rb"\s*\d{1,18}\s*")  # fits into int64
@@ -89,9 +90,9 @@ class _Member(NamedTuple):
 def index_tar(path: Path) -> TarIndex:
     """List the images of a tar file, one per sample; only headers and `.cls` members are read.
 
-    Of several images of a sample (`7.jpg`, `7.seg.png`), the one with the fewest dots is used, then the first. Links,
-    devices and sparse files are ignored. Nothing is unpacked, so names such as `../../x.jpg` are harmless. Of a
-    damaged file, the samples before the damaged one are used.
+    Of several images of a sample (`7.jpg`, `7.seg.png`), the one with the fewest dots is used, then the first; but see
+    `_split_dotted`. Links, devices and sparse files are ignored. Nothing is unpacked, so names such as `../../x.jpg`
+    are harmless. Of a damaged file, the samples before the damaged one are used.
 
     Raises:
         UserError: The file is compressed.
@@ -101,14 +102,14 @@ def index_tar(path: Path) -> TarIndex:
     images: list[_Member] = []
     labels: list[int] = []
     complete = 0  # images of samples that are followed by another
-    for _, sample in groupby(_read_members(path, ignored, damage), key=attrgetter("key")):
+    samples = groupby(_read_members(path, ignored, damage), key=attrgetter("key"))
+    for members in chain.from_iterable(_split_dotted(list(sample)) for _, sample in samples):
         complete = len(images)
-        members = list(sample)
         candidates = [member for member in members if member.kind in EXTENSIONS]
         if candidates:
             images.append(min(candidates, key=attrgetter("dots")))
             labels.append(max(member.label for member in members))
-            ignored["further images of a sample"] += len(candidates) - 1
+            ignored[FURTHER_IMAGES] += len(candidates) - 1
         ignored.update(member.kind for member in members if member.kind not in _EXPECTED)
     if damage:
         del images[complete:], labels[complete:]
@@ -121,6 +122,19 @@ def index_tar(path: Path) -> TarIndex:
         +ignored,
         "; ".join(damage),
     )
+
+
+def _split_dotted(sample: list[_Member]) -> list[list[_Member]]:
+    """Split a sample that is none: its names hold dots of their own (`2024.05.01.jpg`, `clip.0001.jpg`).
+
+    That is so if it has several images of one kind, and no member is named by the key and an extension alone, as
+    `7.jpg` or `7.cls` beside `7.left.jpg` and `7.right.jpg`. Its members are then samples by the path up to the last
+    dot. Members that follow each other are of one sample, as everywhere in WebDataset.
+    """
+    kinds = [member.kind for member in sample if member.kind in EXTENSIONS]
+    if len(kinds) == len(set(kinds)) or not all(member.dots for member in sample):
+        return [sample]
+    return [list(members) for _, members in groupby(sample, key=lambda member: member.name.rpartition(".")[0])]
 
 
 def compressed_message(path: Path) -> str:

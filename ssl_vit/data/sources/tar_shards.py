@@ -144,6 +144,8 @@ def load_shards(root: Path) -> TarShardDataset:
             f"{escape_path(root.absolute())}: no image in {pluralize(len(paths), '.tar file')} of this folder{found}"
         )
         raise UserError("\n  ".join([problem, *truncate_list(damaged, _SHOWN)]))
+    if ignored and is_rank_zero():
+        log.warning(f"{pluralize(ignored.total(), 'member')} of the tar files ignored: {format_counts(ignored)}")
     if damaged and is_rank_zero():
         problem = f"{len(damaged)} of {pluralize(len(paths), 'shard')} damaged; the samples before the damage are used"
         log.warning("\n  ".join([problem, *truncate_list(damaged, _SHOWN)]))

@@ -259,6 +259,36 @@ def test_index_tar_lists_one_regular_file_per_sample(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
 
 
+DOTTED = {  # names of the members, without extension
+    "dates": [f"2024.05.{day:02d}_12.00" for day in range(1, 13)],
+    "frames": [f"clip{clip}.{frame:04d}" for clip in range(4) for frame in range(3)],
+    "augmented": [f"cat{i // 3}_jpg.rf.{i:032x}" for i in range(10)],  # the last has one, others three
+    "in a folder": [f"v1.2/v1.{i}.x" for i in range(12)],
+}
+
+
+@pytest.mark.parametrize("extras", [(), ("cls",), ("cls", "json")], ids=str)
+@pytest.mark.parametrize("stems", DOTTED.values(), ids=DOTTED.keys())
+def test_index_tar_splits_names_with_dots_at_the_last(tmp_path, caplog, stems, extras):
+    content = {"jpg": lambda i: jpeg(i), "cls": lambda i: b"%d" % (i % 2), "json": lambda i: b"{}"}
+    members = [(f"{stem}.{kind}", content[kind](i)) for i, stem in enumerate(stems) for kind in ("jpg", *extras)]
+    tar(tmp_path / "x.tar", members)
+    dataset = load_shards(tmp_path)
+    assert names(dataset) == [f"x.tar/{stem}.jpg" for stem in stems]
+    assert dataset.labels.tolist() == ([i % 2 for i in range(len(stems))] if extras else [-1] * len(stems))
+    assert not dataset.ignored and not caplog.text
+
+
+def test_load_shards_reports_the_ignored_members_on_the_terminal(tmp_path, caplog):
+    views = [(f"{i}.{end}", jpeg(i)) for i in range(5) for end in ("left.jpg", "right.jpg")]
+    labels = [(f"{i}.cls", b"1") for i in range(5)]
+    tar(tmp_path / "x.tar", [*sorted(views + labels), ("6.jpg", jpeg(6)), ("6.cls", b"0"), ("6.txt", b"")])
+    dataset = load_shards(tmp_path)
+    assert names(dataset) == [*(f"x.tar/{i}.left.jpg" for i in range(5)), "x.tar/6.jpg"]
+    assert dataset.labels.tolist() == [1] * 5 + [0]
+    assert "6 members of the tar files ignored: 5 further images of a sample, 1 .txt" in caplog.text
+
+
 # --- damage ----------------------------------------------------------------------------------------------------
 
 
