@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ssl_vit.data.dataset import ImageDataset, JPEGScaleFn, UnreadableImageError, escape_path
 from ssl_vit.data.sources.decode import EXTENSIONS, decode
-from ssl_vit.data.sources.image_index import cached_walk
+from ssl_vit.data.sources.image_index import REPEATED_FOLDER, cached_walk
 from ssl_vit.data.sources.packed_paths import PackedPaths
 from ssl_vit.data.sources.path_lists import read_paths
 from ssl_vit.data.sources.split_folders import folder_layout
@@ -105,6 +105,8 @@ def scan_image_folder(root: Path) -> ImageFolder:
         found = f"it holds {format_counts(ignored)}" if ignored else "it is empty"
         hint = "data.source=shards reads tar files" if ignored[".tar"] else f"images: {', '.join(sorted(EXTENSIONS))}"
         raise UserError(f"{escape_path(root.absolute())}: there is no image in this folder, {found}; {hint}")
+    if repeated := ignored[REPEATED_FOLDER]:
+        log.warning(f"{escape_path(root)}: {pluralize(repeated, 'link')} to a folder that is there already, used once")
     return ImageFolder(root, names, ignored=ignored, labeled=True)
 
 

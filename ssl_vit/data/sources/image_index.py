@@ -38,6 +38,8 @@ _SUFFIXES = frozenset(map(os.fsencode, EXTENSIONS))
 # Thumbnails and deleted files.
 _SYSTEM_FOLDERS = frozenset({b"__MACOSX", b"@eaDir", b"$RECYCLE.BIN", b"System Volume Information"})
 
+REPEATED_FOLDER = "second path to a folder"  # a kind of ignored entries
+
 _MIN_SECONDS = 1.0  # faster walks are not cached
 _SETTLED_NS = 2_000_000_000  # tick of the coarsest file system clock, within which two changes look like one
 _KIND = f"ssl-vit index 2 {' '.join(sorted(EXTENSIONS))}"  # another version may look for other images
@@ -124,7 +126,7 @@ def walk_images(root: Path) -> WalkResult:
                 bar.update(len(folder.images))
     runs.sort()
     names = PackedPaths.from_iterable(name for run in runs for name in run.split(b"\0"))
-    kinds = Counter({"hidden": hidden, "unreadable folder": unreadable, "second path to a folder": repeated})
+    kinds = Counter({"hidden": hidden, "unreadable folder": unreadable, REPEATED_FOLDER: repeated})
     for suffix, count in ignored.items():
         kinds[escape_path(suffix) or "without extension"] += count
     return WalkResult(names, +kinds, PackedPaths.from_iterable(seen), state.hexdigest(), last_change)
