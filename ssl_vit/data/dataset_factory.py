@@ -148,7 +148,7 @@ def _build_labeled(source: Source, folder: Path) -> ImageDataset:
         rule = "the names of two or more class folders"
         stray = next((name for name in map(dataset.name, range(len(dataset))) if "/" not in name), None)
         only = dataset.name(0).partition("/")[0]
-        found = f"{stray} lies in none" if stray else f"all images lie in {only}/; perhaps name {escape_path(folder / only)}"
+        found = f"{stray} lies in none" if stray else f"all images lie in {only}/; perhaps name that folder"
     raise UserError(f"{escape_path(folder)}: labels are {rule}, and {found}")
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ssl_vit.config.evaluate import EvaluationConfig, FeatureCommandConfig, LabeledEvalConfig
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog
 from ssl_vit.data.dataset_factory import TrainTestSplit, build_labeled_splits
+from ssl_vit.data.sources.image_folder import ImageFolder
 from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.features.cache import FeatureCache, candidate_caches, features_folder
 from ssl_vit.evaluation.features.cache_writer import FillResult, fill_cache
@@ -46,9 +47,10 @@ from ssl_vit.runtime.device import best_device, set_local_device
 from ssl_vit.runtime.errors import RankFinished, UserError
 from ssl_vit.runtime.launch import torchrun_rank
 from ssl_vit.runtime.outputs import check_outputs, record_outputs
-from ssl_vit.runtime.text import pluralize
+from ssl_vit.runtime.text import pluralize, truncate_list
 
 BLOCKS = 4  # minimum number of last blocks in the feature cache, so that all evaluations share one pass
+_SHOWN_CLASSES = 8  # names in a result's title
 MODEL, RANDOM, PIXELS = "model", "random init", "raw pixels"
 
 
@@ -167,7 +169,12 @@ class Evaluation:
             baselines=scores[1:],
             cost=provenance.runtime_cost(self.started, best_device()),
             environment={**provenance.environment(best_device()), **(engines or {})},
-            warnings=[*self._skip_warnings(), *_class_warnings(train_labels, test_labels), *warnings],
+            warnings=[
+                *self._skip_warnings(),
+                *_class_warnings(train_labels, test_labels),
+                *self._pretraining_warnings(),
+                *warnings,
+            ],
             selection=Selection(**selection) if selection else None,
             config=self.config.model_dump(mode="json", exclude={"out"}),
             by_class=by_class,
@@ -186,6 +193,9 @@ class Evaluation:
             "name": data_name(data),
             "root": str(data.root or data.train),
             **({} if data.test is None else {"test": str(data.test)}),
+            "train_images": self.dataset.train.describe(),
+            "test_images": None if self.dataset.test is None else self.dataset.test.describe(),
+            "classes": truncate_list(self.dataset.train.classes, _SHOWN_CLASSES),
             "n_train": len(train_labels),
             "n_test": len(test_labels),
             "n_classes": len(torch.unique(torch.cat([train_labels, test_labels]))),
@@ -217,6 +227,17 @@ class Evaluation:
         """Return the lists of the unreadable train and test images, beside the result."""
         train, test = (self.out.with_name(f"{self.out.stem}-skipped-{part}.txt") for part in ("train", "test"))
         return SkippedImageLog(train), SkippedImageLog(test)
+
+    def _pretraining_warnings(self) -> list[str]:
+        """Return a warning if the run trained, without their labels, on the folder that the test images are in."""
+        data = provenance.run_config(self.loaded.run).get("data")
+        root = data.get("root") if isinstance(data, dict) else None
+        test = self.test_images
+        if not isinstance(root, str) or not isinstance(test, ImageFolder):
+            return []
+        if not test.root.resolve().is_relative_to(Path(root).resolve()):
+            return []
+        return [f"the run has trained, without labels, on all images in {root}, these test images included"]
 
     def _skip_warnings(self) -> list[str]:
         counts = {log.path: log.count() for log in self._skipped()}

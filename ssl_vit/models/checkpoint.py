@@ -71,6 +71,8 @@ def load_backbone(
             no class token although one is required.
     """
     loaded = _load(str(checkpoint), weights, num_heads)
+    if weights == "student" and loaded.weights != "student" and not str(checkpoint).startswith("random:"):
+        raise UserError(f"checkpoint={checkpoint}: it does not tell of student weights; leave out weights=student")
     if require_cls:
         loaded.backbone.require_cls()
     return loaded

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import wandb
+import yaml
 from PIL import Image
 
 from ssl_vit.cli import main
@@ -348,3 +350,26 @@ def test_knn_warns_of_classes_without_test_images(run, sample, tmp_path):
     evaluate("knn", f"checkpoint={run}", f"data.root={tmp_path / 'few'}", "baselines=false", "k=5")
     warnings = json.loads((run / "eval" / "knn-few.json").read_text())["warnings"]
     assert "1 of 12 classes have no test images and are not evaluated" in warnings
+
+
+def test_knn_prints_and_stores_what_was_evaluated(tiny_model, sample, tmp_path, capsys):
+    out = tmp_path / "result.json"
+    assert (
+        main(["knn", f"checkpoint={tiny_model}", f"data.root={sample}", f"out={out}", "baselines=false", "k=[1]"]) == 0
+    )
+    printed, data = capsys.readouterr().out, json.loads(out.read_text())["data"]
+    for part in ("train", "test"):
+        assert f"{part}: {data[f'{part}_images']}" in printed
+        assert str(sample / part) in data[f"{part}_images"]
+    assert "model: " in printed
+    assert f"classes: {', '.join(data['classes'])}" in printed
+
+
+def test_knn_warns_if_the_run_has_trained_on_the_test_images(tiny_model, sample, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(Path(tiny_model).parent, run)
+    words = [f"checkpoint={run}", f"data.root={sample}", "baselines=false", "k=[1]"]
+    for root, warned in ((sample, True), (sample / "test", True), (sample / "train", False)):
+        (run / "config.yaml").write_text(yaml.safe_dump({"data": {"root": str(root)}}))
+        assert main(["knn", *words]) == 0
+        assert ("these test images included" in capsys.readouterr().out) == warned

@@ -125,6 +125,8 @@ def _remarks(mask: ForegroundMask) -> list[str]:
         remarks.append("more than two values, cut in the middle of their range (above 127 of 255 is foreground)")
     if mask.reading == "labels":
         remarks.append("more than two values, all labels but 0 are foreground; mask_values= selects some")
+    if mask.reading == "binary" and len(mask.values) == 2 and mask.values[0]:
+        remarks.append(f"{mask.values[1]:g} is foreground and {mask.values[0]:g} is not; mask_values= selects another")
     if mask.void.any():
         remarks.append("255 is void and excluded" if mask.reading != "values" else "the void values are excluded")
     if (mask.foreground | mask.void).all():

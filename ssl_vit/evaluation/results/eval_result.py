@@ -209,16 +209,21 @@ class EvalResult(_Part):
     def table(self) -> str:
         """Return the scores in percent, the model's with its interval beside the baselines, and the warnings below."""
         data = self.data
-        title = (
+        transform = self.protocol.get("transform")
+        lines = [
             f"{self.task} on {data.name}: {data.get('n_test'):,} test images, {data.get('n_classes')} classes, "
-            f"{data.get('n_train'):,} training images ({self.protocol['split']})"
-        )
+            f"{data.get('n_train'):,} training images ({self.protocol['split']})",
+            f"model: {self.model.source}{'' if self.model.step is None else f', step {self.model.step:,}'}"
+            + (f"; images of {transform['image_size']} pixels" if transform else ""),
+            *(f"{part}: {text}" for part in ("train", "test") if (text := data.get(f"{part}_images"))),
+            *(f"classes: {', '.join(classes)}" for classes in [data.get("classes")] if classes),
+        ]
         rows = [
             [metric.name, metric.percent, *(f"{100 * score.metrics[row].value:.1f}" for score in self.baselines)]
             for row, metric in enumerate(self.score.metrics)
         ]
         headers = ["accuracy in %", *(score.name for score in (self.score, *self.baselines))]
-        return "\n".join([title, "", format_table(rows, headers), *(f"\nwarning: {text}" for text in self.warnings)])
+        return "\n".join([*lines, "", format_table(rows, headers), *(f"\nwarning: {text}" for text in self.warnings)])
 
 
 def topk_metrics(ranks: Tensor, classes: int, suffix: str = "") -> list[Metric]:
@@ -251,10 +256,11 @@ def archive_previous_result(path: Path, result: EvalResult) -> None:
     try:
         previous = json.loads(path.read_bytes())
         name = str(previous["id"])[:8]
-        identity = previous["protocol_hash"], previous["model"]["sha256"], previous["data"]["fingerprints"]
+        model = previous["model"]["sha256"] or previous["model"]["state_sha256"]
+        identity = previous["protocol_hash"], model, previous["data"]["fingerprints"]
     except (OSError, ValueError, LookupError, TypeError):  # none, or nothing worth keeping
         return
-    if identity == (result.protocol_hash, result.model.sha256, result.data.get("fingerprints")):
+    if identity == (result.protocol_hash, result.model.identity, result.data.get("fingerprints")):
         return
     folder = path.parent / "replaced"
     folder.mkdir(exist_ok=True)

@@ -135,7 +135,7 @@ def model_name(loaded: LoadedBackbone, checkpoint: str, which: str) -> str:
         return "-".join([loaded.run.resolve().name, *_variant(checkpoint, which)])
     kind, colon, name = checkpoint.partition(":")
     if loaded.sha256 is not None:
-        name = f"{Path(checkpoint).stem}-{loaded.sha256[:8]}{'-student' if which == 'student' else ''}"
+        name = "-".join([Path(checkpoint).stem, loaded.sha256[:8], *(["student"] if which == "student" else [])])
     elif not colon:
         name = checkpoint
     elif kind == "random":

@@ -28,6 +28,7 @@ from ssl_vit.evaluation.results.statistics import wilson
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone
 from ssl_vit.models.export import export_backbone
+from ssl_vit.runtime.errors import UserError
 from tests.helpers.results import changed
 
 METRIC = Metric(name="top-1, k=20", value=0.5, n=100, low=0.404, high=0.596)
@@ -106,8 +107,9 @@ def test_eval_result_created_is_finer_than_a_second(tmp_path):
 def test_table_shows_scores_beside_baselines():
     lines = RESULT.table().splitlines()
     assert lines[0] == "knn on photos: 100 test images, 4 classes, 1,000 training images (train and test)"
-    assert lines[2].split() == ["accuracy", "in", "%", "model", "raw", "pixels"]
-    assert lines[3].split() == ["top-1,", "k=20", "50.0", "±", "9.6", "25.0"]
+    assert lines[1].startswith("model: ")
+    assert lines[3].split() == ["accuracy", "in", "%", "model", "raw", "pixels"]
+    assert lines[4].split() == ["top-1,", "k=20", "50.0", "±", "9.6", "25.0"]
     assert lines[-1] == "warning: look out"
 
 
@@ -216,7 +218,8 @@ def test_result_path_contains_the_model_without_a_run(exported):
     file = exported.parent / "my net.safetensors"
     digest = load_backbone(str(file)).sha256[:8]
     assert name(str(exported)) == exported / "eval" / "knn-lab.json"
-    assert name(str(exported), "weights=student") == exported / "eval" / "knn-lab-student.json"
+    with pytest.raises(UserError, match="it does not tell of student weights"):
+        name(str(exported), "weights=student")
     assert str(name(str(file))) == f"knn-lab-my-net-{digest}.json"
     assert str(name("random:vit_tiny_patch16_224")) == "knn-lab-random-vit_tiny_patch16_224.json"
     assert str(name(f"random:{exported}")) == "knn-lab-random-tiny.json"
