@@ -37,11 +37,10 @@ from ssl_vit.evaluation.results.eval_result import (
     ModelInfo,
     ModelScores,
     Selection,
-    archive_previous_result,
-    is_result,
     sibling_path,
 )
 from ssl_vit.evaluation.results.provenance import data_name, pretraining_seed, result_path
+from ssl_vit.evaluation.results.result_reader import archive_previous_result, is_result
 from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone, random_init_like
 from ssl_vit.runtime.device import best_device, set_local_device
 from ssl_vit.runtime.errors import RankFinished, UserError

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
-import logging
 import math
 import os
 import uuid
@@ -28,8 +26,6 @@ from ssl_vit.runtime.text import format_table
 SCHEMA = 3  # format of the JSON; grows when a key changes its meaning
 ON_TEST = "test images"  # how `selection.on` begins where something was chosen on the test images,
 LAST_EPOCH = ", last epoch"  # and how the names of the metrics end that were not chosen on them
-
-log = logging.getLogger(__name__)
 
 
 def _finite_or_nan(value: Any) -> Any:  # noqa: ANN401 - any JSON
@@ -240,33 +236,6 @@ def topk_metrics(ranks: Tensor, classes: int, suffix: str = "") -> list[Metric]:
 def sibling_path(path: Path, suffix: str) -> Path:
     """Return the path of a file that belongs to a result: its name with `.json` replaced by a suffix."""
     return path.with_name(f"{path.name.removesuffix('.json')}{suffix}")
-
-
-def is_result(path: Path) -> bool:
-    """Return whether a file is a result, of any version."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and {"task", "protocol_hash"} <= content.keys()
-
-
-def archive_previous_result(path: Path, result: EvalResult) -> None:
-    """Move an existing result at `path` to `replaced/` unless it has the same model, protocol and images."""
-    try:
-        previous = json.loads(path.read_bytes())
-        name = str(previous["id"])[:8]
-        model = previous["model"]["sha256"] or previous["model"]["state_sha256"]
-        identity = previous["protocol_hash"], model, previous["data"]["fingerprints"]
-    except (OSError, ValueError, LookupError, TypeError):  # none, or nothing worth keeping
-        return
-    if identity == (result.protocol_hash, result.model.identity, result.data.get("fingerprints")):
-        return
-    folder = path.parent / "replaced"
-    folder.mkdir(exist_ok=True)
-    for file in path.parent.glob(f"{glob.escape(path.stem)}.*"):
-        file.replace(folder / f"{path.stem}-{name}{file.name.removeprefix(path.stem)}")
-    log.warning(f"{path} contained a result of other settings, images or weights; moved it to {folder}")
 
 
 def json_safe(value: Any) -> Any:  # noqa: ANN401 - any JSON

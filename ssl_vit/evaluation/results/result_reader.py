@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import logging
 import os
 import zipfile
 import zlib
@@ -15,6 +17,8 @@ from pydantic import ValidationError
 
 from ssl_vit.evaluation.results.eval_result import SCHEMA, EvalResult, Predictions
 from ssl_vit.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
 
 # Exceptions that damaged .npz files have been seen to raise.
 _DAMAGE = (OSError, LookupError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
@@ -122,3 +126,30 @@ def _writer(content: dict[str, Any]) -> str:
     package = content.get("package", content.get("tool"))
     version = package.get("version") if isinstance(package, dict) else None
     return f"ssl-vit {version}" if isinstance(version, str) else "another version of ssl-vit"
+
+
+def is_result(path: Path) -> bool:
+    """Return whether a file is a result, of any version."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"task", "protocol_hash"} <= content.keys()
+
+
+def archive_previous_result(path: Path, result: EvalResult) -> None:
+    """Move an existing result at `path` to `replaced/` unless it has the same model, protocol and images."""
+    try:
+        previous = json.loads(path.read_bytes())
+        name = str(previous["id"])[:8]
+        model = previous["model"]["sha256"] or previous["model"]["state_sha256"]
+        identity = previous["protocol_hash"], model, previous["data"]["fingerprints"]
+    except (OSError, ValueError, LookupError, TypeError):  # none, or nothing worth keeping
+        return
+    if identity == (result.protocol_hash, result.model.identity, result.data.get("fingerprints")):
+        return
+    folder = path.parent / "replaced"
+    folder.mkdir(exist_ok=True)
+    for file in path.parent.glob(f"{glob.escape(path.stem)}.*"):
+        file.replace(folder / f"{path.stem}-{name}{file.name.removeprefix(path.stem)}")
+    log.warning(f"{path} contained a result of other settings, images or weights; moved it to {folder}")
