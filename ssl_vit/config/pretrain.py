@@ -103,6 +103,7 @@ class OnlineEvalConfig(StrictConfig):
     train_images: Count
     val_images: Count
     k: Annotated[list[Count], Field(min_length=1)]
+    select_best: bool | Literal["auto"]
 
 
 class ImageLoggingConfig(StrictConfig):

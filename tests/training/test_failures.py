@@ -58,7 +58,13 @@ def kill_and_resume(words, run, *, kills, seed):
 
 
 def check_kills(words, run, *, kills):
-    words = [*words, "trainer.checkpoint_every=0s", "backbone.drop_path=0.2", "online.every_epochs=1"]
+    words = [
+        *words,
+        "trainer.checkpoint_every=0s",
+        "backbone.drop_path=0.2",
+        "online.every_epochs=1",
+        "online.select_best=true",
+    ]
     whole = run_command([*words, "run.name=whole"])
     assert whole.returncode == 0, whole.stderr
     assert kill_and_resume(words, run, kills=kills, seed=0) > 0
@@ -348,7 +354,11 @@ def test_translate_training_errors_finds_a_killed_data_worker_behind_other_error
 @pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
 def test_pretrain_resumes_with_another_number_of_processes(pretrain_words, tmp_path, first, second):
     words = pretrain_words(
-        "trainer.precision=32-true", "backbone.drop_path=0.2", "trainer.max_steps=14", "online.every_epochs=1"
+        "trainer.precision=32-true",
+        "backbone.drop_path=0.2",
+        "trainer.max_steps=14",
+        "online.every_epochs=1",
+        "online.select_best=true",
     )
     run = tmp_path / "runs" / "dino"
     whole = run_command([*words, "run.name=whole"])

@@ -18,7 +18,7 @@ from ssl_vit.training.callbacks.preemption import PreemptionHandler
 from ssl_vit.training.checkpointing import find_latest_checkpoint
 from tests.helpers.cli import assert_same_run, checkpoint, rows, run_command, start_command, state, wait_until
 
-FULL = ("online.every_epochs=1", "backbone.drop_path=0.2", "trainer.max_steps=27")
+FULL = ("online.every_epochs=1", "online.select_best=true", "backbone.drop_path=0.2", "trainer.max_steps=27")
 
 
 # --- equal to the uninterrupted run ----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import lightning as L
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from ssl_vit.config.methods import ViewsConfig
 from ssl_vit.config.pretrain import OnlineEvalConfig
-from ssl_vit.data.dataset import ImageDataset, SkippedImageLog, Subset, class_balanced_order
+from ssl_vit.data.dataset import ImageDataset, SkippedImageLog, Subset, class_balanced_order, escape_path
 from ssl_vit.data.dataset_factory import TrainTestSplit, build_labeled_folder_splits
+from ssl_vit.data.sources.split_folders import folder_layout
 from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.classification.knn import LabeledFeatures, knn
 from ssl_vit.evaluation.classification.ridge_regression import best_ridge, ridge_path
@@ -52,13 +54,15 @@ def select_online_data(config: OnlineEvalConfig, dataset: ImageDataset, *, seed:
 
     Args:
         config: Its `root` names a labeled folder, whose `val/` or `test/` then gives the val images.
-        dataset: The training images of the run, used without a `root` if they lie in class folders. Of each class at
-            most a fifth become val images, or one of two to four.
+        dataset: The training images of the run, used without a `root` if they lie in class folders, which splits are
+            not. Of each class at most a fifth become val images, or one of two to four.
         seed: For the selection.
 
     Raises:
         UserError: There are no labeled images in `root`.
     """
+    if config.root is None and _are_splits(dataset):
+        return None
     train, test = build_labeled_folder_splits(config.root) if config.root else TrainTestSplit(dataset, None)
     order = class_balanced_order(train.labels, seed=seed)
     train_index, val_source = order.indices, train
@@ -73,6 +77,11 @@ def select_online_data(config: OnlineEvalConfig, dataset: ImageDataset, *, seed:
     if not len(val_index) or len(torch.unique(train.labels[train_index])) < 2:
         return None
     return OnlineEvalData(Subset(train, train_index), Subset(val_source, val_index))
+
+
+def _are_splits(dataset: ImageDataset) -> bool:
+    """Return whether the folders of the images are splits (train/, val/), or may be, instead of classes."""
+    return folder_layout(dataset.classes, lambda _: ()).kind != "classes"
 
 
 def accuracies(train: Features, val: Features, *, ks: list[int]) -> dict[str, float]:
@@ -117,6 +126,7 @@ class OnlineEval(L.Callback):
         self.initial: EvalPoint | None = None  # before the first step
         self.last: EvalPoint | None = None
         self.best: EvalPoint | None = None  # by kNN with the first k; its weights are in best_knn.ckpt
+        self.selects = config.root is not None if config.select_best == "auto" else config.select_best
         self.improved = False  # whether this step is the best so far, which RunCheckpoint then keeps
 
     def state_dict(self) -> dict[str, Any]:
@@ -133,6 +143,8 @@ class OnlineEval(L.Callback):
         self.initial, self.last, self.best = (
             state_dict[name] and EvalPoint(**state_dict[name]) for name in ("initial", "last", "best")
         )
+        if not self.selects:
+            self.best = None
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Make sure that `best_knn.ckpt` is the best that the resumed checkpoint knows of.
@@ -183,6 +195,7 @@ class OnlineEval(L.Callback):
         self.last = point
         if point.step == 0:
             self.initial = point
+        if point.step == 0 or not self.selects:
             return
         best = self.best.values[self.names[0]] if self.best else -math.inf
         self.improved = point.values[self.names[0]] > best
@@ -194,6 +207,11 @@ class OnlineEval(L.Callback):
         if not self.config.every_epochs:
             return []
         if not self.data:
+            if self.config.root is None and _are_splits(self.run.dataset):
+                return [
+                    f"No online evaluation: the folders {_names(self.run.dataset.classes)} of data.root look like "
+                    "splits, not classes. Use online.root=FOLDER for a folder of labeled images"
+                ]
             return [
                 "No online evaluation: it needs two or more class folders with images to spare. Use online.root=FOLDER "
                 "for a folder of labeled images"
@@ -204,8 +222,18 @@ class OnlineEval(L.Callback):
         epochs = "epoch" if self.config.every_epochs == 1 else f"{self.config.every_epochs} epochs"
         return [
             f"Online evaluation every {epochs}: kNN (k={ks}) and a linear classifier, {train:,} train / {val:,} val "
-            f"images (95 % CI about ±{50 * (high - low):.1f} points)"
+            f"images (95 % CI about ±{50 * (high - low):.1f} points)",
+            self._plan_classes(),
         ]
+
+    def _plan_classes(self) -> str:
+        """Return which folders are taken for classes, and whether they select a checkpoint."""
+        root = self.config.root
+        classes = self.run.dataset.classes if root is None or self.data is None else self.data.train.classes
+        source = f"the folders of {'data.root' if root is None else f'online.root={root}'}"
+        purpose = "for these numbers only: the training uses no labels"
+        best = "they also select best_knn.ckpt" if self.selects else "online.select_best=true keeps the best checkpoint"
+        return f"  Its classes are {source} ({_names(classes)}), {purpose}; {best}"
 
     def summary(self) -> list[str]:
         """Return a table of the accuracies in percent, and how to evaluate the best checkpoint."""
@@ -222,6 +250,11 @@ class OnlineEval(L.Callback):
             lines.append(f"Best checkpoint: {self.best_path} (selected on these images; evaluate it on other data):")
             lines.append(f"  ssl-vit knn checkpoint={self.best_path} data.root=LABELED")
         return lines
+
+
+def _names(classes: Sequence[str], most: int = 5) -> str:
+    shown = ", ".join(escape_path(name) for name in classes[:most])
+    return f"{shown}, ... {len(classes)} in all" if len(classes) > most else shown
 
 
 def _linear(train: LabeledFeatures, val: LabeledFeatures) -> float:

@@ -234,6 +234,37 @@ def test_online_eval_plan_reports_the_confidence_interval(pretrain_config, capsy
     assert float(points) == pytest.approx(100 * 1.96 * math.sqrt(0.25 / int(queries)), rel=0.06)
 
 
+def test_online_eval_of_the_runs_own_folders_says_them_and_selects_nothing(pretrain_config, sample, tmp_path, capsys):
+    for camera, name in (("camera1", "train"), ("camera2", "test")):
+        shutil.copytree(sample / name, tmp_path / "cameras" / camera)
+    words = (f"data.root={tmp_path / 'cameras'}", "online.every_epochs=1", "trainer.max_steps=2")
+    run = pretrain(pretrain_config(*words))
+    output = capsys.readouterr().out
+    assert "Its classes are the folders of data.root (camera1, camera2), for these numbers only" in output
+    assert "Best checkpoint" not in output
+    assert not (run / "checkpoints" / "best_knn.ckpt").exists()
+    for more in ("online.select_best=true", f"online.root={sample}"):
+        pretrain(pretrain_config(*words, more, "run.overwrite=true"))
+        assert "they also select best_knn.ckpt" in capsys.readouterr().out
+        assert state(run, "best_knn.ckpt")[1] == 2
+
+
+@pytest.mark.parametrize("names", [("train", "valid"), ("Train", "test_set", "val"), ("training", "DEV")])
+def test_online_eval_takes_no_splits_for_classes(pretrain_config, sample, tmp_path, capsys, names):
+    for name in names:
+        (tmp_path / "splits" / name).mkdir(parents=True)
+        for number, path in enumerate(sorted((sample / "test").rglob("*.png"))[:20]):
+            shutil.copy(path, tmp_path / "splits" / name / f"{number}.png")
+        shutil.copytree(sample / "test", tmp_path / "nested" / name)
+    words = ("online.every_epochs=1", "trainer.max_steps=2")
+    run = pretrain(pretrain_config(f"data.root={tmp_path / 'splits'}", *words))
+    assert "of data.root look like splits, not classes" in capsys.readouterr().out
+    assert "online/knn@20" not in rows(run)[0]
+    run = pretrain(pretrain_config(f"data.root={tmp_path / 'nested'}", *words, "run.name=nested"))
+    assert "No online evaluation" in capsys.readouterr().out
+    assert "online/knn@20" not in rows(run)[0]
+
+
 # --- the best checkpoint ---------------------------------------------------------------------------------------
 
 SCRIPT = {0: 0.9, 3: 0.2, 6: 0.5, 9: math.nan, 12: 0.5, 15: 0.6, 16: 0.1}  # by the steps done, of 3 in an epoch
@@ -257,7 +288,7 @@ def script():
 @pytest.fixture
 def scripted(sample, pretrain_config):
     """A function: the configuration of a scripted run, with the words given to it."""
-    words = (f"data.root={sample / 'test'}", "online.every_epochs=1", "trainer.max_steps=16")
+    words = (f"data.root={sample / 'test'}", "online.every_epochs=1", "online.select_best=true", "trainer.max_steps=16")
     return lambda *more: pretrain_config(*words, "trainer.checkpoint_every=1h", *more)
 
 
@@ -266,7 +297,8 @@ def whole(sample, tmp_path_factory):
     """The folder of a scripted run that was not interrupted, and what it said."""
     folder = tmp_path_factory.mktemp("whole")
     words = [*SHRUNK, *SHRUNK_DINO, f"data.root={sample / 'test'}", f"run.folder={folder}", "run.name=whole"]
-    words += ["online.every_epochs=1", "trainer.max_steps=16", "trainer.keep_every_epochs=1"]
+    words += ["online.every_epochs=1", "online.select_best=true"]
+    words += ["trainer.max_steps=16", "trainer.keep_every_epochs=1"]
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         run = pretrain(load_config("pretrain", words, PretrainConfig))
