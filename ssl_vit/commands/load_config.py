@@ -28,6 +28,7 @@ from ssl_vit.config.methods import METHOD_CONFIGS, MethodConfig
 from ssl_vit.config.types import POSITIONAL, StrictConfig
 from ssl_vit.runtime.errors import AllRanksError, UserError
 from ssl_vit.runtime.launch import launched_processes
+from ssl_vit.runtime.yaml_file import read_yaml
 
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
 
@@ -70,6 +71,7 @@ def compose_config(command: str, argv: list[str], config_class: type[StrictConfi
     arguments = [arg for arg in argv if positional and ("=" not in arg or Path(arg).exists())]
     argv, config_dirs = _split_config_dirs([arg for arg in argv if arg not in arguments])
     folders = [conf_dir(), recipes_dir().parent, *config_dirs]
+    _check_yaml_files(config_dirs)
     search = ",".join(f"file://{folder.absolute()}" for folder in folders)
     home = next((folder for folder in folders if (folder / f"{command}.yaml").is_file()), conf_dir()).absolute()
     groups, strings = _groups(home / f"{command}.yaml"), string_keys(config_class)
@@ -187,6 +189,15 @@ def _split_config_dirs(argv: list[str]) -> tuple[list[str], list[Path]]:
         if not folder.is_dir():
             raise UserError(f"--config-dir={folder}: there is no such folder")
     return [arg for arg in argv if not arg.startswith("--config-dir=")], folders
+
+
+def _check_yaml_files(folders: list[Path]) -> None:
+    """Check the user's own recipes and options, which Hydra would expand without a limit."""
+    for path in (path for folder in folders for path in folder.rglob("*.yaml")):
+        try:
+            read_yaml(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {str(error).partition(chr(10))[0][:200]}") from None
 
 
 def _groups(file: Path) -> set[str]:

@@ -92,5 +92,5 @@ def _step(line: bytes) -> float:
     """Return the step of a line; infinity for a truncated one."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError, OverflowError):
         return float("inf")

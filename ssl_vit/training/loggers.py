@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import os
 import uuid
 from argparse import Namespace
@@ -18,6 +19,8 @@ from ssl_vit.config.pretrain import LoggerConfig
 from ssl_vit.runtime.atomic_io import atomic_write
 from ssl_vit.runtime.launch import is_rank_zero
 from ssl_vit.training.run_dir import RunState
+
+log = logging.getLogger(__name__)
 
 
 class ResumableCSVLogger(Logger):
@@ -34,8 +37,15 @@ class ResumableCSVLogger(Logger):
         self.columns = ["step", "epoch"]
         self.row: dict[str, float | str] = {}  # of the latest step; more metrics of that step may follow
         self.latest = -1  # last step in the file when it was opened
+        if is_rank_zero() and done and not path.is_file():
+            log.warning(f"{path} is missing: the metrics of the first {done:,} steps are lost")
         if is_rank_zero() and path.is_file():
-            self.columns, rows = _read(path)
+            rows: list[dict[str, str]] = []
+            try:
+                self.columns, rows = _read(path)
+            except ValueError as error:
+                path.replace(aside := path.with_name(f"{path.name}.damaged"))
+                log.warning(f"{path} is damaged ({error}): it is kept as {aside.name}, and metrics start again")
             self.latest = max((int(row["step"]) for row in rows), default=-1)
             self._rewrite([row for row in rows if int(row["step"]) < done])
 
@@ -127,8 +137,22 @@ def make_loggers(config: LoggerConfig, run: RunState, *, hyperparameters: dict[s
 
 
 def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Return the columns and the complete rows; one that was cut off is dropped."""
-    whole = path.read_bytes().rpartition(b"\n")[0].decode("utf-8", "replace")
-    reader = csv.DictReader(whole.splitlines())
-    columns = list(reader.fieldnames or ["step", "epoch"])
-    return columns, [row for row in reader if None not in row.values() and row["step"].isdecimal()]
+    """Return the columns and the complete rows; the last one is dropped if it was cut off.
+
+    Raises:
+        ValueError: The file was changed: its header or a row is not what this class writes.
+    """
+    whole = path.read_bytes().rpartition(b"\n")[0].decode("utf-8-sig", "replace")
+    lines = whole.splitlines()
+    if not lines:
+        return ["step", "epoch"], []
+    columns = next(csv.reader(lines[:1]))
+    if not {"step", "epoch"} <= set(columns) or len(set(columns)) < len(columns):
+        raise ValueError("its first line has no columns step and epoch")
+    rows = []
+    for number, values in enumerate(csv.reader(lines[1:]), start=2):
+        row = dict(zip(columns, values, strict=False))
+        if len(values) != len(columns) or not (row["step"].isascii() and row["step"].isdecimal()):
+            raise ValueError(f"line {number} is no row of metrics")
+        rows.append(row)
+    return columns, rows

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from torch import Tensor
 
 from ssl_vit.config.evaluate import FinetuneConfig
@@ -18,6 +17,7 @@ from ssl_vit.data.sources.packed_paths import PackedPaths
 from ssl_vit.models.backbone import state_sha256
 from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.yaml_file import read_yaml
 
 CONFIG = "config.yaml"
 DATA = "data.json"  # number of images and their fingerprint
@@ -43,13 +43,17 @@ def read_config(folder: Path) -> dict[str, Any]:
         UserError: It is damaged.
     """
     try:
-        values: dict[str, Any] = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-        if not values["trainer"].keys() >= LENGTH:
-            raise ValueError("no config of a run")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
+        values: dict[str, Any] = read_yaml(folder / CONFIG)
+        lengths = [values["trainer"][key] for key in sorted(LENGTH)]
+        if not all(isinstance(length, int) and length > 0 for length in lengths if length is not None):
+            raise ValueError(f"trainer.max_epochs and max_steps are {lengths}")
+        if lengths[0] is None:
+            raise ValueError("trainer.max_epochs is missing")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = str(error).partition("\n")[0][:200]
         raise UserError(
-            f"{folder / CONFIG} is damaged. Restore the file of the run; `ssl-vit ... --cfg` prints the config of a "
-            "command"
+            f"{folder / CONFIG} is damaged ({reason}). Restore the file of the run; `ssl-vit ... --cfg` prints "
+            "the config of a command"
         ) from None
     return values
 
@@ -102,7 +106,7 @@ def check_dataset_unchanged(run: RunConfig, found: ImageDataset) -> tuple[ImageD
         unchanged = found.fingerprint(sizes=False) == before["fingerprint"]
         head = f"run.resume=true: the images have changed, from {before['count']:,} to {len(found):,}"
         dataset_text = f"The run was started with {before['text']}"
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return found, [f"{run.path / DATA} cannot be read: the images could not be compared with those of the run"]
     if unchanged:
         return found, []
@@ -161,7 +165,7 @@ def check_source_unchanged(folder: Path, now: dict[str, dict[str, Any]]) -> list
     try:
         before = json.loads((folder / SOURCE).read_text(encoding="utf-8"))
         splits, model = _format_splits(before["splits"]), _format_model(before["model"])
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return [f"{folder / SOURCE} cannot be read: model and splits could not be compared with those of the run"]
     if before["splits"] != now["splits"]:
         raise UserError(

@@ -17,6 +17,7 @@ from ssl_vit.config.pretrain import PretrainConfig, RunDirConfig
 from ssl_vit.data.dataset import ImageDataset
 from ssl_vit.data.sources.image_folder import ImageFolder
 from ssl_vit.methods.schedules import TrainingPlan, make_plan
+from ssl_vit.models.checkpoint import replaced_run_path
 from ssl_vit.runtime.atomic_io import atomic_write, write_json
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.launch import is_rank_zero
@@ -210,8 +211,7 @@ def delete_run(run: RunDirConfig) -> None:
 
 
 def _replaced_path(run: RunDirConfig) -> Path:
-    real = _real_path(run)
-    return real.with_name(f".{real.name}.replaced")
+    return replaced_run_path(_real_path(run))
 
 
 def restore_or_delete_replaced(run: RunDirConfig) -> None:

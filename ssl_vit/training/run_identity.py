@@ -7,10 +7,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ssl_vit.runtime.atomic_io import atomic_write
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.yaml_file import read_yaml
 
 MARKER = "run_id.txt"
 _TEXT = re.compile(rb"ssl-vit run ([0-9a-f]{32})\n?")
@@ -72,8 +71,8 @@ def check_startable(folder: Path) -> None:
 
 def _is_older_run(folder: Path) -> bool:
     try:
-        config: Any = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        config: Any = read_yaml(folder / "config.yaml")
+    except (OSError, ValueError):
         return False
     sections = {"run", "trainer", "data", "method"}
     return isinstance(config, dict) and sections <= config.keys() and (folder / "data.json").is_file()

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import yaml
 from PIL import Image
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import draw_bounding_boxes
@@ -26,6 +25,7 @@ from ssl_vit.data.transforms.multicrop import MultiCrop
 from ssl_vit.data.transforms.random_resized_crop import resolve_boxes, sample_crop_params
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.rng import view_keys
+from ssl_vit.runtime.yaml_file import read_yaml
 from ssl_vit.visualization.image_grid import captioned, fit_size, image_grid, page, stack, text_image, to_pil
 
 Box = tuple[int, int, int, int]  # top, left, height and width in pixels
@@ -144,11 +144,11 @@ def read_run_settings(run: Path) -> RunSettings:
     """
     path, values = run / "config.yaml", None
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
         return RunSettings.model_validate(values)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a run directory") from None
-    except (ValidationError, UnicodeDecodeError, RecursionError, yaml.YAMLError):
+    except ValueError:  # also of pydantic
         trainer = values.get("trainer") if isinstance(values, dict) else None
         if isinstance(trainer, dict) and "accumulate" in trainer:  # today accumulate_grad_batches
             raise UserError(f"{run} is a run of ssl-vit 0.1, whose settings this version cannot read") from None

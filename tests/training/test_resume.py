@@ -174,6 +174,31 @@ def test_resume_is_exact_with_accumulated_steps(pretrain_config, stop_at):
     assert_same_run(whole, parts)
 
 
+def test_resume_reports_another_number_of_threads(pretrain_config, stop_at, caplog):
+    before = torch.get_num_threads()
+    with stop_at(2):
+        pretrain(pretrain_config())
+    try:
+        torch.set_num_threads(before + 1)
+        pretrain(pretrain_config("run.resume=true"))
+    finally:
+        torch.set_num_threads(before)
+    assert f"OMP_NUM_THREADS={before} continues it to the last bit" in caplog.text
+
+
+def test_commands_name_a_run_whose_replacement_was_killed(pretrain_config, sample, capsys):
+    run = pretrain(pretrain_config())
+    old = run.rename(run.with_name(f".{run.name}.replaced"))
+    for more in (False, True):
+        if more:
+            (run / "checkpoints").mkdir(parents=True)  # the new run had not begun
+        for words in (["knn", f"checkpoint={run}", f"data.root={sample}"], ["report", f"run={run}"]):
+            assert main(words) == 2
+            assert f"the old run is kept in {old}" in capsys.readouterr().err
+    pretrain(pretrain_config("run.resume=true"))
+    assert not old.exists()
+
+
 # --- signals and time ------------------------------------------------------------------------------------------
 
 

@@ -39,6 +39,38 @@ def test_resumable_csv_logger_drops_rows_behind_the_resumed_step(tmp_path):
     assert [row["loss"] for row in rows(tmp_path)] == ["0.0", "1.0", "2.0", "3.0", "14.0", "15.0", "16.0", "17.0"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0,0,1.5\n1,0,1.4\n",
+        "step;epoch;loss\n0;0;1,5\n",
+        "step,epoch,loss\n0.0,0,1.5\n",
+        "step,epoch,loss\n0,0\n1,0,1\n",
+        "step,step,epoch\n0,0,0\n",
+        "\0\0\0\n\0\n",
+    ],
+)
+def test_resumable_csv_logger_sets_a_changed_file_aside(tmp_path, caplog, text):
+    path = tmp_path / "metrics.csv"
+    path.write_text(text)
+    metrics = ResumableCSVLogger(path, done=2)
+    assert "metrics.csv.damaged" in caplog.text
+    assert path.with_name("metrics.csv.damaged").read_text() == text
+    metrics.log_metrics({"loss": 2.0}, step=2)
+    metrics.save()
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [("2", "2.0")]
+
+
+def test_resumable_csv_logger_reads_a_byte_order_mark_and_windows_line_ends(tmp_path, caplog):
+    path = tmp_path / "metrics.csv"
+    path.write_bytes("\ufeffstep,epoch,loss\r\n0,0,1.5\r\n".encode())
+    ResumableCSVLogger(path, done=2)
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [("0", "1.5")]
+    path.unlink()
+    ResumableCSVLogger(path, done=2)
+    assert "metrics.csv is missing: the metrics of the first 2 steps are lost" in caplog.text
+
+
 def test_schedule_table_of_a_short_run_shows_each_step_once():
     assert [line.split() for line in schedule_table({"lr": float}, [0, 0, 1, 2])] == [
         ["at", "step", "0", "1", "2"],

@@ -13,7 +13,6 @@ from typing import Any
 
 import timm
 import torch
-import yaml
 
 from ssl_vit import __version__
 from ssl_vit.config.evaluate import EvalDataConfig, LabeledEvalConfig
@@ -21,6 +20,7 @@ from ssl_vit.data.dataset import escape_path
 from ssl_vit.data.sources.split_folders import split_role
 from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.device import autocast_dtype, peak_memory
+from ssl_vit.runtime.yaml_file import read_yaml
 
 _CHECKOUT = Path(__file__).parents[3]
 
@@ -83,8 +83,8 @@ def model_metadata(loaded: LoadedBackbone, checkpoint: str, which: str) -> dict[
 def run_config(run: Path | None) -> dict[str, Any]:
     """Return the content of a run's `config.yaml`; empty if it is missing or damaged: no evaluation needs it."""
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) if run else None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        config = read_yaml(run / "config.yaml") if run else None
+    except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
 

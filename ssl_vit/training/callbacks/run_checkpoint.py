@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning as L
+import torch
 
 from ssl_vit.config.pretrain import TrainerConfig
 from ssl_vit.models.checkpoint import LAST
@@ -14,6 +17,8 @@ from ssl_vit.runtime.distributed import any_rank, norms
 from ssl_vit.runtime.errors import AllRanksError
 from ssl_vit.training.callbacks.preemption import PreemptionHandler
 from ssl_vit.training.checkpointing import BEST, AtomicCheckpointIO, link_checkpoint
+
+log = logging.getLogger(__name__)
 
 
 class RunCheckpoint(L.Callback):
@@ -47,6 +52,7 @@ class RunCheckpoint(L.Callback):
         self.keep_every_epochs = config.keep_every_epochs
         self.io = AtomicCheckpointIO()
         self.saved_step = 0  # optimizer steps in the newest checkpoint
+        self.threads: int | None = None  # of torch, when the resumed checkpoint was written
         self.started = 0.0  # time of the first step; 0 before
         self.diverged = self.timed_out = False
 
@@ -59,7 +65,20 @@ class RunCheckpoint(L.Callback):
             return f"The checkpoint of step {self.saved_step:,} is gone: {self.folder} was removed or moved."
         return f"The checkpoint of step {self.saved_step:,} is intact: resume from it with {self.resume_with}."
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of threads, which changes the last bits of sums on CPUs."""
+        return {"threads": torch.get_num_threads()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.threads = state_dict["threads"]
+
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        threads = torch.get_num_threads()
+        if self.threads not in (None, threads) and module.device.type == "cpu" and trainer.is_global_zero:
+            log.warning(
+                f"resumed with {threads} threads instead of {self.threads}: equal to the uninterrupted run but for "
+                f"rounding. OMP_NUM_THREADS={self.threads} continues it to the last bit"
+            )
         self.started = self.saved = time.monotonic()
         self.step = self.saved_step = trainer.global_step
 

@@ -6,14 +6,13 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from ssl_vit.data.dataset import escape_path
 from ssl_vit.evaluation.features.extractor import on_best_device
 from ssl_vit.evaluation.results.eval_result import EvalResult
 from ssl_vit.evaluation.results.result_reader import find_results, read_result
-from ssl_vit.models.checkpoint import LoadedBackbone, Weights, load_backbone
+from ssl_vit.models.checkpoint import LoadedBackbone, Weights, load_backbone, replaced_run_hint
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.yaml_file import read_yaml
 
 TRACES = ("config.yaml", "metrics.csv", "backbone.safetensors", "checkpoints/*.ckpt")  # one of them makes it a run
 
@@ -56,9 +55,10 @@ def check_run(path: Path) -> None:
     """
     if not path.is_dir():
         what = "is a file; name the run folder" if path.exists() else "does not exist"
-        raise UserError(f"run={escape_path(path)} {what}")
+        raise UserError(f"run={escape_path(path)} {what}{replaced_run_hint(path)}")
     if not any(any(path.glob(trace)) for trace in TRACES):
-        raise UserError(f"run={escape_path(path)} is no run: it holds none of {', '.join(TRACES)}")
+        hint = replaced_run_hint(path)
+        raise UserError(f"run={escape_path(path)} is no run: it holds none of {', '.join(TRACES)}{hint}")
 
 
 def read_run(path: Path, weights: Weights) -> RunContent:
@@ -75,16 +75,16 @@ def read_run(path: Path, weights: Weights) -> RunContent:
 
 def _read_config(path: Path, problems: dict[str, str]) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # YAML also knows dates and sets.
+        plain: Any = json.loads(json.dumps(read_yaml(path), default=str, skipkeys=True))
     except FileNotFoundError:
         problems["config"] = "The run has no config.yaml."
         return {}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        config = None
-    if not isinstance(config, dict):
+    except (OSError, ValueError):
+        plain = None
+    if not isinstance(plain, dict):
         problems["config"] = "config.yaml cannot be read: it is damaged."
         return {}
-    plain: dict[str, Any] = json.loads(json.dumps(config, default=str))  # YAML also knows dates and sets
     return plain
 
 
