@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 import zipfile
@@ -26,6 +25,7 @@ from ssl_vit.models.official_checkpoints import (
     OFFICIAL_CLASSES,
     convert_official_checkpoint,
 )
+from ssl_vit.runtime.atomic_io import replaced_run_hint
 from ssl_vit.runtime.errors import UserError
 
 CHECKPOINT_KEY = "ssl_vit"  # entry in a Lightning checkpoint with method, backbone and normalization
@@ -164,19 +164,6 @@ def _file_of(path: Path) -> Path:
         )
     hint = f"; timm models are written as timm:{path}" if timm.is_model(str(path)) else _name_nearby(path)
     raise UserError(f"checkpoint={path}: there is no such file or folder{replaced_run_hint(path) or hint}")
-
-
-def replaced_run_path(real_path: Path) -> Path:
-    """Return where `run.overwrite=true` keeps the old run until the new one has begun."""
-    return real_path.with_name(f".{real_path.name}.replaced")
-
-
-def replaced_run_hint(path: Path) -> str:
-    """Return where the old run lies if a command that was to replace it was killed; empty otherwise."""
-    old = replaced_run_path(Path(os.path.realpath(path)))
-    if not old.is_dir():
-        return ""
-    return f"; the command that was to replace this run was killed, and the old run is kept in {old}: move it back"
 
 
 def _name_nearby(path: Path) -> str:

@@ -60,6 +60,19 @@ def fsync_dir(folder: Path) -> None:
             os.close(descriptor)
 
 
+def replaced_run_path(real_path: Path) -> Path:
+    """Return where `run.overwrite=true` keeps the old run until the new one has begun."""
+    return real_path.with_name(f".{real_path.name}.replaced")
+
+
+def replaced_run_hint(path: Path) -> str:
+    """Return where the old run lies if a command that was to replace it was killed; empty otherwise."""
+    old = replaced_run_path(Path(os.path.realpath(path)))
+    if not old.is_dir():
+        return ""
+    return f"; the command that was to replace this run was killed, and the old run is kept in {old}: move it back"
+
+
 class JSONLWriter:
     """File of JSON lines, each with its optimizer `step` from 0; several processes may write to it.
 

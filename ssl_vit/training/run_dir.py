@@ -17,8 +17,7 @@ from ssl_vit.config.pretrain import PretrainConfig, RunDirConfig
 from ssl_vit.data.dataset import ImageDataset
 from ssl_vit.data.sources.image_folder import ImageFolder
 from ssl_vit.methods.schedules import TrainingPlan, make_plan
-from ssl_vit.models.checkpoint import replaced_run_path
-from ssl_vit.runtime.atomic_io import atomic_write, write_json
+from ssl_vit.runtime.atomic_io import atomic_write, replaced_run_path, write_json
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.launch import is_rank_zero
 from ssl_vit.training.callbacks.preemption import requeued

@@ -10,7 +10,8 @@ from ssl_vit.data.dataset import escape_path
 from ssl_vit.evaluation.features.extractor import on_best_device
 from ssl_vit.evaluation.results.eval_result import EvalResult
 from ssl_vit.evaluation.results.result_reader import find_results, read_result
-from ssl_vit.models.checkpoint import LoadedBackbone, Weights, load_backbone, replaced_run_hint
+from ssl_vit.models.checkpoint import LoadedBackbone, Weights, load_backbone
+from ssl_vit.runtime.atomic_io import replaced_run_hint
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.yaml_file import read_yaml
 
