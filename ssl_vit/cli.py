@@ -15,7 +15,7 @@ import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
 from ssl_vit import __version__
-from ssl_vit.runtime.atomic_io import DISK_FULL_ERRNOS
+from ssl_vit.runtime.atomic_io import DISK_FULL_ERRNOS, READ_ONLY_ERRNOS
 from ssl_vit.runtime.errors import AllRanksError, RankFinished, UserError
 from ssl_vit.runtime.launch import is_rank_zero
 
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except UserError as error:
         if is_rank_zero() or not isinstance(error, AllRanksError):
-            print(f"ssl-vit {name}: {error}", file=sys.stderr)
+            print(f"ssl-vit {name}: {format_message(str(error))}", file=sys.stderr)
         return 2
     except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         print(f"ssl-vit {name}: {error.filename}: {error.strerror}. Choose another path.", file=sys.stderr)
@@ -155,16 +155,24 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe, `head` for instance, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.errno not in DISK_FULL_ERRNOS:
+        if error.errno not in DISK_FULL_ERRNOS | READ_ONLY_ERRNOS:
             raise
-        path = error.filename or "a file"
-        print(f"ssl-vit {name}: {path}: {error.strerror}. Free some space and try again.", file=sys.stderr)
+        path, full = error.filename or "a file", error.errno in DISK_FULL_ERRNOS
+        advice = "Free some space and try again" if full else "Choose a path on another disk"
+        print(f"ssl-vit {name}: {path}: {error.strerror}. {advice}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         sys.excepthook = lambda *_: None  # threads that are interrupted would print their tracebacks
         print(f"\nssl-vit {name}: stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def format_message(text: str) -> str:
+    """Return the lines of a message without control characters, which names of files may hold."""
+    from ssl_vit.runtime.text import printable
+
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def _run(name: str, overrides: list[str]) -> None:

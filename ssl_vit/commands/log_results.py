@@ -7,7 +7,7 @@ from pathlib import Path
 from ssl_vit.config.evaluate import EvaluationConfig
 from ssl_vit.evaluation.evaluator import Evaluation
 from ssl_vit.evaluation.results.confusion_matrix import ConfusionSummary
-from ssl_vit.evaluation.results.eval_result import EvalResult
+from ssl_vit.evaluation.results.eval_result import EvalResult, lock_result
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.visualization.confusion_figure import plot_confusion, read_hardest_images
 
@@ -32,7 +32,9 @@ def draw_confusion(result: EvalResult, evaluation: Evaluation) -> None:
     predictions = result.score.predictions[metric.removeprefix("top-1")]
     confusion = ConfusionSummary(metric, evaluation.test_images.classes, predictions.target, predictions.predicted)
     title = f"{result.model.name}: {result.task}, {metric}, on {result.data.name}"
-    plot_confusion(path, confusion, read_hardest_images(predictions, evaluation.test_images), title)
+    hardest = read_hardest_images(predictions, evaluation.test_images)
+    with lock_result(evaluation.out):
+        plot_confusion(path, confusion, hardest, title)
 
 
 def format_result(result: EvalResult, path: Path) -> str:

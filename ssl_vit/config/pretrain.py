@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from ssl_vit.config.methods import MethodName, SelectedMethodConfig
 from ssl_vit.config.types import (
@@ -24,8 +24,15 @@ from ssl_vit.config.types import (
 # --- a run -----------------------------------------------------------------------------------------------------
 
 
+def _check_printable(name: str) -> str:
+    if not name.isprintable():
+        raise ValueError("a run's name is one line of printable characters")
+    return name
+
+
 class RunDirConfig(StrictConfig):
-    name: Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$")]  # a single folder name, not ..
+    # A single folder name, not ..
+    name: Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$"), AfterValidator(_check_printable)]
     folder: Path
     resume: bool
     overwrite: bool

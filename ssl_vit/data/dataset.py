@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
+from ssl_vit.runtime.atomic_io import lock_file
 from ssl_vit.runtime.workers import map_threads
 
 # Maps an image's upright height and width in pixels to the factor 1, 2, 4 or 8 by which it may be decoded smaller.
@@ -115,7 +115,7 @@ class SkippedImageLog:
         if error.name in self._logged:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path.with_name(f".{self.path.name}.lock")), self.path.open("a+b") as file:
+        with lock_file(self.path.with_name(f".{self.path.name}.lock")), self.path.open("a+b") as file:
             file.seek(self._bytes_read)
             self._logged |= {line.partition("\t")[0] for line in file.read().decode().splitlines()}
             if error.name not in self._logged:

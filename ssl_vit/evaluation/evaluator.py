@@ -37,6 +37,7 @@ from ssl_vit.evaluation.results.eval_result import (
     ModelInfo,
     ModelScores,
     Selection,
+    lock_result,
     sibling_path,
 )
 from ssl_vit.evaluation.results.provenance import data_name, pretraining_seed, result_path
@@ -178,11 +179,12 @@ class Evaluation:
             config=self.config.model_dump(mode="json", exclude={"out"}),
             by_class=by_class,
         )
-        archive_previous_result(self.out, result)
-        if self.config.out is not None:
-            record_outputs([self.out, sibling_path(self.out, ".npz"), image])
-        result.write(self.out)
-        image.unlink(missing_ok=True)  # of an earlier result
+        with lock_result(self.out):
+            archive_previous_result(self.out, result)
+            if self.config.out is not None:
+                record_outputs([self.out, sibling_path(self.out, ".npz"), image])
+            result.write(self.out)
+            image.unlink(missing_ok=True)  # of an earlier result
         return result
 
     def _data(self, train_labels: Tensor, test_labels: Tensor, data_info: Mapping[str, Any]) -> DataInfo:

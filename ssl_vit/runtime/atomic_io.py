@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
+from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.launch import is_rank_zero
 
+NO_LOCKS_ERRNOS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP})
+READ_ONLY_ERRNOS = NO_LOCKS_ERRNOS | {errno.EROFS}
 DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -43,11 +49,49 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     fsync_dir(path.parent)
 
 
+@contextmanager
+def lock_file(path: Path, *, waiting: str = "") -> Iterator[None]:
+    """Hold a lock file; while another process holds it, wait and log a warning, if one is given.
+
+    The lock is released when its process ends, however it ends. The same thread may take it again.
+
+    Raises:
+        UserError: The file system has no locks.
+    """
+    lock = FileLock(path, is_singleton=True)
+    try:
+        try:
+            held = lock.acquire(timeout=0)
+        except Timeout:
+            if waiting:
+                log.warning(waiting)
+            held = lock.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCKS_ERRNOS:
+            raise
+        raise UserError(
+            f"{path.parent}: this file system has no file locks ({error.strerror}); use a folder on another disk"
+        ) from None
+    with held:
+        yield
+
+
 def write_json(path: Path, content: object) -> None:
     """Write plain containers as a JSON file with `atomic_write`."""
     with atomic_write(path) as file:
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         file.write(text.encode("utf-8", "backslashreplace"))  # undecodable bytes of file names
+
+
+def append_json(path: Path, content: object) -> None:
+    """Append a line of JSON; a line that was cut off before stays a line of its own."""
+    line = json.dumps(content, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
+    with path.open("a+b", buffering=0) as file:  # one write, so that lines of two processes do not mix
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        file.write(line)
+        os.fsync(file.fileno())
 
 
 def fsync_dir(folder: Path) -> None:
@@ -90,7 +134,7 @@ class JSONLWriter:
 
     def write(self, step: int, **entry: Any) -> None:
         """Append a line."""
-        with FileLock(self.path.with_name(f".{self.path.name}.lock")), self.path.open("a", encoding="utf-8") as file:
+        with lock_file(self.path.with_name(f".{self.path.name}.lock")), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **entry}, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())

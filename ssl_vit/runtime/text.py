@@ -89,11 +89,16 @@ def format_table(
 
 
 def escape(text: str, style: TableStyle) -> str:
-    """Return a text on one line, with the characters escaped that have a meaning in Markdown or LaTeX."""
-    line = " ".join(text.split())
+    """Return a text on one printable line, with the characters escaped that have a meaning in Markdown or LaTeX."""
+    line = printable(" ".join(text.split()))
     if style == "markdown":
         return _MARKDOWN.sub(r"\\\1", line)
     return line.translate(_LATEX) if style == "latex" else " " * (len(text) - len(text.lstrip(" "))) + line
+
+
+def printable(text: str) -> str:
+    """Return a text with escapes for control characters, such as those that color or move text of a terminal."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def _cell(cell: str, style: TableStyle) -> str:
@@ -123,6 +128,12 @@ def _booktabs(groups: Row, align: str) -> TableFormat:
         padding=0,
         with_header_hide=None,
     )
+
+
+def csv_text(text: str) -> str:
+    """Return a name as a cell of a CSV file that no spreadsheet computes: an apostrophe before `=`, `+`, `-` or `@`."""
+    line = printable(text)
+    return f"'{line}" if line.lstrip()[:1] in ("=", "+", "-", "@") else line
 
 
 def pluralize(count: int, noun: str, plural: str | None = None) -> str:

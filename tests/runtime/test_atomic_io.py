@@ -1,6 +1,7 @@
 """atomic_write and write_json: a file is complete or absent, and a failure keeps the old one."""
 
 import errno
+import fcntl
 import json
 import os
 import stat
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ssl_vit.runtime.atomic_io import atomic_write, write_json
+from ssl_vit.runtime.atomic_io import atomic_write, lock_file, write_json
+from ssl_vit.runtime.errors import UserError
 
 
 def test_write_json_does_not_replace_a_pipe(tmp_path):
@@ -69,3 +71,12 @@ def test_write_json_keeps_undecodable_file_names(tmp_path):
     content = {"path": os.fsdecode(b"caf\xe9 \xf0\x9f\x98\x80\n"), "n": [1, None, 0.5]}
     write_json(tmp_path / "a.json", content)
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == content
+
+
+def test_lock_file_names_a_file_system_without_locks(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UserError, match="no file locks"), lock_file(tmp_path / ".lock"):
+        pass

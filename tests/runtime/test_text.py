@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from ssl_vit.runtime.text import RULE, Bold, format_table, pluralize
+from ssl_vit.runtime.text import RULE, Bold, csv_text, format_table, pluralize
 
 ROWS = [["dino_x", Bold("50.0 ± 9.6"), "3"], RULE, ["  raw pixels", "–"]]
 HEADERS = ["in %", "top-1", "top-5"]
@@ -68,3 +68,25 @@ def test_pluralize_uses_the_singular_for_one_only():
         "2,000 images",
     ]
     assert pluralize(3, "class", "classes") == "3 classes"
+
+
+@pytest.mark.parametrize("style", ["text", "markdown", "latex"])
+def test_format_table_has_no_control_characters(style):
+    table = format_table([["a\x1b[31m\nb\x9b", "1"]], ["run\r\x07", "n"], style=style)
+    assert all(line.isprintable() for line in table.split("\n"))
+
+
+@pytest.mark.parametrize(
+    ("name", "cell"),
+    [
+        ("=1+1", "'=1+1"),
+        ("+a", "'+a"),
+        ("-a", "'-a"),
+        (" @a", "' @a"),
+        ("\t=1", "\\t=1"),
+        ("a=b", "a=b"),
+        ("bear", "bear"),
+    ],
+)
+def test_csv_text_is_no_formula(name, cell):
+    assert csv_text(name) == cell

@@ -15,7 +15,7 @@ from ssl_vit.evaluation.classification.nearest_neighbors import full_precision
 from ssl_vit.evaluation.classification.ridge_regression import leave_one_out, ridge_path
 from ssl_vit.evaluation.features.extractor import Features
 from ssl_vit.evaluation.results.eval_result import Metric, Predictions
-from ssl_vit.evaluation.results.statistics import OVER_SUBSETS, mean_interval, wilson
+from ssl_vit.evaluation.results.statistics import OVER_SUBSETS, subsets_interval, wilson
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.progress import progress_bar
 
@@ -44,15 +44,12 @@ class FewShotResult(NamedTuple):
         return f", {self.setting}, {self.classifier}"
 
     def metric(self) -> Metric:
-        """Return the mean over the subsets, with its 95 % interval over subsets; all have the same test images.
-
-        For a single subset the interval is over test images.
-        """
+        """Return the mean over the subsets of the same test images; its 95 % interval is over images and subsets."""
         n, value = len(self.predictions.indices), mean(self.accuracy)
         if len(self.accuracy) == 1:
             interval, (low, high) = "Wilson", wilson(round(value * n), n)
         else:
-            interval, (low, high) = OVER_SUBSETS.format(len(self.accuracy)), mean_interval(self.accuracy)
+            interval, (low, high) = OVER_SUBSETS.format(len(self.accuracy)), subsets_interval(self.accuracy, n)
         return Metric(name=f"top-1{self.suffix}", value=value, n=n, low=low, high=high, interval=interval)
 
     @property

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
 import shutil
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +22,16 @@ from ssl_vit.data.loading.loader import EvalDataset
 from ssl_vit.data.sources.image_index import cache_dir
 from ssl_vit.evaluation.features.extractor import FeatureExtractor, Features, none_readable
 from ssl_vit.runtime.atomic_io import write_json
+from ssl_vit.runtime.text import pluralize
 
 SCHEMA = 1  # of the folder
 PENDING, DONE, BROKEN = 0, 1, 2  # states of an image in state.npy
 MANIFEST = "manifest.json"
 _SPOT_CHECKS = 16  # images that are extracted again before the cache is used
+_ROWS = 4096  # in memory at once
 _MAX_NAME = 100  # characters of the data's name in the folder's
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,8 @@ class FeatureCache:
     """The features of the N images of a dataset, in a folder.
 
     The folder holds `cls.npy` (N, blocks, D) and `patch_mean.npy` (N, D) float16, `labels.npy` (N,) int64, `state.npy`
-    (N,) uint8 (0 pending, 1 done, 2 unreadable), `paths.txt` with a name per line, `skipped_images.txt`, and
+    (N,) uint8 (0 pending, 1 done, 2 unreadable), `checksums.npy` (N,) uint32 of the rows,
+    `paths.txt` with a name per line, `skipped_images.txt`, and
     `manifest.json`, which is written last. Values beyond 65,504 become infinite, which `validate_features` rejects: no
     healthy model has such features after its final norm.
     """
@@ -52,6 +60,7 @@ class FeatureCache:
             "patch_mean.npy": ((count, patch_width), "<f2"),
             "labels.npy": ((count,), "<i8"),
             "state.npy": ((count,), "|u1"),
+            "checksums.npy": ((count,), "<u4"),
         }
 
     @property
@@ -77,7 +86,9 @@ class FeatureCache:
         Some images, evenly spaced over those that are done, are extracted again and compared.
         """
         if not self._intact():
-            return "a file is missing, truncated or damaged"
+            return "a file is missing, truncated or damaged, or an earlier version wrote it without checksums"
+        if damaged := self._count_damaged():
+            return f"the stored features of {pluralize(damaged, 'image')} are damaged (wrong checksums)"
         if not self._spot_checks_match():
             return (
                 "cached features differ from those extracted again (an image was replaced, or another version of the "
@@ -136,6 +147,17 @@ class FeatureCache:
         except (OSError, ValueError, LookupError, TypeError, EOFError):  # missing, truncated, or of another format
             return False
 
+    def _count_damaged(self) -> int:
+        """Count the images that are not pending and whose row, state included, does not have its checksum."""
+        state, checksums = self.state(), np.load(self.folder / "checksums.npy")
+        cls, patch_mean = (np.load(self.folder / name, mmap_mode="r") for name in ("cls.npy", "patch_mean.npy"))
+        damaged = 0
+        for start in range(0, len(state), _ROWS):
+            rows = slice(start, start + _ROWS)
+            wrong = row_checksums(state[rows], cls[rows], patch_mean[rows]) != checksums[rows]
+            damaged += int((wrong & (state[rows] != PENDING)).sum())
+        return damaged
+
     def _spot_checks_match(self) -> bool:
         """Return whether some images that are not pending have the same features when they are extracted again."""
         state = self.state()
@@ -157,6 +179,17 @@ class FeatureCache:
     def _map(self, name: str) -> Tensor:
         # mode "c" (copy on write): torch has no read-only tensors
         return torch.from_numpy(np.load(self.folder / name, mmap_mode="c"))
+
+
+def row_checksums(
+    state: npt.NDArray[np.uint8], cls: npt.NDArray[np.float16], patch_mean: npt.NDArray[np.float16]
+) -> npt.NDArray[np.uint32]:
+    """Return the CRC-32 (B,) of rows that are DONE; of others, which have no values, of the state alone."""
+    sums = [
+        zlib.crc32(mean.tobytes(), zlib.crc32(tokens.tobytes(), kind)) if kind == DONE else zlib.crc32(bytes([kind]))
+        for kind, tokens, mean in zip(state.tolist(), cls, patch_mean, strict=True)
+    ]
+    return np.array(sums, dtype=np.uint32)
 
 
 def candidate_caches(
@@ -183,8 +216,20 @@ def candidate_caches(
 
 
 def features_folder(folder: Path | None, run: Path | None) -> Path:
-    """Return the parent folder of feature caches: the given one, else that of the run, else the user's cache."""
-    return folder or (run / "eval" if run else cache_dir() or Path()) / "features"
+    """Return the parent folder of feature caches: the given one, else that of the run, else the user's cache.
+
+    Where the run cannot be written to, it is the user's cache.
+    """
+    own, user = folder or (run / "eval" if run else cache_dir() or Path()) / "features", cache_dir()
+    if folder is not None or run is None or user is None or _is_writable(own):
+        return own
+    log.warning(f"{own} cannot be written to: features are stored in {user / 'features'}")
+    return user / "features"
+
+
+def _is_writable(folder: Path) -> bool:
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    return os.access(existing, os.W_OK)
 
 
 def _close(cached: Tensor, extracted: Tensor, tolerance: float) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, BinaryIO, NamedTuple
@@ -12,17 +13,18 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from filelock import FileLock, Timeout
 
 from ssl_vit.config.pretrain import Workers
 from ssl_vit.data.dataset import Subset
-from ssl_vit.evaluation.features.cache import BROKEN, DONE, PENDING, FeatureCache
+from ssl_vit.evaluation.features.cache import BROKEN, DONE, PENDING, FeatureCache, row_checksums
 from ssl_vit.evaluation.features.extractor import FeatureBatch, iter_features
+from ssl_vit.runtime.atomic_io import lock_file
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.launch import keep_freed_memory, torchrun_rank
 from ssl_vit.runtime.text import pluralize
 
-_VALUES, _STATE = ("cls.npy", "patch_mean.npy"), "state.npy"  # files that are written row by row
+_VALUES = ("cls.npy", "patch_mean.npy")  # files that are written row by row, as the two below
+_SUMS, _STATE = "checksums.npy", "state.npy"
 _FLUSH_S = 5.0  # work lost at most when the process is killed
 _POLL_S, _TIMEOUT_S = 0.2, 600.0
 
@@ -73,13 +75,8 @@ def fill_cache(caches: list[FeatureCache], *, batch_size: int, num_workers: Work
 def _locked(cache: FeatureCache) -> Iterator[None]:
     """Lock the cache against other commands; the lock is released when its process ends, however it ends."""
     cache.folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(cache.folder.with_name(f".{cache.folder.name}.lock"))
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        log.warning(f"{cache.folder}: another command is extracting these features; waiting for it to finish")
-        held = lock.acquire()
-    with held:
+    waiting = f"{cache.folder}: another command is extracting these features; waiting for it to finish"
+    with lock_file(cache.folder.with_name(f".{cache.folder.name}.lock"), waiting=waiting):
         yield
 
 
@@ -92,7 +89,9 @@ def _extract_pending(cache: FeatureCache, share: range, batch_size: int, num_wor
     pending = Subset(cache.dataset, torch.from_numpy(rows))
     try:
         with keep_freed_memory(), ExitStack() as files:
-            opened = {name: files.enter_context((cache.folder / name).open("r+b")) for name in (*_VALUES, _STATE)}
+            opened = {
+                name: files.enter_context((cache.folder / name).open("r+b")) for name in (*_VALUES, _SUMS, _STATE)
+            }
             writer = _CacheWriter(cache, rows, opened)
             files.callback(writer.flush)
             for indices, batch in iter_features(
@@ -122,15 +121,18 @@ class _CacheWriter:
         self.files = files  # of features and states, opened for writing
         self.arrays = {name: np.load(cache.folder / name, mmap_mode="r") for name in files}
         self.state = np.full(len(rows), BROKEN, dtype=np.uint8)  # until they are put
+        self.sums = np.full(len(rows), zlib.crc32(bytes([BROKEN])), dtype=np.uint32)
         self.seen = 0  # number of rows extracted or found broken
         self.flushed = 0  # number of those on the disk, with their state
         self.last_flush = time.monotonic()
 
     def put(self, indices: npt.NDArray[np.int64], batch: FeatureBatch) -> None:
         """Write the features of some of the rows, by ascending indices (B,) of `rows`; rows between them are broken."""
-        for name, values in zip(_VALUES, batch, strict=True):
-            self._write(name, self.rows[indices], values.half().numpy())
+        cls, patch_mean = (values.half().numpy() for values in batch)
+        for name, values in zip(_VALUES, (cls, patch_mean), strict=True):
+            self._write(name, self.rows[indices], values)
         self.state[indices] = DONE
+        self.sums[indices] = row_checksums(self.state[indices], cls, patch_mean)
         self.seen = int(indices[-1]) + 1
         if time.monotonic() - self.last_flush > _FLUSH_S:
             self.flush()
@@ -139,12 +141,13 @@ class _CacheWriter:
         """Sync the values to the disk, and only then write their state."""
         if self.seen == self.flushed:
             return
-        for name in _VALUES:
+        new = slice(self.flushed, self.seen)
+        self._write(_SUMS, self.rows[new], self.sums[new])
+        for name in (*_VALUES, _SUMS):
             self._sync(name)
         if self.cache.skipped.path.exists():
             with self.cache.skipped.path.open("rb") as file:
                 os.fsync(file.fileno())
-        new = slice(self.flushed, self.seen)
         self._write(_STATE, self.rows[new], self.state[new])
         self._sync(_STATE)
         self.flushed, self.last_flush = self.seen, time.monotonic()

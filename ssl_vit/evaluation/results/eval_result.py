@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ssl_vit.evaluation.results.provenance import package_info
 from ssl_vit.evaluation.results.statistics import wilson
-from ssl_vit.runtime.atomic_io import atomic_write, write_json
+from ssl_vit.runtime.atomic_io import append_json, atomic_write, lock_file, write_json
 from ssl_vit.runtime.text import format_table
 
 SCHEMA = 3  # format of the JSON; grows when a key changes its meaning
@@ -186,7 +186,6 @@ class EvalResult(_Part):
 
         The predictions go to an `.npz` beside it, which is complete before the JSON names it.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
         arrays = {
             f"{score.name}{suffix}/{part}": _smallest_dtype(values.numpy())
             for score in (self.score, *self.baselines)
@@ -194,13 +193,14 @@ class EvalResult(_Part):
             for part, values in predictions._asdict().items()
         }
         npz = sibling_path(path, ".npz")
-        if arrays:
-            with atomic_write(npz) as file:
-                np.savez_compressed(file, id=np.array(self.id), **arrays)  # type: ignore[arg-type]
         named = self.model_copy(update={"predictions_file": npz.name if arrays else None})
         content = json_safe(named.model_dump(by_alias=True))
-        write_json(path, content)
-        _append(path.with_name("history.jsonl"), content)
+        with lock_result(path):
+            if arrays:
+                with atomic_write(npz) as file:
+                    np.savez_compressed(file, id=np.array(self.id), **arrays)  # type: ignore[arg-type]
+            write_json(path, content)
+            append_json(path.with_name("history.jsonl"), content)
 
     def table(self) -> str:
         """Return the scores in percent, the model's with its interval beside the baselines, and the warnings below."""
@@ -238,6 +238,15 @@ def sibling_path(path: Path, suffix: str) -> Path:
     return path.with_name(f"{path.name.removesuffix('.json')}{suffix}")
 
 
+@contextmanager
+def lock_result(path: Path) -> Iterator[None]:
+    """Create the folder of results and hold its lock, so that each result is written as a whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    waiting = f"{path}: another command is writing results into this folder; waiting for it to finish"
+    with lock_file(path.with_name(".results.lock"), waiting=waiting):
+        yield
+
+
 def json_safe(value: Any) -> Any:  # noqa: ANN401 - any JSON
     """Return the same plain containers, with null for numbers that JSON does not have (NaN, infinities)."""
     if isinstance(value, Mapping):
@@ -261,14 +270,3 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def _smallest_dtype(values: npt.NDArray[np.int64]) -> npt.NDArray[np.integer[Any]]:
     low, high = (int(values.min()), int(values.max())) if len(values) else (0, 0)
     return values.astype(np.result_type(np.min_scalar_type(low), np.min_scalar_type(high)))
-
-
-def _append(path: Path, content: object) -> None:
-    """Append a line of JSON; a line that was cut off before stays a line of its own."""
-    line = json.dumps(content, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
-    with path.open("a+b", buffering=0) as file:  # one write, so that lines of two processes do not mix
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            line = line if file.read(1) == b"\n" else b"\n" + line
-        file.write(line)
-        os.fsync(file.fileno())

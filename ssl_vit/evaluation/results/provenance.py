@@ -132,7 +132,7 @@ def data_name(data: EvalDataConfig) -> str:
 def model_name(loaded: LoadedBackbone, checkpoint: str, which: str) -> str:
     """Return the model's name in tables and files: of its run, or of timm, or of its file with a part of its hash."""
     if loaded.run is not None:
-        return "-".join([loaded.run.resolve().name, *_variant(checkpoint, which)])
+        return "-".join([escape_path(loaded.run.resolve().name), *_variant(checkpoint, which)])
     kind, colon, name = checkpoint.partition(":")
     if loaded.sha256 is not None:
         name = "-".join([Path(checkpoint).stem, loaded.sha256[:8], *(["student"] if which == "student" else [])])

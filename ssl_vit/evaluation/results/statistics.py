@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import hypot
 from statistics import mean, stdev
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from scipy.special import bdtr, stdtrit
 from torch import Tensor
 
 RESAMPLES = 10_000
-OVER_SUBSETS = "Student's t over {} subsets"  # name of the interval of a mean
+OVER_SUBSETS = "Wilson and Student's t over {} subsets"  # name of the interval of a mean over subsets
 Z95 = 1.959964  # standard normal quantile of 0.975
 
 
@@ -27,7 +28,7 @@ class Difference(NamedTuple):
     p: float  # probability of a difference at least this large if both were equally good, in (0, 1]
 
 
-def wilson(right: int, n: int) -> tuple[float, float]:
+def wilson(right: float, n: int) -> tuple[float, float]:
     """Compute Wilson's 95 % score interval (1927) of a fraction: within [0, 1], and valid for small n."""
     share = right / n
     middle = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
@@ -37,8 +38,19 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """Compute the 95 % interval of the mean of two or more accuracies by Student's t (1908), within [0, 1]."""
-    half = float(stdtrit(len(values) - 1, 0.975)) * stdev(values) / len(values) ** 0.5
+    half = _half_width(values)
     return max(0.0, mean(values) - half), min(1.0, mean(values) + half)
+
+
+def subsets_interval(values: Sequence[float], n: int) -> tuple[float, float]:
+    """Compute the 95 % interval of the mean of accuracies over subsets of the training images, within [0, 1].
+
+    All are of the same n test images, so the error of the test sample (Wilson) does not fall with more subsets: it is
+    added, in squares, to the one of the mean over subsets.
+    """
+    middle = mean(values)
+    half, (low, high) = _half_width(values), wilson(middle * n, n)
+    return max(0.0, middle - hypot(half, middle - low)), min(1.0, middle + hypot(half, high - middle))
 
 
 def normal_half_width(values: Tensor) -> float:
@@ -77,3 +89,7 @@ def holm(ps: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(ps) - rank) * ps[index]))
         adjusted[index] = largest
     return adjusted
+
+
+def _half_width(values: Sequence[float]) -> float:
+    return float(stdtrit(len(values) - 1, 0.975) * stdev(values) / len(values) ** 0.5)

@@ -17,7 +17,7 @@ from ssl_vit.evaluation.video.davis_metrics import sequence_stats
 from ssl_vit.evaluation.video.object_tracking import TrackingResult
 from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.atomic_io import atomic_write
-from ssl_vit.runtime.text import format_table
+from ssl_vit.runtime.text import csv_text, format_table
 
 MODEL, RANDOM, STILL = "model", "random init", "first mask kept still"
 INTERVAL = "± 95 % over objects"
@@ -127,7 +127,8 @@ def _write_objects(path: Path, videos: list[TrackingResult], trackers: list[str]
     for video in videos:
         for tracker in trackers if video.values else []:
             for number, row in zip(video.objects, object_scores([video], tracker).tolist(), strict=True):
-                writer.writerow([video.name, number, video.scored, tracker, *(f"{value:.6f}" for value in row)])
+                name = csv_text(video.name)
+                writer.writerow([name, number, video.scored, tracker, *(f"{value:.6f}" for value in row)])
     with atomic_write(path) as file:
         file.write(text.getvalue().encode())
 

@@ -1,6 +1,7 @@
 """Few-shot accuracy: settings, subsets, scores, and the `fewshot` command."""
 
 import json
+import math
 import statistics
 
 import pytest
@@ -174,9 +175,14 @@ def test_metric_is_the_mean_over_subsets_with_its_interval():
     predictions = Predictions(*[torch.arange(10)] * 3, torch.tensor([0] * 4 + [1] * 6))
     many = FewShotResult("5 per class", RIDGE, [0.5, 0.6, 0.7], predictions, [1.0, 1.0, 1.0]).metric()
     half = 4.3027 * statistics.stdev([0.5, 0.6, 0.7]) / 3**0.5  # Student's t of 2 degrees of freedom
+    low, high = wilson(6, 10)  # the same test images in all subsets
     assert (many.name, many.n, many.value) == ("top-1, 5 per class, ridge", 10, pytest.approx(0.6))
-    assert (many.low, many.high) == pytest.approx((0.6 - half, 0.6 + half), abs=1e-4)
-    assert many.interval == "Student's t over 3 subsets"
+    assert (many.low, many.high) == pytest.approx(
+        (0.6 - math.hypot(half, 0.6 - low), 0.6 + math.hypot(half, high - 0.6)), abs=1e-4
+    )
+    assert many.interval == "Wilson and Student's t over 3 subsets"
+    same = FewShotResult("5 per class", RIDGE, [0.2, 0.2, 0.2], predictions, [1.0, 1.0, 1.0]).metric()
+    assert (same.low, same.high) == pytest.approx(wilson(2, 10))  # not 20.0 ± 0.0
     one = FewShotResult("5 per class", RIDGE, [0.4], predictions, [1.0]).metric()
     assert (one.low, one.high, one.interval) == (*wilson(4, 10), "Wilson")
 
@@ -237,7 +243,7 @@ def test_fewshot_writes_result_and_table(model, sample, tmp_path, capsys):
         for metric, detail in zip(score["metrics"], details, strict=True):
             assert metric["n"] == 48
             assert metric["value"] == pytest.approx(statistics.mean(detail["accuracy"]))
-            assert metric["interval"] == "Student's t over 3 subsets"
+            assert metric["interval"] == "Wilson and Student's t over 3 subsets"
             assert metric["low"] <= metric["value"] <= metric["high"]
             assert detail["standard_deviation"] == pytest.approx(statistics.stdev(detail["accuracy"]))
             assert 0 <= metric["value"] <= 0.7  # nothing was trained

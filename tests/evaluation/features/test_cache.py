@@ -142,6 +142,16 @@ def test_features_folder_prefers_the_given_folder_then_the_run(tmp_path, monkeyp
     assert features_folder(None, None) == tmp_path / "ssl-vit" / "features"
 
 
+def test_features_folder_is_the_users_where_the_run_cannot_be_written_to(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run = tmp_path / "run"
+    run.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != run)
+    assert features_folder(None, run) == tmp_path / "cache" / "ssl-vit" / "features"
+    assert "cannot be written to" in caplog.text
+    assert features_folder(run / "own", run) == run / "own"
+
+
 # --- reuse ---
 
 
@@ -232,6 +242,31 @@ def test_fill_cache_replaces_damaged_files(damage, dataset, features, caplog):
     damage(cache.folder)
     assert arrays(fill(dataset, features)) == before
     assert [message for message in caplog.messages if str(cache.folder) in message and "again" in message]
+
+
+@pytest.mark.parametrize("name", ["cls.npy", "patch_mean.npy", "state.npy", "checksums.npy"])
+@pytest.mark.parametrize("row", [1, 20, 46])
+@pytest.mark.parametrize("change", [lambda value: value ^ 1, np.zeros_like], ids=["bit", "zeros"])
+def test_fill_cache_replaces_a_damaged_row(name, row, change, dataset, features, caplog):
+    cache = fill(dataset, features)
+    before = arrays(cache)
+    rows = np.load(cache.folder / name, mmap_mode="r+")
+    values = rows[row : row + 1].view(np.uint8)
+    values[:] = change(values) if name != "state.npy" else 2
+    rows.flush()
+    assert arrays(fill(dataset, features)) == before
+    assert [message for message in caplog.messages if str(cache.folder) in message and "again" in message]
+
+
+def test_fill_cache_replaces_a_cache_without_checksums(dataset, features, caplog):
+    cache = fill(dataset, features)
+    before = arrays(cache)
+    manifest = json.loads((cache.folder / "manifest.json").read_text())
+    del manifest["bytes"]["checksums.npy"]
+    (cache.folder / "manifest.json").write_text(json.dumps(manifest))
+    (cache.folder / "checksums.npy").unlink()
+    assert arrays(fill(dataset, features)) == before
+    assert [message for message in caplog.messages if "without checksums" in message]
 
 
 def test_validate_features_rejects_infinite_features_from_the_cache(dataset, features, caplog):
@@ -340,7 +375,7 @@ def test_fill_cache_continues_after_sigkill(folder, features, tmp_path):
         assert main(["features", f"features={folder}", *overrides]) == 0
     files = [{file.name: file.read_bytes() for file in folder.glob("*/*")} for folder in (features, tmp_path / "whole")]
     assert files[0] == files[1]
-    assert len(files[0]) == 6
+    assert len(files[0]) == 7
 
 
 def test_cache_writer_marks_rows_done_only_after_sync(dataset, features, monkeypatch, caplog):

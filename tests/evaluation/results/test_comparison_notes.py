@@ -33,7 +33,7 @@ def test_notes_name_every_kind_of_interval_with_its_columns(tmp_path, capsys):
     write_result(tmp_path / "knn.json", "dino")
     few_shot_result("dino", [0.4, 0.5, 0.6]).write(tmp_path / "fewshot.json")
     text = compare_output(capsys, tmp_path)
-    kinds = ["95 %, Student's t over 3 subsets (fewshot on photos)", "95 %, Wilson (knn on photos)"]
+    kinds = ["95 %, Wilson (knn on photos)", "95 %, Wilson and Student's t over 3 subsets (fewshot on photos)"]
     assert f"± is half of the interval: {'; '.join(kinds)}\n" in text
 
 

@@ -1,12 +1,15 @@
 """Results: their JSON, predictions, history, table, and provenance."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from ssl_vit.commands.load_config import load_config
 from ssl_vit.config.evaluate import KNNConfig
@@ -94,7 +97,7 @@ def test_write_can_be_read_again_and_leaves_no_partial_file(tmp_path):
     assert (again.score.metrics, again.data, again.model) == (RESULT.score.metrics, RESULT.data, RESULT.model)
     assert again.path == path
     assert content["predictions_file"] is None
-    assert sorted(file.name for file in path.parent.iterdir()) == ["history.jsonl", "knn-photos.json"]
+    assert sorted(file.name for file in path.parent.iterdir()) == [".results.lock", "history.jsonl", "knn-photos.json"]
 
 
 def test_eval_result_created_is_finer_than_a_second(tmp_path):
@@ -240,3 +243,33 @@ def test_model_name_of_a_timm_model_is_its_name():
     name = model_name(loaded, "timm:vit_small_patch16_224.dino", "teacher")
     assert name == "vit_small_patch16_224.dino"
     assert sibling_path(Path(f"knn-{name}.json"), ".npz").name == f"knn-{name}.npz"
+
+
+def test_results_written_at_once_stay_whole(tmp_path):
+    path = tmp_path / "knn.json"
+    arrays = torch.arange(20000)
+    score = ModelScores(name="model", metrics=[METRIC], predictions={", k=20": Predictions(*[arrays] * 4)})
+    results = [changed(RESULT, id=f"{number:032}", score=score) for number in range(12)]
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(lambda result: result.write(path), results))
+    written = json.loads(path.read_bytes())
+    assert str(np.load(tmp_path / "knn.npz")["id"]) == written["id"]
+    lines = [json.loads(line)["id"] for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert sorted(lines) == sorted(result.id for result in results)
+    assert lines[-1] == written["id"]
+
+
+def test_lock_result_says_that_it_waits(tmp_path, caplog):
+    held = FileLock(tmp_path / ".results.lock")
+    held.acquire()
+    threading.Timer(0.2, held.release, kwargs={"force": True}).start()
+    held = threading.Thread(target=RESULT.write, args=[tmp_path / "knn.json"])
+    held.start()
+    held.join()
+    assert "another command is writing results into this folder" in caplog.text
+
+
+def test_model_name_of_a_run_has_no_control_characters(tmp_path):
+    run = tmp_path / "a\x1b[31m\n<b>"
+    loaded = LoadedBackbone(None, [0.5], [0.5], "x", None, run)
+    assert model_name(loaded, str(run), "teacher") == "a\\x1b[31m\\n<b>"
