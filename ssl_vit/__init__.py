@@ -14,11 +14,11 @@ if TYPE_CHECKING:
         finetune,
         knn,
         linear_probe,
+        load_backbone,
         load_config,
         pretrain,
     )
     from ssl_vit.methods import DINO, SiT
-    from ssl_vit.models.checkpoint import load_backbone
     from ssl_vit.training.data_module import ImageDataModule
 
 __all__ = [
@@ -39,7 +39,6 @@ _MODULES = {
     "DINO": "ssl_vit.methods",
     "ImageDataModule": "ssl_vit.training.data_module",
     "SiT": "ssl_vit.methods",
-    "load_backbone": "ssl_vit.models.checkpoint",
 }  # all others: ssl_vit.commands.api
 
 __version__: str

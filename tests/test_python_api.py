@@ -8,6 +8,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import ssl_vit
 from ssl_vit.cli import main
@@ -98,6 +99,18 @@ def test_evaluations_of_own_datasets_equal_their_folders(evaluate, tiny_model, s
 def test_linear_probe_never_ignores_the_datasets_it_is_given(tiny_model, sample):
     with pytest.raises(UserError, match="protocol=dino"):
         ssl_vit.linear_probe(f"checkpoint={tiny_model}", "protocol=dino", train=OwnImages(sample / "train"))
+
+
+def test_load_backbone_brings_the_transform_of_the_evaluations(tiny_model, sample):
+    loaded, path = ssl_vit.load_backbone(tiny_model), next((sample / "test").rglob("*.png"))
+    expected = ssl_vit.extract_features(loaded, path).cls[0, 0]
+    with Image.open(path) as image:
+        for given in (path, str(path), image, np.asarray(image.convert("RGB"))):
+            feature = loaded.backbone(loaded.transform(given)[None]).cls[0]
+            assert torch.cosine_similarity(feature, expected, dim=0) > 0.9999  # extracted in bfloat16 on some CPUs
+    assert loaded.transform(path, image_size=16).shape == (3, 16, 16)
+    with pytest.raises(UserError, match="uint8"):
+        loaded.transform(torch.rand(3, 32, 32))
 
 
 def test_extract_features_equals_the_command_and_takes_a_dataset(tiny_model, sample, tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -28,11 +28,69 @@ from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.features.extractor import BackboneExtractor, Features, check_size, extract, on_best_device
 from ssl_vit.evaluation.results.eval_result import EvalResult
 from ssl_vit.models.attention_maps import cls_attention, resize_to_patch_multiple
-from ssl_vit.models.checkpoint import LoadedBackbone
+from ssl_vit.models.checkpoint import LoadedBackbone, Positions, Weights
 from ssl_vit.models.checkpoint import load_backbone as load_checkpoint
 from ssl_vit.runtime.errors import UserError
 
 Images = str | Path | Dataset[Any] | Tensor  # a folder, an image file, a dataset, or a batch (N, C, H, W) uint8
+
+
+class FrozenBackbone(LoadedBackbone):
+    """Frozen backbone that brings the transform of its images."""
+
+    __slots__ = ()
+
+    def transform(self, image: object, *, image_size: int | None = None, crop_ratio: float = 0.875) -> Tensor:
+        """Transform an image as the evaluations do: resize, center crop, normalize as in the training.
+
+        Args:
+            image: A path, a PIL image, a uint8 tensor (H, W) or (C, H, W), or a uint8 array (H, W) or (H, W, C).
+            image_size: Side S of the crop in pixels; None: the size that the model was trained at.
+            crop_ratio: S over the short side that an image is resized to, in (0, 1].
+
+        Returns:
+            (C, S, S) float32, on the device of the model.
+
+        Raises:
+            UserError: It is no such image, or the size does not fit the model.
+            UnreadableImageError: The file cannot be read.
+        """
+        config = self.backbone.config
+        size = image_size or config.img_size
+        check_size(size, config.patch_size)
+        transform = EvalTransform(size, crop_ratio, self.mean, self.std)
+        dataset = (
+            load_images_at(Path(image))
+            if isinstance(image, str | Path)
+            else TorchDataset(cast("Dataset[Any]", [image]))
+        )
+        pixels = transform(dataset.read(0, config.in_chans))
+        return transform.normalize(pixels[None].to(self.backbone.device))[0]
+
+
+def load_backbone(
+    checkpoint: str | Path,
+    weights: Weights = "teacher",
+    *,
+    require_cls: bool = True,
+    num_heads: int | None = None,
+    positions: Positions = "timm",
+) -> FrozenBackbone:
+    """Load a frozen backbone with its normalization and transform.
+
+    Args:
+        checkpoint: Whatever `checkpoint=` accepts: a run directory, a `.ckpt`, an exported `.safetensors`, an official
+            file, `timm:<model>`, `random:<any of these>`.
+        weights: Teacher or student, if the file contains both.
+        require_cls: Refuse models without a pooled class token.
+        num_heads: Number of attention heads, for files that do not tell it.
+        positions: Interpolation of the position embeddings at other image sizes: timm's, or official: DINO's own.
+
+    Raises:
+        UserError: There is no such file or model, or its weights do not fit exactly.
+    """
+    loaded = load_checkpoint(checkpoint, weights, require_cls=require_cls, num_heads=num_heads, positions=positions)
+    return FrozenBackbone(*loaded)
 
 
 def load_config(*overrides: str) -> PretrainConfig:

@@ -36,6 +36,10 @@ from ssl_vit.runtime.text import pluralize
 from ssl_vit.visualization.overlays import OverlayInputs, make_overlay_inputs, overlay_grid
 from ssl_vit.visualization.segmentation_writer import SegmentationWriter, plot_iou_curves
 
+MAPS_NOTE = (
+    "attention is over the patches alone, scaled to sum 1, also in the heads' mean and FOUND; position embeddings are "
+    "interpolated as by positions={}"
+)
 OUTPUTS = ("maps", "masks", "overlays", "heads", "overview.jpg", "summary.json", "ious.npz", "curve.png")  # in `out`
 GRID_ROWS = 3  # of the best, the median and the worst images each
 
@@ -47,7 +51,7 @@ class AttentionSummary(NamedTuple):
     skipped: SkippedImageLog  # images that could not be used
     unscored: SkippedImageLog  # images without a usable mask
     results: list[MethodResult]  # of the scored images; empty without masks
-    notes: list[str]  # on how the masks were read
+    notes: list[str]  # on how maps were computed and masks were read
     figure: Path
     seconds: float
 
@@ -115,7 +119,7 @@ def run_attention(config: AttentionConfig) -> AttentionSummary:
             raise UserError(f"{source}: no image has a usable mask. See {unscored.path} for the reasons")
         results = evaluator.compute() if annotations else []
     figure = _write_figure(config, dataset, writer, annotations, select_examples(written, evaluator.indices, results))
-    notes = annotations.notes() if annotations else []
+    notes = [MAPS_NOTE.format(config.positions), *(annotations.notes() if annotations else [])]
     counts = {"num_images": len(written), "skipped": skipped.count(), "unscored": unscored.count()}
     data = {"fingerprint": dataset.fingerprint(sizes=True), **counts}
     write_result(config, models[0], results, data=data, notes=notes, started=start)
@@ -143,7 +147,7 @@ def _load_images(config: AttentionConfig) -> tuple[ImageFolder, MaskFolder | VOC
 
 def _load_models(config: AttentionConfig, *, scored: bool) -> list[LoadedBackbone]:
     """Load the model and, where there are scores to compare, its random-init model."""
-    models = [load_backbone(config.checkpoint, config.weights, require_cls=False)]
+    models = [load_backbone(config.checkpoint, config.weights, require_cls=False, positions=config.positions)]
     check_methods(models[0], config.methods)
     if scored and config.baselines:
         models.append(random_init_like(models[0], config.seed))

@@ -248,8 +248,8 @@ def _describe(error: ValidationError, values: dict[str, Any]) -> str:
 def _explain_unknown(key: str, valid: list[str]) -> str:
     """Return what to write instead of an unknown key, if that is clear."""
     explanation = _KEYS_OF_OTHER_TOOLS.get(key.rpartition(".")[2])
-    if explanation and "checkpoint" not in valid:
-        return f"; {explanation}"
+    if explanation:
+        return "; weights to load are named by checkpoint=" if "checkpoint" in valid else f"; {explanation}"
     nearest = max(valid, key=partial(key_similarity, key))
     if key_similarity(key, nearest) < _LEAST_SIMILARITY:
         return "; --help lists all keys"

@@ -120,7 +120,7 @@ def _load_clips(config: PropagateConfig) -> list[Clip]:
 
 def _load_models(config: PropagateConfig, *, baselines: bool) -> dict[str, LoadedBackbone]:
     """Load the model and, where there are scores to compare, its random-init model."""
-    models = {MODEL: load_backbone(config.checkpoint, config.weights, require_cls=False)}
+    models = {MODEL: load_backbone(config.checkpoint, config.weights, require_cls=False, positions=config.positions)}
     channels = models[MODEL].backbone.config.in_chans
     if channels != 3:
         raise UserError(f"checkpoint={config.checkpoint}: frames have 3 channels, the model takes {channels}")

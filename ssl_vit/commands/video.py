@@ -41,7 +41,7 @@ def main(config: VideoConfig) -> None:
     """
     _check_paths(config)
     frames = open_frames(config.video, fps=config.fps)
-    model = load_backbone(config.checkpoint, config.weights)
+    model = load_backbone(config.checkpoint, config.weights, positions=config.positions)
     if (channels := model.backbone.config.in_chans) != 3:
         raise UserError(f"checkpoint={config.checkpoint}: the model takes {channels} channels, frames have 3")
     model.backbone.to(best_device())

@@ -19,7 +19,13 @@ class MaskValuesConfig(StrictConfig):
     void: list[int]
 
 
-class AttentionConfig(ModelConfig):
+class MapConfig(ModelConfig):
+    """The keys of commands that run a model on images of any size."""
+
+    positions: Literal["timm", "official"]
+
+
+class AttentionConfig(MapConfig):
     images: Path | None
     masks: Path | None
     mask_values: MaskValuesConfig | None
@@ -55,7 +61,7 @@ class InspectConfig(ModelConfig):
     limit: Count
 
 
-class VideoConfig(ModelConfig):
+class VideoConfig(MapConfig):
     video: Path
     out: Path
     head: Annotated[int, Field(ge=0)] | None
@@ -73,7 +79,7 @@ class VideoConfig(ModelConfig):
         return self
 
 
-class PropagateConfig(ModelConfig):
+class PropagateConfig(MapConfig):
     davis: Path | None
     split: str
     frames: Path | None

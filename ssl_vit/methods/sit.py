@@ -20,7 +20,8 @@ from ssl_vit.methods.base import ImageRestorer, PretextViews, SSLMethod, StepRes
 from ssl_vit.methods.heads import ReconstructionHead, mlp
 from ssl_vit.methods.schedules import TrainingPlan
 from ssl_vit.models.backbone import Backbone, Tokens
-from ssl_vit.models.checkpoint import LAST, torch_load_weights_only
+from ssl_vit.models.checkpoint import LAST
+from ssl_vit.models.official_checkpoints import torch_load_weights_only
 from ssl_vit.runtime.device import to_device_async, upcast
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.rng import view_keys

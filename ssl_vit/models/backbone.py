@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 
 import timm
 import torch
-from timm.layers.attention import Attention
+from timm.layers import Attention, PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,12 +22,13 @@ from ssl_vit.config.pretrain import BackboneConfig
 from ssl_vit.models.activation_checkpointing import enable_activation_checkpointing
 from ssl_vit.models.attention import set_attention_impl
 from ssl_vit.models.drop_path import replace_drop_path, sample_drop_paths
+from ssl_vit.models.official_positions import use_official_positions
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.text import pluralize
 
 _MAX_GRAPHS = 64  # of all blocks of a process: a model in training has five, and a process may build several
 
-UNSUPPORTED_MESSAGE = "not a plain ViT: hybrids and ViTs with rotary position embeddings are not supported"
+_UNSUPPORTED = "not a plain ViT: hybrids, parallel blocks and rotary position embeddings are not supported"
 
 
 class Tokens(NamedTuple):
@@ -43,7 +44,8 @@ class Backbone(nn.Module):
     """Plain timm ViT, for images of any size that is a multiple of the patch size.
 
     Initialization and interpolation of the position embeddings are timm's. DINO's differ slightly: its class token is
-    initialized with std .02 instead of 1e-6, and it interpolates without antialiasing.
+    initialized with std .02 instead of 1e-6, and it interpolates on another grid without antialiasing, as here after
+    `use_official_positions`.
 
     Raises:
         UserError: timm does not know the name, or it is not a plain ViT, or it has batch norm.
@@ -55,6 +57,7 @@ class Backbone(nn.Module):
         self.vit = _create(config)
         self.drop_paths = replace_drop_path(self.vit)
         self.compiled = False
+        self.positions = "timm"  # whose interpolation, timm or official
         # Attributes, not properties: nn.Module hides an AttributeError inside a property.
         self.embed_dim = int(self.vit.embed_dim)  # D
         self.patch_size = config.patch_size  # pixels
@@ -160,6 +163,15 @@ class Backbone(nn.Module):
             self.vit.set_input_size(img_size=(img_size, img_size))
             self.config = self.config.model_copy(update={"img_size": img_size})
 
+    def use_official_positions(self) -> None:
+        """Interpolate the position embeddings as DINO's code does instead of timm's.
+
+        Raises:
+            UserError: The tokens are not those of DINO's models.
+        """
+        use_official_positions(self.vit, self.config.name)
+        self.positions = "official"
+
     def init_prefix_tokens(self, std: float) -> None:
         """Draw the class token and the registers again, from a truncated normal distribution."""
         for token in (self.vit.cls_token, self.vit.reg_token):
@@ -230,14 +242,28 @@ def _create(config: BackboneConfig) -> VisionTransformer:
             vit = timm.create_model(config.name, pretrained=False, **arguments)
     except TypeError:  # of a class without these arguments
         vit = None
-    if type(vit) is not VisionTransformer:
-        raise UserError(f"backbone.name={config.name} is {UNSUPPORTED_MESSAGE}")
+    check_plain_vit(vit, f"backbone.name={config.name}")
     if any(isinstance(module, _BatchNorm) for module in vit.modules()):
         raise UserError(
             f"backbone.name={config.name} has batch norm, whose result depends on how a batch is spread over processes "
             "and micro-batches: choose one with layer norm"
         )
     return vit
+
+
+def check_plain_vit(vit: nn.Module | None, origin: str) -> None:
+    """Check that a model of timm is a ViT of blocks with one attention, then one MLP, on plain patches.
+
+    Raises:
+        UserError: It is not; the message begins with `origin`.
+    """
+    if not (
+        isinstance(vit, VisionTransformer)
+        and type(vit) is VisionTransformer
+        and type(vit.patch_embed) is PatchEmbed
+        and all(hasattr(block, "attn") and hasattr(block, "drop_path1") for block in vit.blocks)
+    ):
+        raise UserError(f"{origin} is {_UNSUPPORTED}")
 
 
 @contextmanager

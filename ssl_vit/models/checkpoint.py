@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import warnings
-import zipfile
 from collections.abc import Mapping
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -12,18 +9,17 @@ from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
-from timm.layers import PatchEmbed
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ssl_vit.config.pretrain import BackboneConfig
-from ssl_vit.models.backbone import UNSUPPORTED_MESSAGE, Backbone
-from ssl_vit.models.export import ModelDescription, file_sha256, read_export
+from ssl_vit.models.backbone import Backbone, check_plain_vit
+from ssl_vit.models.export import ModelDescription, file_sha256, load_safetensors, read_export
+from ssl_vit.models.hub_weights import read_timm_config
 from ssl_vit.models.official_checkpoints import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    OFFICIAL_CLASSES,
     convert_official_checkpoint,
+    torch_load_weights_only,
 )
 from ssl_vit.runtime.atomic_io import replaced_run_hint
 from ssl_vit.runtime.errors import UserError
@@ -32,6 +28,7 @@ CHECKPOINT_KEY = "ssl_vit"  # entry in a Lightning checkpoint with method, backb
 LAST = "last.ckpt"  # everything that is needed to resume a run
 
 Weights = Literal["teacher", "student"]
+Positions = Literal["timm", "official"]
 
 # Raised by values of a wrong kind, shape or size in a file.
 _MISFIT = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError, ArithmeticError)
@@ -57,6 +54,7 @@ def load_backbone(
     *,
     require_cls: bool = True,
     num_heads: int | None = None,
+    positions: Positions = "timm",
 ) -> LoadedBackbone:
     """Load a backbone.
 
@@ -66,6 +64,7 @@ def load_backbone(
         weights: Teacher or student, if the file contains both.
         require_cls: Refuse models without a pooled class token.
         num_heads: Number of attention heads, for files that do not tell it.
+        positions: Interpolation of the position embeddings at other image sizes: timm's, or that of DINO's code.
 
     Raises:
         UserError: There is no such file or model, the file is none of these, its keys do not match exactly, or it has
@@ -76,6 +75,8 @@ def load_backbone(
         raise UserError(f"checkpoint={checkpoint}: it does not tell of student weights; leave out weights=student")
     if require_cls:
         loaded.backbone.require_cls()
+    if positions == "official":
+        loaded.backbone.use_official_positions()
     return loaded
 
 
@@ -103,6 +104,8 @@ def random_init_like(loaded: LoadedBackbone, seed: int) -> LoadedBackbone:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         backbone = Backbone(loaded.backbone.config)
+    if loaded.backbone.positions == "official":
+        backbone.use_official_positions()
     source = f"random weights, seed {seed}"
     backbone.requires_grad_(False).eval()
     return LoadedBackbone(backbone, loaded.mean, loaded.std, source, sha256=None, run=None)
@@ -179,6 +182,8 @@ def _name_nearby(path: Path) -> str:
 
 
 def _from_file(path: Path, weights: Weights, num_heads: int | None) -> LoadedBackbone:
+    if path.suffix == ".safetensors" and not path.with_suffix(".json").is_file():
+        return _from_hub(path, weights, num_heads)
     if path.suffix == ".safetensors":
         description, state, sha256 = read_export(path)
         backbone = _build_and_load(description.backbone, state, f"checkpoint={path}")
@@ -190,6 +195,22 @@ def _from_file(path: Path, weights: Weights, num_heads: int | None) -> LoadedBac
     return _from_official(content, path, weights, num_heads)
 
 
+def _from_hub(path: Path, weights: Weights, num_heads: int | None) -> LoadedBackbone:
+    """Load weights without our JSON file: by timm's `config.json` beside them, else as an official file."""
+    state = load_safetensors(path)
+    description = read_timm_config(path)
+    if description is None:
+        try:
+            return _from_official(dict(state), path, weights, num_heads)
+        except UserError as error:
+            missing = f"{path.with_suffix('.json').name} of `ssl-vit export`, or timm's config.json"
+            raise UserError(f"{error}; beside the file {missing}, is missing") from None
+    state = {key: value for key, value in state.items() if not key.startswith("head.")}
+    backbone = _build_and_load(description.backbone, state, f"checkpoint={path}")
+    source = f"{path} ({description.backbone.name}, as in config.json)"
+    return LoadedBackbone(backbone, description.mean, description.std, source, file_sha256(path), None)
+
+
 def _from_timm(name: str, origin: str, *, pretrained: bool) -> LoadedBackbone:
     if not timm.is_model(name):
         raise UserError(f"checkpoint={origin}: timm has no model {name}; `timm.list_models()` lists them")
@@ -197,8 +218,7 @@ def _from_timm(name: str, origin: str, *, pretrained: bool) -> LoadedBackbone:
         settings = timm.get_pretrained_cfg(name)
         with torch.device("meta"):  # the architecture alone, so that nothing is downloaded for models that are refused
             architecture = timm.create_model(name, num_classes=0)
-        if type(architecture) is not VisionTransformer or type(architecture.patch_embed) is not PatchEmbed:
-            raise UserError(f"checkpoint={origin}: {name} is {UNSUPPORTED_MESSAGE}")
+        check_plain_vit(architecture, f"checkpoint={origin}: {name}")
         plain = timm.create_model(name, pretrained=pretrained, num_classes=0)
     except (OSError, RuntimeError) as error:
         raise UserError(f"checkpoint={origin} cannot be loaded: {error}") from None
@@ -238,7 +258,7 @@ def _from_lightning_checkpoint(content: dict[str, Any], path: Path, weights: Wei
 def _from_official(content: dict[str, Any], path: Path, weights: Weights, num_heads: int | None) -> LoadedBackbone:
     config, state, which = convert_official_checkpoint(content, weights, path, num_heads)
     backbone = _build_and_load(config, state, f"checkpoint={path}")
-    assumed = "as in DINO and SiT" if num_heads is None else "given"
+    assumed = "as in DINO and SiT" if num_heads is None else "given; normalization as in DINO, assumed"
     source = f"{path} ({which}; {config.num_heads} attention heads, {assumed}; the file does not tell)"
     loaded = LoadedBackbone(backbone, IMAGENET_MEAN, IMAGENET_STD, source, file_sha256(path), None)
     named = which if which in ("teacher", "student") else None
@@ -248,34 +268,6 @@ def _from_official(content: dict[str, Any], path: Path, weights: Weights, num_he
 def _count(content: dict[str, Any], key: str) -> int | None:
     value = content.get(key)
     return value if isinstance(value, int) else None
-
-
-def torch_load_weights_only(path: Path) -> dict[str, Any]:
-    """Load a torch file of plain containers, tensors and numbers.
-
-    Raises:
-        UserError: The file is damaged or contains anything else, which could run code.
-    """
-    refused = UserError(
-        f"{path} is damaged or not a checkpoint of plain tensors; anything else is not read, as it could run code"
-    )
-    try:
-        official = torch.serialization.safe_globals(OFFICIAL_CLASSES)
-        if zipfile.is_zipfile(path):  # with a CRC-32 of each record, which torch does not check
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip():
-                    raise refused
-        with warnings.catch_warnings(action="ignore"), official:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # depending on the damage, torch raises anything
-        if found := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
-            raise UserError(
-                f"{path} contains {found[1]}, which is not read, as it could run code; save a dict of its tensors alone"
-            ) from None
-        raise refused from None
-    if not isinstance(content, dict):
-        raise refused
-    return content
 
 
 def set_epoch_counts(checkpoint: dict[str, Any], step: int, steps_per_epoch: int) -> None:

@@ -59,11 +59,9 @@ def read_export(path: Path) -> tuple[ModelDescription, dict[str, Tensor], str]:
     """Read an exported backbone: its description, its weights under timm's names, and the SHA-256 of the file.
 
     Raises:
-        UserError: The JSON file is missing, a file is damaged, or the weights are not those that the JSON describes.
+        UserError: A file is damaged, or the weights are not those that the JSON describes.
     """
     sidecar_path = path.with_suffix(".json")
-    if not sidecar_path.is_file():
-        raise UserError(f"checkpoint={path}: {sidecar_path.name} is missing, which describes the model of the weights")
     try:
         sidecar = json.loads(sidecar_path.read_text(encoding="utf-8"))
         key = "normalization" if "normalization" in sidecar else "normalisation"  # the key of version 0.1
@@ -75,8 +73,17 @@ def read_export(path: Path) -> tuple[ModelDescription, dict[str, Tensor], str]:
         raise UserError(
             f"checkpoint={path}: damaged or replaced, as {sidecar_path.name} has another SHA-256; export it again"
         )
+    return description, load_safetensors(path), sha256
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """Load the tensors of a safetensors file.
+
+    Raises:
+        UserError: The file is damaged.
+    """
     try:
-        return description, load_file(path), sha256
+        return load_file(path)
     except SafetensorError as error:
         raise UserError(f"checkpoint={path}: damaged safetensors file: {error}") from None
 

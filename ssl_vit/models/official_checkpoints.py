@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +71,7 @@ def convert_official_checkpoint(
         state = _sit_to_timm(state)
     foreign = _name_foreign_file(content, state)
     if foreign or not {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= state.keys():
-        found = foreign or f"its keys: {', '.join(list(content)[:6]) or 'nothing'}"
+        found = foreign or _list_keys(content, state)
         raise UserError(f"{origin}: not a checkpoint of ssl-vit, nor a DINO or SiT file; {found}")
     width = state["patch_embed.proj.weight"].shape[0]
     if num_heads is None:
@@ -82,7 +84,16 @@ def convert_official_checkpoint(
             )
     elif width % num_heads:
         raise UserError(f"{origin}: num_heads={num_heads} does not divide the width {width}")
-    return _architecture(state, num_heads), state, nested or "backbone"
+    return _architecture(state, num_heads, origin), state, nested or "backbone"
+
+
+def _list_keys(content: dict[str, Any], state: dict[str, Tensor]) -> str:
+    """Return the first keys of a file that is not understood, and of the weights in it."""
+    keys = f"its keys: {', '.join(map(str, list(content)[:6])) or 'nothing'}"
+    inner = next((key for key, value in content.items() if isinstance(value, dict) and value), None)
+    if state and not content.keys() & state.keys():
+        return f"{keys}; those of the weights: {', '.join(list(state)[:3])}"
+    return keys if inner is None else f"{keys}; if {inner} contains the weights, save it alone"
 
 
 def _is_dino(content: dict[str, Any], path: Path) -> bool:
@@ -126,10 +137,13 @@ def _sit_to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _architecture(state: dict[str, Tensor], num_heads: int) -> BackboneConfig:
+def _architecture(state: dict[str, Tensor], num_heads: int, origin: str) -> BackboneConfig:
     width, channels, patch, _ = state["patch_embed.proj.weight"].shape
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0
-    side = math.isqrt(state["pos_embed"].shape[1] - 1 - registers)
+    count = state["pos_embed"].shape[1] - 1 - registers
+    side = math.isqrt(count)
+    if side * side != count:
+        raise UserError(f"{origin}: {count} position embeddings of patches are no square grid, which is not supported")
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     return BackboneConfig(
         name="vit_tiny_patch16_224",
@@ -143,3 +157,33 @@ def _architecture(state: dict[str, Tensor], num_heads: int) -> BackboneConfig:
         num_heads=num_heads,
         init="timm",
     )
+
+
+def torch_load_weights_only(path: Path) -> dict[str, Any]:
+    """Load a torch file of plain containers, tensors and numbers.
+
+    Raises:
+        UserError: The file is damaged or contains anything else, which could run code.
+    """
+    refused = UserError(
+        f"{path} is damaged or not a checkpoint of plain tensors; anything else is not read, as it could run code"
+    )
+    try:
+        official = torch.serialization.safe_globals(OFFICIAL_CLASSES)
+        if zipfile.is_zipfile(path):  # with a CRC-32 of each record, which torch does not check
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise refused
+        with warnings.catch_warnings(action="ignore"), official:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # depending on the damage, torch raises anything
+        if "TorchScript" in str(error):
+            raise UserError(f"{path} is a TorchScript program, which is not read: save its state_dict") from None
+        if found := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
+            raise UserError(
+                f"{path} contains {found[1]}, which is not read, as it could run code; save a dict of its tensors alone"
+            ) from None
+        raise refused from None
+    if not isinstance(content, dict):
+        raise refused
+    return content

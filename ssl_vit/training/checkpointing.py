@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from ssl_vit.models.checkpoint import LAST, torch_load_weights_only
+from ssl_vit.models.checkpoint import LAST
+from ssl_vit.models.official_checkpoints import torch_load_weights_only
 from ssl_vit.runtime.atomic_io import atomic_write, fsync_dir
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.launch import is_rank_zero

@@ -24,7 +24,8 @@ from ssl_vit.evaluation.evaluator import MODEL, Evaluation
 from ssl_vit.evaluation.features.extractor import on_best_device
 from ssl_vit.evaluation.results.eval_result import EvalResult, ModelScores, Predictions, sibling_path, topk_metrics
 from ssl_vit.methods.schedules import TrainingPlan
-from ssl_vit.models.checkpoint import set_epoch_counts, torch_load_weights_only
+from ssl_vit.models.checkpoint import set_epoch_counts
+from ssl_vit.models.official_checkpoints import torch_load_weights_only
 from ssl_vit.runtime.atomic_io import JSONLWriter, write_json
 from ssl_vit.runtime.device import autocast_dtype
 from ssl_vit.runtime.errors import RankFinished, UserError

@@ -86,7 +86,10 @@ def test_backbone_has_the_sizes_of_its_timm_name():
     assert backbone.num_heads == plain.blocks[0].attn.num_heads
 
 
-@pytest.mark.parametrize("name", ["resnet50", "swin_tiny_patch4_window7_224", "vit_small_patch16_dinov3", "vit_x"])
+@pytest.mark.parametrize(
+    "name",
+    ["resnet50", "swin_tiny_patch4_window7_224", "vit_small_patch16_dinov3", "vit_small_patch16_18x2_224", "vit_x"],
+)
 def test_backbone_rejects_models_that_are_no_plain_vit(name):
     with pytest.raises(UserError, match=rf"^backbone.name={name}.*") as error:
         Backbone(tiny(name=name, embed_dim=None, depth=None, num_heads=None))

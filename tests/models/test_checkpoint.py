@@ -298,7 +298,7 @@ def write(name, content):
         (write("code.ckpt", {"teacher": {}, "callback": Bomb()}), "could run code"),
         (write("list.pth", [1, 2]), "not a checkpoint"),
         (write("resnet.pth", {"conv1.weight": torch.zeros(64, 3, 7, 7)}), "conv1.weight"),
-        (write("alone.safetensors", safetensors.torch.save({"a": torch.zeros(1)})), "alone.json is missing"),
+        (write("alone.safetensors", safetensors.torch.save({"a": torch.zeros(1)})), "alone.json of `ssl-vit export`"),
     ],
 )
 def test_load_backbone_rejects_other_files_without_running_code(make, message, tmp_path, monkeypatch):

@@ -91,7 +91,8 @@ def write_result(
         task="attention",
         title="Object masks, IoU",
         main_metrics=[metric.name for metric in scores[0].metrics if metric.name in MAIN_METRICS],
-        protocol=PROTOCOL | config.model_dump(mode="json", include={"attention_mass", "max_side", "methods", "refine"}),
+        protocol=PROTOCOL
+        | config.model_dump(mode="json", include={"attention_mass", "max_side", "methods", "refine", "positions"}),
         model=ModelInfo(**provenance.model_metadata(model, config.checkpoint, config.weights)),
         data=DataInfo(
             name=config.images.resolve().stem if config.images else f"{config.voc} {config.split}",

@@ -98,7 +98,8 @@ def write_result(
         task="propagate",
         title="Video object segmentation",
         main_metrics=[MAIN_METRIC],
-        protocol=PROTOCOL | config.model_dump(include={"side", "context", "radius", "top_k", "temperature"}),
+        protocol=PROTOCOL
+        | config.model_dump(include={"side", "context", "radius", "top_k", "temperature", "positions"}),
         model=ModelInfo(**provenance.model_metadata(model, config.checkpoint, config.weights)),
         data=DataInfo(
             name=source.resolve().stem,
