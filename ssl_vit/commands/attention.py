@@ -36,10 +36,7 @@ from ssl_vit.runtime.text import pluralize
 from ssl_vit.visualization.overlays import OverlayInputs, make_overlay_inputs, overlay_grid
 from ssl_vit.visualization.segmentation_writer import SegmentationWriter, plot_iou_curves
 
-MAPS_NOTE = (
-    "attention is over the patches alone, scaled to sum 1, also in the heads' mean and FOUND; position embeddings are "
-    "interpolated as by positions={}"
-)
+MAPS_NOTE = "attention over the patches alone, scaled to sum 1, enters all masks and the heads' mean"
 OUTPUTS = ("maps", "masks", "overlays", "heads", "overview.jpg", "summary.json", "ious.npz", "curve.png")  # in `out`
 GRID_ROWS = 3  # of the best, the median and the worst images each
 
@@ -119,7 +116,11 @@ def run_attention(config: AttentionConfig) -> AttentionSummary:
             raise UserError(f"{source}: no image has a usable mask. See {unscored.path} for the reasons")
         results = evaluator.compute() if annotations else []
     figure = _write_figure(config, dataset, writer, annotations, select_examples(written, evaluator.indices, results))
-    notes = [MAPS_NOTE.format(config.positions), *(annotations.notes() if annotations else [])]
+    notes = [
+        MAPS_NOTE,
+        f"position embeddings interpolated as by positions={config.positions}",
+        *(annotations.notes() if annotations else []),
+    ]
     counts = {"num_images": len(written), "skipped": skipped.count(), "unscored": unscored.count()}
     data = {"fingerprint": dataset.fingerprint(sizes=True), **counts}
     write_result(config, models[0], results, data=data, notes=notes, started=start)
