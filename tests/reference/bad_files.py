@@ -212,4 +212,11 @@ CONFIGS: dict[str, Callable[[Mark], str]] = {
     "no YAML": lambda mark: "seed: [1",
     "a list": lambda mark: "[1, 2]",
     "nothing": lambda mark: "",
+    "aliases without end": lambda mark: "a: &a [*a]",
+    "a bomb of aliases": lambda mark: "".join(
+        f"a{i}: &a{i} [{','.join([f'*a{i - 1}' if i else '1'] * 9)}]\n" for i in range(9)
+    ),
+    "5,000 levels": lambda mark: f"a: {'[' * 5000}{']' * 5000}",
+    "an integer of 6,000 digits": lambda mark: f"seed: {'9' * 6000}",
+    "a text for a number": lambda mark: "trainer: {max_epochs: many, max_steps: null}",
 }
