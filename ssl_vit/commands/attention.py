@@ -36,7 +36,7 @@ from ssl_vit.runtime.text import pluralize
 from ssl_vit.visualization.overlays import OverlayInputs, make_overlay_inputs, overlay_grid
 from ssl_vit.visualization.segmentation_writer import SegmentationWriter, plot_iou_curves
 
-MAPS_NOTE = "attention over the patches alone, scaled to sum 1, enters all masks and the heads' mean"
+MAPS_NOTE = "attention is over the patches alone, scaled to sum 1; so it enters the heads' mean and FOUND"
 OUTPUTS = ("maps", "masks", "overlays", "heads", "overview.jpg", "summary.json", "ious.npz", "curve.png")  # in `out`
 GRID_ROWS = 3  # of the best, the median and the worst images each
 
