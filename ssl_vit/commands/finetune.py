@@ -36,7 +36,7 @@ from ssl_vit.training.data_module import labeled_train_loader
 from ssl_vit.training.loop import fit_run
 from ssl_vit.training.resume_checks import SOURCE, Splits, check_source_unchanged, finetune_source
 from ssl_vit.training.run_dir import RunState, apply_extension, lock_run_dir, open_run_dir
-from ssl_vit.training.trainer import configure_backbones, silence_lightning
+from ssl_vit.training.trainer import configure_backbones, describe_computation, silence_lightning
 
 
 def main(config: FinetuneConfig) -> None:
@@ -124,7 +124,7 @@ def train_and_test(
         f"{len(splits.val):,} val images, {len(splits.test):,} test images ({splits.rule})",
     ]
     model = f"fine-tuning {evaluation.loaded.source}, at {transform.image_size} pixels"
-    summary = start_summary(run, method, images=images, model=model)
+    summary = start_summary(run, method, images=images, model=model, notes=[describe_computation(config.trainer)])
     result = fit_run(config, run, method, loader, [validation], skipped=skipped, summary=summary)
     if result.is_global_zero:
         export(run.path, method, evaluation.dataset.train.classes, step=result.step)

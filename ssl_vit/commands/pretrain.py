@@ -10,6 +10,7 @@ from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog
 from ssl_vit.data.dataset_factory import build_dataset
 from ssl_vit.data.loading.loader import build_train_loader
+from ssl_vit.data.sources.image_folder import ImageFolder, split_folders
 from ssl_vit.data.transforms.multicrop import MultiCrop
 from ssl_vit.methods.base import SSLMethod
 from ssl_vit.models.checkpoint import load_backbone
@@ -23,7 +24,7 @@ from ssl_vit.training.config_check import check_config
 from ssl_vit.training.console import start_summary
 from ssl_vit.training.loop import fit_run
 from ssl_vit.training.run_dir import RunState, apply_extension, lock_run_dir, open_run_dir
-from ssl_vit.training.trainer import build_method, silence_lightning
+from ssl_vit.training.trainer import build_method, describe_computation, silence_lightning
 
 
 def main(config: PretrainConfig) -> None:
@@ -73,9 +74,9 @@ def train(config: PretrainConfig, run: RunState, method: SSLMethod) -> None:
     summary = start_summary(
         run,
         method,
-        images=[pluralize(len(run.train), "image")],
+        images=[pluralize(len(run.train), "image"), *_describe_images(run.dataset)],
         model=_describe_model(config, method),
-        notes=[*online.plan(), *(f"Health: {warning}" for warning in warnings)],
+        notes=[describe_computation(config.trainer), *online.plan(), *(f"Health: {warning}" for warning in warnings)],
     )
     result = fit_run(
         config,
@@ -93,6 +94,14 @@ def train(config: PretrainConfig, run: RunState, method: SSLMethod) -> None:
         export_backbone(backbone, run.path / "backbone.safetensors", mean=views.mean, std=views.std, source=source)
         print(result.summary([*health.summary(), *online.summary(), *images.summary()]))
         result.requeue_job()
+
+
+def _describe_images(dataset: ImageDataset) -> list[str]:
+    """Return which images are trained on, and a word where they include those of a test set."""
+    lines = [dataset.describe()]
+    if isinstance(dataset, ImageFolder) and (splits := split_folders(dataset.names)):
+        lines.append(f"{', '.join(splits)} are splits: the images of all of them are trained on")
+    return lines
 
 
 def _describe_model(config: PretrainConfig, method: SSLMethod) -> str:

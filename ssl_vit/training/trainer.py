@@ -21,6 +21,7 @@ from ssl_vit.models.backbone import Backbone
 from ssl_vit.runtime.device import autocast_dtype, best_device, prefer_compile, prefer_fused_attention
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.launch import disable_malloc_trim
+from ssl_vit.runtime.text import pluralize
 from ssl_vit.training.checkpointing import AtomicCheckpointIO
 
 
@@ -72,9 +73,6 @@ def build_trainer(
         disable_malloc_trim()
     if device.type == "cpu" and config.devices > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // config.devices))
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16-mixed" if autocast_dtype(device) else "32-true"
     plugins: list[Any] = [io]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # PreemptionHandler requeues
@@ -83,7 +81,7 @@ def build_trainer(
         devices=config.devices,
         num_nodes=config.num_nodes,
         strategy=make_strategy(config, device),
-        precision=precision,
+        precision=resolve_precision(config, device),
         max_steps=plan.total_steps,
         accumulate_grad_batches=config.accumulate_grad_batches,
         log_every_n_steps=config.log_every_n_steps,
@@ -95,6 +93,21 @@ def build_trainer(
         enable_checkpointing=False,
         enable_model_summary=False,
     )
+
+
+def resolve_precision(config: TrainerConfig, device: torch.device) -> Any:  # noqa: ANN401 - one of Lightning's names
+    """Return the precision; `auto` is bfloat16 where the device computes in it, else float32."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16-mixed" if autocast_dtype(device) else "32-true"
+
+
+def describe_computation(config: TrainerConfig) -> str:
+    """Return on what and in which precision a run computes, after `auto` is resolved."""
+    device = best_device(config.accelerator)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    processes = pluralize(config.devices * config.num_nodes, "process", "processes")
+    return f"computed on {name}, {processes}, {resolve_precision(config, device)}"
 
 
 def make_strategy(config: TrainerConfig, device: torch.device) -> Strategy | str:

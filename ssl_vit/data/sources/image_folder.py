@@ -152,14 +152,21 @@ def labels_from_folders(names: PackedPaths) -> tuple[Tensor, list[str]]:
         counts = Counter(class_of.values())
         same = [escape_path(folder) for folder, name in class_of.items() if counts[name] > 1]
         log.warning(f"folders that differ in blanks or Unicode form only are one class: {truncate_list(same, 8)}")
+    if split_folders(names):
+        return unlabeled(len(names))
+    label_of = {name: label for label, name in enumerate(classes)}
+    labels = torch.tensor([label_of[class_of[folder]] for folder in sizes])
+    return labels.repeat_interleave(torch.tensor([*sizes.values()])), [escape_path(name) for name in classes]
+
+
+def split_folders(names: PackedPaths) -> list[str]:
+    """Return the names of the folders directly below the root if they are splits; see `folder_layout`."""
 
     def subfolders(folder: str) -> list[str]:
         return [os.fsdecode(path) for path in count_by_folder(names, os.fsencode(folder) + b"/")]
 
-    if folder_layout([os.fsdecode(folder) for folder in sizes], subfolders).kind == "splits":
-        return unlabeled(len(names))
-    labels = torch.tensor([classes.index(class_of[folder]) for folder in sizes])
-    return labels.repeat_interleave(torch.tensor([*sizes.values()])), [escape_path(name) for name in classes]
+    folders = [os.fsdecode(folder) for folder in count_by_folder(names)]
+    return folders if folder_layout(folders, subfolders).kind == "splits" else []
 
 
 def _class_name(folder: bytes) -> str:
