@@ -22,6 +22,7 @@ from ssl_vit.data.annotations.object_masks import Annotation, MaskFolder, Missin
 from ssl_vit.data.annotations.voc import VOCDataset
 from ssl_vit.data.dataset import SkippedImageLog, UnreadableImageError
 from ssl_vit.data.sources.image_folder import ImageFolder, load_images_at
+from ssl_vit.data.value_notes import value_notes
 from ssl_vit.evaluation.segmentation.image_outputs import run_backbone
 from ssl_vit.evaluation.segmentation.mask_methods import build_predictors, check_methods
 from ssl_vit.evaluation.segmentation.mask_scores import PredictedMasks
@@ -48,7 +49,7 @@ class AttentionSummary(NamedTuple):
     skipped: SkippedImageLog  # images that could not be used
     unscored: SkippedImageLog  # images without a usable mask
     results: list[MethodResult]  # of the scored images; empty without masks
-    notes: list[str]  # on how maps were computed and masks were read
+    notes: list[str]  # on how maps were computed and images and masks were read
     figure: Path
     seconds: float
 
@@ -116,11 +117,8 @@ def run_attention(config: AttentionConfig) -> AttentionSummary:
             raise UserError(f"{source}: no image has a usable mask. See {unscored.path} for the reasons")
         results = evaluator.compute() if annotations else []
     figure = _write_figure(config, dataset, writer, annotations, select_examples(written, evaluator.indices, results))
-    notes = [
-        MAPS_NOTE,
-        f"position embeddings interpolated as by positions={config.positions}",
-        *(annotations.notes() if annotations else []),
-    ]
+    notes = [MAPS_NOTE, f"position embeddings interpolated as by positions={config.positions}", *value_notes(dataset)]
+    notes += annotations.notes() if annotations else []
     counts = {"num_images": len(written), "skipped": skipped.count(), "unscored": unscored.count()}
     data = {"fingerprint": dataset.fingerprint(sizes=True), **counts}
     write_result(config, models[0], results, data=data, notes=notes, started=start)

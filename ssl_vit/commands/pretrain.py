@@ -12,6 +12,7 @@ from ssl_vit.data.dataset_factory import build_dataset
 from ssl_vit.data.loading.loader import build_train_loader
 from ssl_vit.data.sources.image_folder import ImageFolder, split_folders
 from ssl_vit.data.transforms.multicrop import MultiCrop
+from ssl_vit.data.value_notes import value_notes
 from ssl_vit.methods.base import SSLMethod
 from ssl_vit.models.checkpoint import load_backbone
 from ssl_vit.models.export import export_backbone
@@ -76,7 +77,12 @@ def train(config: PretrainConfig, run: RunState, method: SSLMethod) -> None:
         method,
         images=[pluralize(len(run.train), "image"), *_describe_images(run.dataset)],
         model=_describe_model(config, method),
-        notes=[describe_computation(config.trainer), *online.plan(), *(f"Health: {warning}" for warning in warnings)],
+        notes=[
+            describe_computation(config.trainer),
+            *value_notes(run.dataset),
+            *online.plan(),
+            *(f"Health: {warning}" for warning in warnings),
+        ],
     )
     result = fit_run(
         config,

@@ -12,7 +12,7 @@ import torch
 from ssl_vit.config.evaluate import EvalDataConfig
 from ssl_vit.config.pretrain import Source
 from ssl_vit.data.dataset import ImageDataset, escape_path
-from ssl_vit.data.sources.decode import EXTENSIONS
+from ssl_vit.data.sources.file_kinds import EXTENSIONS
 from ssl_vit.data.sources.image_folder import read_image_list, scan_image_folder
 from ssl_vit.data.sources.image_index import is_hidden
 from ssl_vit.data.sources.split_folders import folder_layout, resembles_split, split_role

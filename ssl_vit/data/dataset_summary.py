@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ssl_vit.data.dataset import UnreadableImageError, escape_path
-from ssl_vit.data.sources.decode import open_image, orientation, to_tensor
+from ssl_vit.data.sources.decode import open_image, orientation
 from ssl_vit.data.sources.image_folder import ImageFolder, format_counts, sort_counts
 from ssl_vit.data.sources.split_folders import split_role
+from ssl_vit.data.value_notes import decode_with_remarks, format_remarks
 from ssl_vit.runtime.text import pluralize, truncate_list
 from ssl_vit.runtime.workers import map_threads
 
@@ -31,6 +32,7 @@ class FileInfo(NamedTuple):
     mode: str = ""
     size: tuple[int, int] = 0, 0  # height and width in pixels, upright
     rotated: bool = False  # by its EXIF orientation
+    remarks: tuple[str, ...] = ()  # on how its values are decoded
 
 
 class DatasetSummary(NamedTuple):
@@ -46,6 +48,7 @@ class DatasetSummary(NamedTuple):
     short_side: dict[str, int]  # percentile -> pixels
     long_side: dict[str, int]
     rotated: list[str]
+    values: list[str]  # remarks on how values are decoded
     classes: dict[str, dict[str, int]]  # images per class folder, in each of train/, val/, test/, or under ""
     unreadable: dict[str, str]  # name -> reason
     duplicates: list[list[str]]  # groups of files with equal content
@@ -83,6 +86,7 @@ class DatasetSummary(NamedTuple):
             if names:
                 shown = truncate_list(names, _SHOWN, hint="; out=FOLDER writes all names")
                 lines += [f"  {title}", *(f"    {line}" for line in shown)]
+        lines += [f"  {remark}" for remark in self.values]
         if not any(problems.values()):
             lines.append("  All images can be read, and there are no exact duplicates.")
         return "\n".join(lines)
@@ -109,6 +113,7 @@ def summarize_dataset(dataset: ImageFolder) -> DatasetSummary:
         short_side=_percentiles(sides.min(axis=1)),
         long_side=_percentiles(sides.max(axis=1)),
         rotated=[image.name for image in images if image.rotated],
+        values=format_remarks(((image.name, image.remarks) for image in images), f"{len(images):,} readable images"),
         classes=_class_counts([file.name for file in files]),
         unreadable={file.name: file.reason for file in files if file.reason},
         duplicates=duplicates,
@@ -124,10 +129,11 @@ def _scan_file(dataset: ImageFolder, index: int) -> FileInfo:
         digest = hashlib.sha256(content).hexdigest()
         with open_image(dataset.path(index)) as image:
             kind, mode, rotated = image.format or "", image.mode, orientation(image) != 1
-            height, width = to_tensor(image, channels=3).shape[1:]
+            pixels, remarks = decode_with_remarks(image)
+            height, width = pixels.shape[1:]
     except UnreadableImageError as error:
         return FileInfo(name, len(content), digest, error.reason)
-    return FileInfo(name, len(content), digest, "", kind, mode, (height, width), rotated)
+    return FileInfo(name, len(content), digest, "", kind, mode, (height, width), rotated, remarks)
 
 
 def _class_counts(names: list[str]) -> dict[str, dict[str, int]]:

@@ -16,6 +16,7 @@ from ssl_vit.data.dataset import ImageDataset, SkippedImageLog
 from ssl_vit.data.dataset_factory import TrainTestSplit, build_labeled_splits
 from ssl_vit.data.sources.image_folder import ImageFolder
 from ssl_vit.data.transforms.eval_transform import EvalTransform
+from ssl_vit.data.value_notes import value_notes
 from ssl_vit.evaluation.features.cache import FeatureCache, candidate_caches, features_folder
 from ssl_vit.evaluation.features.cache_writer import FillResult, fill_cache
 from ssl_vit.evaluation.features.extractor import (
@@ -173,6 +174,7 @@ class Evaluation:
                 *self._skip_warnings(),
                 *_class_warnings(train_labels, test_labels),
                 *self._pretraining_warnings(),
+                *value_notes(self.test_images),
                 *warnings,
             ],
             selection=Selection(**selection) if selection else None,

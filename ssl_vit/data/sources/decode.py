@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import stat
 import struct
 import zlib
@@ -9,21 +10,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
 from ssl_vit.data.dataset import JPEGScaleFn, UnreadableImageError, escape_path
+from ssl_vit.data.sources.deep_values import has_false_alpha, read_deep_values, rescale_deep_values
+from ssl_vit.data.sources.file_kinds import FORMATS, describe_kind
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-EXTENSIONS = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
-)
+DECODING = 2  # grows when the same file gives other pixels, so that stored features are not used any more
 MAX_PIXELS = 89_478_485  # a quarter of a GiB as RGB; above it Pillow warns of decompression bombs
 MAX_SCANS = 100  # of a JPEG; encoders write up to a dozen, and each takes as long as a whole image
 
@@ -33,7 +31,7 @@ _DECODE_ERRORS = (  # raised by Pillow's readers on damaged files: nearly every 
     *(Image.DecompressionBombError, Image.DecompressionBombWarning),
 )
 
-_STRIP = 256  # rows rescaled at once
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # its reasons are in UnreadableImageError
 
 _UPRIGHT = {  # EXIF orientation -> the transposition that undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -49,11 +47,11 @@ _BLOCK = 8  # side of a JPEG block in pixels
 
 
 def decode(path: Path | BytesIO, channels: int = 3, jpeg_scale: JPEGScaleFn | None = None) -> Tensor:
-    """Read a JPEG, PNG, WebP, BMP, TIFF, GIF (first frame) or PPM file, identified by its content, not its name.
+    """Read an image file of one of FORMATS (of a GIF the first frame), identified by its content, not its name.
 
-    EXIF orientation is applied. Transparent pixels are composited on white. Gray values of 16 or 32 bits and floats
-    are rescaled from the image's own minimum and maximum to 0 and 255, because devices seldom use the whole range of
-    their files. 16-bit colors keep their upper 8 bits.
+    EXIF orientation is applied. Transparent pixels are composited on white; a band of a TIFF is transparency only if
+    the file says so. Values of more than 8 bits, signed values and floats are rescaled from the range that the image
+    uses, because devices seldom use the whole range of their files; see `deep_values`.
 
     The pixels (C, H, W) uint8, RGB or for one channel gray (ITU-R 601 luma), are channels last in memory, where crops
     resize twice as fast. `jpeg_scale` chooses by how much a JPEG is decoded smaller: from fewer coefficients of each
@@ -93,7 +91,7 @@ def open_image(path: Path | BytesIO) -> Iterator[ImageFile.ImageFile]:
                 )
             yield image
     except _DECODE_ERRORS as error:
-        raise UnreadableImageError(name, _reason(error, empty=empty)) from error
+        raise UnreadableImageError(name, _reason(error, path, empty=empty)) from error
 
 
 def _count_scans(image: ImageFile.ImageFile) -> int:
@@ -115,9 +113,10 @@ def _decode_smaller(image: JpegImageFile, jpeg_scale: JPEGScaleFn) -> None:
 
 def to_tensor(image: Image.Image, channels: int) -> Tensor:
     """Convert an opened image to pixels (C, H, W) uint8, upright, with 1 or 3 channels; see `decode`."""
+    deep = read_deep_values(image) if isinstance(image, ImageFile.ImageFile) else None
     image.load()  # applies the orientation of TIFF files
-    transposition = _UPRIGHT.get(orientation(image))
-    image, mode = _to_opaque_8bit(image), "RGB" if channels == 3 else "L"
+    transposition, mode = _UPRIGHT.get(orientation(image)), "RGB" if channels == 3 else "L"
+    image = rescale_deep_values(image, deep) if deep else _to_opaque_8bit(image)
     if image.mode != mode:
         image = image.convert(mode)
     if transposition is not None:
@@ -136,8 +135,8 @@ def orientation(image: Image.Image) -> int:
 
 def _to_opaque_8bit(image: Image.Image) -> Image.Image:
     """Convert the image to 8 bits without transparency."""
-    if image.mode.startswith(("I", "F")):
-        return Image.fromarray(to_uint8_range(np.asarray(image)))
+    if has_false_alpha(image):
+        return image.convert("RGB" if image.mode == "RGBA" else "L")
     if image.mode == "LAB":  # Pillow converts it to RGB only
         return image.convert("RGB")
     if image.has_transparency_data:
@@ -146,22 +145,7 @@ def _to_opaque_8bit(image: Image.Image) -> Image.Image:
     return image
 
 
-def to_uint8_range(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """Rescale values (H, W) from their own range to 0..255; NaN and infinities become 0.
-
-    Strip by strip, because whole images in float64 would take several times their memory.
-    """
-    strips = [values[top : top + _STRIP] for top in range(0, len(values), _STRIP)]
-    ranges = [(part.min(), part.max()) for strip in strips if (part := strip[np.isfinite(strip)]).size]
-    if not ranges:
-        raise ValueError("no pixel is a finite number")
-    low, high = float(min(least for least, _ in ranges)), float(max(most for _, most in ranges))
-    scale = 255 / (high - low) if high > low else 0.0
-    finite = (np.where(np.isfinite(strip), strip, low).astype(np.float64) for strip in strips)
-    return np.concatenate([((strip - low) * scale).round().astype(np.uint8) for strip in finite])
-
-
-def _reason(error: Exception, *, empty: bool) -> str:
+def _reason(error: Exception, path: Path | BytesIO, *, empty: bool) -> str:
     """Describe in one line why an image cannot be read."""
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"more than {MAX_PIXELS:,} pixels, perhaps a decompression bomb"
@@ -170,5 +154,7 @@ def _reason(error: Exception, *, empty: bool) -> str:
     if empty:
         return "an empty file"
     if isinstance(error, UnidentifiedImageError):
+        if kind := describe_kind(path):
+            return f"{kind}, which is not read; convert it to one of {', '.join(FORMATS)} of 1, 3 or 4 bands"
         return f"none of {', '.join(FORMATS)}, or its first bytes are damaged"
     return escape_path(" ".join(str(error).split())) or type(error).__name__

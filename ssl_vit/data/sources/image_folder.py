@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ssl_vit.data.dataset import ImageDataset, JPEGScaleFn, UnreadableImageError, escape_path
-from ssl_vit.data.sources.decode import EXTENSIONS, decode
+from ssl_vit.data.sources.decode import decode
+from ssl_vit.data.sources.file_kinds import EXTENSIONS
 from ssl_vit.data.sources.image_index import REPEATED_FOLDER, cached_walk
 from ssl_vit.data.sources.packed_paths import PackedPaths
 from ssl_vit.data.sources.path_lists import read_paths

@@ -23,7 +23,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from ssl_vit.data.dataset import escape_path
-from ssl_vit.data.sources.decode import EXTENSIONS
+from ssl_vit.data.sources.file_kinds import EXTENSIONS
 from ssl_vit.data.sources.packed_paths import PackedPaths
 from ssl_vit.runtime.launch import is_rank_zero
 from ssl_vit.runtime.workers import PROGRESS_DELAY, map_ordered

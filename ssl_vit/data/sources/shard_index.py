@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from ssl_vit.data.dataset import escape_path
-from ssl_vit.data.sources.decode import EXTENSIONS
+from ssl_vit.data.sources.file_kinds import EXTENSIONS
 from ssl_vit.data.sources.packed_paths import PackedPaths
 from ssl_vit.runtime.atomic_io import atomic_write
 from ssl_vit.runtime.errors import UserError

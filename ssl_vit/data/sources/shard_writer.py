@@ -39,7 +39,8 @@ from ssl_vit.runtime.workers import map_threads
 
 _TAR_END = bytes(2 * tarfile.BLOCKSIZE)
 _MAX_IMAGE_BYTES = 2**31 - 1  # limit of one read
-_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # by Pillow's format; others are the format in lower case
+# By Pillow's format; others are the format in lower case.
+_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}
 
 Members = list[tuple[str, bytes]]  # extension and content of each member of a sample
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog, UnreadableImageError
 from ssl_vit.data.loading.loader import EvalDataset
+from ssl_vit.data.sources.decode import DECODING
 from ssl_vit.data.sources.image_index import cache_dir
 from ssl_vit.evaluation.features.extractor import FeatureExtractor, Features, none_readable
 from ssl_vit.runtime.atomic_io import write_json
@@ -203,6 +204,7 @@ def candidate_caches(
         "schema": SCHEMA,
         "extractor": extractor.identity(),
         "images": dataset.fingerprint(sizes=True, times=True),
+        "decoding": DECODING,
         "count": len(dataset),
         "dtype": "float16",
     }
