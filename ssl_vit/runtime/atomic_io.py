@@ -139,11 +139,6 @@ class JSONLWriter:
             file.flush()
             os.fsync(file.fileno())
 
-    def read(self) -> list[dict[str, Any]]:
-        """Return all lines, parsed."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        return [json.loads(line) for line in lines]
-
 
 def _step(line: bytes) -> float:
     """Return the step of a line; infinity for a truncated one."""
