@@ -11,6 +11,7 @@ from __future__ import annotations
 from ssl_vit.config.evaluate import FeaturesConfig
 from ssl_vit.data.dataset import escape_path
 from ssl_vit.data.dataset_factory import TrainTestSplit, build_feature_splits
+from ssl_vit.data.value_notes import value_notes
 from ssl_vit.evaluation.evaluator import fill_caches, load_model
 from ssl_vit.evaluation.features.cache_writer import FillResult
 from ssl_vit.evaluation.features.extractor import BackboneExtractor, on_best_device, subsample, validate_features
@@ -60,6 +61,7 @@ def _summary(split: FeatureSplit, result: FillResult) -> str:
         f"feature std {float(feature_std(last)):.3f}, effective rank {float(effective_rank(last)):.1f} (last [CLS])",
         f"{sum(file.stat().st_size for file in folder.iterdir()) / 1e6:,.1f} MB in {escape_path(folder)}",
     ]
+    lines += value_notes(split.dataset)
     if missing := len(split.dataset) - len(split.features.index):
         lines.append(f"{pluralize(missing, 'image')} could not be read: {escape_path(result.cache.skipped.path)}")
     return "\n  ".join(lines)

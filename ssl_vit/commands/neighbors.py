@@ -18,6 +18,7 @@ from ssl_vit.config.evaluate import NeighborsConfig
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog, Subset
 from ssl_vit.data.dataset_factory import TrainTestSplit, build_feature_splits
 from ssl_vit.data.sources.image_folder import ImageFolder, load_images_at
+from ssl_vit.data.value_notes import value_notes
 from ssl_vit.evaluation.classification.ann_index import IVFIndex, StaleIndexError
 from ssl_vit.evaluation.classification.nearest_neighbors import Neighbors, choose_engine, exact_search
 from ssl_vit.evaluation.evaluator import BLOCKS, fill_caches, load_model
@@ -88,6 +89,7 @@ def main(config: NeighborsConfig) -> None:
         "model": {"source": loaded.source, "sha256": loaded.sha256},
         "dataset": index_set.dataset.describe(),
         "images": None if config.images is None else str(config.images),
+        "notes": (notes := value_notes(index_set.dataset)),
         "search": method,
         "skipped": skipped,
         "queries": rows,
@@ -96,7 +98,8 @@ def main(config: NeighborsConfig) -> None:
     with atomic_write(config.out) as file:
         figure = neighbor_figure(_to_tiles(index_set, queries, found))
         figure.save(file, format="PNG" if config.out.suffix == ".png" else "JPEG", quality=90)
-    print(_summary(config, rows, method, {part.skipped.path: part.skipped.count() for part in (index_set, queries)}))
+    counts = {part.skipped.path: part.skipped.count() for part in (index_set, queries)}
+    print("\n".join([*notes, _summary(config, rows, method, counts)]))
 
 
 def _queries(

@@ -15,7 +15,8 @@ from types import FrameType
 
 from ssl_vit.config.visualize import VideoConfig
 from ssl_vit.data.dataset import UnreadableImageError
-from ssl_vit.data.sources.video_frames import open_frames
+from ssl_vit.data.sources.video_frames import FolderFrames, open_frames
+from ssl_vit.data.value_notes import value_notes
 from ssl_vit.models.checkpoint import load_backbone
 from ssl_vit.runtime.device import best_device
 from ssl_vit.runtime.errors import UserError
@@ -41,6 +42,8 @@ def main(config: VideoConfig) -> None:
     """
     _check_paths(config)
     frames = open_frames(config.video, fps=config.fps)
+    if isinstance(frames, FolderFrames):
+        print("".join(f"{note}\n" for note in value_notes(frames.dataset)), end="")
     model = load_backbone(config.checkpoint, config.weights, positions=config.positions)
     if (channels := model.backbone.config.in_chans) != 3:
         raise UserError(f"checkpoint={config.checkpoint}: the model takes {channels} channels, frames have 3")

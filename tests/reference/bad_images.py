@@ -214,6 +214,8 @@ BROKEN: dict[str, tuple[Make, str]] = {
     "cut_progressive_header.jpg": (lambda path: path.write_bytes(encoded("JPEG", progressive=True)[:300]) and None, ""),
     "empty.jpg": (written(b""), "an empty file"),
     "one_byte.jpg": (written(b"\xff"), "none of JPEG"),
+    "heic.jpg": (written(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200)), "a HEIC image"),
+    "jxl.png": (written(b"\xff\x0a" + bytes(200)), "a JPEG XL image"),
     "text.jpg": (written(b"this is no image"), "none of JPEG"),
     "page.jpg": (written(b"<!DOCTYPE html><title>404 Not Found</title>"), "none of JPEG"),
     "zeros.png": (written(bytes(5000)), "none of JPEG"),
