@@ -7,6 +7,7 @@ Uses Hydra's compose API, so that nothing of a Hydra application (log files, out
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Set
 from functools import cache, partial
@@ -68,7 +69,7 @@ def compose_config(command: str, argv: list[str], config_class: type[StrictConfi
         UserError: An override cannot be read, or names a group option that does not exist.
     """
     positional = positional_key(config_class)
-    arguments = [arg for arg in argv if positional and ("=" not in arg or Path(arg).exists())]
+    arguments = [arg for arg in argv if positional and ("=" not in arg or os.path.exists(arg))]  # noqa: PTH110 - likewise
     argv, config_dirs = _split_config_dirs([arg for arg in argv if arg not in arguments])
     folders = [conf_dir(), recipes_dir().parent, *config_dirs]
     _check_yaml_files(config_dirs)
@@ -186,7 +187,7 @@ def _split_config_dirs(argv: list[str]) -> tuple[list[str], list[Path]]:
     """Split off the folders of `--config-dir=FOLDER`, which hold the user's own recipes and group options."""
     folders = [Path(arg.partition("=")[2]) for arg in argv if arg.startswith("--config-dir=")]
     for folder in folders:
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # noqa: PTH112 - unlike `is_dir`, without an error for names that are too long
             raise UserError(f"--config-dir={folder}: there is no such folder")
     return [arg for arg in argv if not arg.startswith("--config-dir=")], folders
 

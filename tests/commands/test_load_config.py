@@ -136,6 +136,7 @@ def test_load_config_finds_unknown_keys_in_own_files(tmp_path):
         (["method=dino,sit"], ["'method=dino,sit'", "method=NAME"]),
         (["recipe=nope"], ["recipe=nope", "there is no such option"]),
         (["--config-dir=nowhere"], ["--config-dir=nowhere: there is no such folder"]),
+        ([f"--config-dir={'x' * 300}"], ["there is no such folder"]),
         (["seed"], ["'seed': expected key=value"]),
         (["a b=1"], ["'a b=1': expected key=value"]),
         (["=1"], ["expected key=value"]),
