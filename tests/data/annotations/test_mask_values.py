@@ -99,7 +99,10 @@ def test_mask_folder_reads_every_binary_coding_exactly(tmp_path, kind):
     folder = MaskFolder(tmp_path)
     for index in range(4):
         assert np.array_equal(folder.read(f"{index}.jpg", SIZE).numpy(), scene(index)), index
-    assert folder.notes() == []
+    without_zero = {"1/2": "2 is", "100/200": "200 is", "254/255": "255 is", "yellow on blue": "2 is"}
+    notes = folder.notes()
+    assert len(notes) == (kind in without_zero)
+    assert all(f"4 masks: {without_zero[kind]} foreground and" in note for note in notes)
 
 
 @pytest.mark.parametrize("kind", SOFT)
