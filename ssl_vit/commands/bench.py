@@ -68,6 +68,8 @@ def bench(configs: list[BenchConfig]) -> None:
     for each in configs:
         if each.trainer.devices * each.trainer.num_nodes > 1:
             raise UserError("trainer.devices and trainer.num_nodes: bench measures a single process, set both to 1")
+    if config.out.exists() and not config.out.is_file():
+        raise UserError(f"out={config.out} is not a file; choose the path of a JSON file")
     check_outputs([config.out], inputs={})
     with TemporaryDirectory(prefix="ssl-vit-bench-") as name:
         directory = Path(name)

@@ -37,7 +37,7 @@ def left_behind(tmp_path):
 
 def test_bench_without_images_generates_photos_and_reports_everything(tmp_path, capsys):
     assert main(["bench", *QUICK]) == 0
-    assert left_behind(tmp_path) == {"bench.json"}
+    assert left_behind(tmp_path) == {"bench.json", ".ssl-vit-outputs"}
     found = json.loads(Path("bench.json").read_text())
     assert found["schema"] == 1
     assert {"device", "cpu", "threads", "torch", "ssl_vit"} <= found["environment"].keys()
@@ -67,7 +67,7 @@ def test_bench_compares_two_configurations_in_turn(sample, tmp_path, capsys):
     words = [*QUICK, f"data.root={sample / 'train'}", "data.batch_size=2", "row=synthetic", "rounds=2"]
     words.append("out=two/found.json")
     assert main(["bench", *words, "compare_to=[backbone.depth=1,method.teacher.momentum=[0.9,1.0]]"]) == 0
-    assert left_behind(tmp_path) == {"two", "two/found.json"}
+    assert left_behind(tmp_path) == {"two", "two/found.json", "two/.ssl-vit-outputs"}
     found = json.loads(Path("two/found.json").read_text())
     assert [each["config"]["backbone"]["depth"] for each in found["measured"]] == [2, 1]
     assert found["measured"][1]["config"]["method"]["teacher"]["momentum"] == [0.9, 1.0]
