@@ -14,8 +14,9 @@ from torchvision.datasets import CIFAR10, CIFAR100, STL10
 from ssl_vit.config.evaluate import EvalDataConfig
 from ssl_vit.data.dataset import SkippedImageLog, UnreadableImageError
 from ssl_vit.data.dataset_factory import build_dataset, build_labeled_splits
-from ssl_vit.data.sources.image_folder import format_counts
+from ssl_vit.data.sources.image_folder import ImageFolder, format_counts
 from ssl_vit.data.sources.image_index import walk_images
+from ssl_vit.data.sources.packed_paths import PackedPaths
 from ssl_vit.data.sources.torchvision_datasets import rgb_to_gray
 from ssl_vit.runtime.errors import UserError
 
@@ -97,6 +98,17 @@ def test_scan_image_folder_finds_each_image_once_despite_link_loops(tmp_path):
     assert dataset.read(1, 3).shape == (3, 3, 4)
     with pytest.raises(UnreadableImageError, match=r"self\.png"):
         dataset.read(4, 3)
+
+
+@pytest.mark.parametrize("name", ["pipe.png", "device.png", "missing.png", "nul\0.png", "folder.png"])
+def test_content_of_what_is_no_regular_file_is_an_error_and_does_not_wait(tmp_path, name):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    (tmp_path / "folder.png").mkdir()
+    dataset = ImageFolder(tmp_path, PackedPaths.from_iterable([name.encode()]))
+    with pytest.raises(UnreadableImageError) as caught:
+        dataset.content(0)
+    assert caught.value.name == dataset.name(0)
 
 
 def test_scan_image_folder_does_not_hang_at_a_pipe(tmp_path):

@@ -78,10 +78,7 @@ def open_image(path: Path | BytesIO) -> Iterator[ImageFile.ImageFile]:
     empty = isinstance(path, BytesIO) and path.getbuffer().nbytes == 0
     try:
         if isinstance(path, Path):
-            status = path.stat()
-            if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
-                raise UnreadableImageError(name, "not a regular file but a directory, pipe, socket or device")
-            empty = status.st_size == 0
+            empty = file_size(path) == 0
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
@@ -92,6 +89,19 @@ def open_image(path: Path | BytesIO) -> Iterator[ImageFile.ImageFile]:
             yield image
     except _DECODE_ERRORS as error:
         raise UnreadableImageError(name, _reason(error, path, empty=empty)) from error
+
+
+def file_size(path: Path) -> int:
+    """Return the bytes of a regular file; reading a pipe would wait for its other end, and a device may have no end.
+
+    Raises:
+        OSError: There is no such file.
+        UnreadableImageError: It is not a regular file.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise UnreadableImageError(escape_path(path), "not a regular file but a directory, pipe, socket or device")
+    return status.st_size
 
 
 def _count_scans(image: ImageFile.ImageFile) -> int:

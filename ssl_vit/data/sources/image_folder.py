@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ssl_vit.data.dataset import ImageDataset, JPEGScaleFn, UnreadableImageError, escape_path
-from ssl_vit.data.sources.decode import decode
+from ssl_vit.data.sources.decode import decode, file_size
 from ssl_vit.data.sources.file_kinds import EXTENSIONS
 from ssl_vit.data.sources.image_index import REPEATED_FOLDER, cached_walk
 from ssl_vit.data.sources.packed_paths import PackedPaths
@@ -55,10 +55,14 @@ class ImageFolder(ImageDataset):
             raise UnreadableImageError(self.name(index), error.reason) from error
 
     def content(self, index: int) -> bytes:
+        path = self.path(index)
         try:
-            return self.path(index).read_bytes()
-        except OSError as error:
-            raise UnreadableImageError(self.name(index), error.strerror or str(error)) from error
+            file_size(path)
+            return path.read_bytes()
+        except UnreadableImageError as error:
+            raise UnreadableImageError(self.name(index), error.reason) from error
+        except (OSError, ValueError) as error:  # ValueError: a list may have names that no file can have
+            raise UnreadableImageError(self.name(index), getattr(error, "strerror", None) or str(error)) from error
 
     def with_names(self, names: PackedPaths) -> ImageFolder:
         """Return a dataset of other images below the same root."""
