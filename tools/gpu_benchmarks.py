@@ -197,7 +197,8 @@ def _speed(context: BenchContext, overrides: tuple[str, ...], size: int, row: st
     skipped = SkippedImageLog(context.folder / "skipped_images.txt")
     benchmark = BenchmarkRun(config, dataset, skipped, seconds=6.0 if context.on_gpu else 0.1)
     with torch.device("meta"):  # sizes are sufficient
-        flops = build_method(config, make_plan(config, len(dataset))).count_flops().total
+        method = build_method(config, make_plan(config, len(dataset)))
+    flops = method.count_flops().total
     measured = benchmark.row(row)
     step = sum(measured.phases.values())
     return {

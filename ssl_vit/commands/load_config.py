@@ -160,7 +160,7 @@ def to_hydra_override(override: str, groups: set[str], strings: Set[str]) -> str
     are forced in, so that an unknown one reaches the validation, which lists all of them with the nearest valid keys.
     """
     key, equals, value = override.partition("=")
-    if key.startswith(("hydra/", "hydra.")):
+    if re.match(r"[+~]*hydra([/.@]|$)", key):
         raise UserError(f"{override!r} is an option of a sweep: add --multirun")
     if not equals or not re.fullmatch(r"[+~]*[\w.@/]+", key):
         raise UserError(f"{override!r}: expected key=value (quote lists: 'key=[1,2]')")

@@ -237,6 +237,11 @@ def test_main_with_cfg_prints_the_composed_config(capsys):
     assert printed["backbone"]["embed_dim"] == 128
 
 
+@pytest.mark.parametrize("override", ["+hydra=[1,2]", "hydra=x", "+hydra@a=x", "hydra.run.dir=x"])
+def test_load_config_of_an_option_of_hydra_names_multirun(override):
+    assert "--multirun" in error_of("pretrain", override)
+
+
 @pytest.mark.parametrize(
     ("environment", "words", "expected"),
     [

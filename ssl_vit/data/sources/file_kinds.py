@@ -78,7 +78,7 @@ def _describe_tiff(file: Path | BytesIO) -> str:
             tags = ImageFileDirectory_v2(header)
             stream.seek(tags.next)
             tags.load(stream)
-        count, bits = tags.get(SAMPLESPERPIXEL, 1), tags.get(BITSPERSAMPLE, (1,))
+        count, bits = int(tags.get(SAMPLESPERPIXEL, 1)), int(tags.get(BITSPERSAMPLE, (1,))[0])
         sample = _SAMPLE_FORMATS.get(tags.get(SAMPLEFORMAT, (1,))[0], "complex numbers of {} bits")
-        return f"a TIFF of {pluralize(count, 'band')} of {sample.format(bits[0])}"
+        return f"a TIFF of {pluralize(count, 'band')} of {sample.format(bits)}"
     return ""

@@ -46,6 +46,16 @@ def test_decode_names_the_bands_of_a_tiff(tmp_path, caplog, dtype, bands, name, 
     assert not caplog.text
 
 
+def test_decode_of_a_tiff_with_text_for_a_number_gives_a_printable_reason(tmp_path):
+    path = tiff(tmp_path / "a.tif", RAMP.astype("f2"), 1, extra=0, order="<")
+    content = path.read_bytes()
+    at = content.index((258).to_bytes(2, "little") + (3).to_bytes(2, "little"))  # BitsPerSample, of the type short
+    path.write_bytes(content[: at + 2] + (2).to_bytes(2, "little") + content[at + 4 :])  # of the type ASCII
+    with pytest.raises(UnreadableImageError) as caught:
+        decode(path)
+    assert caught.value.reason.isprintable()
+
+
 @pytest.mark.parametrize("kind", ["AVIF", "JPEG2000"])
 def test_decode_reads_what_pillow_reads_under_any_name(tmp_path, kind):
     if kind not in FORMATS:
