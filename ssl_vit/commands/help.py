@@ -34,8 +34,10 @@ def help_text(command: str, summary: str, example: str, overrides: list[str]) ->
         option = chosen.get(group, default)
         file = conf_dir() / group / f"{option}.yaml"
         others = ", ".join(sorted(other.stem for other in file.parent.glob("*.yaml") if other != file))
-        lines += ["", f"{_section(file)}:   # {group}={option}" + (f"; also {others}" if others else "")]
-        lines += [f"  {line}".rstrip() for line in _keys_of(file).strip().splitlines()]
+        section, title = _section(file), f"   # {group}={option}" + (f"; also {others}" if others else "")
+        everywhere = section == "_global_"  # its keys are those of several sections
+        lines += ["", title.strip() if everywhere else f"{section}:{title}"]
+        lines += [("" if everywhere else "  ") + line for line in _keys_of(file).strip().splitlines()]
     if "recipes" in groups:
         names = ", ".join(sorted(file.stem for file in recipes_dir().glob("*.yaml")))
         lines += ["", f"recipe=NAME uses the settings of a recipe: {names}"]

@@ -34,16 +34,8 @@ from ssl_vit.runtime.yaml_file import read_yaml
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
 
 _LEAST_SIMILARITY = 1.0  # of a key that is proposed, see `key_similarity`
-_KEYS_OF_OTHER_TOOLS = {  # of commands that load no model
-    **dict.fromkeys(
-        ("checkpoint", "pretrained", "weights"),
-        "training starts from random weights; existing ones are evaluated with `ssl-vit knn checkpoint=...`",
-    ),
-    **dict.fromkeys(
-        ("resume", "resume_from", "resume_from_checkpoint", "ckpt_path"),
-        "a run is resumed with run.resume=true and its run.name",
-    ),
-}
+_WEIGHTS_KEYS = ("checkpoint", "pretrained", "weights")  # of other tools
+_RESUME_KEYS = ("resume", "resume_from", "resume_from_checkpoint", "ckpt_path")
 
 
 def load_config(command: str, argv: list[str], config_class: type[ConfigT]) -> ConfigT:
@@ -54,6 +46,11 @@ def load_config(command: str, argv: list[str], config_class: type[ConfigT]) -> C
     """
     try:
         values = compose_config(command, argv, config_class)
+        if "start" in values and values["checkpoint"] is not None:
+            from ssl_vit.commands.start_overrides import start_overrides
+
+            before = start_overrides(values, argv, conf_dir() / "start")
+            values = compose_config(command, [*before, *argv], config_class)
         _set_processes(values.get("trainer"))
         return config_class.model_validate(values)
     except ValidationError as error:
@@ -164,11 +161,12 @@ def to_hydra_override(override: str, groups: set[str], strings: Set[str]) -> str
         raise UserError(f"{override!r} is an option of a sweep: add --multirun")
     if not equals or not re.fullmatch(r"[+~]*[\w.@/]+", key):
         raise UserError(f"{override!r}: expected key=value (quote lists: 'key=[1,2]')")
-    group = "recipes" if key == "recipe" else key.lstrip("+~")
+    group = "recipes" if key == "recipe" else key.removesuffix("@_global_").lstrip("+~")
     if group in groups:
         if not re.fullmatch(r"[\w./-]+", value):
             raise UserError(f"{override!r}: expected one option, such as {key}=NAME")
-        return f"{group}='{value}'"  # quoted, or an option called 1 would be a number
+        option = key if key.endswith("@_global_") else group
+        return f"{option}='{value}'"  # quoted, or an option called 1 would be a number
     if key in strings and not value:  # `data.root=$UNSET` is not the current folder
         raise UserError(f"{override!r}: the value after the equals sign is missing")
     if not key.startswith(("+", "~")):
@@ -248,9 +246,13 @@ def _describe(error: ValidationError, values: dict[str, Any]) -> str:
 
 def _explain_unknown(key: str, valid: list[str]) -> str:
     """Return what to write instead of an unknown key, if that is clear."""
-    explanation = _KEYS_OF_OTHER_TOOLS.get(key.rpartition(".")[2])
-    if explanation:
-        return "; weights to load are named by checkpoint=" if "checkpoint" in valid else f"; {explanation}"
+    last = key.rpartition(".")[2]
+    if last in _RESUME_KEYS and "run.resume" in valid:
+        return "; a run is resumed with run.resume=true and its run.name"
+    if last in (*_WEIGHTS_KEYS, *_RESUME_KEYS):
+        if "checkpoint" in valid:
+            return "; weights to load are named by checkpoint="
+        return "; this command loads no weights: `ssl-vit pretrain` and the evaluations take checkpoint="
     nearest = max(valid, key=partial(key_similarity, key))
     if key_similarity(key, nearest) < _LEAST_SIMILARITY:
         return "; --help lists all keys"

@@ -25,6 +25,7 @@ from ssl_vit.training.config_check import check_config
 from ssl_vit.training.console import start_summary
 from ssl_vit.training.loop import fit_run
 from ssl_vit.training.run_dir import RunState, apply_extension, lock_run_dir, open_run_dir
+from ssl_vit.training.start import Start
 from ssl_vit.training.trainer import build_method, describe_computation, silence_lightning
 
 
@@ -44,11 +45,12 @@ def pretrain(config: PretrainConfig, dataset: ImageDataset | None = None) -> Pat
     dataset = dataset or build_dataset(config.data.source, config.data.root)
     with lock_run_dir(config.run):
         run = open_run_dir(config, dataset)
-        train(config, run, build_method(config, run.plan))
+        start = Start(config, run)
+        train(config, run, build_method(config, run.plan, start.prepare), start)
     return config.run.path
 
 
-def train(config: PretrainConfig, run: RunState, method: SSLMethod) -> None:
+def train(config: PretrainConfig, run: RunState, method: SSLMethod, start: Start) -> None:
     """Train from the state of the run to its end, or until it is stopped."""
     views, plan = config.method.views, run.plan
     skipped = SkippedImageLog(run.path / "skipped_images.txt")
@@ -76,8 +78,9 @@ def train(config: PretrainConfig, run: RunState, method: SSLMethod) -> None:
         run,
         method,
         images=[pluralize(len(run.train), "image"), *_describe_images(run.dataset)],
-        model=_describe_model(config, method),
+        model=_describe_model(config, method, start),
         notes=[
+            *start.describe(method),
             describe_computation(config.trainer),
             *value_notes(run.dataset),
             *online.plan(),
@@ -110,8 +113,9 @@ def _describe_images(dataset: ImageDataset) -> list[str]:
     return lines
 
 
-def _describe_model(config: PretrainConfig, method: SSLMethod) -> str:
+def _describe_model(config: PretrainConfig, method: SSLMethod, start: Start) -> str:
     """Return what is trained, from which weights, and where it differs from what the model's name says."""
-    text = f"{config.method.name} on {config.backbone.name} with {method.eval_backbone.describe()}, from random weights"
-    changed = config.backbone.overridden()
+    model = f"{config.method.name} on {config.backbone.name} with {method.eval_backbone.describe()}"
+    text = f"{model}, from {start.source}"
+    changed = config.backbone.overridden() if config.checkpoint is None else []
     return text + (f" (not as the name says: {', '.join(changed)})" if changed else "")

@@ -63,6 +63,7 @@ class OptimizerConfig(StrictConfig):
 
 class TeacherConfig(StrictConfig):
     momentum: tuple[Probability, Probability]
+    half_life: DurationField | None
     temperature: Positive
     warmup_temperature: Positive
     warmup: DurationField
@@ -87,6 +88,11 @@ class MethodConfig(StrictConfig):
     def depends_on_num_processes(self) -> bool:
         """Whether another number of processes changes the loss."""
         return False
+
+    @property
+    def own_registers(self) -> int:
+        """Number of registers that the method adds to those of the backbone."""
+        return 0
 
     def without_first_epochs(self) -> Self:
         """Return the section without what only the first epochs do, for a benchmark."""
@@ -165,6 +171,11 @@ class SiTConfig(MethodConfig):
     reconstruction: ReconstructionConfig
     weighting: Literal["uncertainty", "fixed"]
     corruption: CorruptionConfig
+
+    @property
+    def own_registers(self) -> int:
+        """1 if the rotation is predicted from a token of its own."""
+        return int(self.rotation.enabled and self.tokens == "dedicated")
 
     @property
     def batch_multiple(self) -> int:

@@ -12,11 +12,13 @@ from pydantic import AfterValidator, Field, model_validator
 from ssl_vit.config.methods import MethodName, SelectedMethodConfig
 from ssl_vit.config.types import (
     Count,
+    DurationField,
     NonNegative,
     OverrideList,
     Positive,
     ResumeChoice,
     Seed,
+    Share,
     StrictConfig,
     WallTime,
 )
@@ -170,6 +172,29 @@ class BackboneConfig(StrictConfig):
 CheckpointWeights = Literal["teacher", "student"]
 
 
+# --- where training starts from --------------------------------------------------------------------------------
+
+
+class StartConfig(StrictConfig):
+    name: Literal["scratch", "weights"]
+    trainable: Annotated[str, Field(pattern=r"^(all|norms|last_[1-9]\d*_blocks|lora_[1-9]\d*)$")]
+    freeze_backbone: DurationField
+    ramp: DurationField
+    backbone_lr: Positive | Literal["auto"] | None
+    layer_decay: Share
+    patch_embed_lr: Share
+
+    @property
+    def lora_rank(self) -> int | None:
+        """Rank of the low-rank updates, or None."""
+        return int(self.trainable.removeprefix("lora_")) if self.trainable.startswith("lora_") else None
+
+
+class AnchorConfig(StrictConfig):
+    name: Literal["none", "gram", "l2sp", "features"]
+    weight: NonNegative
+
+
 class ModelConfig(StrictConfig):
     """The keys of every command that loads a model."""
 
@@ -223,6 +248,10 @@ class TrainingConfig(StrictConfig):
 
 
 class PretrainConfig(TrainingConfig):
+    checkpoint: str | None
+    weights: CheckpointWeights
+    start: StartConfig
+    anchor: AnchorConfig
     run: RunConfig
     logger: LoggerConfig
     online: OnlineEvalConfig
@@ -236,11 +265,25 @@ class PretrainConfig(TrainingConfig):
     @model_validator(mode="after")
     def _no_pretrained_tag(self) -> Self:
         architecture, dot, tag = self.backbone.name.partition(".")
-        if dot:
+        if dot and self.checkpoint is None:
             raise ValueError(
                 f"backbone.name={self.backbone.name}: the tag {tag} stands for trained weights, and training starts "
-                f"from random ones: write backbone.name={architecture}"
+                f"from random ones: write backbone.name={architecture}, or checkpoint=timm:{self.backbone.name}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _start_needs_a_checkpoint(self) -> Self:
+        if self.checkpoint is None:
+            if self.start.name == "weights":
+                raise ValueError("start=weights is for a run that begins with weights: add checkpoint=SOURCE")
+            if self.anchor.name != "none" or self.start.trainable != "all":
+                key = "anchor" if self.anchor.name != "none" else "start.trainable"
+                raise ValueError(f"{key} keeps what the start weights know: add checkpoint=SOURCE, or leave it out")
+        if self.anchor.name == "l2sp" and self.start.lora_rank:
+            raise ValueError("anchor=l2sp is for weights that change; with LoRA they do not: choose another anchor")
+        if self.trainer.strategy == "fsdp" and (self.anchor.name != "none" or self.start.lora_rank):
+            raise ValueError("trainer.strategy=fsdp supports neither an anchor nor LoRA: use trainer.strategy=ddp")
         return self
 
     @model_validator(mode="after")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
@@ -20,39 +20,20 @@ from ssl_vit.config.methods import MethodConfig, OptimizerConfig, ViewsConfig
 from ssl_vit.config.pretrain import BackboneConfig
 from ssl_vit.data.batch import Batch
 from ssl_vit.data.transforms.color import ColorAugmentation
-from ssl_vit.methods.flops import Flops, count_flops
+from ssl_vit.methods.anchor import Anchor
+from ssl_vit.methods.backbone_rates import BackboneRates
+from ssl_vit.methods.flops import Flops, count_flops, count_forward_flops
 from ssl_vit.methods.gradient_clipping import FiniteCheck, clip_grad_per_parameter
 from ssl_vit.methods.health import HealthCheck, check_feature_std
 from ssl_vit.methods.schedules import Schedule, TrainingPlan, cosine
+from ssl_vit.methods.step_result import ImageRestorer, PretextViews, StepResult
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.checkpoint import CHECKPOINT_KEY, set_epoch_counts
 from ssl_vit.models.feature_statistics import alignment, effective_rank, feature_std, uniformity
 from ssl_vit.runtime.distributed import all_reduce_mean, gather_from_ranks, norms
 from ssl_vit.runtime.step_timer import StepTimer
 
-
-class StepResult(NamedTuple):
-    """Output of a method's `step`."""
-
-    loss: Tensor  # ()
-    features: Tensor  # (V, B, D), [CLS] tokens of the global views without gradient, for the health metrics
-    logs: dict[str, Tensor]  # scalars
-
-
-class ImageRestorer(NamedTuple):
-    """A corruption of images and the model's reconstruction, for the figure `reconstruction`."""
-
-    corrupt: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # images (B, C, S, S), keys (B,) -> images, mask
-    restore: Callable[[Tensor], Tensor]  # normalized corrupted images (B, C, S, S) -> normalized images
-
-
-class PretextViews(NamedTuple):
-    """Input and target that a method makes of the views (2·B, C, S, S), one view after the other."""
-
-    target: Tensor  # (2·B, C, S, S), the rotated views
-    corrupted: Tensor  # (2·B, C, S, S), the input of the model
-    mask: Tensor  # (2·B, 1, S, S) bool, the corrupted pixels
-    quarter: Tensor  # (2·B,), quarter turns clockwise
+BACKBONE = "student.backbone."  # before the names of the trained backbone's parameters
 
 
 class SSLMethod(L.LightningModule):
@@ -72,6 +53,8 @@ class SSLMethod(L.LightningModule):
         self.views = views
         self.plan = plan
         self.color_augmentation = ColorAugmentation(views)
+        self.rates: BackboneRates | None = None  # of a run that starts from weights, as `anchor`; see `continuation`
+        self.anchor: Anchor | None = None
         self.timer = StepTimer()
         self.logged = torch.empty(0)
         self.register_buffer("losses_finite", torch.ones((), dtype=torch.bool), persistent=False)  # so far in the step
@@ -154,6 +137,11 @@ class SSLMethod(L.LightningModule):
             local_views = self.color_augmentation(batch.local_views, batch.key, first_view=batch.global_views.shape[1])
         self.timer.mark("augmentation")
         result = self.step(global_views, local_views, batch)
+        if self.anchor:
+            term = self.anchor(self.get_submodule("student.backbone"), result.student)
+            loss = result.loss + self.anchor.config.weight * term
+            result = result._replace(loss=loss, logs={**result.logs, "anchor": term.detach()})
+            self.timer.mark("anchor")
         self.losses_finite &= result.loss.detach().isfinite()
         if self.should_log:
             self.log_step(result, first=batch_idx % self.trainer.accumulate_grad_batches == 0)
@@ -188,7 +176,11 @@ class SSLMethod(L.LightningModule):
     def count_flops(self) -> Flops:
         """Count the floating-point operations of a training step per image."""
         channels, crops = self.eval_backbone.config.in_chans, (self.views.global_crops, self.views.local_crops)
-        return count_flops(self, *[(1, each.count, channels, each.size, each.size) for each in crops])
+        shapes = [(each.count, channels, each.size, each.size) for each in crops]
+        flops = count_flops(self, *[(1, *shape) for shape in shapes])
+        if self.anchor and self.anchor.compares_tokens:
+            flops.backbones["anchor"] = count_forward_flops(self.anchor.backbone, shapes[0])
+        return flops
 
     def configure_model(self) -> None:
         """Shard the models with trainer.strategy=fsdp (FSDP2, experimental): block by block, then the rest.
@@ -208,16 +200,26 @@ class SSLMethod(L.LightningModule):
                 fully_shard(model, mesh=mesh, reshard_after_forward=bool(backbones))
 
     def configure_optimizers(self) -> Optimizer:
-        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        groups: dict[tuple[bool, float | None], list[nn.Parameter]] = {(True, None): [], (False, None): []}
+        scales = self.rates.scales if self.rates else {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                groups[self.has_weight_decay(name, parameter)].append(parameter)
+                scale = scales.get(name.removeprefix(BACKBONE))
+                groups.setdefault((self.has_weight_decay(name, parameter), scale), []).append(parameter)
         return AdamW(
-            [{"params": groups[True], "decays": True}, {"params": groups[False], "decays": False, "weight_decay": 0.0}],
+            [
+                {"params": parameters, "decays": decays, "scale": scale} | ({} if decays else {"weight_decay": 0.0})
+                for (decays, scale), parameters in groups.items()
+            ],
             lr=self.schedules["lr"](0),
             betas=self.config.optimizer.betas,
             fused=True,
         )
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if self.rates and self.global_step < self.rates.frozen_steps:
+            for parameter in self.get_submodule("student.backbone").parameters():
+                parameter.grad = None  # not requires_grad: that would change the graph under DDP
 
     def on_train_start(self) -> None:
         self.timer.start(self.device)
@@ -234,6 +236,8 @@ class SSLMethod(L.LightningModule):
         self.timer.mark("data")
         for group in self.optimizers().param_groups:  # type: ignore[union-attr]
             group["lr"] = self.scheduled("lr")
+            if self.rates and group["scale"] is not None:
+                group["lr"] *= group["scale"] * self.rates.factor(self.global_step)
             if group["decays"]:
                 group["weight_decay"] = self.scheduled("weight_decay")
 

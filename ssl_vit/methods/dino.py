@@ -12,11 +12,12 @@ from ssl_vit.config.methods import DINOConfig
 from ssl_vit.config.pretrain import BackboneConfig
 from ssl_vit.data.batch import Batch
 from ssl_vit.losses.dino import Center, FactoredLogits, TeacherTargets, assignment_stats, dino_loss
-from ssl_vit.methods.base import SSLMethod, StepResult, make_backbone, stack_views
+from ssl_vit.methods.base import SSLMethod, make_backbone, stack_views
 from ssl_vit.methods.heads import DINOHead
 from ssl_vit.methods.health import HealthCheck, check_assignments, check_teacher_distance
-from ssl_vit.methods.schedules import Schedule, TrainingPlan, cosine, teacher_temperature
-from ssl_vit.models.backbone import Backbone
+from ssl_vit.methods.schedules import Schedule, TrainingPlan, cosine, first_momentum, teacher_temperature
+from ssl_vit.methods.step_result import StepResult, StudentOutput
+from ssl_vit.models.backbone import Backbone, Tokens
 from ssl_vit.models.ema import init_teacher, relative_parameter_distance, update_ema
 from ssl_vit.runtime.rng import view_keys
 
@@ -29,14 +30,14 @@ class DINOModel(nn.Module):
         self.backbone = backbone
         self.head = DINOHead(backbone.embed_dim, config.head)
 
-    def forward(self, *resolutions: Tensor, key: Tensor | None = None) -> tuple[FactoredLogits, Tensor]:
-        """Compute logits (Σ V·B, K) and [CLS] tokens (Σ V·B, D) of images (V·B, C, H, W) of one resolution each.
+    def forward(self, *resolutions: Tensor, key: Tensor | None = None) -> tuple[FactoredLogits, Tokens]:
+        """Compute logits (Σ V·B, K) of images (V·B, C, H, W) of one resolution each, and the tokens of the first.
 
         Sample keys (Σ V·B,) of all images are for drop path in training.
         """
         keys = [None] * len(resolutions) if key is None else torch.split(key, [len(images) for images in resolutions])
-        cls = torch.cat([self.backbone(images, k).cls for images, k in zip(resolutions, keys, strict=True)])
-        return self.head(cls), cls
+        tokens = [self.backbone(images, k) for images, k in zip(resolutions, keys, strict=True)]
+        return self.head(torch.cat([each.cls for each in tokens])), tokens[0]
 
 
 class DINO(SSLMethod):
@@ -56,9 +57,10 @@ class DINO(SSLMethod):
         teacher, steps, per_epoch = config.teacher, plan.total_steps, plan.steps_per_epoch
         warmup_epochs = -(-teacher.warmup.steps(per_epoch, steps) // per_epoch)
         temperatures = teacher.warmup_temperature, teacher.temperature
+        momentum = first_momentum(teacher, plan), teacher.momentum[1]
         return {
             **super().make_schedules(config, plan),
-            "teacher_momentum": cosine(*teacher.momentum, steps),
+            "teacher_momentum": cosine(*momentum, steps),
             "teacher_temperature": teacher_temperature(*temperatures, warmup_epochs, per_epoch),
         }
 
@@ -81,12 +83,12 @@ class DINO(SSLMethod):
         views = global_views.shape[1] + local_views.shape[1]
         images = _by_resolution(global_views, local_views)
         with torch.no_grad():
-            teacher, teacher_cls = self.teacher(images[0])  # (2·B, K), (2·B, D)
+            teacher, teacher_tokens = self.teacher(images[0])  # (2·B, K)
             targets = TeacherTargets(teacher, self.center.value, self.scheduled("teacher_temperature"))
             self.center.accumulate(teacher)
         self.timer.mark("teacher")
 
-        student, _ = self.student(*images, key=view_keys(batch.key, 0, views).T.flatten())  # (V·B, K)
+        student, tokens = self.student(*images, key=view_keys(batch.key, 0, views).T.flatten())  # (V·B, K)
         self.timer.mark("student")
         loss = dino_loss(student, targets, views=views, temperature=self.config.student_temperature)
         self.timer.mark("loss")
@@ -100,9 +102,11 @@ class DINO(SSLMethod):
                 "center_norm": self.center.value.norm(),
                 "teacher_distance": relative_parameter_distance(self.teacher, self.student),
             }
-        return StepResult(loss, teacher_cls.unflatten(0, (2, -1)), logs)
+        features = teacher_tokens.cls.unflatten(0, (2, -1))  # (2, B, D)
+        return StepResult(loss, features, logs, StudentOutput(images[0], tokens))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
         if self.global_step < self.frozen_steps:
             for parameter in self.student.head.last_layer.parameters():
                 parameter.grad = None  # not requires_grad: that would change the graph under DDP

@@ -12,10 +12,11 @@ from ssl_vit.config.evaluate import FinetuneMethodConfig
 from ssl_vit.config.methods import ViewsConfig
 from ssl_vit.data.batch import Batch
 from ssl_vit.data.transforms.mixup import MixupCutmix
-from ssl_vit.methods.base import SSLMethod, StepResult, stack_views
+from ssl_vit.methods.base import SSLMethod, stack_views
 from ssl_vit.methods.heads import mlp
 from ssl_vit.methods.schedules import TrainingPlan
-from ssl_vit.models.backbone import Backbone
+from ssl_vit.methods.step_result import StepResult, StudentOutput
+from ssl_vit.models.backbone import Backbone, Tokens
 from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.device import upcast
 
@@ -28,10 +29,10 @@ class Classifier(nn.Module):
         self.backbone = backbone
         self.head = mlp([backbone.embed_dim, classes])
 
-    def forward(self, images: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Compute logits (B, classes) and [CLS] tokens (B, D) of (B, C, H, W); sample keys (B,) are for drop path."""
-        cls = self.backbone(images, key).cls
-        return self.head(cls), cls
+    def forward(self, images: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tokens]:
+        """Compute logits (B, classes) and tokens of images (B, C, H, W); sample keys (B,) are for drop path."""
+        tokens = self.backbone(images, key)
+        return self.head(tokens.cls), tokens
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Return the parameters of each layer for timm: embeddings, each block, and the rest (final norm, head)."""
@@ -61,11 +62,11 @@ class FineTune(SSLMethod):
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             images, targets = self.mixing(global_views.squeeze(1), batch.label, batch.key)  # (B, C, H, W), (B, classes)
         self.timer.mark("augmentation")
-        logits, cls = self.student(images, batch.key)
+        logits, tokens = self.student(images, batch.key)
         self.timer.mark("student")
         loss = F.cross_entropy(upcast(logits), targets)
         self.timer.mark("loss")
-        return StepResult(loss, cls.detach()[None], {})
+        return StepResult(loss, tokens.cls.detach()[None], {}, StudentOutput(images, tokens))
 
     def configure_optimizers(self) -> Optimizer:
         """Return AdamW with rate lr · layer_decay^(L - l) for layer l of L; the head is layer L (arXiv 2106.08254)."""

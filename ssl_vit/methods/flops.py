@@ -48,8 +48,17 @@ def count_flops(model: nn.Module, *shapes: Sequence[int]) -> Flops:
         torch.stack([output.sum() for output in outputs]).sum().backward()  # type: ignore[no-untyped-call]
     counts = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
     names = [name for name, module in model.named_modules() if isinstance(module, Backbone)]
-    backbones = {name.partition(".")[0]: counts[f"{type(model).__name__}.{name}"] for name in names}
+    used = {name.partition(".")[0]: f"{type(model).__name__}.{name}" for name in names}
+    backbones = {name: counts[path] for name, path in used.items() if path in counts}
     return Flops(backbones, counts["Global"] - sum(backbones.values()))
+
+
+def count_forward_flops(model: nn.Module, shape: Sequence[int]) -> int:
+    """Count the matrix products of a forward pass without gradient, on an input of this shape."""
+    with plain_modules(model), FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+        with torch.no_grad():
+            functional_call(model, empty_tensors(model), (torch.empty(shape),))
+        return int(counter.get_total_flops())
 
 
 def empty_tensors(model: nn.Module) -> dict[str, Tensor]:

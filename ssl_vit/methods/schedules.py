@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ssl_vit.config.evaluate import FinetuneConfig
+from ssl_vit.config.methods import TeacherConfig
 from ssl_vit.config.pretrain import TrainingConfig
 
 Schedule = Callable[[int], float]
@@ -52,6 +53,13 @@ def cosine(start: float, end: float, total_steps: int, warmup_steps: int = 0) ->
         return end + (start - end) * (1 + math.cos(math.pi * (step - warmup_steps) / decay_steps)) / 2
 
     return value
+
+
+def first_momentum(config: TeacherConfig, plan: TrainingPlan) -> float:
+    """Return the teacher's momentum at the first step: 2^(-1 / half-life in steps), or as `momentum` says."""
+    if config.half_life is None:
+        return config.momentum[0]
+    return float(0.5 ** (1 / max(1, config.half_life.steps(plan.steps_per_epoch, plan.total_steps))))
 
 
 def teacher_temperature(start: float, end: float, warmup_epochs: int, steps_per_epoch: int) -> Schedule:

@@ -16,11 +16,13 @@ from ssl_vit.data.transforms.corruption import Corruption, corrupt_views, rotate
 from ssl_vit.losses.nt_xent import nt_xent
 from ssl_vit.losses.reconstruction import reconstruction_l1
 from ssl_vit.losses.uncertainty_weighting import FixedWeights, UncertaintyWeights
-from ssl_vit.methods.base import ImageRestorer, PretextViews, SSLMethod, StepResult, make_backbone, stack_views
+from ssl_vit.methods.base import SSLMethod, make_backbone, stack_views
 from ssl_vit.methods.heads import ReconstructionHead, mlp
 from ssl_vit.methods.schedules import TrainingPlan
+from ssl_vit.methods.step_result import ImageRestorer, PretextViews, StepResult, StudentOutput
 from ssl_vit.models.backbone import Backbone, Tokens
 from ssl_vit.models.checkpoint import LAST
+from ssl_vit.models.lora import merge_lora
 from ssl_vit.models.official_checkpoints import torch_load_weights_only
 from ssl_vit.runtime.device import to_device_async, upcast
 from ssl_vit.runtime.errors import UserError
@@ -36,8 +38,8 @@ class SiTModel(nn.Module):
 
     def __init__(self, config: SiTConfig, backbone: BackboneConfig) -> None:
         super().__init__()
-        self.rotation_token = config.rotation.enabled and config.tokens == "dedicated"
-        registers = backbone.reg_tokens + int(self.rotation_token)
+        self.rotation_token = config.own_registers > 0
+        registers = backbone.reg_tokens + config.own_registers
         self.backbone = make_backbone(backbone.model_copy(update={"reg_tokens": registers}), drop_path=True)
         self.backbone.init_prefix_tokens(std=0.02)
         dim, contrastive = self.backbone.embed_dim, config.contrastive
@@ -115,7 +117,8 @@ class SiT(SSLMethod):
         logs |= {name: loss.detach() for name, loss in losses.items()}
         if isinstance(self.weights, UncertaintyWeights):
             logs |= {f"weight_{name}": self.weights.weight(name).detach() for name in losses}
-        return StepResult(total, tokens.cls.detach().unflatten(0, (2, -1)), logs)
+        features = tokens.cls.detach().unflatten(0, (2, -1))  # (2, B, D)
+        return StepResult(total, features, logs, StudentOutput(views.corrupted, tokens))
 
     @classmethod
     def pretext_views(cls, config: SiTConfig, global_views: Tensor, key: Tensor) -> PretextViews:
@@ -139,7 +142,9 @@ class SiT(SSLMethod):
         if not isinstance(weights, dict):
             raise UserError(f"checkpoint={path} is not a checkpoint of a run")
         prefix = "student."
-        state = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        state = {
+            key.removeprefix(prefix): value for key, value in merge_lora(weights).items() if key.startswith(prefix)
+        }
         with torch.device("meta"):  # memory is allocated only for what the file holds
             model = SiTModel(config, backbone)
         try:

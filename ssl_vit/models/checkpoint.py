@@ -15,6 +15,7 @@ from ssl_vit.config.pretrain import BackboneConfig
 from ssl_vit.models.backbone import Backbone, check_plain_vit
 from ssl_vit.models.export import ModelDescription, file_sha256, load_safetensors, read_export
 from ssl_vit.models.hub_weights import read_timm_config
+from ssl_vit.models.lora import merge_lora
 from ssl_vit.models.official_checkpoints import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -238,10 +239,26 @@ def _from_timm(name: str, origin: str, *, pretrained: bool) -> LoadedBackbone:
     return LoadedBackbone(backbone, list(settings.mean), list(settings.std), origin, None, None)
 
 
+def load_method_state(checkpoint: str) -> dict[str, Any]:
+    """Return the entry `method` and the `state_dict` of a run's checkpoint; empty if the source is something else.
+
+    Raises:
+        UserError: There is no such file, or it is damaged.
+    """
+    if checkpoint.partition(":")[0] in ("timm", "random"):
+        return {}
+    path = _file_of(Path(checkpoint))
+    if path.suffix == ".safetensors":
+        return {}
+    content = torch_load_weights_only(path)
+    entry = content.get(CHECKPOINT_KEY)
+    return {"method": entry["method"], "state_dict": content["state_dict"]} if entry else {}
+
+
 def _from_lightning_checkpoint(content: dict[str, Any], path: Path, weights: Weights) -> LoadedBackbone:
     entry = content[CHECKPOINT_KEY]
     description = ModelDescription(**{name: entry[name] for name in ModelDescription.model_fields})
-    state = content["state_dict"]
+    state = merge_lora(content["state_dict"])
     which = weights if any(key.startswith(f"{weights}.") for key in state) else "student"
     prefix = f"{which}.backbone.vit."
     backbone = _build_and_load(

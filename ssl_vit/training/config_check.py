@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ssl_vit.config.methods import MethodConfig, TeacherConfig
 from ssl_vit.config.types import Duration, StrictConfig
 from ssl_vit.methods.health import HealthWarning
-from ssl_vit.methods.schedules import TrainingPlan
+from ssl_vit.methods.schedules import TrainingPlan, first_momentum
 from ssl_vit.runtime.text import pluralize
 
 SHORT_EPOCH = 50  # steps; a warm-up of 10 epochs of one step each is over at once
@@ -54,7 +54,7 @@ def _check_method(config: MethodConfig, plan: TrainingPlan, peak_lr: float) -> I
 
 
 def _check_teacher(teacher: TeacherConfig, plan: TrainingPlan) -> Iterator[HealthWarning]:
-    highest, momentum = max(teacher.temperature, teacher.warmup_temperature), teacher.momentum[0]
+    highest, momentum = max(teacher.temperature, teacher.warmup_temperature), first_momentum(teacher, plan)
     if highest > MAX_TEACHER_TEMPERATURE:
         yield HealthWarning(
             "hot-teacher",
@@ -76,7 +76,7 @@ def _check_teacher(teacher: TeacherConfig, plan: TrainingPlan) -> Iterator[Healt
         lower = f"Lower it for a short run, as in 'method.teacher.momentum=[{start:g},0.995]', or train longer."
         yield HealthWarning(
             "slow-teacher",
-            f"with method.teacher.momentum={momentum:g} half of the teacher's weights are older than "
+            f"with a momentum of {momentum:g} half of the teacher's weights are older than "
             f"{half_life:,.0f} steps, and the run has {plan.total_steps:,}",
             lower if start >= lowest else "Train longer.",
         )

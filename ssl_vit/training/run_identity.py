@@ -17,6 +17,7 @@ _TEXT = re.compile(rb"ssl-vit run ([0-9a-f]{32})\n?")
 # What a start that failed may leave behind, and the output of schedulers.
 _LEFTOVERS = (
     ".*.lock", ".*.tmp", ".DS_Store", ".nfs*", "checkpoints", "wandb", "wandb_id.txt", "metrics.csv", "source.json",
+    "start.safetensors", "start.json",
     "skipped_*", "health.jsonl", "data.json", "image_list.safetensors", "*.out", "*.err", "*.log",
 )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from ssl_vit.runtime.text import pluralize
 from ssl_vit.training.checkpointing import AtomicCheckpointIO
 
 
-def build_method(config: TrainingConfig, plan: TrainingPlan) -> SSLMethod:
-    """Build the Lightning module, its backbones configured for the device.
+def build_method(
+    config: TrainingConfig, plan: TrainingPlan, prepare: Callable[[SSLMethod], None] = lambda method: None
+) -> SSLMethod:
+    """Build the Lightning module; `prepare` may change it before its backbones are configured for the device.
 
     Raises:
         UserError: The schedules do not fit the length of the run.
@@ -34,6 +37,7 @@ def build_method(config: TrainingConfig, plan: TrainingPlan) -> SSLMethod:
     torch.manual_seed(config.seed)
     try:
         method = METHODS[config.method.name](config.method, config.backbone, plan)  # type: ignore[arg-type]
+        prepare(method)
     except ValueError as error:  # a warm-up longer than the run
         raise UserError(f"method.{config.method.name}: {error}") from None
     configure_backbones(method, config.trainer)

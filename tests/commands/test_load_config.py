@@ -57,9 +57,10 @@ def test_load_config_parses_typed_values():
 
 def test_load_config_explains_keys_of_other_tools_and_proposes_similar_keys_only():
     for key in ("checkpoint", "pretrained", "backbone.pretrained", "weights"):
-        assert f"{key}: unknown key; training starts from random weights" in error_of(
-            "pretrain", "data.root=x", f"{key}=true"
-        )
+        assert f"{key}: unknown key; this command loads no weights" in error_of("bench", f"{key}=true")
+    for key in ("pretrained", "backbone.pretrained"):
+        expected = f"{key}: unknown key; weights to load are named by checkpoint="
+        assert expected in error_of("pretrain", "data.root=x", f"{key}=true")
     assert "resume_from: unknown key; a run is resumed with run.resume=true" in error_of(
         "pretrain", "data.root=x", "resume_from=y"
     )

@@ -33,7 +33,8 @@ def test_conf_defaults_validate(command):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_conf_group_options_validate(option):
-    load("knn" if option.startswith("eval_data=") else "pretrain", option)
+    source = ["checkpoint=random:vit_tiny_patch16_224"] if option.startswith(("start=weights", "anchor=")) else []
+    load("knn" if option.startswith("eval_data=") else "pretrain", option, *source)
 
 
 @pytest.mark.parametrize("file", sorted(conf_dir().rglob("*.yaml")), ids=lambda file: f"{file.parent.name}/{file.name}")

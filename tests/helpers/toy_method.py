@@ -11,8 +11,9 @@ from ssl_vit.config.methods import MethodConfig
 from ssl_vit.config.pretrain import BackboneConfig
 from ssl_vit.config.types import NonNegative
 from ssl_vit.data.batch import Batch
-from ssl_vit.methods.base import SSLMethod, StepResult, make_backbone, stack_views
+from ssl_vit.methods.base import SSLMethod, make_backbone, stack_views
 from ssl_vit.methods.schedules import TrainingPlan
+from ssl_vit.methods.step_result import StepResult, StudentOutput
 from ssl_vit.models.backbone import Backbone
 from ssl_vit.runtime.device import upcast
 from ssl_vit.runtime.rng import view_keys
@@ -47,9 +48,10 @@ class Toy(SSLMethod):
         return [self.eval_backbone(stack_views(global_views)).cls]
 
     def step(self, global_views: Tensor, local_views: Tensor, batch: Batch) -> StepResult:
-        cls = self.eval_backbone(stack_views(global_views), view_keys(batch.key, 0, 2).T.flatten()).cls
-        loss = toy_loss(*cls.chunk(2), std_weight=self.config.std_weight)
-        return StepResult(loss, cls.detach().unflatten(0, (2, -1)), {})
+        images = stack_views(global_views)
+        tokens = self.eval_backbone(images, view_keys(batch.key, 0, 2).T.flatten())
+        loss = toy_loss(*tokens.cls.chunk(2), std_weight=self.config.std_weight)
+        return StepResult(loss, tokens.cls.detach().unflatten(0, (2, -1)), {}, StudentOutput(images, tokens))
 
     def has_weight_decay(self, name: str, parameter: nn.Parameter) -> bool:
         return parameter.ndim > 1
