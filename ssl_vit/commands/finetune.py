@@ -130,7 +130,7 @@ def train_and_test(
         export(run.path, method, evaluation.dataset.train.classes, step=result.step)
         print(result.summary())
         if result.complete:
-            evaluate_test_set(config, evaluation, splits, method)
+            evaluate_test_set(config, evaluation, splits, method, resumed_at=run.done)
         result.requeue_job()
 
 
@@ -148,7 +148,9 @@ def export(folder: Path, method: FineTune, classes: list[str], *, step: int) -> 
     write_json(folder / "head.json", {"logits": logits, "classes": classes, "source": source})
 
 
-def evaluate_test_set(config: FinetuneConfig, evaluation: Evaluation, splits: Splits, method: FineTune) -> None:
+def evaluate_test_set(
+    config: FinetuneConfig, evaluation: Evaluation, splits: Splits, method: FineTune, *, resumed_at: int
+) -> None:
     """Evaluate the last weights on the test images, once, and write the result.
 
     Raises:
@@ -180,7 +182,10 @@ def evaluate_test_set(config: FinetuneConfig, evaluation: Evaluation, splits: Sp
         train_labels=splits.train.labels,
         test_labels=labels,
         data_info={"skipped": sum(part.count() for part in skipped)},
-        warnings=[f"{pluralize(n, 'image')} could not be read: {part.path}" for part in skipped if (n := part.count())],
+        warnings=[
+            *(f"{pluralize(n, 'image')} could not be read: {part.path}" for part in skipped if (n := part.count())),
+            *([f"the cost is that of the last session, after step {resumed_at:,}"] if resumed_at else []),
+        ],
         confusion_of="",
         figure=config.figure,
     )

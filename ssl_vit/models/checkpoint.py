@@ -27,6 +27,7 @@ from ssl_vit.runtime.errors import UserError
 
 CHECKPOINT_KEY = "ssl_vit"  # entry in a Lightning checkpoint with method, backbone and normalization
 LAST = "last.ckpt"  # everything that is needed to resume a run
+START_WEIGHTS = "start.safetensors"  # in a run directory: its backbone before the first step, if that was not random
 
 Weights = Literal["teacher", "student"]
 Positions = Literal["timm", "official"]
@@ -98,6 +99,17 @@ def _load(checkpoint: str, weights: Weights, num_heads: int | None) -> LoadedBac
     except _MISFIT as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"checkpoint={path}: the file contains no valid backbone ({reason})") from None
+
+
+def load_start_of_run(loaded: LoadedBackbone) -> LoadedBackbone | None:
+    """Return the weights that the run of a backbone started from; None if these were random, or it is of no run.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    if loaded.run is None or not (loaded.run / START_WEIGHTS).is_file():
+        return None
+    return load_backbone(loaded.run / START_WEIGHTS, require_cls=False)
 
 
 def random_init_like(loaded: LoadedBackbone, seed: int) -> LoadedBackbone:

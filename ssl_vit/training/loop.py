@@ -162,5 +162,6 @@ def fit_run(
     )
     notes = steps.summary()
     if count := skipped.count():
-        notes.append(f"{pluralize(count, 'image')} could not be read: {skipped.path} lists the skipped images")
+        since = ", at some time since its start" if run.done else ""
+        notes.append(f"{pluralize(count, 'image')} could not be read{since}: {skipped.path} lists the skipped images")
     return replace(result, notes=notes)

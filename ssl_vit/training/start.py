@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.methods.base import SSLMethod
 from ssl_vit.methods.continuation import MethodState, load_start_weights, prepare_continuation
-from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone, load_method_state
+from ssl_vit.models.checkpoint import START_WEIGHTS, LoadedBackbone, load_backbone, load_method_state
 from ssl_vit.models.export import export_backbone
 from ssl_vit.runtime.launch import is_rank_zero
 from ssl_vit.training.run_dir import RunState
-
-START_WEIGHTS = "start.safetensors"  # in a run directory: the backbone before the first step, under timm's names
 
 
 class Start:
@@ -88,9 +84,3 @@ def _differences(loaded: LoadedBackbone, method: SSLMethod) -> list[str]:
     if after.reg_tokens > before.reg_tokens:
         notes.append(f"{after.reg_tokens - before.reg_tokens} new registers, drawn at random")
     return notes
-
-
-def start_weights_of(run: Path) -> Path | None:
-    """Return the file of the weights that a run started from, if it did not start from random ones."""
-    path = run / START_WEIGHTS
-    return path if path.is_file() else None

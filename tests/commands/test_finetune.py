@@ -191,6 +191,8 @@ def test_finetune_stopped_and_resumed_equals_uninterrupted(config, stop_at, stop
     assert_same_run(whole, parts)
     first, second = (record_of(run)["score"]["metrics"] for run in (whole, parts))
     assert first == second
+    assert f"the cost is that of the last session, after step {stop}" in record_of(parts)["warnings"]
+    assert not any("cost" in text for text in record_of(whole)["warnings"])
 
 
 def test_finetune_of_a_complete_run_gives_the_same_result(config, capsys):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import start_processes
 
+from ssl_vit.commands.load_config import load_config
 from ssl_vit.commands.pretrain import pretrain
 from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.models.checkpoint import load_backbone
@@ -122,6 +123,18 @@ def test_ddp_three_steps_on_two_processes_are_those_of_one(pretrain_config, meth
     words = (*THREE_STEPS, f"method={method}", f"trainer.accumulate_grad_batches={accumulate}")
     one = pretrain(pretrain_config(*words, "run.name=one"))
     config = pretrain_config(*words, "run.name=two", "trainer.devices=2")
+    multiprocessing.set_forkserver_preload(["ssl_vit.commands.pretrain"])
+    start_processes(as_torchrun_starts_it, (2, free_port(), config), nprocs=2, start_method="forkserver")
+    assert_same_training(one, config.run.path)
+
+
+def test_ddp_three_steps_from_weights_are_those_of_one_process(pretrain_words, tiny_model):
+    """One with a frozen backbone, one in its ramp, one after it; with an anchor and low-rank updates."""
+    words = [word for word in pretrain_words(*THREE_STEPS) if not word.startswith("backbone")]
+    start = ("start.freeze_backbone=1steps", "start.ramp=1steps", "start.backbone_lr=1e-4", "start.trainable=lora_2")
+    words += [f"checkpoint={tiny_model}", *start, "anchor=features"]
+    one = pretrain(load_config("pretrain", [*words, "run.name=one"], PretrainConfig))
+    config = load_config("pretrain", [*words, "run.name=two", "trainer.devices=2"], PretrainConfig)
     multiprocessing.set_forkserver_preload(["ssl_vit.commands.pretrain"])
     start_processes(as_torchrun_starts_it, (2, free_port(), config), nprocs=2, start_method="forkserver")
     assert_same_training(one, config.run.path)

@@ -84,6 +84,14 @@ def test_pretrain_killed_twenty_times_and_resumed_equals_uninterrupted(pretrain_
     check_kills(words, tmp_path / "runs" / method, kills=20)
 
 
+@pytest.mark.slow
+def test_pretrain_from_weights_killed_and_resumed_equals_uninterrupted(pretrain_words, tmp_path, tiny_model):
+    """Most of the run is the freeze and the ramp."""
+    words = [word for word in pretrain_words("trainer.max_steps=300") if not word.startswith("backbone")]
+    start = ("start.freeze_backbone=50%", "start.ramp=40%", "start.backbone_lr=1e-3", "anchor=gram")
+    check_kills([*words, f"checkpoint={tiny_model}", *start], tmp_path / "runs" / "dino", kills=5)
+
+
 # --- a full disk -----------------------------------------------------------------------------------------------
 
 

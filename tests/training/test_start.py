@@ -271,3 +271,28 @@ def test_resume_refuses_another_checkpoint(tiny_model, run, config, stop_at):
         pretrain(config(tiny_model))
     with pytest.raises(UserError, match=r"checkpoint: .* -> "):
         pretrain(config(run, "run.resume=true"))
+
+
+# --- evaluated ---------------------------------------------------------------------------------------------------
+
+
+def test_knn_and_linear_show_the_start_weights_and_the_paired_difference(tiny_model, config, sample, capsys):
+    path = pretrain(config(tiny_model, "start.freeze_backbone=0%", "start.backbone_lr=1e-2", "trainer.max_steps=12"))
+    for task in ("knn", "linear"):
+        out = path / f"{task}.json"
+        assert main([task, f"checkpoint={path}", f"data.root={sample}", f"out={out}"]) == 0
+        result = json.loads(out.read_text())
+        assert [score["name"] for score in result["baselines"]][0] == "start weights"
+        for change in result["changes"]:
+            scores = (result["baselines"][0], result["score"])
+            before, after = (
+                next(metric["value"] for metric in score["metrics"] if metric["name"] == change["metric"])
+                for score in scores
+            )
+            assert (change["before"], change["after"]) == pytest.approx((before, after))
+            assert change["low"] <= after - before <= change["high"]
+        assert len(result["changes"]) >= 1
+        assert "since the start weights: from" in capsys.readouterr().out
+    plain = path / "plain.json"
+    assert main(["knn", f"checkpoint={tiny_model}", f"data.root={sample}", f"out={plain}"]) == 0
+    assert not json.loads(plain.read_text())["changes"]

@@ -133,6 +133,24 @@ class Selection(_Part):
     on: str
 
 
+class Change(_Part):
+    """How a metric of a run changed since the weights that the run started from, on the same test images."""
+
+    metric: str
+    before: float
+    after: float
+    low: float  # of the 95 % interval of the paired difference
+    high: float
+    p: float  # of McNemar's exact test
+
+    def __str__(self) -> str:
+        difference, half = 100 * (self.after - self.before), 50 * (self.high - self.low)
+        return (
+            f"{self.metric} since the start weights: from {100 * self.before:.1f} to {100 * self.after:.1f} "
+            f"({difference:+.1f} ± {half:.1f}, paired)"
+        )
+
+
 class EvalResult(_Part):
     """One evaluation: everything that is needed to show it, to compare it, or to repeat it."""
 
@@ -150,6 +168,7 @@ class EvalResult(_Part):
     seeds: dict[str, Any] = {}
     score: ModelScores
     baselines: list[ModelScores]
+    changes: list[Change] = []  # since the start weights, for runs that began with some
     by_class: dict[str, Any] | None = None  # of the model, from `ConfusionSummary.to_dict`
     config: dict[str, Any] = {}  # of the command, without its output path
     cost: dict[str, Any] = {}
@@ -219,7 +238,9 @@ class EvalResult(_Part):
             for row, metric in enumerate(self.score.metrics)
         ]
         headers = ["accuracy in %", *(score.name for score in (self.score, *self.baselines))]
-        return "\n".join([*lines, "", format_table(rows, headers), *(f"\nwarning: {text}" for text in self.warnings)])
+        changes = [f"\n{change}" for change in self.changes]
+        warnings = [f"\nwarning: {text}" for text in self.warnings]
+        return "\n".join([*lines, "", format_table(rows, headers), *changes, *warnings])
 
 
 def topk_metrics(ranks: Tensor, classes: int, suffix: str = "") -> list[Metric]:
