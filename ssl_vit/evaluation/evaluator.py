@@ -31,9 +31,9 @@ from ssl_vit.evaluation.features.extractor import (
     validate_features,
 )
 from ssl_vit.evaluation.results import provenance
+from ssl_vit.evaluation.results.comparison import changes_since_start
 from ssl_vit.evaluation.results.confusion_matrix import ConfusionSummary
 from ssl_vit.evaluation.results.eval_result import (
-    Change,
     DataInfo,
     EvalResult,
     ModelInfo,
@@ -44,7 +44,6 @@ from ssl_vit.evaluation.results.eval_result import (
 )
 from ssl_vit.evaluation.results.provenance import data_name, pretraining_seed, result_path
 from ssl_vit.evaluation.results.result_reader import archive_previous_result, is_result
-from ssl_vit.evaluation.results.statistics import paired_difference
 from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone, load_start_of_run, random_init_like
 from ssl_vit.runtime.device import best_device, set_local_device
 from ssl_vit.runtime.errors import RankFinished, UserError
@@ -170,7 +169,7 @@ class Evaluation:
             seeds={"pretrain": pretraining_seed(self.loaded.run), "evaluation": self.config.seed, **(seeds or {})},
             score=scores[0],
             baselines=scores[1:],
-            changes=_changes(scores),
+            changes=changes_since_start(scores, start=START),
             cost=provenance.runtime_cost(self.started, best_device()),
             environment={**provenance.environment(best_device()), **(engines or {})},
             warnings=[
@@ -283,19 +282,6 @@ def fill_caches(
         for part, dataset in zip(TrainTestSplit._fields, split, strict=True)
         if dataset is not None
     ]
-
-
-def _changes(scores: Sequence[ModelScores]) -> list[Change]:
-    """Return how top-1 of each setting changed since the start weights; nothing without such a baseline."""
-    start = next((score for score in scores if score.name == START), None)
-    changes = []
-    for suffix, now in scores[0].predictions.items() if start else ():
-        if start and suffix in start.predictions:
-            found = paired_difference(start.predictions[suffix].rank == 0, now.rank == 0)
-            before, after = ((each.rank == 0).float().mean().item() for each in (start.predictions[suffix], now))
-            interval = {"low": found.low, "high": found.high, "p": found.p}
-            changes.append(Change(metric=f"top-1{suffix}", before=before, after=after, **interval))
-    return changes
 
 
 def _class_warnings(train_labels: Tensor, test_labels: Tensor) -> list[str]:

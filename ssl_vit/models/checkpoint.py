@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
-from torch import Tensor
 
 from ssl_vit.config.pretrain import BackboneConfig
 from ssl_vit.models.backbone import Backbone, check_plain_vit
@@ -22,6 +20,7 @@ from ssl_vit.models.official_checkpoints import (
     convert_official_checkpoint,
     torch_load_weights_only,
 )
+from ssl_vit.models.strict_state import build_strictly
 from ssl_vit.runtime.atomic_io import replaced_run_hint
 from ssl_vit.runtime.errors import UserError
 
@@ -124,50 +123,6 @@ def random_init_like(loaded: LoadedBackbone, seed: int) -> LoadedBackbone:
     return LoadedBackbone(backbone, loaded.mean, loaded.std, source, sha256=None, run=None)
 
 
-def _build_and_load(config: BackboneConfig, state: Mapping[str, Tensor], origin: str) -> Backbone:
-    """Build a frozen backbone from weights under timm's names, whose keys and shapes must match exactly.
-
-    Memory is allocated only after the sizes in the configuration have been compared with those of the weights.
-
-    Raises:
-        UserError: Listing the keys that are missing, unexpected, or of another shape; or weights are not finite.
-    """
-    with torch.device("meta"):
-        _check_state_dict(Backbone(config), state, origin)
-    _check_finite(state, origin)
-    backbone = Backbone(config)
-    backbone.vit.load_state_dict(dict(state))
-    return backbone.requires_grad_(False).eval()
-
-
-def _check_finite(state: Mapping[str, Tensor], origin: str) -> None:
-    broken = [name for name, weights in state.items() if not weights.isfinite().all()]
-    if broken:
-        raise UserError(
-            f"{origin}: {len(broken):,} of {len(state):,} weights are not finite ({_shortened(broken, 3)}): the "
-            "training has diverged, or the file is damaged; use an earlier checkpoint"
-        )
-
-
-def _check_state_dict(backbone: Backbone, state: Mapping[str, Tensor], origin: str) -> None:
-    expected = backbone.vit.state_dict()
-    misshaped = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(expected[name].shape)}"
-        for name in sorted(expected.keys() & state.keys())
-        if state[name].shape != expected[name].shape
-    ]
-    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
-    if any(problems.values()):
-        lines = [f"  {what}: {_shortened(keys)}" for what, keys in problems.items() if keys]
-        raise UserError("\n".join([f"{origin} does not fit {backbone.config.name}", *lines]))
-
-
-def _shortened(names: list[str], most: int = 8) -> str:
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
-
-
 def _file_of(path: Path) -> Path:
     """Return the file to read: in a run directory the last checkpoint, else the exported backbone."""
     candidates = [path / "checkpoints" / LAST, path / "backbone.safetensors"] if path.is_dir() else [path]
@@ -199,7 +154,7 @@ def _from_file(path: Path, weights: Weights, num_heads: int | None) -> LoadedBac
         return _from_hub(path, weights, num_heads)
     if path.suffix == ".safetensors":
         description, state, sha256 = read_export(path)
-        backbone = _build_and_load(description.backbone, state, f"checkpoint={path}")
+        backbone = build_strictly(description.backbone, state, f"checkpoint={path}")
         run = path.parent if (path.parent / "config.yaml").is_file() else None
         return LoadedBackbone(backbone, description.mean, description.std, str(path), sha256, run)
     content = torch_load_weights_only(path)
@@ -219,7 +174,7 @@ def _from_hub(path: Path, weights: Weights, num_heads: int | None) -> LoadedBack
             missing = f"{path.with_suffix('.json').name} of `ssl-vit export`, or timm's config.json"
             raise UserError(f"{error}; beside the file {missing}, is missing") from None
     state = {key: value for key, value in state.items() if not key.startswith("head.")}
-    backbone = _build_and_load(description.backbone, state, f"checkpoint={path}")
+    backbone = build_strictly(description.backbone, state, f"checkpoint={path}")
     source = f"{path} ({description.backbone.name}, as in config.json)"
     return LoadedBackbone(backbone, description.mean, description.std, source, file_sha256(path), None)
 
@@ -247,7 +202,7 @@ def _from_timm(name: str, origin: str, *, pretrained: bool) -> LoadedBackbone:
         num_heads=None,
         init="timm",
     )
-    backbone = _build_and_load(config, plain.state_dict(), f"checkpoint={origin}")
+    backbone = build_strictly(config, plain.state_dict(), f"checkpoint={origin}")
     return LoadedBackbone(backbone, list(settings.mean), list(settings.std), origin, None, None)
 
 
@@ -273,7 +228,7 @@ def _from_lightning_checkpoint(content: dict[str, Any], path: Path, weights: Wei
     state = merge_lora(content["state_dict"])
     which = weights if any(key.startswith(f"{weights}.") for key in state) else "student"
     prefix = f"{which}.backbone.vit."
-    backbone = _build_and_load(
+    backbone = build_strictly(
         description.backbone,
         {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)},
         f"checkpoint={path} ({which})",
@@ -286,7 +241,7 @@ def _from_lightning_checkpoint(content: dict[str, Any], path: Path, weights: Wei
 
 def _from_official(content: dict[str, Any], path: Path, weights: Weights, num_heads: int | None) -> LoadedBackbone:
     config, state, which = convert_official_checkpoint(content, weights, path, num_heads)
-    backbone = _build_and_load(config, state, f"checkpoint={path}")
+    backbone = build_strictly(config, state, f"checkpoint={path}")
     assumed = "as in DINO and SiT" if num_heads is None else "given; normalization as in DINO, assumed"
     source = f"{path} ({which}; {config.num_heads} attention heads, {assumed}; the file does not tell)"
     loaded = LoadedBackbone(backbone, IMAGENET_MEAN, IMAGENET_STD, source, file_sha256(path), None)

@@ -282,7 +282,7 @@ def test_knn_and_linear_show_the_start_weights_and_the_paired_difference(tiny_mo
         out = path / f"{task}.json"
         assert main([task, f"checkpoint={path}", f"data.root={sample}", f"out={out}"]) == 0
         result = json.loads(out.read_text())
-        assert [score["name"] for score in result["baselines"]][0] == "start weights"
+        assert result["baselines"][0]["name"] == "start weights"
         for change in result["changes"]:
             scores = (result["baselines"][0], result["score"])
             before, after = (

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ssl_vit.evaluation.results.eval_result import EvalResult, Metric
+from ssl_vit.evaluation.results.eval_result import Change, EvalResult, Metric, ModelScores, Predictions
 from ssl_vit.evaluation.results.result_reader import read_predictions
 from ssl_vit.evaluation.results.statistics import Difference, holm, paired_difference
 from ssl_vit.runtime.errors import UserError
@@ -227,3 +227,16 @@ def _warnings(latest: Latest) -> list[str]:
         for text in dict.fromkeys(result.warnings):
             models[group, text].append(name)
     return [f"warning, {group}, {', '.join(names)}: {text}" for (group, text), names in models.items()]
+
+
+def changes_since_start(scores: Sequence[ModelScores], *, start: str) -> list[Change]:
+    """Return how top-1 of the first scores changed since the baseline called `start`; nothing without it."""
+    predictions: dict[str, Predictions] = next((score.predictions for score in scores if score.name == start), {})
+    changes = []
+    for suffix, now in scores[0].predictions.items():
+        if before := predictions.get(suffix):
+            found = paired_difference(before.rank == 0, now.rank == 0)
+            first, last = ((each.rank == 0).float().mean().item() for each in (before, now))
+            interval = {"low": found.low, "high": found.high, "p": found.p}
+            changes.append(Change(metric=f"top-1{suffix}", before=first, after=last, **interval))
+    return changes
