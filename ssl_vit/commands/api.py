@@ -64,7 +64,7 @@ class FrozenBackbone(LoadedBackbone):
             if isinstance(image, str | Path)
             else TorchDataset(cast("Dataset[Any]", [image]))
         )
-        pixels = transform(dataset.read(0, config.in_chans))
+        pixels = transform(dataset.with_range(self.value_range).read(0, config.in_chans))
         return transform.normalize(pixels[None].to(self.backbone.device))[0]
 
 
@@ -201,7 +201,7 @@ def extract_features(
         transform = EvalTransform(size, crop_ratio, loaded.mean, loaded.std)
         return extract(
             BackboneExtractor(loaded, transform, blocks=blocks),
-            _dataset(images),
+            _dataset(images).with_range(loaded.value_range),
             batch_size=batch_size,
             num_workers=num_workers,
             skipped=SkippedImageLog(Path(folder) / "skipped_images.txt"),
@@ -227,7 +227,7 @@ def attention_maps(
         UnreadableImageError: An image cannot be read.
     """
     loaded = _loaded(checkpoint)
-    backbone, dataset = loaded.backbone, _dataset(images)
+    backbone, dataset = loaded.backbone, _dataset(images).with_range(loaded.value_range)
     transform = EvalTransform(backbone.config.img_size, 1.0, loaded.mean, loaded.std)
     maps = []
     for index in range(len(dataset)):

@@ -82,6 +82,7 @@ def run_attention(config: AttentionConfig) -> AttentionSummary:
     inputs = {"images": config.images, "masks": config.masks, "voc": config.voc}
     check_outputs(outputs, inputs=inputs, is_own=(config.out / "summary.json").is_file())
     models = _load_models(config, scored=annotations is not None)
+    dataset.with_range(models[0].value_range)
     record_outputs(outputs)
     writer = SegmentationWriter(config.out, names)
     skipped, unscored = (SkippedImageLog(config.out / f"{kind}_images.txt") for kind in ("skipped", "unscored"))

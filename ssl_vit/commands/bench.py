@@ -105,7 +105,7 @@ def bench(configs: list[BenchConfig]) -> None:
 def load_images(config: BenchConfig, directory: Path) -> tuple[BenchConfig, ImageDataset, str]:
     """Return the configuration with its images and their description; without `data.root`, generate photos."""
     if config.data.root is not None:
-        dataset = build_dataset(config.data.source, config.data.root)
+        dataset = build_dataset(config.data.source, config.data.root).with_range(config.data.range)
         return config, dataset, dataset.describe()
     if config.data.source != "folder":
         raise UserError(f"data.source={config.data.source}: set data.root to the path of the images")

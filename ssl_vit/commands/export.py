@@ -17,7 +17,14 @@ def main(config: ExportConfig) -> None:
     if config.out.exists() and not config.overwrite and not is_export(config.out):
         raise UserError(f"out={config.out} exists and is no file of `ssl-vit export`; overwrite=true replaces it")
     loaded = load_backbone(config.checkpoint, config.weights, num_heads=config.num_heads)
-    export_backbone(loaded.backbone, config.out, mean=loaded.mean, std=loaded.std, source=loaded.source)
+    export_backbone(
+        loaded.backbone,
+        config.out,
+        mean=loaded.mean,
+        std=loaded.std,
+        source=loaded.source,
+        value_range=loaded.value_range,
+    )
     sidecar = config.out.with_suffix(".json")
     print(f"{config.out} contains {loaded.source}. Load it with (also in {sidecar}):")
     for line in ("import safetensors.torch, timm", *json.loads(sidecar.read_text(encoding="utf-8"))["load"]):

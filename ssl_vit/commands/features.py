@@ -30,7 +30,7 @@ def main(config: FeaturesConfig) -> None:
     if config.out is not None and not torchrun_rank()[0]:
         check_outputs([config.out], inputs={"data.root": config.data.root})
     loaded, transform = load_model(config)
-    dataset = build_feature_splits(config.data)
+    dataset = build_feature_splits(config.data).with_range(config.data.range or loaded.value_range)
     blocks = min(config.blocks, loaded.backbone.num_blocks)
     extractor = BackboneExtractor(on_best_device(loaded), transform, blocks=blocks)
     filled = fill_caches(extractor, dataset, config=config, run=loaded.run)

@@ -17,6 +17,7 @@ from ssl_vit.commands.log_results import draw_confusion, format_result
 from ssl_vit.config.evaluate import FinetuneConfig
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog, Subset
 from ssl_vit.data.transforms.mixup import single_view_config
+from ssl_vit.data.value_notes import value_notes
 from ssl_vit.evaluation.classification.knn import rank_of_true_class
 from ssl_vit.evaluation.classification.linear_classifier import TEST_SHARE, split_rule, stratified
 from ssl_vit.evaluation.evaluator import MODEL, Evaluation
@@ -99,6 +100,7 @@ def build_method(config: FinetuneConfig, evaluation: Evaluation, plan: TrainingP
         method = FineTune(config.method, views, backbone, len(evaluation.dataset.train.classes), plan)
     except ValueError as error:  # a warm-up longer than the run
         raise UserError(f"method.optimizer: {error}") from None
+    method.value_range = evaluation.dataset.train.value_range
     configure_backbones(method, config.trainer)
     return method
 
@@ -124,7 +126,8 @@ def train_and_test(
         f"{len(splits.val):,} val images, {len(splits.test):,} test images ({splits.rule})",
     ]
     model = f"fine-tuning {evaluation.loaded.source}, at {transform.image_size} pixels"
-    summary = start_summary(run, method, images=images, model=model, notes=[describe_computation(config.trainer)])
+    notes = [describe_computation(config.trainer), *value_notes(run.dataset)]
+    summary = start_summary(run, method, images=images, model=model, notes=notes)
     result = fit_run(config, run, method, loader, [validation], skipped=skipped, summary=summary)
     if result.is_global_zero:
         export(run.path, method, evaluation.dataset.train.classes, step=result.step)
@@ -139,7 +142,12 @@ def export(folder: Path, method: FineTune, classes: list[str], *, step: int) -> 
     views = method.views
     source = f"{folder} after {step} steps"
     export_backbone(
-        method.eval_backbone, folder / "backbone.safetensors", mean=views.mean, std=views.std, source=source
+        method.eval_backbone,
+        folder / "backbone.safetensors",
+        mean=views.mean,
+        std=views.std,
+        source=source,
+        value_range=method.value_range,
     )
     head = method.student.head[0]
     with atomic_write(folder / "head.safetensors") as file:

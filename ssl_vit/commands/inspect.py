@@ -83,7 +83,8 @@ def inspect(config: InspectConfig) -> InspectSummary:
     if config.baselines:
         models[RANDOM] = random_init_like(models[MODEL], config.seed + RANDOM_SEED_OFFSET)
     run = models[MODEL].run
-    dataset = _find_images(config, run)
+    if dataset := _find_images(config, run):
+        dataset.with_range(models[MODEL].value_range)
     out = config.out or (run or Path()) / "inspect"
     check_outputs([out / INSPECT_JSON], inputs={"images": config.images}, is_own=(out / INSPECT_JSON).is_file())
     skipped = SkippedImageLog(out / "skipped_images.txt")

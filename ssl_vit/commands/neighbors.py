@@ -72,7 +72,9 @@ def main(config: NeighborsConfig) -> None:
     outputs = [config.out, config.out.with_suffix(".json")]
     check_outputs(outputs, inputs={"images": config.images, "data.root": config.data.root})
     record_outputs(outputs)
-    dataset = build_feature_splits(config.data).train
+    value_range = config.data.range or loaded.value_range
+    dataset = build_feature_splits(config.data).train.with_range(value_range)
+    given = given and given.with_range(value_range)
     extractor = BackboneExtractor(on_best_device(loaded), transform, blocks=min(BLOCKS, loaded.backbone.num_blocks))
     (filled,) = fill_caches(extractor, TrainTestSplit(dataset, None), config=config, run=loaded.run)
     cache = filled.cache

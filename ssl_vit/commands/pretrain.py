@@ -42,7 +42,7 @@ def pretrain(config: PretrainConfig, dataset: ImageDataset | None = None) -> Pat
     """
     silence_lightning()
     config = apply_extension(config)
-    dataset = dataset or build_dataset(config.data.source, config.data.root)
+    dataset = (dataset or build_dataset(config.data.source, config.data.root)).with_range(config.data.range)
     with lock_run_dir(config.run):
         run = open_run_dir(config, dataset)
         start = Start(config, run)
@@ -53,6 +53,7 @@ def pretrain(config: PretrainConfig, dataset: ImageDataset | None = None) -> Pat
 def train(config: PretrainConfig, run: RunState, method: SSLMethod, start: Start) -> None:
     """Train from the state of the run to its end, or until it is stopped."""
     views, plan = config.method.views, run.plan
+    method.value_range = config.data.range
     skipped = SkippedImageLog(run.path / "skipped_images.txt")
     warnings = check_config(config.method, plan, method.peak_lr)
     health = HealthMonitor(
@@ -100,7 +101,14 @@ def train(config: PretrainConfig, run: RunState, method: SSLMethod, start: Start
     if result.is_global_zero:
         backbone = load_backbone(str(run.path)).backbone  # from the checkpoint: FSDP leaves no process the whole model
         source = f"{run.path} after {result.step} steps"
-        export_backbone(backbone, run.path / "backbone.safetensors", mean=views.mean, std=views.std, source=source)
+        export_backbone(
+            backbone,
+            run.path / "backbone.safetensors",
+            mean=views.mean,
+            std=views.std,
+            source=source,
+            value_range=config.data.range,
+        )
         print(result.summary([*health.summary(), *online.summary(), *images.summary()]))
         result.requeue_job()
 

@@ -119,7 +119,7 @@ def reconstruction_figure(run: Path, checkpoint: Path | None = None, *, count: i
     restorer = METHODS[method.name].load_figures(checkpoint or run, method, settings.backbone).get("reconstruction")
     if restorer is None:
         return None
-    dataset = build_dataset(settings.data.source, settings.data.root)
+    dataset = build_dataset(settings.data.source, settings.data.root).with_range(settings.data.range)
     transform = EvalTransform(method.views.global_crops.size, 0.875, method.views.mean, method.views.std)
     crops = []
     for index in evenly_spaced(len(dataset), count).tolist():
@@ -149,7 +149,7 @@ def _learned_from(run: Path, settings: RunSettings) -> ImageDataset:
     Raises:
         UserError: They are not where they were, or have changed.
     """
-    dataset = build_dataset(settings.data.source, settings.data.root)
+    dataset = build_dataset(settings.data.source, settings.data.root).with_range(settings.data.range)
     try:
         fingerprint = json.loads((run / DATA).read_text(encoding="utf-8"))["fingerprint"]
         if dataset.fingerprint(sizes=False) == fingerprint:

@@ -14,7 +14,7 @@ def main(config: ScanConfig) -> None:
     if config.out:
         check_outputs([config.out / "scan.json"], inputs={})
     load = {"folder": scan_image_folder, "list": read_image_list}[config.data.source]
-    summary = summarize_dataset(load(config.data.root))
+    summary = summarize_dataset(load(config.data.root).with_range(config.data.range))
     print(summary.as_text())
     if config.out:
         file = config.out / "scan.json"

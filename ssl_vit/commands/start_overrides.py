@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_vit.config.methods import METHOD_CONFIGS
+from ssl_vit.config.types import AUTO_RANGE
 from ssl_vit.models.checkpoint import load_backbone, load_method_state
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.training.resume_checks import CONFIG, read_config
@@ -34,30 +35,32 @@ def start_overrides(values: dict[str, Any], argv: Sequence[str], presets: Path) 
             f"backbone={chosen['backbone']}: checkpoint={values['checkpoint']} brings its own architecture, so leave "
             "out backbone="
         )
-    backbone, views = _of_run(values) or _of_checkpoint(values)
+    backbone, views, value_range = _of_run(values) or _of_checkpoint(values)
     overrides = [f"backbone.{key}={'null' if value is None else value}" for key, value in backbone.items()]
     overrides += [f"method.views.{key}={value}" for key, value in views.items()]
+    overrides.append(f"data.range={value_range}")
     if chosen.get("start") == "weights" or (values["start"]["name"] == "scratch" and "start" not in chosen):
         overrides.insert(0, f"+start@_global_={_preset_of(values['method']['name'], presets)}")
     return overrides
 
 
-def _of_run(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Return architecture and normalization of the run that may be resumed, or None."""
+def _of_run(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str] | None:
+    """Return architecture, normalization and range of values of the run that may be resumed, or None."""
     folder = Path(str(values["run"]["folder"])) / str(values["run"]["name"])
     if values["run"]["overwrite"] or not (folder / CONFIG).is_file():
         return None
     config = read_config(folder)
-    return _architecture(config["backbone"]), {key: config["method"]["views"][key] for key in ("mean", "std")}
+    views = {key: config["method"]["views"][key] for key in ("mean", "std")}
+    return _architecture(config["backbone"]), views, str(config["data"].get("range", AUTO_RANGE))
 
 
-def _of_checkpoint(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _of_checkpoint(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]:
     source, method = str(values["checkpoint"]), values["method"]
     loaded = load_backbone(source, values["weights"], require_cls=False)
     backbone = _architecture(loaded.backbone.config.model_dump())
     if load_method_state(source).get("method") == method["name"]:  # which adds its own registers again
         backbone["reg_tokens"] -= METHOD_CONFIGS[method["name"]].model_validate(method).own_registers
-    return backbone, {"mean": loaded.mean, "std": loaded.std}
+    return backbone, {"mean": loaded.mean, "std": loaded.std}, str(loaded.value_range)
 
 
 def _architecture(backbone: dict[str, Any]) -> dict[str, Any]:

@@ -42,9 +42,10 @@ def main(config: VideoConfig) -> None:
     """
     _check_paths(config)
     frames = open_frames(config.video, fps=config.fps)
-    if isinstance(frames, FolderFrames):
-        print("".join(f"{note}\n" for note in value_notes(frames.dataset)), end="")
     model = load_backbone(config.checkpoint, config.weights, positions=config.positions)
+    if isinstance(frames, FolderFrames):
+        notes = value_notes(frames.dataset.with_range(model.value_range))
+        print("".join(f"{note}\n" for note in notes), end="")
     if (channels := model.backbone.config.in_chans) != 3:
         raise UserError(f"checkpoint={config.checkpoint}: the model takes {channels} channels, frames have 3")
     model.backbone.to(best_device())

@@ -32,6 +32,7 @@ from ssl_vit.config.types import (
     Seed,
     Share,
     StrictConfig,
+    ValueRangeField,
 )
 
 
@@ -40,6 +41,7 @@ class EvalDataConfig(StrictConfig):
     root: Path | None
     train: Path | None
     test: Path | None
+    range: ValueRangeField | None
     batch_size: Count
     num_workers: Workers
     crop_ratio: Share

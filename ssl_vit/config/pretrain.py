@@ -20,6 +20,7 @@ from ssl_vit.config.types import (
     Seed,
     Share,
     StrictConfig,
+    ValueRangeField,
     WallTime,
 )
 
@@ -130,6 +131,7 @@ Workers = Literal["auto"] | Annotated[int, Field(ge=0)]
 class PretrainDataConfig(StrictConfig):
     source: Source
     root: Path
+    range: ValueRangeField
     batch_size: Count
     num_workers: Workers
     cache_gb: NonNegative
@@ -317,9 +319,13 @@ class ExportConfig(ModelConfig):
     out: Path
 
 
-class ScanDataConfig(StrictConfig):
+class ShardDataConfig(StrictConfig):
     source: Literal["folder", "list"]
     root: Path
+
+
+class ScanDataConfig(ShardDataConfig):
+    range: ValueRangeField
 
 
 class ScanConfig(StrictConfig):
@@ -328,7 +334,7 @@ class ScanConfig(StrictConfig):
 
 
 class ShardConfig(StrictConfig):
-    data: ScanDataConfig
+    data: ShardDataConfig
     out: Path
     shard_mb: Positive
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from datetime import timedelta
@@ -52,6 +53,51 @@ class Duration:
         per_unit = {"step": 1.0, "epoch": float(steps_per_epoch), "%": total_steps / 100}[self.unit]
         return round(self.value * per_unit)
 
+
+@dataclass(frozen=True)
+class ValueRange:
+    """Which values of images with more than 8 bits, signed values or floats become black and white.
+
+    By the kind of values (`auto`), the same two values for all images, or two percentiles of each image.
+    """
+
+    low: float | None = None  # None: auto
+    high: float | None = None
+    percentiles: bool = False
+
+    @classmethod
+    def parse(cls, value: object) -> ValueRange:
+        """Parse `auto`, `[0, 4095]` or `[1%, 99%]`.
+
+        Raises:
+            ValueError: It is none of these, or the first value is not the smaller one.
+        """
+        if isinstance(value, ValueRange):
+            return value
+        if value == "auto":
+            return cls()
+        parts = value if isinstance(value, list | tuple) else str(value).strip("[] ").split(",")
+        texts = [str(part).strip() for part in parts]
+        percentiles = all(text.endswith("%") for text in texts)
+        try:
+            low, high = (float(text.removesuffix("%") if percentiles else text) for text in texts)
+        except ValueError:
+            raise ValueError("write auto, [0, 4095] (values) or [1%, 99%] (percentiles of each image)") from None
+        if not -math.inf < low < high < math.inf or (percentiles and not 0 <= low < high <= 100):
+            raise ValueError("write the smaller value first; percentiles lie between 0% and 100%")
+        return cls(low, high, percentiles)
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the range is chosen by the kind of values."""
+        return self.low is None
+
+    def __str__(self) -> str:
+        sign = "%" if self.percentiles else ""
+        return "auto" if self.is_auto else f"[{self.low:.15g}{sign}, {self.high:.15g}{sign}]"
+
+
+AUTO_RANGE = ValueRange()
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -114,6 +160,7 @@ OverrideList = Annotated[list[str], BeforeValidator(_split_list)]
 PathList = Annotated[list[Path], BeforeValidator(_split_list)]
 WallTime = Annotated[timedelta, BeforeValidator(_parse_time), PlainSerializer(lambda t: f"{t.total_seconds():.15g}s")]
 DurationField = Annotated[Duration, BeforeValidator(_parse_duration), PlainSerializer(str)]
+ValueRangeField = Annotated[ValueRange, BeforeValidator(ValueRange.parse), PlainSerializer(str)]
 Range = Annotated[tuple[NonNegative, NonNegative], AfterValidator(_check_ascending)]
 Ratio = Annotated[tuple[Positive, Positive], AfterValidator(_check_ascending)]
 ResumeChoice = Annotated[bool | Literal["auto"], BeforeValidator(_check_resume)]

@@ -7,11 +7,12 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from ssl_vit.config.types import AUTO_RANGE, ValueRange
 from ssl_vit.runtime.atomic_io import lock_file
 from ssl_vit.runtime.workers import map_threads
 
@@ -37,9 +38,15 @@ class ImageDataset(ABC):
 
     labels: Tensor  # (N,) int64, -1 where unknown
     classes: list[str]  # names of the labels; empty without labels
+    value_range: ValueRange = AUTO_RANGE  # of images with more than 8 bits, signed values or floats
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def with_range(self, value_range: ValueRange) -> Self:
+        """Set the range of values, in place, and return the dataset."""
+        self.value_range = value_range
+        return self
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -81,8 +88,13 @@ class Subset(ImageDataset):
     def __init__(self, dataset: ImageDataset, indices: Tensor) -> None:
         self.dataset = dataset
         self.indices = indices
+        self.value_range = dataset.value_range
         self.labels = dataset.labels[indices]
         self.classes = dataset.classes
+
+    def with_range(self, value_range: ValueRange) -> Self:
+        self.dataset.with_range(value_range)
+        return super().with_range(value_range)
 
     def name(self, index: int) -> str:
         return self.dataset.name(int(self.indices[index]))

@@ -11,6 +11,7 @@ import torch
 
 from ssl_vit.config.evaluate import EvalDataConfig
 from ssl_vit.config.pretrain import Source
+from ssl_vit.config.types import ValueRange
 from ssl_vit.data.dataset import ImageDataset, escape_path
 from ssl_vit.data.sources.file_kinds import EXTENSIONS
 from ssl_vit.data.sources.image_folder import read_image_list, scan_image_folder
@@ -27,6 +28,13 @@ class TrainTestSplit(NamedTuple):
 
     train: ImageDataset
     test: ImageDataset | None
+
+    def with_range(self, value_range: ValueRange) -> TrainTestSplit:
+        """Set the range of values of both, in place, and return the split."""
+        for part in self:
+            if part is not None:
+                part.with_range(value_range)
+        return self
 
 
 def build_dataset(source: Source, root: Path) -> ImageDataset:

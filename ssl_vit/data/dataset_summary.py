@@ -129,7 +129,7 @@ def _scan_file(dataset: ImageFolder, index: int) -> FileInfo:
         digest = hashlib.sha256(content).hexdigest()
         with open_image(dataset.path(index)) as image:
             kind, mode, rotated = image.format or "", image.mode, orientation(image) != 1
-            pixels, remarks = decode_with_remarks(image)
+            pixels, remarks = decode_with_remarks(image, dataset.value_range)
             height, width = pixels.shape[1:]
     except UnreadableImageError as error:
         return FileInfo(name, len(content), digest, error.reason)

@@ -10,19 +10,23 @@ import numpy as np
 from PIL import ImageFile
 from torch import Tensor
 
+from ssl_vit.config.types import AUTO_RANGE, ValueRange
 from ssl_vit.data.dataset import ImageDataset, UnreadableImageError, evenly_spaced
-from ssl_vit.data.sources.decode import open_image, to_tensor
-from ssl_vit.data.sources.deep_values import describe_bands, has_false_alpha, is_deep
+from ssl_vit.data.sources.decode import open_image, values_to_tensor
+from ssl_vit.data.sources.deep_values import DeepValues, describe_bands, has_false_alpha, read_deep_values
 from ssl_vit.runtime.workers import map_threads
 
 _SAMPLED = 16  # images of a dataset that are looked at before a run
 _SMALL_RANGE = 64  # of 256 values: darker or flatter than any well exposed photograph
 _SHARE = 0.1  # of the sampled images; single flat ones are common
+_CLIPPED_SHARE = 0.01  # of an image's values; hot pixels and highlights are clipped on purpose
 
 STRETCHED = (
     "have more than 8 bits, signed values or floats: gray is stretched from each image's own range to 0..255, and of "
-    "colors the upper 8 of the bits in use are kept"
+    "colors the upper 8 of the bits in use are kept; where values mean the same in all images, give them one range"
 )
+CLIPPED = "have more than 1 % of their values outside data.range, which become black or white"
+PLAIN = "have 8 bits: data.range does not change them"
 NARROW = f"use less than a quarter of the range 0..255 ({_SMALL_RANGE} values): dark, flat, or converted wrongly"
 VEILED = (
     "are TIFFs of mostly transparent pixels, laid on white as the file says; if the last band is no transparency "
@@ -37,11 +41,11 @@ class DecodedImage(NamedTuple):
     remarks: tuple[str, ...]
 
 
-def decode_with_remarks(image: ImageFile.ImageFile) -> DecodedImage:
+def decode_with_remarks(image: ImageFile.ImageFile, value_range: ValueRange = AUTO_RANGE) -> DecodedImage:
     """Decode an opened image as `decode` does."""
-    deep = is_deep(image)
-    pixels = to_tensor(image, channels=3)
-    remarks = [STRETCHED] if deep else []
+    deep = read_deep_values(image)
+    pixels = values_to_tensor(image, deep, 3, value_range)
+    remarks = _range_remarks(deep, value_range)
     if bands := describe_bands(image):
         remarks.append(f"are TIFFs of {bands}")
     if image.format == "TIFF" and image.mode == "RGBA" and not has_false_alpha(image):
@@ -50,6 +54,17 @@ def decode_with_remarks(image: ImageFile.ImageFile) -> DecodedImage:
     if int(pixels.max()) - int(pixels.min()) < _SMALL_RANGE:
         remarks.append(NARROW)
     return DecodedImage(pixels, tuple(remarks))
+
+
+def _range_remarks(deep: DeepValues | None, value_range: ValueRange) -> list[str]:
+    if value_range.is_auto:
+        return [] if deep is None else [STRETCHED]
+    if deep is None:
+        return [PLAIN]
+    if value_range.percentiles:
+        return []
+    outside = (deep.values < value_range.low) | (deep.values > value_range.high)
+    return [CLIPPED] if outside.mean() > _CLIPPED_SHARE else []
 
 
 def format_remarks(images: Iterable[tuple[str, tuple[str, ...]]], total: str, *, least: int = 1) -> list[str]:
@@ -67,16 +82,18 @@ def format_remarks(images: Iterable[tuple[str, tuple[str, ...]]], total: str, *,
 
 def value_notes(dataset: ImageDataset) -> list[str]:
     """Look at a few images, and return what a user must know about how they are decoded."""
+    given = dataset.value_range
     indices = evenly_spaced(len(dataset), _SAMPLED).tolist()
 
     def remarks(position: int) -> tuple[str, tuple[str, ...]]:
         name = dataset.name(indices[position])
         try:
             with open_image(BytesIO(dataset.content(indices[position]))) as image:
-                return name, decode_with_remarks(image).remarks
+                return name, decode_with_remarks(image, given).remarks
         except UnreadableImageError:  # reported when it is read
             return name, ()
 
     found = map_threads(remarks, len(indices), label="looking at images", show=False)
     least = max(1, round(_SHARE * len(indices)))
-    return format_remarks(found, f"{len(indices)} images looked at", least=least)
+    own = [] if given.is_auto else [f"data.range={given}: values of more than 8 bits are mapped from it to 0..255"]
+    return [*own, *format_remarks(found, f"{len(indices)} images looked at", least=least)]

@@ -92,7 +92,8 @@ class Evaluation:
                 raise UserError(f"out={out}: {path} is not a file and cannot be replaced; use another name")
         if config.out is not None and not torchrun_rank()[0]:
             check_outputs(files, inputs={"data.root": config.data.root}, is_own=is_result(out))
-        return cls(task, config, loaded, dataset or build_labeled_splits(config.data), transform, out, started)
+        dataset = (dataset or build_labeled_splits(config.data)).with_range(config.data.range or loaded.value_range)
+        return cls(task, config, loaded, dataset, transform, out, started)
 
     @property
     def test_images(self) -> ImageDataset:
@@ -159,6 +160,8 @@ class Evaluation:
             by_class = {**confusion.to_dict(), "figure": image.name if figure else None}
         # The normalization belongs to the model.
         transform = {key: value for key, value in self.transform.describe().items() if key not in ("mean", "std")}
+        if not self.test_images.value_range.is_auto:
+            transform["value_range"] = str(self.test_images.value_range)
         result = EvalResult(
             task=self.task,
             title=title or self.task,

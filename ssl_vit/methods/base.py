@@ -18,6 +18,7 @@ from ssl_vit import __version__
 from ssl_vit.config.evaluate import FinetuneMethodConfig
 from ssl_vit.config.methods import MethodConfig, OptimizerConfig, ViewsConfig
 from ssl_vit.config.pretrain import BackboneConfig
+from ssl_vit.config.types import AUTO_RANGE
 from ssl_vit.data.batch import Batch
 from ssl_vit.data.transforms.color import ColorAugmentation
 from ssl_vit.methods.anchor import Anchor
@@ -55,6 +56,7 @@ class SSLMethod(L.LightningModule):
         self.color_augmentation = ColorAugmentation(views)
         self.rates: BackboneRates | None = None  # of a run that starts from weights, as `anchor`; see `continuation`
         self.anchor: Anchor | None = None
+        self.value_range = AUTO_RANGE  # that the images are decoded with, for the checkpoints
         self.timer = StepTimer()
         self.logged = torch.empty(0)
         self.register_buffer("losses_finite", torch.ones((), dtype=torch.bool), persistent=False)  # so far in the step
@@ -275,6 +277,7 @@ class SSLMethod(L.LightningModule):
             "backbone": self.eval_backbone.config.model_dump(mode="json"),
             "mean": self.views.mean,
             "std": self.views.std,
+            "value_range": str(self.value_range),
         }
 
 

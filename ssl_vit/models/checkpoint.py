@@ -10,6 +10,7 @@ import timm
 import torch
 
 from ssl_vit.config.pretrain import BackboneConfig
+from ssl_vit.config.types import AUTO_RANGE, ValueRange
 from ssl_vit.models.backbone import Backbone, check_plain_vit
 from ssl_vit.models.export import ModelDescription, file_sha256, load_safetensors, read_export
 from ssl_vit.models.hub_weights import read_timm_config
@@ -47,6 +48,7 @@ class LoadedBackbone(NamedTuple):
     weights: str | None = None  # teacher or student, if stored in the file
     epoch: int | None = None  # of the training, if stored in the file
     step: int | None = None
+    value_range: ValueRange = AUTO_RANGE  # that the images of the training were decoded with
 
 
 def load_backbone(
@@ -120,7 +122,8 @@ def random_init_like(loaded: LoadedBackbone, seed: int) -> LoadedBackbone:
         backbone.use_official_positions()
     source = f"random weights, seed {seed}"
     backbone.requires_grad_(False).eval()
-    return LoadedBackbone(backbone, loaded.mean, loaded.std, source, sha256=None, run=None)
+    random = LoadedBackbone(backbone, loaded.mean, loaded.std, source, sha256=None, run=None)
+    return random._replace(value_range=loaded.value_range)
 
 
 def _file_of(path: Path) -> Path:
@@ -156,7 +159,8 @@ def _from_file(path: Path, weights: Weights, num_heads: int | None) -> LoadedBac
         description, state, sha256 = read_export(path)
         backbone = build_strictly(description.backbone, state, f"checkpoint={path}")
         run = path.parent if (path.parent / "config.yaml").is_file() else None
-        return LoadedBackbone(backbone, description.mean, description.std, str(path), sha256, run)
+        loaded = LoadedBackbone(backbone, description.mean, description.std, str(path), sha256, run)
+        return loaded._replace(value_range=description.value_range)
     content = torch_load_weights_only(path)
     if CHECKPOINT_KEY in content:
         return _from_lightning_checkpoint(content, path, weights)
@@ -224,7 +228,7 @@ def load_method_state(checkpoint: str) -> dict[str, Any]:
 
 def _from_lightning_checkpoint(content: dict[str, Any], path: Path, weights: Weights) -> LoadedBackbone:
     entry = content[CHECKPOINT_KEY]
-    description = ModelDescription(**{name: entry[name] for name in ModelDescription.model_fields})
+    description = ModelDescription(**{name: entry[name] for name in ModelDescription.model_fields if name in entry})
     state = merge_lora(content["state_dict"])
     which = weights if any(key.startswith(f"{weights}.") for key in state) else "student"
     prefix = f"{which}.backbone.vit."
@@ -236,7 +240,8 @@ def _from_lightning_checkpoint(content: dict[str, Any], path: Path, weights: Wei
     run = path.parent.parent if path.parent.name == "checkpoints" else None
     source = f"{path} ({which})"
     loaded = LoadedBackbone(backbone, description.mean, description.std, source, file_sha256(path), run)
-    return loaded._replace(weights=which, epoch=_count(content, "epoch"), step=_count(content, "global_step"))
+    loaded = loaded._replace(weights=which, value_range=description.value_range)
+    return loaded._replace(epoch=_count(content, "epoch"), step=_count(content, "global_step"))
 
 
 def _from_official(content: dict[str, Any], path: Path, weights: Weights, num_heads: int | None) -> LoadedBackbone:

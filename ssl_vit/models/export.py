@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ssl_vit.config.pretrain import BackboneConfig
-from ssl_vit.config.types import Positive, StrictConfig
+from ssl_vit.config.types import AUTO_RANGE, Positive, StrictConfig, ValueRange, ValueRangeField
 from ssl_vit.models.backbone import Backbone, timm_kwargs
 from ssl_vit.runtime.atomic_io import atomic_write, write_json
 from ssl_vit.runtime.errors import UserError
@@ -25,6 +25,7 @@ class ModelDescription(StrictConfig):
     backbone: BackboneConfig
     mean: list[float]
     std: list[Positive]
+    value_range: ValueRangeField = AUTO_RANGE  # files of earlier versions have none
 
     @model_validator(mode="after")
     def _channels_agree(self) -> Self:
@@ -33,7 +34,15 @@ class ModelDescription(StrictConfig):
         return self
 
 
-def export_backbone(backbone: Backbone, path: Path, *, mean: list[float], std: list[float], source: str) -> None:
+def export_backbone(
+    backbone: Backbone,
+    path: Path,
+    *,
+    mean: list[float],
+    std: list[float],
+    source: str,
+    value_range: ValueRange = AUTO_RANGE,
+) -> None:
     """Write the weights under timm's names, and beside them a JSON file that explains how to load them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu().contiguous() for name, value in backbone.vit.state_dict().items()}
@@ -47,6 +56,7 @@ def export_backbone(backbone: Backbone, path: Path, *, mean: list[float], std: l
             f'model.load_state_dict(safetensors.torch.load_file("{path.name}"))',
         ],
         "normalization": {"mean": mean, "std": std},
+        "value_range": str(value_range),
         "features": "model.forward_features(images)[:, 0] is the [CLS] token after the final norm",
         "source": source,
         "backbone": config.model_dump(mode="json"),
@@ -65,7 +75,8 @@ def read_export(path: Path) -> tuple[ModelDescription, dict[str, Tensor], str]:
     try:
         sidecar = json.loads(sidecar_path.read_text(encoding="utf-8"))
         key = "normalization" if "normalization" in sidecar else "normalisation"  # the key of version 0.1
-        description = ModelDescription(backbone=sidecar["backbone"], **sidecar[key])
+        value_range = sidecar.get("value_range", AUTO_RANGE)
+        description = ModelDescription(backbone=sidecar["backbone"], value_range=value_range, **sidecar[key])
     except (ValueError, LookupError, TypeError, RecursionError):  # no JSON, or one of another tool
         raise UserError(f"checkpoint={path}: {sidecar_path.name} is not a file of `ssl-vit export`") from None
     sha256 = file_sha256(path)

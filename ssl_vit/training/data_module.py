@@ -52,6 +52,7 @@ class ImageDataModule(L.LightningDataModule):
         super().__init__()
         self.data, self.views, self.seed = data, views, seed
         self.dataset = build_dataset(data.source, data.root) if dataset is None else TorchDataset(dataset)
+        self.dataset.with_range(data.range)
         self.skipped = SkippedImageLog(skipped or Path(tempfile.mkdtemp(prefix="ssl-vit-")) / "skipped_images.txt")
 
     def plan(self, *, max_epochs: int, log_every_n_steps: int = 50) -> TrainingPlan:
@@ -97,6 +98,7 @@ def labeled_train_loader(
         PretrainDataConfig(
             source=data.source,
             root=data.root or data.train or Path(),
+            range=dataset.value_range,
             batch_size=data.batch_size,
             num_workers=data.num_workers,
             cache_gb=cache_gb,

@@ -48,7 +48,12 @@ class Start:
         if is_rank_zero():
             backbone, views = method.eval_backbone, method.views
             export_backbone(
-                backbone, self.run.path / START_WEIGHTS, mean=views.mean, std=views.std, source=loaded.source
+                backbone,
+                self.run.path / START_WEIGHTS,
+                mean=views.mean,
+                std=views.std,
+                source=loaded.source,
+                value_range=self.config.data.range,
             )
 
     def describe(self, method: SSLMethod) -> list[str]:

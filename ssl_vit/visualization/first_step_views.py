@@ -16,7 +16,7 @@ from torchvision.utils import draw_bounding_boxes
 
 from ssl_vit.config.methods import SelectedMethodConfig, ViewsConfig
 from ssl_vit.config.pretrain import BackboneConfig, Source
-from ssl_vit.config.types import Count, Seed, StrictConfig
+from ssl_vit.config.types import AUTO_RANGE, Count, Seed, StrictConfig, ValueRangeField
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog
 from ssl_vit.data.loading.batch_sampler import ResumableBatchSampler
 from ssl_vit.data.loading.loader import MultiCropDataset
@@ -123,6 +123,7 @@ class RunDataConfig(StrictConfig):
     source: Source
     root: Path
     batch_size: Count
+    range: ValueRangeField = AUTO_RANGE  # runs of earlier versions have none
 
 
 class RunSettings(StrictConfig):

@@ -1,12 +1,18 @@
 """Tests of `ssl-vit pretrain`: what a run writes, its determinism, and its messages."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ssl_vit.cli import main
+from ssl_vit.commands.load_config import load_config
 from ssl_vit.commands.pretrain import pretrain
+from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.data.sources.synthetic import make_synthetic_dataset
-from ssl_vit.models.checkpoint import load_backbone
+from ssl_vit.models.checkpoint import load_backbone, random_init_like
 from tests.helpers.cli import assert_same_weights, rows, run_command, state
 
 
@@ -132,3 +138,33 @@ def test_pretrain_accepts_too_few_labeled_images_for_knn(pretrain_config, tmp_pa
     run = pretrain(pretrain_config(f"data.root={folder / 'train'}", "data.batch_size=4", "online.every_epochs=1"))
     assert state(run)[1] == 4
     assert "online/knn@20" not in rows(run)[0]
+
+
+def test_data_range_travels_from_the_training_to_evaluations_export_and_further_training(pretrain_words, tmp_path):
+    """Two classes of 12 bits that differ in brightness alone: stretched one by one, they look the same."""
+    ramp = np.arange(32 * 32).reshape(32, 32)
+    for label, scale in (("dark", 1), ("bright", 3)):
+        for number in range(12):
+            path = tmp_path / "deep" / label / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((np.roll(ramp, 37 * number) * scale).astype(np.uint16)).save(path)
+    words = [*pretrain_words(f"data.root={tmp_path / 'deep'}", "data.batch_size=8"), "data.range=[0, 4095]"]
+    run = pretrain(load_config("pretrain", words, PretrainConfig))
+    for checkpoint in (run, run / "backbone.safetensors", run / "checkpoints" / "last.ckpt"):
+        loaded = load_backbone(checkpoint)
+        assert str(loaded.value_range) == "[0, 4095]"
+        assert str(random_init_like(loaded, 0).value_range) == "[0, 4095]"
+    scores = {}
+    for given in ("null", "auto"):
+        out = tmp_path / f"{given}.json"
+        common = [f"checkpoint={run}", f"data.root={tmp_path / 'deep'}", "k=[1]", f"out={out}"]
+        assert main(["knn", *common, f"data.range={given}"]) == 0
+        result = json.loads(out.read_text())
+        scores[given] = result["score"]["metrics"][0]["value"]
+        assert ("value_range" in result["protocol"]["transform"]) == (given == "null")
+        assert any("data.range=[0, 4095]" in text for text in result["warnings"]) == (given == "null")
+    assert scores["null"] == 1
+    assert scores["auto"] < 0.8
+    further = [word for word in words if not word.startswith(("backbone", "data.range", "run."))]
+    config = load_config("pretrain", [*further, f"checkpoint={run}"], PretrainConfig)
+    assert str(config.data.range) == "[0, 4095]"

@@ -17,8 +17,9 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
+from ssl_vit.config.types import AUTO_RANGE, ValueRange
 from ssl_vit.data.dataset import JPEGScaleFn, UnreadableImageError, escape_path
-from ssl_vit.data.sources.deep_values import has_false_alpha, read_deep_values, rescale_deep_values
+from ssl_vit.data.sources.deep_values import DeepValues, has_false_alpha, read_deep_values, rescale_deep_values
 from ssl_vit.data.sources.file_kinds import FORMATS, describe_kind
 
 DECODING = 2  # grows when the same file gives other pixels, so that stored features are not used any more
@@ -46,12 +47,17 @@ _FIRST_ROTATED = 5  # orientations from here on swap height and width
 _BLOCK = 8  # side of a JPEG block in pixels
 
 
-def decode(path: Path | BytesIO, channels: int = 3, jpeg_scale: JPEGScaleFn | None = None) -> Tensor:
+def decode(
+    path: Path | BytesIO,
+    channels: int = 3,
+    jpeg_scale: JPEGScaleFn | None = None,
+    value_range: ValueRange = AUTO_RANGE,
+) -> Tensor:
     """Read an image file of one of FORMATS (of a GIF the first frame), identified by its content, not its name.
 
     EXIF orientation is applied. Transparent pixels are composited on white; a band of a TIFF is transparency only if
-    the file says so. Values of more than 8 bits, signed values and floats are rescaled from the range that the image
-    uses, because devices seldom use the whole range of their files; see `deep_values`.
+    the file says so. Values of more than 8 bits, signed values and floats are rescaled: from the range that the image
+    uses, because devices seldom use the whole range of their files, or from `value_range`; see `deep_values`.
 
     The pixels (C, H, W) uint8, RGB or for one channel gray (ITU-R 601 luma), are channels last in memory, where crops
     resize twice as fast. `jpeg_scale` chooses by how much a JPEG is decoded smaller: from fewer coefficients of each
@@ -64,7 +70,7 @@ def decode(path: Path | BytesIO, channels: int = 3, jpeg_scale: JPEGScaleFn | No
     with open_image(path) as image:
         if jpeg_scale is not None and isinstance(image, JpegImageFile):
             _decode_smaller(image, jpeg_scale)
-        return to_tensor(image, channels)
+        return to_tensor(image, channels, value_range)
 
 
 @contextmanager
@@ -121,12 +127,17 @@ def _decode_smaller(image: JpegImageFile, jpeg_scale: JPEGScaleFn) -> None:
     image.draft(None, (width // scale, height // scale))
 
 
-def to_tensor(image: Image.Image, channels: int) -> Tensor:
+def to_tensor(image: Image.Image, channels: int, value_range: ValueRange = AUTO_RANGE) -> Tensor:
     """Convert an opened image to pixels (C, H, W) uint8, upright, with 1 or 3 channels; see `decode`."""
     deep = read_deep_values(image) if isinstance(image, ImageFile.ImageFile) else None
+    return values_to_tensor(image, deep, channels, value_range)
+
+
+def values_to_tensor(image: Image.Image, deep: DeepValues | None, channels: int, value_range: ValueRange) -> Tensor:
+    """Convert an opened image as `to_tensor`, whose values `read_deep_values` has read."""
     image.load()  # applies the orientation of TIFF files
     transposition, mode = _UPRIGHT.get(orientation(image)), "RGB" if channels == 3 else "L"
-    image = rescale_deep_values(image, deep) if deep else _to_opaque_8bit(image)
+    image = rescale_deep_values(image, deep, value_range) if deep else _to_opaque_8bit(image)
     if image.mode != mode:
         image = image.convert(mode)
     if transposition is not None:

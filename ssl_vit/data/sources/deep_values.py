@@ -1,5 +1,8 @@
 """Read values of more than 8 bits, signed values and floats of an image file, and rescale them to 8 bits.
 
+With a `ValueRange` its two values, or two percentiles of all values of the image, become 0 and 255, in gray and color
+images alike; what lies outside is clipped, and pixels without data become black. Without one:
+
 Gray values: the image's own range becomes 0 to 255. Pixels without data do not count and become black. Where the
 darkest and the brightest 0.2 % of the values take up more than half of the range, as hot and dead pixels do, they are
 clipped.
@@ -19,6 +22,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile
 from PIL.TiffImagePlugin import BITSPERSAMPLE, EXTRASAMPLES, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT, SAMPLESPERPIXEL
+
+from ssl_vit.config.types import AUTO_RANGE, ValueRange
 
 CLIPPED = 500  # one of so many values is clipped at each end
 _SAMPLED = 4_000_000  # values from which the range is found
@@ -81,14 +86,14 @@ def has_false_alpha(image: Image.Image) -> bool:
     return tiff_tag(image, EXTRASAMPLES) is None or image.getextrema()[-1] == (0, 0)
 
 
-def rescale_deep_values(image: Image.Image, deep: DeepValues) -> Image.Image:
+def rescale_deep_values(image: Image.Image, deep: DeepValues, value_range: ValueRange = AUTO_RANGE) -> Image.Image:
     """Rescale the values of an image to 8 bits, L or RGB, with transparent parts on white; WhiteIsZero is inverted.
 
     Raises:
         ValueError: No pixel has data.
     """
-    values = deep.values
-    opaque = Image.fromarray(_upper_bits(values) if values.ndim == 3 else _stretch(image, deep))
+    keeps_proportions = deep.values.ndim == 3 and value_range.is_auto
+    opaque = Image.fromarray(_upper_bits(deep.values) if keeps_proportions else _stretch(image, deep, value_range))
     if deep.alpha is None:
         return opaque
     white = Image.new("RGB", opaque.size, "white")
@@ -105,11 +110,12 @@ def _upper_bits(colors: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint8]:
     return upper
 
 
-def _stretch(image: Image.Image, deep: DeepValues) -> npt.NDArray[np.uint8]:
-    """Stretch gray values from their own range to 0 and 255."""
-    values = deep.values
+def _stretch(image: Image.Image, deep: DeepValues, value_range: ValueRange) -> npt.NDArray[np.uint8]:
+    """Stretch values from a range, or gray ones from their own, to 0 and 255."""
+    values, declared = deep.values, _declared_nodata(image)
     valid_alpha = None if deep.alpha is None or not deep.alpha.any() else deep.alpha > 0
-    low, high, nodata = value_range(values if valid_alpha is None else values[valid_alpha], _declared_nodata(image))
+    visible = values if valid_alpha is None else values[valid_alpha]
+    low, high, nodata = own_range(visible, declared) if value_range.is_auto else _given(visible, declared, value_range)
     inverted = image.format == "TIFF" and tiff_tag(image, PHOTOMETRIC_INTERPRETATION) == 0
     scale = 255 / (high - low) if high > low else 0.0
     strips = []
@@ -121,7 +127,27 @@ def _stretch(image: Image.Image, deep: DeepValues) -> npt.NDArray[np.uint8]:
     return np.concatenate(strips)
 
 
-def value_range(values: Values, declared: float | None) -> tuple[float, float, list[float]]:
+def _given(values: Values, declared: float | None, given: ValueRange) -> tuple[float, float, list[float]]:
+    """Return the values of a given range, or of the percentiles of the values with data, as `own_range` does.
+
+    Raises:
+        ValueError: No pixel has data.
+    """
+    assert given.low is not None and given.high is not None
+    nodata = [] if declared is None else [declared]
+    least, _ = _extremes(values, nodata)
+    if declared is None and least in _NODATA and (given.percentiles or least < given.low):
+        nodata = [least]
+    if not given.percentiles:
+        return given.low, given.high, nodata
+    flat = values.reshape(-1)
+    sample = flat[:: -(-flat.size // _SAMPLED) or 1]
+    sample = sample[np.isfinite(sample) & ~np.isin(sample, nodata)]
+    low, high = np.percentile(sample, [given.low, given.high])
+    return float(low), float(high), nodata
+
+
+def own_range(values: Values, declared: float | None) -> tuple[float, float, list[float]]:
     """Return the values that become 0 and 255, and those of pixels without data.
 
     Raises:

@@ -50,7 +50,7 @@ class ImageFolder(ImageDataset):
 
     def read(self, index: int, channels: int, jpeg_scale: JPEGScaleFn | None = None) -> Tensor:
         try:
-            return decode(self.path(index), channels, jpeg_scale)
+            return decode(self.path(index), channels, jpeg_scale, self.value_range)
         except UnreadableImageError as error:
             raise UnreadableImageError(self.name(index), error.reason) from error
 
@@ -66,7 +66,8 @@ class ImageFolder(ImageDataset):
 
     def with_names(self, names: PackedPaths) -> ImageFolder:
         """Return a dataset of other images below the same root."""
-        return ImageFolder(self.root, names, ignored=self.ignored, labeled=bool(self.classes))
+        dataset = ImageFolder(self.root, names, ignored=self.ignored, labeled=bool(self.classes))
+        return dataset.with_range(self.value_range)
 
     def fingerprint(self, *, sizes: bool, times: bool = False) -> str:
         if not sizes and not times:

@@ -77,7 +77,7 @@ class TarShardDataset(ImageDataset):
     def read(self, index: int, channels: int, jpeg_scale: JPEGScaleFn | None = None) -> Tensor:
         content = self.content(index)
         try:
-            return decode(BytesIO(content), channels, jpeg_scale)
+            return decode(BytesIO(content), channels, jpeg_scale, self.value_range)
         except UnreadableImageError as error:
             raise UnreadableImageError(self.name(index), error.reason) from error
 

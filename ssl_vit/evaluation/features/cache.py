@@ -207,6 +207,7 @@ def candidate_caches(
         "decoding": DECODING,
         "count": len(dataset),
         "dtype": "float16",
+        **({} if dataset.value_range.is_auto else {"value_range": str(dataset.value_range)}),
     }
     caches = []
     for blocks in range(extractor.blocks, extractor.max_blocks + 1):

@@ -69,6 +69,7 @@ class ImageLogger(L.Callback):
         own_root = config.root if self.render else None
         self.has_own_images = own_root is not None
         self.dataset = build_dataset("folder", own_root) if own_root else run.dataset
+        self.dataset.with_range(run.dataset.value_range)
         self.indices = evenly_spaced(len(self.dataset), config.num_images).tolist()
         self.images: list[LoggedImage] = []
         self.warned: set[str] = set()

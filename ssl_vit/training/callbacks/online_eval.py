@@ -63,7 +63,8 @@ def select_online_data(config: OnlineEvalConfig, dataset: ImageDataset, *, seed:
     """
     if config.root is None and _are_splits(dataset):
         return None
-    train, test = build_labeled_folder_splits(config.root) if config.root else TrainTestSplit(dataset, None)
+    split = build_labeled_folder_splits(config.root) if config.root else TrainTestSplit(dataset, None)
+    train, test = split.with_range(dataset.value_range)
     order = class_balanced_order(train.labels, seed=seed)
     train_index, val_source = order.indices, train
     if test is None:

@@ -58,7 +58,7 @@ def load_feature_images(run: RunContent, config: ReportConfig) -> FeatureImages:
         return _load(run, config, config.data)
     for result in reversed(run.results):
         try:
-            return _load(run, config, EvalDataConfig.model_validate(result.config["data"]))
+            return _load(run, config, EvalDataConfig.model_validate({"range": None, **result.config["data"]}))
         except (LookupError, ValidationError, UserError):  # an older result, or images that are gone since
             continue
     try:
@@ -162,7 +162,7 @@ def _load(run: RunContent, config: ReportConfig, data: EvalDataConfig) -> Featur
     size = data.image_size or loaded.backbone.config.img_size
     check_size(size, loaded.backbone.patch_size)
     transform = EvalTransform(size, data.crop_ratio, loaded.mean, loaded.std)
-    dataset = build_feature_splits(data)
+    dataset = build_feature_splits(data).with_range(data.range or loaded.value_range)
     extractor = BackboneExtractor(loaded, transform, blocks=min(BLOCKS, loaded.backbone.num_blocks))
     splits = _load_cached(extractor, dataset, features_folder(config.features, run.path), data_name(data))
     if splits is None:

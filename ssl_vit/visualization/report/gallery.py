@@ -46,7 +46,7 @@ def make_gallery(run: RunContent, config: ReportConfig) -> Gallery:
     """
     model, mass = run.model, config.attention_mass
     chosen = _choose_images(run, config)
-    dataset, ground_truth, origin = chosen.dataset, None, chosen.origin
+    dataset, ground_truth, origin = chosen.dataset.with_range(model.value_range), None, chosen.origin
     if chosen.masks is not None and isinstance(dataset, ImageFolder):
         ground_truth = MaskFolder(chosen.masks, dataset, chosen.mask_values)
         dataset = ground_truth.pairs.images

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ssl_vit.config.types import ValueRange
 from ssl_vit.data.sources.decode import decode
-from ssl_vit.data.sources.deep_values import value_range
+from ssl_vit.data.sources.deep_values import own_range
 from ssl_vit.data.sources.image_folder import scan_image_folder
 from ssl_vit.data.value_notes import VEILED, value_notes
 from tests.helpers.tiff import HEIGHT, RAMP, WIDTH, tiff
@@ -32,8 +33,13 @@ def stretched(values, valid=None):
     return ((values.astype(np.float64) - low) * (255 / (high - low))).round().astype(np.uint8)
 
 
-def planes(path):
-    return decode(path).permute(1, 2, 0).numpy()
+def planes(path, value_range="auto"):
+    return decode(path, value_range=ValueRange.parse(value_range)).permute(1, 2, 0).numpy()
+
+
+def mapped(values, low, high):
+    """The rule for a range of values, in its simplest form."""
+    return ((values.astype(np.float64) - low) * (255 / (high - low))).clip(0, 255).round().astype(np.uint8)
 
 
 @pytest.mark.parametrize("order", "<>")
@@ -55,6 +61,67 @@ def test_decode_stretches_gray_of_any_depth(tmp_path_factory, order, photometric
     expected = stretched(values)
     expected = 255 - expected if photometric == 0 else expected
     assert (image == expected[..., None]).all()
+
+
+@pytest.mark.parametrize("photometric", [0, 1, 2])
+@pytest.mark.parametrize("dtype", ["u2", "i2", "i4", "f4"])
+@given(low=st.integers(-300, 300), width=st.integers(1, 40_000))
+@settings(max_examples=4, deadline=None)
+def test_decode_maps_a_given_range_of_any_kind_of_values(tmp_path_factory, photometric, dtype, low, width):
+    values = np.random.default_rng(width).permutation(np.linspace(-500, 40_000, RAMP.size)).reshape(RAMP.shape)
+    values = values.clip(0 if dtype == "u2" else None, 30_000).astype(dtype)
+    if (photometric == 2 and dtype != "u2") or (photometric == 0 and dtype[0] == "i"):  # Pillow does not read these
+        return
+    if photometric == 2:
+        values = np.dstack([values, values[::-1], values // 2])
+    path = tiff(tmp_path_factory.mktemp("t") / "a.tif", values, photometric)
+    expected = mapped(values, low, low + width)
+    expected = 255 - expected if photometric == 0 else expected
+    assert (planes(path, [low, low + width]) == (expected if photometric == 2 else expected[..., None])).all()
+
+
+@given(low=st.integers(0, 40), high=st.integers(60, 100))
+@settings(max_examples=5, deadline=None)
+def test_decode_maps_percentiles_of_each_image(tmp_path_factory, low, high):
+    values = np.random.default_rng(low).permutation(RAMP.ravel() ** 2 % 65_521).reshape(RAMP.shape).astype(np.uint16)
+    path = tiff(tmp_path_factory.mktemp("t") / "a.tif", values, 1)
+    expected = mapped(values, *np.percentile(values, [low, high]))
+    assert (planes(path, f"[{low}%, {high}%]") == expected[..., None]).all()
+
+
+@pytest.mark.parametrize("nodata", [-9999, np.nan, np.inf, -123.0])
+@pytest.mark.parametrize("photometric", [0, 1])
+@pytest.mark.parametrize("given", [[0, 960], "[0%,100%]"])
+def test_decode_with_a_range_makes_nodata_black(tmp_path, nodata, photometric, given):
+    values = RAMP.astype(np.float32)
+    values[:, :8] = nodata
+    path = tiff(tmp_path / "a.tif", values, photometric, nodata="-123" if nodata == -123 else None)
+    image = planes(path, given)
+    assert not image[:, :8].any()
+    assert len(np.unique(image[:, 8:])) > 200
+
+
+@pytest.mark.parametrize("value", ["auto", [0, 4095], "[0, 4095]", "[1%,99%]", ["1%", "99%"], [-1.5, 2]])
+def test_value_range_reads_back_what_it_prints(value):
+    parsed = ValueRange.parse(value)
+    assert ValueRange.parse(str(parsed)) == parsed
+
+
+@pytest.mark.parametrize("value", ["", "full", [3], [5, 5], [7, 2], "[1%, 2]", "[-1%,50%]", "[1%,101%]", [0, "inf"]])
+def test_value_range_refuses_what_is_no_range(value):
+    with pytest.raises(ValueError, match=r"write (auto|the smaller)"):
+        ValueRange.parse(value)
+
+
+def test_value_notes_with_a_range_name_clipped_and_plain_images(tmp_path):
+    for number in range(8):
+        tiff(tmp_path / f"{number}.tif", (RAMP * 4).astype(np.uint16), 1)
+    dataset = scan_image_folder(tmp_path).with_range(ValueRange.parse([0, 4095]))
+    assert value_notes(dataset) == ["data.range=[0, 4095]: values of more than 8 bits are mapped from it to 0..255"]
+    assert any("more than 1 %" in note for note in value_notes(dataset.with_range(ValueRange.parse([0, 1000]))))
+    for number in range(8):
+        tiff(tmp_path / f"{number}.tif", (RAMP % 256).astype(np.uint8), 1)
+    assert any("have 8 bits" in note for note in value_notes(dataset))
 
 
 @pytest.mark.parametrize("kind", ["tiff <", "tiff >", "png"])
@@ -120,12 +187,12 @@ def test_decode_leaves_eight_bits_as_they_are(tmp_path_factory, low, bits):
 
 
 def test_value_range_of_few_or_equal_values_is_their_extremes():
-    assert value_range(np.array([[5, 7]]), None) == (5, 7, [])
+    assert own_range(np.array([[5, 7]]), None) == (5, 7, [])
     sparse = np.zeros((100, 100), np.uint16)
     sparse[0, 0] = 9
-    assert value_range(sparse, None) == (0, 9, [])
+    assert own_range(sparse, None) == (0, 9, [])
     with pytest.raises(ValueError, match="finite"):
-        value_range(np.full((2, 2), -9999.0), None)
+        own_range(np.full((2, 2), -9999.0), None)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
