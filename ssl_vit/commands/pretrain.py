@@ -99,18 +99,22 @@ def train(config: PretrainConfig, run: RunState, method: SSLMethod, start: Start
         is_best=lambda: online.improved,
     )
     if result.is_global_zero:
-        backbone = load_backbone(str(run.path)).backbone  # from the checkpoint: FSDP leaves no process the whole model
-        source = f"{run.path} after {result.step} steps"
-        export_backbone(
-            backbone,
-            run.path / "backbone.safetensors",
-            mean=views.mean,
-            std=views.std,
-            source=source,
-            value_range=config.data.range,
-        )
+        export_run(config, step=result.step)
         print(result.summary([*health.summary(), *online.summary(), *images.summary()]))
         result.requeue_job()
+
+
+def export_run(config: PretrainConfig, *, step: int) -> None:
+    """Write `backbone.safetensors` from the last checkpoint: with FSDP no process has the whole model."""
+    path, views = config.run.path, config.method.views
+    export_backbone(
+        load_backbone(str(path)).backbone,
+        path / "backbone.safetensors",
+        mean=views.mean,
+        std=views.std,
+        source=f"{path} after {step} steps",
+        value_range=config.data.range,
+    )
 
 
 def _describe_images(dataset: ImageDataset) -> list[str]:

@@ -57,7 +57,7 @@ def main(checkpoint: str, root: Path) -> None:
 def labeled(checkpoint: str, root: Path) -> list[LabeledFeatures]:
     """Extract the last [CLS] of the train and test images, as in `ssl-vit knn`."""
     loaded = on_best_device(load_backbone(checkpoint))
-    sections = {"source": "folder", "train": None, "test": None, "image_size": None, "crop_ratio": 0.875}
+    sections = {"source": "folder", "range": None, "train": None, "test": None, "image_size": None, "crop_ratio": 0.875}
     data = EvalDataConfig(root=root, batch_size=256, num_workers="auto", **sections)
     transform = EvalTransform(loaded.backbone.config.img_size, data.crop_ratio, loaded.mean, loaded.std)
     extractor = BackboneExtractor(loaded, transform, blocks=1)

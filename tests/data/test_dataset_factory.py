@@ -32,7 +32,7 @@ def names_of(dataset):
 
 
 def labeled(**keys):
-    defaults = {"source": "folder", "root": None, "train": None, "test": None}
+    defaults = {"source": "folder", "root": None, "train": None, "test": None, "range": None}
     others = {"batch_size": 8, "num_workers": 0, "crop_ratio": 0.875, "image_size": None}
     return EvalDataConfig(**defaults | others | keys)
 

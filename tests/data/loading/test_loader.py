@@ -58,7 +58,7 @@ def put(root, sizes, *, broken=()):
 
 def load(dataset, multicrop, skipped, *, batch_size=8, num_workers=0, cache_gb=1.0, **course):
     config = PretrainDataConfig(
-        source="folder", root="x", batch_size=batch_size, num_workers=num_workers, cache_gb=cache_gb
+        source="folder", range="auto", root="x", batch_size=batch_size, num_workers=num_workers, cache_gb=cache_gb
     )
     defaults = {"seed": 0, "channels": 3, "rank": 0, "world": 1, "accumulate": 1, "first_step": 0, "skipped": skipped}
     return build_train_loader(dataset, multicrop, config, **defaults | course)

@@ -110,7 +110,7 @@ def assert_same_batches(folder, shards, tmp_path, *, num_workers, batch_size):
 
     def batches(source, root):
         config = PretrainDataConfig(
-            source=source, root=root, batch_size=batch_size, num_workers=num_workers, cache_gb=0
+            source=source, root=root, range="auto", batch_size=batch_size, num_workers=num_workers, cache_gb=0
         )
         course = {"seed": 3, "channels": 3, "rank": 1, "world": 2, "accumulate": 1, "first_step": 1}
         skipped = SkippedImageLog(tmp_path / "skipped_images.txt")
