@@ -278,8 +278,8 @@ def sizes_read(monkeypatch):
     shapes = []
     original = decoding.to_tensor
 
-    def spy(image, channels):
-        pixels = original(image, channels)
+    def spy(image, channels, value_range):
+        pixels = original(image, channels, value_range)
         shapes.append(tuple(pixels.shape))
         return pixels
 
