@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +17,13 @@ from ssl_vit.data.dataset import ImageDataset, escape_path
 from ssl_vit.data.sources.file_kinds import EXTENSIONS
 from ssl_vit.data.sources.image_folder import read_image_list, scan_image_folder
 from ssl_vit.data.sources.image_index import is_hidden
-from ssl_vit.data.sources.split_folders import folder_layout, resembles_split, split_role
+from ssl_vit.data.sources.split_folders import folder_layout, role_in
 from ssl_vit.data.sources.tar_shards import load_shards
 from ssl_vit.data.sources.torchvision_datasets import load_torchvision_dataset
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.text import truncate_list
+
+log = logging.getLogger(__name__)
 
 
 class TrainTestSplit(NamedTuple):
@@ -111,12 +114,18 @@ def _find_split_folders(root: Path, override: str) -> tuple[Path, Path | None]:
         return root, None
     folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and not is_hidden(os.fsencode(folder.name)))
     names = [folder.name for folder in folders]
-    if any(map(resembles_split, names)):  # only then is it worth looking into them
+    if any(map(role_in, names)):  # only then is it worth looking into them
         names = [folder.name for folder in folders if _has_images(folder)]
     layout = folder_layout(names, lambda name: _subfolders(root / name))
     if layout.kind == "classes":
+        if layout.reason:
+            keys = override.format(train=root / "FOLDER", test=root / "FOLDER")
+            found = f"{', '.join(truncate_list(names, 4))} are taken for the classes, and {layout.reason}"
+            log.warning(
+                f"{escape_path(root)}: {escape_path(found)}; if these are the classes, name {escape_path(keys)}"
+            )
         return root, None
-    by_role = {role: [root / name for name in names if split_role(name) == role] for role in ("train", "val", "test")}
+    by_role = {role: [root / name for name in names if role_in(name) == role] for role in ("train", "val", "test")}
     train, tests = by_role["train"], by_role["val"] + by_role["test"]
     if layout.kind == "splits" and len(train) == len(tests) == 1:
         return train[0], tests[0]

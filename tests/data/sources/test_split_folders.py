@@ -77,6 +77,15 @@ def test_folder_layout_of_two_splits_is_splits(train, other):
         (["trainA", "trainB", "testA", "testB"], "unclear"),
         (["fold1", "fold2", "fold3"], "unclear"),
         (["train_old", "train_new", "car"], "unclear"),
+        (["seg_train", "seg_test"], "splits"),
+        (["ILSVRC2012_img_train", "ILSVRC2012_img_val"], "splits"),
+        (["flowers_train", "flowers_valid", "flowers_test"], "splits"),
+        (["traindata", "testdata"], "splits"),
+        (["Trainingsdaten", "Testdaten"], "splits"),
+        (["gallery", "query"], "splits"),
+        (["Training", "PublicTest", "PrivateTest"], "unclear"),
+        (["seg_train", "seg_test", "seg_pred"], "unclear"),
+        (["red_train", "blue_train"], "classes"),
     ],
 )
 def test_folder_layout_goes_by_all_names(folders, kind):
@@ -90,7 +99,10 @@ def test_folder_layout_compares_subfolders():
     assert "train looks like a split" in layout.reason
     own = {"train": ["ice", "steam"], "bus": ["city", "coach"]}
     assert folder_layout([*own], own.__getitem__).kind == "classes"
+    alone = {"train": ["cat", "dog"], "figures": []}
+    assert folder_layout([*alone], alone.__getitem__).kind == "unclear"
     cameras = {"left": ["cat", "dog"], "right": ["cat", "dog"]}
     assert folder_layout([*cameras], cameras.__getitem__).kind == "classes"
+    assert "same subfolders (cat, dog)" in folder_layout([*cameras], cameras.__getitem__).reason
     inside = {"bottle": ["train", "test"], "cable": ["test", "train"]}
     assert folder_layout([*inside], inside.__getitem__).kind == "unclear"
