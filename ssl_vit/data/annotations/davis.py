@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ssl_vit.data.annotations.mask_values import VOID, StoredValues
+from ssl_vit.data.annotations.mask_pixels import VOID, StoredValues
 from ssl_vit.data.dataset import UnreadableImageError
 from ssl_vit.data.sources.decode import open_image
 from ssl_vit.data.sources.image_folder import scan_image_folder

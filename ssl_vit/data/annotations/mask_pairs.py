@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from ssl_vit.data.annotations.mask_values import read_values
+from ssl_vit.data.annotations.mask_pixels import read_values
 from ssl_vit.data.dataset import UnreadableImageError
 from ssl_vit.data.sources.image_folder import ImageFolder, scan_image_folder
 from ssl_vit.data.sources.packed_paths import PackedPaths

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from ssl_vit.data.sources.decode import open_image
+from ssl_vit.data.annotations.mask_pixels import MAX_LABEL, NEAR, VOID, StoredValues, read_values
 from ssl_vit.runtime.errors import UserError
 
-VOID = 255  # unlabeled pixels, as in PASCAL VOC
-MAX_LABEL = 63  # largest label of a gray mask in which 255 is void; soft edges reach higher values
-_MAX_COLORS = 64  # a file of more colors is a photograph or was compressed with losses
-_GRAY_TOLERANCE = 16  # difference of the channels of a gray image after lossy compression
-_LABEL_COHERENCE = 0.5  # least share of label pixels whose right neighbor has the same label; noise has less
-_MAX_NOISE = 0.25  # of all pixels
+_MIN_CONTRAST = 32 / 255  # of white: what is darker in all files of a folder with losses is noise
 
 Reading = Literal["binary", "soft", "labels", "values"]
-Values = npt.NDArray[Any]  # (H, W)
 BoolMask = npt.NDArray[np.bool_]  # (H, W)
 
 
@@ -34,39 +27,12 @@ class ForegroundMask(NamedTuple):
     values: list[float]  # distinct values of the file, ascending
 
 
-class StoredValues(NamedTuple):
-    """The pixels of a mask file as one number each."""
-
-    values: Values
-    white: float  # the largest value that the file can have: 255, 65535, or 1 for floats
-    is_index: bool  # indices of a palette or of few colors, in no order
-    is_lossy: bool  # no value is exact
-
-    @property
-    def is_soft(self) -> bool:
-        """Whether the values are shades between background and foreground, as after resizing or compression."""
-        distinct = np.unique(self.values)
-        if self.is_index or len(distinct) <= 2:
-            return False
-        others = distinct[(distinct != 0) & (distinct != self.white)]
-        return bool(distinct[-1] > self.white / 2 and not self._has_labels(others))
-
-    def _has_labels(self, others: Values) -> bool:
-        """Return whether values between black and white are labels of regions: small, and not a few single pixels."""
-        if others[-1] > MAX_LABEL:
-            return False
-        left, right = self.values[:, :-1], self.values[:, 1:]
-        inside = np.isin(left, others)
-        if not inside.any() or inside.mean() > _MAX_NOISE:
-            return True
-        return bool((right == left)[inside].mean() >= _LABEL_COHERENCE)
-
-
 class FolderValues(NamedTuple):
     """What all masks of a folder have in common, for files that are ambiguous alone."""
 
     values: set[float]  # distinct values of all masks that are not soft
     has_soft: bool
+    top: dict[float, float]  # largest value of the soft masks, by the largest that their files can have
 
 
 def read_foreground(
@@ -79,9 +45,11 @@ def read_foreground(
 
     - With `foreground`, these values are foreground.
     - Two values: the larger one is foreground.
-    - More than two that reach above half of white: a soft mask, cut in the middle (above 127 of 255). A JPEG always is.
+    - More than two that are shades of thin edges: a soft mask, cut in the middle: above 127 of 255, or above half of
+      the largest value where no mask of the folder comes near white. A JPEG always is one.
     - Labels with 0: all others are foreground. 255 is void in palette files with other labels, and in gray files whose
-      other labels are below 64.
+      other labels are below 64; beside larger labels it may be an object, too, and has to be named.
+    - In a palette the transparent colors are background, or else the only black one, or else index 0.
     - One value, or two without 0, are compared with the values of the whole folder.
     - The alpha channel is the mask where the colors are not: one color everywhere, or a photograph.
 
@@ -104,13 +72,21 @@ def read_foreground(
 
     if foreground is not None:
         return result(np.isin(stored.values, list(foreground)), "values", np.isin(stored.values, list(void)))
-    above_half = stored.values > stored.white / 2
     if stored.is_lossy or stored.is_soft:
-        return result(above_half, "soft")
+        return result(stored.values > _cut(stored, folder, path), "soft")
+    stored = _background_as_zero(stored)
+    distinct = [value.item() for value in np.unique(stored.values)]
     if distinct == [0]:
         return result(nothing, "binary")
     if distinct[-1] <= stored.white / 2 and not stored.is_index and folder().has_soft:
-        return result(above_half, "soft")  # the noise of an empty mask
+        return result(stored.values > _cut(stored, folder, path), "soft")  # the noise of an empty mask
+    if (
+        len(distinct) > 2
+        and VOID in distinct
+        and not stored.is_index
+        and any(MAX_LABEL < value < VOID for value in distinct)
+    ):
+        raise UserError(_explain_white(path, distinct))
     if 0 in distinct and len(distinct) == 2:
         return result(stored.values == distinct[-1], "binary")
     if 0 not in distinct and 0 not in folder().values:
@@ -118,6 +94,41 @@ def read_foreground(
             raise UserError(_explain_labels(path, stored))
         return result(stored.values == max(folder().values), "binary")
     return result(stored.values != 0, "labels" if len(distinct) > 2 else "binary", _void(stored, distinct))
+
+
+def _cut(stored: StoredValues, folder: Callable[[], FolderValues], path: Path) -> float:
+    """Return the value above which a soft mask is foreground.
+
+    Raises:
+        UserError: All masks of the folder are so dark that losses may have made them.
+    """
+    top, white = float(stored.values.max()), stored.white
+    if top < (1 - NEAR) * white:
+        top = max(top, folder().top.get(white, 0.0))
+    if stored.is_lossy and top < _MIN_CONTRAST * white:
+        raise UserError(
+            f"{path}: the brightest pixel of all such masks is {top:g} of {white:g}: save them without losses"
+        )
+    return white / 2 if top >= (1 - NEAR) * white else top / 2
+
+
+def _background_as_zero(stored: StoredValues) -> StoredValues:
+    """Return indices in which 0 is the background, and 256 what had the index 0."""
+    if not stored.is_index or stored.background == (0,):
+        return stored
+    values = np.where(stored.values == 0, VOID + 1, stored.values.astype(np.int64))
+    return stored._replace(values=np.where(np.isin(stored.values, stored.background), 0, values), background=(0,))
+
+
+def _explain_white(path: Path, distinct: list[float]) -> str:
+    """Propose `mask_values` for labels beside white, which may be an object, or void, or the others unknown."""
+    others = [int(value) for value in distinct if value not in (0, VOID)]
+    shown = ", ".join(f"{value:g}" for value in distinct[:8])
+    return (
+        f"{path}: a mask with regions of the values {shown} does not tell what {', '.join(map(str, others[:4]))} and "
+        f"255 are; name the values: for a trimap 'mask_values={{foreground:[255],void:{others}}}', for labels "
+        f"'mask_values={{foreground:{others},void:[255]}}' or 'mask_values={{foreground:{[*others, VOID]},void:[]}}'"
+    )
 
 
 def _void(stored: StoredValues, distinct: list[float]) -> BoolMask:
@@ -139,64 +150,3 @@ def _explain_labels(path: Path, stored: StoredValues) -> str:
         f"{path}: a mask with the values {shown} and without 0 does not tell what is foreground; name the values, for "
         f"example (by what lies at the border of this mask) 'mask_values={{foreground:{inside},void:{unclear}}}'"
     )
-
-
-def read_values(path: Path) -> StoredValues:
-    """Read the pixels of a mask as one number each: gray values, indices of a palette or of colors, or alpha.
-
-    Raises:
-        UnreadableImageError: The file cannot be read.
-    """
-    with open_image(path) as image:
-        image.load()
-        lossy = image.format == "JPEG"
-        if image.mode == "P":
-            gray = _gray_palette(image)
-            return StoredValues(np.asarray(image), 255, True, False) if gray is None else _gray(gray)
-        pixels = np.asarray(image)
-        has_alpha = image.mode in ("LA", "RGBA", "PA", "La", "RGBa")
-    if pixels.dtype == bool:
-        pixels = pixels.astype(np.uint8) * 255
-    if pixels.ndim == 2:
-        return _gray(pixels, lossy)
-    if not has_alpha:
-        return _from_colors(pixels, lossy)
-    alpha, colors = pixels[..., -1], pixels[..., :-1]
-    if alpha.min() == alpha.max():
-        return _from_colors(colors, lossy)
-    number = len(np.unique(colors.reshape(-1, colors.shape[-1]), axis=0))
-    if number == 1 or number > _MAX_COLORS:
-        return _gray(alpha)
-    return _from_colors(np.where(alpha[..., None] > VOID // 2, colors, 0), lossy)
-
-
-def _gray(values: Values, lossy: bool = False) -> StoredValues:
-    top = values[np.isfinite(values)].max(initial=0)
-    white = 1.0 if values.dtype.kind == "f" and top <= 1 else 255.0 if top <= 255 else 65535.0
-    return StoredValues(np.nan_to_num(values), white, False, lossy)
-
-
-def _gray_palette(image: Image.Image) -> Values | None:
-    """Return the gray values (H, W) of a palette image that has only distinct shades of gray; else None."""
-    indices = np.unique(np.asarray(image))
-    palette = np.zeros((256, 3), np.uint8)
-    stored = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
-    palette[: len(stored)] = stored
-    colors = palette[indices]
-    is_gray = (
-        len(indices) > 1 and bool((colors == colors[:, :1]).all()) and len(np.unique(colors[:, 0])) == len(indices)
-    )
-    return palette[np.asarray(image), 0] if is_gray else None
-
-
-def _from_colors(colors: Values, lossy: bool) -> StoredValues:
-    """Return gray values where all channels are (nearly) equal; else ranks of the colors by brightness, 0 for black."""
-    spread = colors.max(-1).astype(np.int64) - colors.min(-1)
-    if spread.max() <= (0 if colors.shape[-1] == 1 else _GRAY_TOLERANCE):
-        exact = bool(spread.max() == 0)
-        return _gray(colors.max(-1) if exact else colors.mean(-1).round(), lossy)
-    distinct, ranks = np.unique(colors.reshape(-1, colors.shape[-1]), axis=0, return_inverse=True)
-    if lossy or len(distinct) > _MAX_COLORS:
-        return StoredValues(colors.max(-1), 255, False, True)
-    order = distinct.astype(np.int64).sum(-1).argsort(kind="stable").argsort() + int(distinct[0].any())
-    return StoredValues(order[ranks.reshape(colors.shape[:2])], 255, True, False)

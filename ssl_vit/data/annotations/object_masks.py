@@ -14,13 +14,8 @@ from torch import Tensor
 
 from ssl_vit.config.visualize import MaskValuesConfig
 from ssl_vit.data.annotations.mask_pairs import MaskPairs
-from ssl_vit.data.annotations.mask_values import (
-    FolderValues,
-    ForegroundMask,
-    StoredValues,
-    read_foreground,
-    read_values,
-)
+from ssl_vit.data.annotations.mask_pixels import StoredValues, read_values
+from ssl_vit.data.annotations.mask_values import FolderValues, ForegroundMask, read_foreground
 from ssl_vit.data.dataset import UnreadableImageError
 from ssl_vit.data.sources.image_folder import ImageFolder
 from ssl_vit.runtime.text import pluralize
@@ -115,14 +110,18 @@ class MaskFolder:
         files = [file for file in stored if file is not None]
         soft = [file.is_lossy or file.is_soft for file in files]
         exact = [np.unique(file.values).tolist() for file, is_soft in zip(files, soft, strict=True) if not is_soft]
-        return FolderValues(set().union(*exact), any(soft))
+        top: dict[float, float] = {}
+        for file, is_soft in zip(files, soft, strict=True):
+            if is_soft:
+                top[file.white] = max(top.get(file.white, 0.0), float(file.values.max()))
+        return FolderValues(set().union(*exact), any(soft), top)
 
 
 def _remarks(mask: ForegroundMask) -> list[str]:
     """Return what a reader of the scores must know about how one mask was read."""
     remarks = []
     if mask.reading == "soft":
-        remarks.append("more than two values, cut in the middle of their range (above 127 of 255 is foreground)")
+        remarks.append("more than two values, cut in the middle of their range (above 127 of 255, where white is 255)")
     if mask.reading == "labels":
         remarks.append("more than two values, all labels but 0 are foreground; mask_values= selects some")
     if mask.reading == "binary" and len(mask.values) == 2 and mask.values[0]:

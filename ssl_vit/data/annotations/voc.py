@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_vit.data.annotations.mask_values import VOID
+from ssl_vit.data.annotations.mask_pixels import VOID
 from ssl_vit.data.annotations.object_masks import Annotation, MissingMaskError, check_size, component_boxes
 from ssl_vit.data.dataset import UnreadableImageError
 from ssl_vit.data.sources.decode import open_image

@@ -145,6 +145,12 @@ def values_to_tensor(image: Image.Image, deep: DeepValues | None, channels: int,
     return torch.from_numpy(np.array(image).reshape(image.height, image.width, channels)).permute(2, 0, 1)
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """Return a loaded image turned as its EXIF orientation says."""
+    transposition = _UPRIGHT.get(orientation(image))
+    return image if transposition is None else image.transpose(transposition)
+
+
 def orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8; 1 (upright) if it is missing or unreadable."""
     try:

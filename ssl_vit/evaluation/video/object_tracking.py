@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ssl_vit.data.annotations.davis import Clip, Mask, default_palette, object_ids, read_mask
-from ssl_vit.data.annotations.mask_values import VOID
+from ssl_vit.data.annotations.mask_pixels import VOID
 from ssl_vit.data.dataset import UnreadableImageError
 from ssl_vit.data.sources.video_frames import Skip
 from ssl_vit.evaluation.video.davis_metrics import boundary_accuracy, region_similarity

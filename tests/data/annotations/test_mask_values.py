@@ -7,7 +7,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from ssl_vit.config.visualize import MaskValuesConfig
-from ssl_vit.data.annotations.object_masks import MaskFolder
+from ssl_vit.data.annotations.object_masks import MaskFolder, MissingMaskError
+from ssl_vit.data.sources.decode import decode
 from ssl_vit.runtime.errors import UserError
 
 SIZE = (64, 96)
@@ -68,7 +69,10 @@ BINARY = {
     "uint16": lambda m: Image.fromarray(m.astype(np.uint16) * 1000),
     "float": lambda m: Image.fromarray(m.astype(np.float32)),
     "palette": lambda m: with_palette(m, [(0, 0, 0), (128, 0, 0)]),
-    "dark palette": lambda m: with_palette(m, [(200, 0, 0), (0, 0, 0)]),
+    "palette, black last": lambda m: with_palette(~m, [(200, 0, 0), (0, 0, 0)]),
+    "palette, black nowhere": lambda m: with_palette(m, [(0, 0, 250), (200, 0, 0)]),
+    "CMYK": lambda m: gray(m * 255).convert("CMYK"),
+    "YCbCr": lambda m: gray(m * 255).convert("RGB").convert("YCbCr"),
     "gray palette": lambda m: with_palette(m, [(0, 0, 0), (255, 255, 255)]),
     "gray palette, white first": lambda m: with_palette(~m, [(255, 255, 255), (0, 0, 0)]),
     "alpha, white": lambda m: with_alpha(Image.new("RGB", SIZE[::-1], "white"), m),
@@ -113,6 +117,81 @@ def test_mask_folder_cuts_soft_masks_in_the_middle_and_says_so(tmp_path, kind):
     for index in range(4):
         assert iou(folder.read(f"{index}.jpg", SIZE).numpy(), scene(index)) > 0.97, index
     assert any("4 masks: more than two values, cut" in note for note in folder.notes())
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("suffix", ["png", "gif"])
+def test_mask_folder_takes_transparent_colors_of_a_palette_for_background(tmp_path, order, suffix):
+    for index in range(4):
+        values = np.where(scene(index), *order)
+        image = with_palette(values, [(255, 0, 0), (255, 0, 0)])
+        image.save(tmp_path / f"{index}.{suffix}", transparency=order[1])
+    folder = MaskFolder(tmp_path)
+    for index in range(4):
+        assert np.array_equal(folder.read(f"{index}.jpg", SIZE).numpy(), scene(index))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_mask_folder_turns_masks_by_their_exif_orientation_as_images(tmp_path, orientation, suffix):
+    image = gray(scene(0) * 255)
+    exif = Image.Exif()
+    exif[274] = orientation
+    options = {"lossless": True} if suffix == "webp" else {"quality": 95} if suffix == "jpg" else {}
+    image.save(tmp_path / f"0.{suffix}", exif=exif, **options)
+    turned = decode(tmp_path / f"0.{suffix}")[0]
+    assert iou(MaskFolder(tmp_path).read("0.bmp", tuple(turned.shape)).numpy(), turned.numpy() > 127) > 0.99
+
+
+@pytest.mark.parametrize("top", [100, 127, 128, 200, 1023, 4095])
+def test_mask_folder_cuts_soft_masks_of_another_white_at_half_of_it(tmp_path, top):
+    for index in range(4):
+        soft = np.asarray(resized(scene(index), Image.Resampling.BILINEAR), np.float64) / 255
+        values = (soft * top).round().astype(np.uint8 if top < 256 else np.uint16)
+        Image.fromarray(values).save(tmp_path / f"{index}.png")
+    folder = MaskFolder(tmp_path)
+    for index in range(4):
+        assert iou(folder.read(f"{index}.jpg", SIZE).numpy(), scene(index)) > 0.97
+
+
+@pytest.mark.parametrize("top", [100, 128, 250])
+def test_mask_folder_reads_dark_jpegs_and_refuses_those_that_are_noise(tmp_path, top):
+    for index in range(4):
+        gray(scene(index) * top).save(tmp_path / f"{index}.jpg")
+    folder = MaskFolder(tmp_path)
+    for index in range(4):
+        assert iou(folder.read(f"{index}.png", SIZE).numpy(), scene(index)) > 0.97
+        gray(scene(index)).save(tmp_path / f"{index}.jpg")
+    with pytest.raises(UserError, match="save them without losses"):
+        MaskFolder(tmp_path).read("0.png", SIZE)
+
+
+@pytest.mark.parametrize("values", [(0, 85, 170), (0, 100, 200), (0, 70, 90), (0, 64, 128, 192)])
+def test_mask_folder_takes_regions_of_any_gray_for_labels(tmp_path, values):
+    columns = np.arange(SIZE[1]) * (len(values) - 1) // SIZE[1]
+    for index in range(2):
+        gray(np.where(scene(index), np.array(values)[1:][columns], 0)).save(tmp_path / f"{index}.png")
+        assert np.array_equal(MaskFolder(tmp_path).read(f"{index}.jpg", SIZE).numpy(), scene(index))
+
+
+@pytest.mark.parametrize("unknown", [70, 127, 128, 200])
+def test_mask_folder_refuses_regions_beside_white_and_proposes_both_readings(tmp_path, unknown):
+    inner = scene(0) & np.roll(scene(0), 6, 1)
+    gray(np.where(inner, 255, np.where(scene(0), unknown, 0))).save(tmp_path / "0.png")
+    with pytest.raises(UserError, match=rf"void:\[{unknown}\].*foreground:\[{unknown}, 255\]"):
+        MaskFolder(tmp_path).read("0.jpg", SIZE)
+
+
+def test_mask_folder_refuses_several_colors_in_a_jpeg(tmp_path):
+    colors = np.zeros((*SIZE, 3), np.uint8)
+    colors[scene(0)] = 200, 0, 0
+    Image.fromarray(colors).save(tmp_path / "one.jpg")
+    colors[:, 60:][scene(0)[:, 60:]] = 0, 0, 90
+    Image.fromarray(colors).save(tmp_path / "0.jpg")
+    folder = MaskFolder(tmp_path)
+    assert iou(folder.read("one.png", SIZE).numpy(), scene(0)) > 0.97
+    with pytest.raises(MissingMaskError, match="several colors"):
+        folder.read("0.png", SIZE)
 
 
 @pytest.mark.parametrize(("suffix", "options"), [("jpg", {"quality": 60}), ("webp", {"quality": 30})])
