@@ -23,6 +23,7 @@ from ssl_vit.data.annotations.voc import VOCDataset
 from ssl_vit.data.dataset import SkippedImageLog, UnreadableImageError
 from ssl_vit.data.sources.image_folder import ImageFolder, load_images_at
 from ssl_vit.data.value_notes import value_notes
+from ssl_vit.evaluation.results.result_reader import is_result
 from ssl_vit.evaluation.segmentation.image_outputs import run_backbone
 from ssl_vit.evaluation.segmentation.mask_methods import build_predictors, check_methods
 from ssl_vit.evaluation.segmentation.mask_scores import PredictedMasks
@@ -80,10 +81,10 @@ def run_attention(config: AttentionConfig) -> AttentionSummary:
     names = [dataset.name(index) for index in indices]
     outputs = [config.out / name for name in OUTPUTS]
     inputs = {"images": config.images, "masks": config.masks, "voc": config.voc}
-    check_outputs(outputs, inputs=inputs, is_own=(config.out / "summary.json").is_file())
+    check_outputs(outputs, "attention", inputs=inputs, is_own=is_result(config.out / "summary.json", "attention"))
     models = _load_models(config, scored=annotations is not None)
     dataset.with_range(models[0].value_range)
-    record_outputs(outputs)
+    record_outputs(outputs, "attention")
     writer = SegmentationWriter(config.out, names)
     skipped, unscored = (SkippedImageLog(config.out / f"{kind}_images.txt") for kind in ("skipped", "unscored"))
     for log in (skipped, unscored):

@@ -70,7 +70,7 @@ def bench(configs: list[BenchConfig]) -> None:
             raise UserError("trainer.devices and trainer.num_nodes: bench measures a single process, set both to 1")
     if config.out.exists() and not config.out.is_file():
         raise UserError(f"out={config.out} is not a file; choose the path of a JSON file")
-    check_outputs([config.out], inputs={})
+    check_outputs([config.out], "bench", inputs={})
     with TemporaryDirectory(prefix="ssl-vit-bench-") as name:
         directory = Path(name)
         runs, descriptions = [], []
@@ -97,7 +97,7 @@ def bench(configs: list[BenchConfig]) -> None:
     print(f"\n{comparison or bottleneck(results[0], runs[0].device)}")
     if num_skipped:
         print(f"{pluralize(num_skipped, 'unreadable image')} skipped; list them with ssl-vit scan")
-    record_outputs([config.out])
+    record_outputs([config.out], "bench")
     write_json(config.out, to_json(results, comparison, descriptions, environment))
     print(f"All results: {config.out}")
 

@@ -22,14 +22,14 @@ def main(config: CompareConfig) -> None:
         UserError: A named file is no result, or the results do not belong in one table.
     """
     if config.out is not None:
-        check_outputs([config.out], inputs={})
+        check_outputs([config.out], "compare", inputs={})
     found = find_results(config.results)
     comparison = compare(found.results, mix=config.mix)
     skipped = [f"skipped: {text}" for text in found.skipped]
     table = render(comparison._replace(notes=[*comparison.notes, *skipped]), config.format)
     print(table)
     if config.out is not None:
-        record_outputs([config.out])
+        record_outputs([config.out], "compare")
         with atomic_write(config.out) as file:
             file.write(f"{table}\n".encode("utf-8", "backslashreplace"))
         print(f"\n{config.out}")

@@ -28,7 +28,7 @@ def main(config: FeaturesConfig) -> None:
     if config.to == "parquet":
         check_pyarrow()
     if config.out is not None and not torchrun_rank()[0]:
-        check_outputs([config.out], inputs={"data.root": config.data.root})
+        check_outputs([config.out], "features", inputs={"data.root": config.data.root})
     loaded, transform = load_model(config)
     dataset = build_feature_splits(config.data).with_range(config.data.range or loaded.value_range)
     blocks = min(config.blocks, loaded.backbone.num_blocks)
@@ -43,7 +43,7 @@ def main(config: FeaturesConfig) -> None:
         splits.append(FeatureSplit(name, result.cache.dataset, features))
         print(_summary(splits[-1], result))
     if config.out is not None:
-        record_outputs([config.out])
+        record_outputs([config.out], "features")
         if config.to == "npz":
             write_npz(config.out, splits)
         else:

@@ -40,6 +40,7 @@ from ssl_vit.visualization.analysis.analysis_result import (
     analyze_features,
     analyze_layers,
     analyze_weights,
+    is_analysis,
 )
 from ssl_vit.visualization.analysis.cka import LinearCKA
 from ssl_vit.visualization.image_grid import TitledFigure
@@ -86,7 +87,7 @@ def inspect(config: InspectConfig) -> InspectSummary:
     if dataset := _find_images(config, run):
         dataset.with_range(models[MODEL].value_range)
     out = config.out or (run or Path()) / "inspect"
-    check_outputs([out / INSPECT_JSON], inputs={"images": config.images}, is_own=(out / INSPECT_JSON).is_file())
+    check_outputs([out], "inspect", inputs={"images": config.images}, is_own=is_analysis(out / INSPECT_JSON))
     skipped = SkippedImageLog(out / "skipped_images.txt")
     skipped.path.unlink(missing_ok=True)
     result, count = AnalysisResult(), 0
@@ -110,7 +111,7 @@ def inspect(config: InspectConfig) -> InspectSummary:
         "environment": {**provenance.environment(device), "forward": "float32"},
         "tool": provenance.package_info(),
     }
-    record_outputs([out / INSPECT_JSON])
+    record_outputs([out], "inspect")
     result.write(out, metadata)
     return InspectSummary(out, result, count, skipped, time.perf_counter() - start)
 

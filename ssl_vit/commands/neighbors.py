@@ -70,8 +70,8 @@ def main(config: NeighborsConfig) -> None:
     given = None if config.images is None else load_images_at(config.images)
     loaded, transform = load_model(config)
     outputs = [config.out, config.out.with_suffix(".json")]
-    check_outputs(outputs, inputs={"images": config.images, "data.root": config.data.root})
-    record_outputs(outputs)
+    check_outputs(outputs, "neighbors", inputs={"images": config.images, "data.root": config.data.root})
+    record_outputs(outputs, "neighbors")
     value_range = config.data.range or loaded.value_range
     dataset = build_feature_splits(config.data).train.with_range(value_range)
     given = given and given.with_range(value_range)

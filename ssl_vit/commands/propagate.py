@@ -17,6 +17,7 @@ from ssl_vit.config.visualize import PropagateConfig
 from ssl_vit.data.annotations.davis import FPS, Clip, MaskSequence, davis_clips, write_mask
 from ssl_vit.data.dataset import SkippedImageLog, UnreadableImageError
 from ssl_vit.data.sources.video_frames import open_frames
+from ssl_vit.evaluation.results.result_reader import is_result
 from ssl_vit.evaluation.video.label_propagation import PropagationConfig
 from ssl_vit.evaluation.video.object_tracking import TrackedFrame, TrackingResult, track_objects
 from ssl_vit.evaluation.video.tracking_result import MODEL, RANDOM, STILL, score_table, tracking_scores, write_result
@@ -39,9 +40,9 @@ def main(config: PropagateConfig) -> None:
     clips = _load_clips(config)
     inputs = {"frames": config.frames, "masks": config.masks, "davis": config.davis}
     outputs = [config.out / name for name in ("masks", "overview.jpg", "summary.json")]
-    check_outputs(outputs, inputs=inputs, is_own=(config.out / "summary.json").is_file())
+    check_outputs(outputs, "propagate", inputs=inputs, is_own=is_result(config.out / "summary.json", "propagate"))
     models = _load_models(config, baselines=config.baselines and any(clip.masks.has_multiple for clip in clips))
-    record_outputs(outputs)
+    record_outputs(outputs, "propagate")
     skipped = SkippedImageLog(config.out / "skipped_images.txt")
     skipped.path.unlink(missing_ok=True)
     start = time.perf_counter()

@@ -7,7 +7,6 @@ ssl-vit report run=runs/photos projection=tsne out=photos.html
 
 from __future__ import annotations
 
-import os
 import shlex
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from ssl_vit.config.visualize import InspectConfig, ReportConfig
 from ssl_vit.data.dataset import escape_path
 from ssl_vit.runtime.atomic_io import atomic_write, write_json
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.outputs import check_outputs, record_outputs
 from ssl_vit.visualization.analysis.analysis_result import INSPECT_JSON
 from ssl_vit.visualization.report.build import collect_report
 from ssl_vit.visualization.report.html import render
@@ -64,7 +64,7 @@ def write(config: ReportConfig) -> ReportFile:
         _inspect(config)
     report = collect_report(config, _command(config))
     page = _render_page(report)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    record_outputs([out, export], "report")
     with atomic_write(out) as file:
         file.write(page)
     write_json(export, to_json(report))
@@ -72,14 +72,11 @@ def write(config: ReportConfig) -> ReportFile:
 
 
 def _check_place(config: ReportConfig, out: Path, export: Path) -> None:
-    """Check, before minutes of work, that the page can be written and that its JSON export replaces nothing else."""
-    folder = next(folder for folder in out.absolute().parents if folder.exists())
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{escape_path(folder)} cannot be written to: name another place with out=FILE.html")
-    if config.out is not None and export.exists() and not out.exists():
-        raise UserError(
-            f"{escape_path(export)} already exists and may belong to something else. Choose another page with out="
-        )
+    """Check, before minutes of work, that the page can be written and that it replaces nothing else."""
+    try:
+        check_outputs([out, export], "report", inputs={"images": config.images}, is_own=config.out is None)
+    except UserError as error:
+        raise UserError(str(error).replace("out=", "out=FILE.html")) from None
 
 
 def _inspect(config: ReportConfig) -> None:

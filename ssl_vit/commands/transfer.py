@@ -24,6 +24,7 @@ from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone
 from ssl_vit.runtime.atomic_io import atomic_write, write_json
 from ssl_vit.runtime.errors import AllRanksError, UserError
 from ssl_vit.runtime.launch import torchrun_rank
+from ssl_vit.runtime.outputs import check_outputs, record_outputs
 from ssl_vit.runtime.text import Bold, format_table
 
 # Keys of `linear` that do not change the numbers of a cell, or are represented by a hash; and those set by `transfer`.
@@ -120,6 +121,8 @@ def main(config: TransferConfig) -> None:
     """
     if torchrun_rank()[1] > 1:
         raise AllRanksError("transfer runs in one process; run `ssl-vit features` under torchrun before it")
+    tables = [config.out / "transfer.json", config.out / "transfer.md"]
+    check_outputs(tables, "transfer", inputs={}, is_own=_is_transfer(tables[0]))
     models, datasets = _load_models(config), _find_datasets(config)
     cells = [
         TransferCell(model, data, config.out / f"{model.name}-{data.name}.json")
@@ -143,7 +146,7 @@ def main(config: TransferConfig) -> None:
         place = {"model": row, "checkpoint": cell.model.checkpoint, "data": column, "root": str(cell.data.root)}
         content.append({**place, "result": cell.path.name, **result._asdict()})
     table = transfer_table([model.name for model in models], [data.name for data in datasets], results)
-    config.out.mkdir(parents=True, exist_ok=True)
+    record_outputs(tables, "transfer")
     write_json(config.out / "transfer.json", {"schema": 2, "task": "transfer", "cells": content})
     with atomic_write(config.out / "transfer.md") as file:
         file.write(f"{table}\n".encode())
@@ -229,6 +232,14 @@ def _find_datasets(config: TransferConfig) -> list[EvalDataset]:
         prints = [split.fingerprint(sizes=True, times=True) for split in splits]
         datasets.append(EvalDataset(name, source, root, prints, probe))
     return datasets
+
+
+def _is_transfer(path: Path) -> bool:
+    """Return whether a file is the table of an earlier command."""
+    try:
+        return bool(json.loads(path.read_bytes())["task"] == "transfer")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
 
 
 def _source_and_root(text: str) -> tuple[str, Path]:

@@ -66,7 +66,7 @@ def main(config: VideoConfig) -> None:
             if stopped:
                 break
         if written:
-            record_outputs([config.out])
+            record_outputs([config.out], "video")
         else:
             raise UserError(f"video={config.video}: no frame could be used; {_list_skipped(skipped)}")
     codec = video_codec() if as_video else "JPEG"
@@ -85,7 +85,7 @@ def main(config: VideoConfig) -> None:
 def _check_paths(config: VideoConfig) -> None:
     if not config.video.exists():
         raise UserError(f"video={config.video}: there is no such file or directory")
-    check_outputs([config.out], inputs={"video": config.video})
+    check_outputs([config.out], "video", inputs={"video": config.video})
 
 
 @contextmanager

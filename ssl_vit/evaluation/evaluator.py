@@ -91,7 +91,7 @@ class Evaluation:
             if path.exists() and not path.is_file():
                 raise UserError(f"out={out}: {path} is not a file and cannot be replaced; use another name")
         if config.out is not None and not torchrun_rank()[0]:
-            check_outputs(files, inputs={"data.root": config.data.root}, is_own=is_result(out))
+            check_outputs(files, task, inputs={"data.root": config.data.root}, is_own=is_result(out))
         dataset = (dataset or build_labeled_splits(config.data)).with_range(config.data.range or loaded.value_range)
         return cls(task, config, loaded, dataset, transform, out, started)
 
@@ -189,7 +189,7 @@ class Evaluation:
         with lock_result(self.out):
             archive_previous_result(self.out, result)
             if self.config.out is not None:
-                record_outputs([self.out, sibling_path(self.out, ".npz"), image])
+                record_outputs([self.out, sibling_path(self.out, ".npz"), image], self.task)
             result.write(self.out)
             image.unlink(missing_ok=True)  # of an earlier result
         return result

@@ -77,7 +77,7 @@ def read_export(path: Path) -> tuple[ModelDescription, dict[str, Tensor], str]:
         key = "normalization" if "normalization" in sidecar else "normalisation"  # the key of version 0.1
         value_range = sidecar.get("value_range", AUTO_RANGE)
         description = ModelDescription(backbone=sidecar["backbone"], value_range=value_range, **sidecar[key])
-    except (ValueError, LookupError, TypeError, RecursionError):  # no JSON, or one of another tool
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # no JSON, or one of another tool
         raise UserError(f"checkpoint={path}: {sidecar_path.name} is not a file of `ssl-vit export`") from None
     sha256 = file_sha256(path)
     if sidecar.get("sha256", sha256) != sha256:  # files of other tools may have none

@@ -146,7 +146,7 @@ def test_video_stopped_by_ctrl_c_keeps_the_finished_frames(tmp_path, tiny_model,
     before = signal.getsignal(signal.SIGINT)
     out = tmp_path / "out.mp4"
     out.write_bytes(b"the old one")
-    record_outputs([out])
+    record_outputs([out], "video")
     assert run_video(tiny_model, write_video(tmp_path / "clip.mp4", 12), out) == 130
     assert signal.getsignal(signal.SIGINT) is before
     stopped = tmp_path / "out-stopped.mp4"
@@ -158,7 +158,7 @@ def test_video_stopped_by_ctrl_c_keeps_the_finished_frames(tmp_path, tiny_model,
 def test_video_leaves_an_existing_file_unchanged_on_failure(tmp_path, tiny_model, monkeypatch):
     out = tmp_path / "out.mp4"
     out.write_bytes(b"the old one")
-    record_outputs([out])
+    record_outputs([out], "video")
     write_video(tmp_path / "clip.mp4", 3)
 
     def fail(self, batch):

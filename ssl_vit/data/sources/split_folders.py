@@ -109,9 +109,10 @@ def _partners(names: Collection[str]) -> list[str]:
 
 
 def role_in(name: str) -> Role | None:
-    """Return which split a name with exactly one word for one means, whatever its other words."""
-    roles = [_ROLES[word] for word in _words(name) if word in _ROLES]
-    return roles[0] if len(roles) == 1 else None
+    """Return which split a name with exactly one word for one means, whatever its other words but `masks`, `labels`."""
+    words = _words(name)
+    roles = [_ROLES[word] for word in words if word in _ROLES]
+    return roles[0] if len(roles) == 1 and _ANNOTATIONS.isdisjoint(words[-1:]) else None
 
 
 def _addition(name: str) -> str:

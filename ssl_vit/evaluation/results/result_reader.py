@@ -128,13 +128,17 @@ def _writer(content: dict[str, Any]) -> str:
     return f"ssl-vit {version}" if isinstance(version, str) else "another version of ssl-vit"
 
 
-def is_result(path: Path) -> bool:
-    """Return whether a file is a result, of any version."""
+def is_result(path: Path, task: str | None = None) -> bool:
+    """Return whether a file is a result, of any version, and of this task if one is given."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(content, dict) and {"task", "protocol_hash"} <= content.keys()
+    return (
+        isinstance(content, dict)
+        and {"task", "protocol_hash"} <= content.keys()
+        and (task is None or content["task"] == task)
+    )
 
 
 def archive_previous_result(path: Path, result: EvalResult) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,15 @@ class AnalysisResult:
             "arrays": {name: list(values.shape) for name, values in self.arrays.items()},
         }
         write_json(directory / INSPECT_JSON, content | metadata)
+
+
+def is_analysis(path: Path) -> bool:
+    """Return whether a file is an `inspect.json`."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"figures", "protocol", "arrays"} <= content.keys()
 
 
 def analyze_weights(result: AnalysisResult, models: dict[str, LoadedBackbone]) -> None:
