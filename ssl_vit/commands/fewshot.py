@@ -19,6 +19,7 @@ from ssl_vit.evaluation.classification.few_shot import (
     few_shot,
     few_shot_settings,
 )
+from ssl_vit.evaluation.classification.knn import overlap_warnings
 from ssl_vit.evaluation.classification.linear_classifier import FeatureVariant, split_rule
 from ssl_vit.evaluation.evaluator import MODEL, PIXELS, Evaluation
 from ssl_vit.evaluation.results.eval_result import EvalResult, ModelScores
@@ -55,6 +56,7 @@ def evaluate(config: FewshotConfig) -> tuple[EvalResult, Path]:
         scores.append(_to_scores(source.name, results))
         if source.name == MODEL:
             edges = edge_warnings(results, config.l2)
+            overlap = overlap_warnings(source, evaluation.dataset)
             chosen = {result.setting: {"l2": result.l2} for result in results if result.l2}
     ridge = [metric.name for metric in scores[0].metrics if metric.name.endswith(f", {RIDGE}")]
     result = evaluation.write_result(
@@ -77,7 +79,7 @@ def evaluate(config: FewshotConfig) -> tuple[EvalResult, Path]:
         train_labels=train.labels,
         test_labels=test.labels,
         data_info={"labeled": {setting.name: int(setting.counts.sum()) for setting in settings}},
-        warnings=[*warnings, *edges],
+        warnings=[*warnings, *edges, *overlap],
         selection={"on": "leave-one-out within each subset", "chosen": chosen},
         seeds={"subsets": list(seeds)},
     )

@@ -17,6 +17,7 @@ import torch
 from ssl_vit.commands.log_results import draw_confusion, report_result
 from ssl_vit.config.evaluate import LinearConfig
 from ssl_vit.data.dataset_factory import TrainTestSplit
+from ssl_vit.evaluation.classification.knn import overlap_warnings
 from ssl_vit.evaluation.classification.linear_classifier import (
     TEST_SHARE,
     FeatureVariant,
@@ -26,7 +27,7 @@ from ssl_vit.evaluation.classification.linear_classifier import (
 )
 from ssl_vit.evaluation.classification.linear_probe import SGD, LinearResult, Logistic, Ridge, Solver, linear_probe
 from ssl_vit.evaluation.classification.sgd_classifiers import Schedule
-from ssl_vit.evaluation.evaluator import PIXELS, Evaluation, FeatureSource
+from ssl_vit.evaluation.evaluator import MODEL, PIXELS, Evaluation, FeatureSource
 from ssl_vit.evaluation.features.extractor import Features
 from ssl_vit.evaluation.results.eval_result import EvalResult, ModelScores, Predictions, topk_metrics
 from ssl_vit.runtime.device import best_device
@@ -64,6 +65,8 @@ def _evaluate(config: LinearConfig, dataset: TrainTestSplit | None) -> tuple[Eva
         found = linear_probe(train, test, variants=candidates, solver=solver, device=best_device())
         results.append(found)
         scores.append(_to_scores(source.name, found, train, test))
+        if source.name == MODEL:
+            overlap = overlap_warnings(source, evaluation.dataset)
     protocol, selection = solver.describe()
     result = evaluation.write_result(
         scores,
@@ -77,7 +80,7 @@ def _evaluate(config: LinearConfig, dataset: TrainTestSplit | None) -> tuple[Eva
         },
         train_labels=train.labels,
         test_labels=test.labels,
-        warnings=results[0].warnings,
+        warnings=[*results[0].warnings, *overlap],
         selection={**selection, "chosen": scores[0].details["chosen"]},
         confusion_of="",
         figure=config.figure,

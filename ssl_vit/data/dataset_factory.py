@@ -97,11 +97,29 @@ def _build_splits(data: EvalDataConfig, build: Callable[[Source, Path], ImageDat
         if data.root is not None:
             train, test = _find_split_folders(data.root, "data.train={train} data.test={test}")
         assert train is not None  # the config requires one of them
+        _check_disjoint(train, test)
         return _align_classes(build(data.source, train), None if test is None else build(data.source, test))
     if data.root is None:
         raise UserError(f"data.source={data.source}: name the folder above its files with data.root")
     train_set = load_torchvision_dataset(data.source, data.root, split="train")
     return TrainTestSplit(train_set, load_torchvision_dataset(data.source, data.root, split="test"))
+
+
+def _check_disjoint(train: Path, test: Path | None) -> None:
+    """Check that the test images are not training images by the place of their folders.
+
+    Raises:
+        UserError: One folder is the other one, or lies in it.
+    """
+    if test is None:
+        return
+    one, other = train.resolve(), test.resolve()
+    if one == other or one.is_relative_to(other) or other.is_relative_to(one):
+        found = "are the same folder" if one == other else "lie in one another"
+        raise UserError(
+            f"data.train={escape_path(train)} and data.test={escape_path(test)} {found}, so that test images would be "
+            "training images; with one folder alone, data.root=FOLDER, images are held out"
+        )
 
 
 def _find_split_folders(root: Path, override: str) -> tuple[Path, Path | None]:

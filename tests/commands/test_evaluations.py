@@ -373,3 +373,26 @@ def test_knn_warns_if_the_run_has_trained_on_the_test_images(tiny_model, sample,
         (run / "config.yaml").write_text(yaml.safe_dump({"data": {"root": str(root)}}))
         assert main(["knn", *words]) == 0
         assert ("these test images included" in capsys.readouterr().out) == warned
+
+
+@pytest.mark.parametrize("command", ["knn", "linear", "fewshot", "finetune"])
+@pytest.mark.parametrize("place", ["same", "link", "inside"])
+def test_evaluations_refuse_test_images_that_are_training_images(command, place, sample, tiny_model, tmp_path, capsys):
+    folder = sample / "test"
+    (tmp_path / "link").symlink_to(folder)
+    other = {"same": folder, "link": tmp_path / "link", "inside": next(folder.iterdir())}[place]
+    assert main([command, f"checkpoint={tiny_model}", f"data.train={folder}", f"data.test={other}"]) == 2
+    assert "test images would be training images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["linear", "fewshot"])
+def test_evaluations_warn_of_test_images_that_equal_training_images(command, sample, tiny_model, tmp_path):
+    shutil.copytree(sample / "test", tmp_path / "copy")
+    words = [f"data.train={sample / 'train'}", f"data.test={tmp_path / 'copy'}", "baselines=false"]
+    assert main([command, f"checkpoint={tiny_model}", *words, f"out={tmp_path / 'clean.json'}"]) == 0
+    image = next((sample / "train").rglob("*.png"))
+    shutil.copy(image, tmp_path / "copy" / image.parent.name / "leaked.png")
+    assert main([command, f"checkpoint={tiny_model}", *words, f"out={tmp_path / 'leaked.json'}"]) == 0
+    clean, leaked = (json.loads((tmp_path / f"{name}.json").read_text())["warnings"] for name in ("clean", "leaked"))
+    assert not any("byte for byte" in text for text in clean)
+    assert any("1 test image nearly equal" in text and "1 of them byte for byte" in text for text in leaked)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_vit.data.dataset import exact_duplicates
+from ssl_vit.data.dataset import evenly_spaced, exact_duplicates
 from ssl_vit.data.dataset_factory import TrainTestSplit
 from ssl_vit.evaluation.classification.nearest_neighbors import EngineChoice, Neighbors, choose_engine, exact_search
 from ssl_vit.evaluation.evaluator import FeatureSource
@@ -18,6 +18,7 @@ from ssl_vit.runtime.text import pluralize
 NEAR_DUPLICATE = 0.9999  # cosine above which two images count as the same
 _VOTES = 1 << 24  # entries of a block of votes: 64 MB
 _MAX_NAMES = 8  # of identical files in a result
+_COMPARED = 1000  # test images that are compared with all training images where no kNN is computed
 UNRANKED = 1 << 31  # rank of a true class that has no score: it is never among the first n
 
 
@@ -166,6 +167,19 @@ def train_test_overlap(
         text += f", {len(duplicates):,} of them byte for byte, for example {' = '.join(names[0])}"
     data_info = {"near_duplicates": near, "identical_files": {"count": len(duplicates), "names": names}}
     return data_info, [text] if near else []
+
+
+def overlap_warnings(source: FeatureSource, split: TrainTestSplit) -> list[str]:
+    """Return a warning if test images equal training images, for up to 1,000 of them, evenly spaced."""
+    if source.test is None:
+        return []
+    rows = evenly_spaced(len(source.test.index), _COMPARED)
+    some = source._replace(test=source.test.take(rows))
+    train, queries = (
+        LabeledFeatures(part.cls[:, -1].float(), part.labels) for part in (source.train, source.test.take(rows))
+    )
+    _, texts = train_test_overlap(some, search(train, queries, max_k=1), split)
+    return [f"of {len(rows):,} test images compared, {text}" for text in texts]
 
 
 def _warnings(k_effective: dict[int, int], found: NeighborResult) -> list[str]:
