@@ -35,11 +35,12 @@ def extract_last_block(backbone: Backbone, images: Tensor) -> list[LastBlockFeat
         images: (B, C, H, W) float, normalized; H and W are multiples of the patch.
 
     Raises:
-        UserError: The last block does not compute the plain softmax(q k) attention.
+        UserError: The last block does not compute the plain softmax(q k) attention, or its output is of no use.
     """
     captured: list[tuple[Tensor, Tensor]] = []
     with capture_qk(backbone, lambda _block, queries, keys: captured.append((queries, keys)), blocks=[-1]):
         tokens = backbone.tokens(images)  # (B, prefix + N, D)
+    check_tokens(backbone, tokens)
     queries, keys = captured[0]
     grid = backbone.grid(images)
     maps = cls_attention_from_qk(backbone, queries, keys).cpu() if backbone.has_cls else None
@@ -68,7 +69,7 @@ def cls_attention(backbone: Backbone, images: Tensor, *, blocks: Sequence[int] =
         (blocks, B, heads, rows, columns) float32; each map has sum 1.
 
     Raises:
-        UserError: A block does not compute the plain softmax(q k) attention.
+        UserError: A block does not compute the plain softmax(q k) attention, or its output is of no use.
     """
     maps: list[Tensor] = []
 
@@ -76,9 +77,25 @@ def cls_attention(backbone: Backbone, images: Tensor, *, blocks: Sequence[int] =
         maps.append(cls_attention_from_qk(backbone, queries, keys))
 
     with capture_qk(backbone, visit, blocks=blocks):
-        backbone.tokens(images)
+        check_tokens(backbone, backbone.tokens(images))
     stacked = torch.stack(maps)  # (blocks, B, heads, N)
     return stacked.view(*stacked.shape[:3], *backbone.grid(images))
+
+
+def check_tokens(backbone: Backbone, tokens: Tensor) -> None:
+    """Check that the tokens (B, prefix + N, D) of the last block are numbers, and not all zero.
+
+    Raises:
+        UserError: They are not, although the weights are finite: these are too large, or gone.
+    """
+    largest = tokens.abs().max()
+    if not largest.isfinite():
+        raise UserError(
+            f"{backbone.config.name}: the model's features are not finite. Training has diverged: use an earlier "
+            "checkpoint"
+        )
+    if largest == 0:
+        raise UserError(f"{backbone.config.name}: the model's features are all zero. The model is damaged")
 
 
 def cls_attention_from_qk(backbone: Backbone, queries: Tensor, keys: Tensor) -> Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import model_validator
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -17,6 +17,8 @@ from ssl_vit.config.types import AUTO_RANGE, Positive, StrictConfig, ValueRange,
 from ssl_vit.models.backbone import Backbone, timm_kwargs
 from ssl_vit.runtime.atomic_io import atomic_write, write_json
 from ssl_vit.runtime.errors import UserError
+
+_DESCRIPTION = "ssl_vit"  # key of the description in the file of the weights
 
 
 class ModelDescription(StrictConfig):
@@ -46,20 +48,23 @@ def export_backbone(
     """Write the weights under timm's names, and beside them a JSON file that explains how to load them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu().contiguous() for name, value in backbone.vit.state_dict().items()}
-    with atomic_write(path) as file:
-        file.write(save(state))
     config = backbone.config
+    description = {
+        "normalization": {"mean": mean, "std": std},
+        "value_range": str(value_range),
+        "backbone": config.model_dump(mode="json"),
+    }
+    with atomic_write(path) as file:
+        file.write(save(state, {_DESCRIPTION: json.dumps(description)}))
     arguments = ", ".join(f"{name}={value!r}" for name, value in timm_kwargs(config).items())
     sidecar = {
         "load": [
             f'model = timm.create_model("{config.name}", {arguments})',
             f'model.load_state_dict(safetensors.torch.load_file("{path.name}"))',
         ],
-        "normalization": {"mean": mean, "std": std},
-        "value_range": str(value_range),
+        **description,
         "features": "model.forward_features(images)[:, 0] is the [CLS] token after the final norm",
         "source": source,
-        "backbone": config.model_dump(mode="json"),
         "sha256": file_sha256(path),
     }
     write_json(path.with_suffix(".json"), sidecar)
@@ -80,11 +85,30 @@ def read_export(path: Path) -> tuple[ModelDescription, dict[str, Tensor], str]:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # no JSON, or one of another tool
         raise UserError(f"checkpoint={path}: {sidecar_path.name} is not a file of `ssl-vit export`") from None
     sha256 = file_sha256(path)
+    _check_description(path, sidecar)
     if sidecar.get("sha256", sha256) != sha256:  # files of other tools may have none
         raise UserError(
             f"checkpoint={path}: damaged or replaced, as {sidecar_path.name} has another SHA-256; export it again"
         )
     return description, load_safetensors(path), sha256
+
+
+def _check_description(path: Path, sidecar: dict[str, Any]) -> None:
+    """Compare the JSON file with the description in the file of the weights; files of version 0.1 have none.
+
+    Raises:
+        UserError: They differ, so that the model would compute something else.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            stored = (file.metadata() or {}).get(_DESCRIPTION)
+    except (SafetensorError, OSError):  # reported when the weights are loaded
+        return
+    if stored is not None and any(sidecar.get(key) != value for key, value in json.loads(stored).items()):
+        raise UserError(
+            f"checkpoint={path}: {path.with_suffix('.json').name} describes another architecture or normalization than "
+            "the file of the weights itself; restore it, or export again"
+        )
 
 
 def load_safetensors(path: Path) -> dict[str, Tensor]:

@@ -277,3 +277,35 @@ def test_attention_of_one_scored_image_has_no_interval(folder, capsys):
     assert "earlier result" not in first
     assert main(["attention", CHECKPOINT, *one]) == 0
     assert "contains an earlier result" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1e30, "not finite"), (0.0, "all zero")])
+@pytest.mark.parametrize("command", ["attention", "video", "propagate"])
+def test_commands_refuse_a_model_whose_features_are_of_no_use(command, factor, expected, sample, tmp_path, capsys):
+    """Its weights are finite, so that loading finds nothing."""
+    config = BackboneConfig(
+        name="vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=8,
+        in_chans=3,
+        reg_tokens=0,
+        drop_path=0.0,
+        embed_dim=48,
+        depth=2,
+        num_heads=3,
+        init="jax",
+    )
+    backbone = Backbone(config).eval()
+    for name, parameter in backbone.named_parameters():
+        if factor == 0 or "norm.weight" in name:
+            parameter.data *= factor * 1e9
+    export_backbone(backbone, tmp_path / "m.safetensors", mean=[0.5] * 3, std=[0.5] * 3, source="a test")
+    images = next((sample / "test").iterdir())
+    own = {
+        "attention": [f"images={images}"],
+        "video": [f"video={images}"],
+        "propagate": [f"frames={images}", f"masks={next((sample / 'test_masks').rglob('*.png'))}"],
+    }
+    words = [f"checkpoint={tmp_path / 'm.safetensors'}", *own[command], f"out={tmp_path / 'out'}"]
+    assert main([command, *words]) == 2
+    assert expected in capsys.readouterr().err

@@ -119,8 +119,11 @@ def test_export_backbone_writes_the_lines_that_load_it_in_bare_timm(tmp_path, mo
     loaded = load_backbone(str(tmp_path / "w.safetensors"))
     torch.testing.assert_close(loaded.backbone(IMAGES).patches, backbone(IMAGES).patches, rtol=0, atol=0)
     assert (loaded.mean, loaded.std) == ([0.5] * 3, [0.2] * 3)
-    old = {("normalisation" if key == "normalization" else key): value for key, value in sidecar.items()}
+    kept = {key: value for key, value in sidecar.items() if key not in ("sha256", "value_range")}
+    old = {("normalisation" if key == "normalization" else key): value for key, value in kept.items()}
     (tmp_path / "w.json").write_text(json.dumps(old))  # as version 0.1 wrote it
+    weights = safetensors.torch.load_file(tmp_path / "w.safetensors")
+    (tmp_path / "w.safetensors").write_bytes(safetensors.torch.save(weights))  # without a description
     assert load_backbone(str(tmp_path / "w.safetensors")).std == [0.2] * 3
 
 
@@ -334,6 +337,26 @@ def test_load_backbone_requires_a_class_token_by_default():
     with pytest.raises(UserError, match="no class token"):
         load_backbone(name)
     assert not load_backbone(name, require_cls=False).backbone.has_cls
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda side: side["backbone"].update(num_heads=6),
+        lambda side: side["backbone"].update(num_heads=None),
+        lambda side: side["normalization"].update(mean=[50.0, -3.0, 9.0]),
+        lambda side: side.update(value_range="[0, 9]"),
+        lambda side: side.pop("value_range"),
+    ],
+)
+def test_load_backbone_refuses_a_side_file_that_describes_another_model(change, tiny_model, tmp_path):
+    for suffix in (".safetensors", ".json"):
+        (tmp_path / f"x{suffix}").write_bytes(tiny_model.with_suffix(suffix).read_bytes())
+    side = json.loads((tmp_path / "x.json").read_text())
+    change(side)
+    (tmp_path / "x.json").write_text(json.dumps(side))
+    with pytest.raises(UserError, match=r"x.json describes another architecture or normalization"):
+        load_backbone(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("text", ["nonsense", "{}", "[1]", '{"backbone": {"name": "vit"}, "normalization": {}}'])

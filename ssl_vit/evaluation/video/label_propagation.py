@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_vit.evaluation.segmentation.image_outputs import normalize
-from ssl_vit.models.attention_maps import upsample_mask
+from ssl_vit.models.attention_maps import check_tokens, upsample_mask
 from ssl_vit.models.checkpoint import LoadedBackbone
 from ssl_vit.runtime.errors import UserError
 
@@ -114,6 +114,7 @@ def patch_features(model: LoadedBackbone, frame: Tensor, model_size: tuple[int, 
     resized = image.resize((model_size[1], model_size[0]), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].to(backbone.device)
     tokens = backbone.tokens(normalize(pixels.float() / 255, model))
+    check_tokens(backbone, tokens)
     patches = tokens[0, backbone.num_prefix_tokens :].float()
     return F.normalize(patches, dim=-1).view(*(side // backbone.patch_size for side in model_size), -1)
 
