@@ -149,10 +149,12 @@ def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     columns = next(csv.reader(lines[:1]))
     if not {"step", "epoch"} <= set(columns) or len(set(columns)) < len(columns):
         raise ValueError("its first line has no columns step and epoch")
-    rows = []
+    rows: list[dict[str, str]] = []
     for number, values in enumerate(csv.reader(lines[1:]), start=2):
         row = dict(zip(columns, values, strict=False))
         if len(values) != len(columns) or not (row["step"].isascii() and row["step"].isdecimal()):
             raise ValueError(f"line {number} is no row of metrics")
+        if rows and int(row["step"]) <= int(rows[-1]["step"]):
+            raise ValueError(f"line {number} has a step that is not after the one before")
         rows.append(row)
     return columns, rows

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssl_vit.config.evaluate import FinetuneConfig
 from ssl_vit.config.pretrain import PretrainConfig, RunConfig
-from ssl_vit.data.dataset import ImageDataset, Subset, escape_path
+from ssl_vit.data.dataset import ImageDataset, Subset, escape_path, evenly_spaced
 from ssl_vit.data.sources.image_folder import ImageFolder
 from ssl_vit.data.sources.packed_paths import PackedPaths
 from ssl_vit.models.backbone import state_sha256
@@ -23,6 +23,7 @@ CONFIG = "config.yaml"
 DATA = "data.json"  # number of images and their fingerprint
 IMAGES = "image_list.safetensors"  # their paths, where they are files
 SOURCE = "source.json"  # model and splits of a fine-tuning
+_SIZES_COMPARED = 1000  # images
 LENGTH = {"max_epochs", "max_steps"}
 
 # Keys that may differ on resume without changing what the run computes. The fingerprint shows whether data.root
@@ -109,7 +110,9 @@ def check_dataset_unchanged(run: RunConfig, found: ImageDataset) -> tuple[ImageD
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return found, [f"{run.path / DATA} cannot be read: the images could not be compared with those of the run"]
     if unchanged:
-        return found, []
+        if before.get("sizes") in (None, hash_sizes(found)):
+            return found, []
+        return found, ["Files have another size than at the start of the run: images were replaced under their names"]
     try:
         names = PackedPaths.load(run.path / IMAGES)
     except (OSError, ValueError):
@@ -124,6 +127,15 @@ def check_dataset_unchanged(run: RunConfig, found: ImageDataset) -> tuple[ImageD
             "run: removed images are skipped and counted, new ones ignored"
         )
     return found.with_names(names), [f"The images have changed ({difference}); the run keeps its own list"]
+
+
+def hash_sizes(dataset: ImageDataset) -> str | None:
+    """Hash the bytes of up to 1,000 image files, evenly spaced; None for images that are no files of a folder."""
+    if not isinstance(dataset, ImageFolder):
+        return None
+    rows = evenly_spaced(len(dataset), _SIZES_COMPARED).tolist()
+    some = ImageFolder(dataset.root, PackedPaths.from_iterable(dataset.names[row] for row in rows))
+    return some.fingerprint(sizes=True)
 
 
 class Splits(NamedTuple):

@@ -29,6 +29,7 @@ from ssl_vit.training.resume_checks import (
     LENGTH,
     check_dataset_unchanged,
     compare_configs,
+    hash_sizes,
     read_config,
 )
 from ssl_vit.training.run_identity import check_deletable, check_startable, mark_as_run
@@ -169,7 +170,7 @@ def write_run_metadata(config: AnyRun, dataset: ImageDataset) -> None:
     if isinstance(dataset, ImageFolder):
         dataset.names.save(folder / IMAGES)
     data = {"count": len(dataset), "fingerprint": dataset.fingerprint(sizes=False), "text": dataset.describe()}
-    write_json(folder / DATA, data)
+    write_json(folder / DATA, data | {"sizes": hash_sizes(dataset)})
     with atomic_write(folder / CONFIG) as file:
         file.write(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).encode())
     mark_as_run(folder)

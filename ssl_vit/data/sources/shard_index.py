@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from ssl_vit.data.dataset import escape_path
@@ -32,6 +33,7 @@ Integers = npt.NDArray[np.int64]
 INDEX_FILE = "shards.safetensors"
 MANIFEST_FILE = "ssl-vit-shards.json"
 
+_CHECKSUM = "sha256"  # key of the checksum of the arrays in the index
 FURTHER_IMAGES = "further images of a sample"  # a kind of ignored members
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")  # gzip, bz2, xz, zstd, lz4
 _EXPECTED = EXTENSIONS | {".cls", ".json"}
@@ -108,7 +110,7 @@ def index_tar(path: Path) -> TarIndex:
         candidates = [member for member in members if member.kind in EXTENSIONS]
         if candidates:
             images.append(min(candidates, key=attrgetter("dots")))
-            labels.append(max(member.label for member in members))
+            labels.append(_label_of(images[-1], members))
             ignored[FURTHER_IMAGES] += len(candidates) - 1
         ignored.update(member.kind for member in members if member.kind not in _EXPECTED)
     if damage:
@@ -128,13 +130,29 @@ def _split_dotted(sample: list[_Member]) -> list[list[_Member]]:
     """Split a sample that is none: its names hold dots of their own (`2024.05.01.jpg`, `clip.0001.jpg`).
 
     That is so if it has several images of one kind, and no member is named by the key and an extension alone, as
-    `7.jpg` or `7.cls` beside `7.left.jpg` and `7.right.jpg`. Its members are then samples by the path up to the last
-    dot. Members that follow each other are of one sample, as everywhere in WebDataset.
+    `7.jpg` or `7.cls` beside `7.left.jpg` and `7.right.jpg`; or if each of several images has a label of its own. Its
+    members are then samples by the path up to the last dot. Members that follow each other are of one sample, as
+    everywhere in WebDataset.
     """
-    kinds = [member.kind for member in sample if member.kind in EXTENSIONS]
-    if len(kinds) == len(set(kinds)) or not all(member.dots for member in sample):
+    images = [member for member in sample if member.kind in EXTENSIONS]
+    labeled = {_stem(member) for member in sample if member.kind == ".cls"}
+    own_labels = len(images) > 1 and all(_stem(image) in labeled for image in images) and len(labeled) > 1
+    repeated = len(images) > len({image.kind for image in images})
+    if not own_labels and not (repeated and all(member.dots for member in sample)):
         return [sample]
     return [list(members) for _, members in groupby(sample, key=lambda member: member.name.rpartition(".")[0])]
+
+
+def _label_of(image: _Member, members: list[_Member]) -> int:
+    """Return the label of a sample: the .cls member with the image's own name, else the only value; -1 if unclear."""
+    own = [member.label for member in members if member.kind == ".cls" and _stem(member) == _stem(image)]
+    values = {member.label for member in members if member.kind == ".cls"}
+    return own[0] if own else values.pop() if len(values) == 1 else -1
+
+
+def _stem(member: _Member) -> str:
+    """Return the path up to the last dot."""
+    return member.name.rpartition(".")[0]
 
 
 def compressed_message(path: Path) -> str:
@@ -164,19 +182,23 @@ def write_shard_index(folder: Path, index: ShardIndex) -> None:
         packed = isinstance(value, PackedPaths)
         arrays |= {f"{name}.text": value.text, f"{name}.ends": value.ends} if packed else {name: value}
     with atomic_write(folder / INDEX_FILE) as file:
-        file.write(save(arrays))
+        file.write(save(arrays, {_CHECKSUM: _checksum(arrays)}))
 
 
 def read_shard_index(folder: Path, tars: PackedPaths, sizes: Integers) -> ShardIndex | None:
     """Load the index of a folder with these tar files (T,) of these sizes (T,) in bytes; None if it has none.
 
-    A damaged or outdated index is ignored with a warning.
+    A damaged index, and one that is older than a tar file, is ignored with a warning.
     """
     path = folder / INDEX_FILE
     if not path.is_file():
         return None
     try:
         arrays = load_file(path)
+        with safe_open(path, "np") as file:
+            checksum = (file.metadata() or {}).get(_CHECKSUM)
+        if checksum not in (None, _checksum(arrays)):  # version 0.1 wrote none
+            raise ValueError("another checksum")
         label = "label" if "label" in arrays else "number"  # of version 0.1
         index = ShardIndex(
             PackedPaths(arrays["tars.text"], arrays["tars.ends"]),
@@ -191,7 +213,15 @@ def read_shard_index(folder: Path, tars: PackedPaths, sizes: Integers) -> ShardI
     if index.tars.fingerprint() != tars.fingerprint() or not np.array_equal(index.bytes, sizes):
         log.warning(f"{escape_path(path)} does not belong to the tar files of this folder; they are indexed again")
         return None
+    if path.stat().st_mtime_ns < max((folder / os.fsdecode(tar)).stat().st_mtime_ns for tar in tars):
+        log.warning(f"{escape_path(path)} is older than a tar file, which may have changed; they are indexed again")
+        return None
     return index
+
+
+def _checksum(arrays: dict[str, npt.NDArray[np.generic]]) -> str:
+    content = (name.encode() + values.tobytes() for name, values in sorted(arrays.items()))
+    return hashlib.sha256(b"".join(content)).hexdigest()
 
 
 def read_manifest(folder: Path) -> ShardManifest | None:

@@ -31,6 +31,7 @@ from ssl_vit.data.sources.shard_index import (
     read_manifest,
     read_shard_index,
 )
+from ssl_vit.data.sources.split_folders import role_in
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.launch import is_rank_zero
 from ssl_vit.runtime.text import pluralize, truncate_list
@@ -123,6 +124,7 @@ def load_shards(root: Path) -> TarShardDataset:
         problem = "is a file; name the folder that it is in" if root.exists() else "does not exist"
         raise UserError(f"{escape_path(root.absolute())} {problem}; data.source=shards expects a folder of .tar files")
     paths = _tar_files(root)
+    _check_splits(root, paths)
     tars = PackedPaths.from_iterable(os.fsencode(path.relative_to(root)) for path in paths)
     sizes = np.array([path.stat().st_size for path in paths], dtype=np.int64)
     manifest = read_manifest(root)
@@ -176,6 +178,23 @@ def _tar_files(root: Path) -> list[Path]:
             "`ssl-vit shard`, or read a folder of images with data.source=folder"
         )
     return tars
+
+
+def _check_splits(root: Path, paths: list[Path]) -> None:
+    """Check that the tar files of a folder are not those of several splits, by their names.
+
+    Raises:
+        UserError: They are, as in `imagenet-train-000.tar` beside `imagenet-val-000.tar`.
+    """
+    for folder in {path.parent for path in paths}:
+        roles = {role_in(path.stem): path.name for path in paths if path.parent == folder}
+        roles.pop(None, None)
+        if len(roles) > 1:
+            names = " and ".join(escape_path(name) for name in sorted(roles.values()))
+            raise UserError(
+                f"{escape_path(folder)}: {names} look like different splits, which would be mixed: move or link the "
+                "files of each split into a folder of its own"
+            )
 
 
 def _labels_and_classes(label: Integers, classes: list[str]) -> tuple[Tensor, list[str]]:

@@ -16,6 +16,7 @@ import torch
 import webdataset
 from filelock import FileLock
 from PIL import Image
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from ssl_vit.cli import main
@@ -277,6 +278,59 @@ def test_index_tar_splits_names_with_dots_at_the_last(tmp_path, caplog, stems, e
     assert names(dataset) == [f"x.tar/{stem}.jpg" for stem in stems]
     assert dataset.labels.tolist() == ([i % 2 for i in range(len(stems))] if extras else [-1] * len(stems))
     assert not dataset.ignored and not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("members", "labels"),
+    [
+        (["0.jpg", "0.cls=3", "1.jpg", "1.cls=4"], [3, 4]),
+        (["0.jpg", "0.fine.cls=7", "1.jpg", "1.fine.cls=8"], [7, 8]),
+        (["0.jpg", "0.fine.cls=7", "0.coarse.cls=1", "1.jpg", "1.fine.cls=8"], None),  # which of them?
+        (["0.jpg", "0.cls=2", "0.coarse.cls=5", "1.jpg", "1.cls=3"], [2, 3]),
+        (["p0.a.jpg", "p0.a.cls=0", "p0.b.png", "p0.b.cls=1", "p1.a.jpg", "p1.a.cls=2"], [0, 1, 2]),
+        (["0.jpg", "0.cls=1", "0.seg.png", "1.jpg", "1.cls=0", "1.seg.png"], [1, 0]),
+    ],
+)
+def test_index_tar_gives_an_image_the_label_of_its_own_name(tmp_path, members, labels):
+    content = [name.partition("=") for name in members]
+    tar(tmp_path / "x.tar", [(name, label.encode() if label else jpeg(0)) for name, _, label in content])
+    dataset = load_shards(tmp_path)
+    given = [int(dataset.classes[label]) for label in dataset.labels] if dataset.classes else None
+    assert given == labels
+
+
+@pytest.mark.parametrize(
+    "files",
+    [("imagenet-train-000.tar", "imagenet-val-000.tar"), ("train_0.tar", "test_0.tar"), ("d/val.tar", "d/train.tar")],
+)
+def test_load_shards_refuses_splits_in_one_folder(tmp_path, files):
+    for file in files:
+        tar(tmp_path / file, samples(2))
+    with pytest.raises(UserError, match="look like different splits, which would be mixed"):
+        load_shards(tmp_path)
+
+
+def test_read_shard_index_notices_changed_tar_files_and_flipped_bits(listed, caplog):
+    before = load_shards(listed)
+    file, first = listed / "shards.safetensors", min(listed.glob("*.tar"))
+    content = first.read_bytes()
+    assert b"\n" not in content[:512]
+    at = content.index(b".cls") + 512 - content.index(b".cls") % 512
+    first.write_bytes(content[:at] + b"9" + content[at + 1 :])  # of the same size
+    after = load_shards(listed)
+    assert "older than a tar file" in caplog.text
+    assert after.labels.tolist() != before.labels.tolist()
+    first.write_bytes(content)
+    os.utime(file)
+    assert load_shards(listed).labels.tolist() == before.labels.tolist()
+    with safe_open(file, "np") as opened:
+        metadata = opened.metadata()
+    arrays = load_file(file)
+    arrays["label"] = arrays["label"].copy()
+    arrays["label"][0] ^= 1
+    save_file(arrays, file, metadata)
+    assert load_shards(listed).labels.tolist() == before.labels.tolist()
+    assert "another checksum" in caplog.text
 
 
 def test_load_shards_reports_the_ignored_members_on_the_terminal(tmp_path, caplog):
