@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import io
+import math
 import os
 import sys
 import warnings
@@ -136,6 +137,10 @@ COMMANDS = {
 }
 
 
+PARALLEL = ("pretrain", "finetune", "knn", "linear", "fewshot", "features")  # commands for torchrun and Slurm
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # in the messages of torch
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -151,6 +156,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         print(f"ssl-vit {name}: {error.filename}: {error.strerror}. Choose another path.", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not _names_memory(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else "no memory is left"
+        advice = "Use smaller images (data.image_size, max_side, method.views), smaller batches, or a larger machine"
+        print(f"ssl-vit {name}: the machine has too little memory: {format_message(reason)}. {advice}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of a pipe, `head` for instance, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -208,8 +220,25 @@ def _run(name: str, overrides: list[str]) -> None:
 
     # Before the command is imported: a mistake is then reported seconds earlier, without torch.
     config = load_config(name, overrides, command.config_class())
+    _check_processes(name)
     module = importlib.import_module(f"ssl_vit.commands.{name}")
     module.main(overrides if name == "bench" else config)  # bench composes a second configuration
+
+
+def _check_processes(name: str) -> None:
+    """Check that a launcher has not started several processes of a command that does not share its work.
+
+    Raises:
+        AllRanksError: It has: each of them would do all of the work and write the same files.
+    """
+    from ssl_vit.runtime.launch import launched_processes
+
+    if name not in (*PARALLEL, "transfer") and math.prod(launched_processes() or (1,)) > 1:
+        raise AllRanksError(f"this command runs in one process; a launcher is for {', '.join(PARALLEL)}")
+
+
+def _names_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def overview() -> str:

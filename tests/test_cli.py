@@ -1,5 +1,6 @@
 """The command line: the overview, --help, exit codes and messages."""
 
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from ssl_vit.cli import COMMANDS
 from ssl_vit.cli import main as ssl_vit
 from ssl_vit.commands.load_config import compose_config
 from ssl_vit.config.types import StrictConfig
+from tests.helpers.cli import REQUIRED
 
 PACKAGE = Path(ssl_vit_package.__file__).parent
 
@@ -210,3 +212,27 @@ def test_main_as_module_and_as_script_does_the_same(tmp_path):
     for result in (module, installed):
         assert (result.returncode, result.stdout) == (2, "")
         assert result.stderr == "ssl-vit pretain: there is no such command. Did you mean pretrain?\n"
+
+
+@pytest.mark.parametrize("command", ["attention", "scan", "export", "report", "compare"])
+def test_commands_of_one_process_refuse_a_launcher(command, monkeypatch, capsys, tmp_path):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert ssl_vit([command, *REQUIRED[command]]) == 2
+    assert "this command runs in one process" in capsys.readouterr().err
+
+
+def test_main_names_a_lack_of_memory_in_one_line(monkeypatch, capsys):
+    def run(name, overrides):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 25770590214 bytes.")
+
+    monkeypatch.setattr("ssl_vit.cli._run", run)
+    assert ssl_vit(["knn"]) == 2
+    text = capsys.readouterr().err
+    assert "too little memory" in text and "data.image_size" in text
+
+
+def test_compare_of_a_pipe_does_not_wait(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    assert ssl_vit(["compare", str(tmp_path / "pipe")]) == 2
+    assert "no regular file" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from ssl_vit.evaluation.evaluator import fill_caches, load_model
 from ssl_vit.evaluation.features.cache_writer import FillResult
 from ssl_vit.evaluation.features.extractor import BackboneExtractor, on_best_device, subsample, validate_features
 from ssl_vit.evaluation.features.feature_export import FeatureSplit, check_pyarrow, write_npz, write_parquet
+from ssl_vit.evaluation.results.provenance import data_inputs
 from ssl_vit.models.feature_statistics import effective_rank, feature_std
 from ssl_vit.runtime.errors import RankFinished
 from ssl_vit.runtime.launch import torchrun_rank
@@ -28,7 +29,7 @@ def main(config: FeaturesConfig) -> None:
     if config.to == "parquet":
         check_pyarrow()
     if config.out is not None and not torchrun_rank()[0]:
-        check_outputs([config.out], "features", inputs={"data.root": config.data.root})
+        check_outputs([config.out], "features", inputs=data_inputs(config.data))
     loaded, transform = load_model(config)
     dataset = build_feature_splits(config.data).with_range(config.data.range or loaded.value_range)
     blocks = min(config.blocks, loaded.backbone.num_blocks)

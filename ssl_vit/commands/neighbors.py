@@ -29,6 +29,7 @@ from ssl_vit.evaluation.features.extractor import (
     on_best_device,
     validate_features,
 )
+from ssl_vit.evaluation.results.provenance import data_inputs
 from ssl_vit.runtime.atomic_io import atomic_write, write_json
 from ssl_vit.runtime.device import best_device
 from ssl_vit.runtime.errors import UserError
@@ -70,7 +71,7 @@ def main(config: NeighborsConfig) -> None:
     given = None if config.images is None else load_images_at(config.images)
     loaded, transform = load_model(config)
     outputs = [config.out, config.out.with_suffix(".json")]
-    check_outputs(outputs, "neighbors", inputs={"images": config.images, "data.root": config.data.root})
+    check_outputs(outputs, "neighbors", inputs={"images": config.images, **data_inputs(config.data)})
     record_outputs(outputs, "neighbors")
     value_range = config.data.range or loaded.value_range
     dataset = build_feature_splits(config.data).train.with_range(value_range)

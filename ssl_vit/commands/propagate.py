@@ -50,7 +50,8 @@ def main(config: PropagateConfig) -> None:
     seconds = time.perf_counter() - start
     scores = tracking_scores(videos)
     count = skipped.count()
-    warnings = [f"{count} frames, masks or videos could not be used: see {skipped.path}"] if count else []
+    warnings = [remark for video in videos for remark in video.remarks]
+    warnings += [f"{count} frames, masks or videos could not be used: see {skipped.path}"] if count else []
     write_result(config, models[MODEL], videos, scores, warnings=warnings, started=start)
     shown = dict(list(tiles.items())[:FIGURE_VIDEOS])
     tracking_figure(shown).save(config.out / "overview.jpg", quality=90, subsampling=0)

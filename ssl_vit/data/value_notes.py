@@ -13,7 +13,7 @@ from torch import Tensor
 from ssl_vit.config.types import AUTO_RANGE, ValueRange
 from ssl_vit.data.dataset import ImageDataset, UnreadableImageError, evenly_spaced
 from ssl_vit.data.sources.decode import open_image, values_to_tensor
-from ssl_vit.data.sources.deep_values import DeepValues, describe_bands, has_false_alpha, read_deep_values
+from ssl_vit.data.sources.deep_values import DeepValues, describe_bands, has_false_alpha, own_range, read_deep_values
 from ssl_vit.runtime.workers import map_threads
 
 _SAMPLED = 16  # images of a dataset that are looked at before a run
@@ -25,6 +25,7 @@ STRETCHED = (
     "have more than 8 bits, signed values or floats: gray is stretched from each image's own range to 0..255, and of "
     "colors the upper 8 of the bits in use are kept; where values mean the same in all images, give them one range"
 )
+UNUSUAL = "have pixels of one value far from all others, which are taken for pixels without data and become black"
 CLIPPED = "have more than 1 % of their values outside data.range, which become black or white"
 PLAIN = "have 8 bits: data.range does not change them"
 NARROW = f"use less than a quarter of the range 0..255 ({_SMALL_RANGE} values): dark, flat, or converted wrongly"
@@ -58,7 +59,8 @@ def decode_with_remarks(image: ImageFile.ImageFile, value_range: ValueRange = AU
 
 def _range_remarks(deep: DeepValues | None, value_range: ValueRange) -> list[str]:
     if value_range.is_auto:
-        return [] if deep is None else [STRETCHED]
+        lacks = deep is not None and deep.values.ndim == 2 and bool(own_range(deep.values, None)[2])
+        return [] if deep is None else [STRETCHED, *([UNUSUAL] if lacks else [])]
     if deep is None:
         return [PLAIN]
     if value_range.percentiles:

@@ -42,7 +42,7 @@ from ssl_vit.evaluation.results.eval_result import (
     lock_result,
     sibling_path,
 )
-from ssl_vit.evaluation.results.provenance import data_name, pretraining_seed, result_path
+from ssl_vit.evaluation.results.provenance import data_inputs, data_name, pretraining_seed, result_path
 from ssl_vit.evaluation.results.result_reader import archive_previous_result, is_result
 from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone, load_start_of_run, random_init_like
 from ssl_vit.runtime.device import best_device, set_local_device
@@ -91,7 +91,7 @@ class Evaluation:
             if path.exists() and not path.is_file():
                 raise UserError(f"out={out}: {path} is not a file and cannot be replaced; use another name")
         if config.out is not None and not torchrun_rank()[0]:
-            check_outputs(files, task, inputs={"data.root": config.data.root}, is_own=is_result(out))
+            check_outputs(files, task, inputs=data_inputs(config.data), is_own=is_result(out))
         dataset = (dataset or build_labeled_splits(config.data)).with_range(config.data.range or loaded.value_range)
         return cls(task, config, loaded, dataset, transform, out, started)
 

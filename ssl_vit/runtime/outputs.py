@@ -10,6 +10,8 @@ from pathlib import Path
 from ssl_vit.runtime.atomic_io import write_json
 from ssl_vit.runtime.errors import UserError
 
+RUN_MARKER = "run_id.txt"  # in each run directory, with a text that begins with RUN_MARKER_TEXT
+RUN_MARKER_TEXT = "ssl-vit run "
 RECORD = ".ssl-vit-outputs"  # in each folder with outputs, JSON: the command that wrote each file or folder, by name
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -67,8 +68,10 @@ def lock_run_dir(run: RunDirConfig, *, alternative: str = "another run.name") ->
         yield
         return
     real = _real_path(run)
-    created = not real.parent.exists()
     try:
+        created = not real.parent.exists()
+        if real.is_symlink():  # what is left of a link to itself
+            raise OSError(errno.ELOOP, f"{run.name} is a link to itself")
         real.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(real.parent / f".{real.name}.lock")
         lock.acquire(timeout=0)
@@ -123,6 +126,7 @@ def open_run_dir(
         )
     if not (run.resume is True or (exists and (run.resume == "auto" or requeued()))):
         if is_rank_zero():
+            _check_source_is_kept(config)
             prepare_run_dir(run)
             (_real_path(run) / "checkpoints").mkdir(parents=True, exist_ok=True)
         train = train_part(dataset)
@@ -175,6 +179,19 @@ def write_run_metadata(config: AnyRun, dataset: ImageDataset) -> None:
         file.write(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).encode())
     mark_as_run(folder)
     restore_or_delete_replaced(config.run)
+
+
+def _check_source_is_kept(config: AnyRun) -> None:
+    """Check that a run does not replace the one that its weights come from.
+
+    Raises:
+        UserError: It does.
+    """
+    source = config.checkpoint
+    if config.run.overwrite and source and Path(source).resolve().is_relative_to(_real_path(config.run)):
+        raise UserError(
+            f"run.overwrite=true would delete {config.run.path}, which checkpoint={source} is in: use another run.name"
+        )
 
 
 def prepare_run_dir(run: RunDirConfig) -> None:

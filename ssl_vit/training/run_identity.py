@@ -9,10 +9,11 @@ from typing import Any
 
 from ssl_vit.runtime.atomic_io import atomic_write
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.outputs import RUN_MARKER, RUN_MARKER_TEXT
 from ssl_vit.runtime.yaml_file import read_yaml
 
-MARKER = "run_id.txt"
-_TEXT = re.compile(rb"ssl-vit run ([0-9a-f]{32})\n?")
+MARKER = RUN_MARKER
+_TEXT = re.compile(re.escape(RUN_MARKER_TEXT.encode()) + rb"([0-9a-f]{32})\n?")
 
 # What a start that failed may leave behind, and the output of schedulers.
 _LEFTOVERS = (
@@ -36,7 +37,7 @@ def mark_as_run(folder: Path) -> None:
     """Write the marker with a new id, unless there is one."""
     if read_run_id(folder) is None:
         with atomic_write(folder / MARKER) as file:
-            file.write(f"ssl-vit run {uuid.uuid4().hex}\n".encode())
+            file.write(f"{RUN_MARKER_TEXT}{uuid.uuid4().hex}\n".encode())
 
 
 def check_deletable(folder: Path) -> None:

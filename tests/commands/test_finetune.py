@@ -472,3 +472,12 @@ def test_random_erasing_fills_a_rectangle_in_a_quarter_of_the_images():
     assert tall * wide == int(first.sum())
     alone = mixing(torch.zeros(1, 1, 16, 16), torch.zeros(1, dtype=torch.int64), key[hit][:1])[0][:, 0] != 0
     assert torch.equal(alone[0], first)
+
+
+@pytest.mark.parametrize("inside", ["", "backbone.safetensors"])
+def test_finetune_never_deletes_the_run_that_it_starts_from(config, inside):
+    run = finetune(config())
+    source = run / inside if inside else run
+    with pytest.raises(UserError, match=r"run.overwrite=true would delete .* which checkpoint="):
+        finetune(config(f"checkpoint={source}", "run.overwrite=true"))
+    assert (run / "config.yaml").exists()

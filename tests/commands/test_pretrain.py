@@ -11,6 +11,7 @@ from ssl_vit.cli import main
 from ssl_vit.commands.load_config import load_config
 from ssl_vit.commands.pretrain import pretrain
 from ssl_vit.config.pretrain import PretrainConfig
+from ssl_vit.data.sources.image_folder import scan_image_folder
 from ssl_vit.data.sources.synthetic import make_synthetic_dataset
 from ssl_vit.models.checkpoint import load_backbone, random_init_like
 from tests.helpers.cli import assert_same_weights, rows, run_command, state
@@ -168,3 +169,23 @@ def test_data_range_travels_from_the_training_to_evaluations_export_and_further_
     further = [word for word in words if not word.startswith(("backbone", "data.range", "run."))]
     config = load_config("pretrain", [*further, f"checkpoint={run}"], PretrainConfig)
     assert str(config.data.range) == "[0, 4095]"
+
+
+def test_runs_inside_the_image_folder_are_no_images(pretrain_words, tmp_path):
+    make_synthetic_dataset(tmp_path / "photos", num_images=60, seed=0)
+    root = tmp_path / "photos" / "train"
+    words = [*pretrain_words("image_logging.every_epochs=1", f"run.folder={root / 'runs'}"), f"data.root={root}"]
+    before = scan_image_folder(root)
+    run = pretrain(load_config("pretrain", words, PretrainConfig))
+    assert list((run / "images").glob("*.jpg"))
+    after = scan_image_folder(root)
+    assert list(after.names) == list(before.names)
+    assert after.classes == before.classes
+    pretrain(load_config("pretrain", [*words, "run.resume=true"], PretrainConfig))  # the images have not changed
+
+
+def test_pretrain_refuses_a_run_directory_that_links_to_itself(pretrain_words, tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "loop").symlink_to("loop")
+    assert main(["pretrain", *pretrain_words("run.name=loop")]) == 2
+    assert "Traceback" not in capsys.readouterr().err

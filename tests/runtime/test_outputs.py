@@ -110,3 +110,14 @@ def test_no_command_replaces_files_beside_a_foreign_json(command, tiny_model, sa
     assert main([command, *words[command]]) == 2
     assert "is not of ssl-vit" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("command", ["knn", "linear", "features", "neighbors"])
+@pytest.mark.parametrize("key", ["train", "test"])
+def test_no_result_is_written_among_the_labeled_images(command, key, tiny_model, sample, capsys):
+    suffix = {"features": ".npz", "neighbors": ".png"}.get(command, ".json")
+    out = next((sample / key).iterdir()) / f"result{suffix}"
+    words = [f"checkpoint={tiny_model}", f"data.train={sample / 'train'}", f"data.test={sample / 'test'}", f"out={out}"]
+    assert main([command, *words, *(["to=npz"] if command == "features" else [])]) == 2
+    assert f"would be written over data.{key}=" in capsys.readouterr().err
+    assert not out.exists()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssl_vit.data.annotations.mask_pixels import VOID, StoredValues
 from ssl_vit.data.dataset import UnreadableImageError
-from ssl_vit.data.sources.decode import open_image
+from ssl_vit.data.sources.decode import open_image, upright
 from ssl_vit.data.sources.image_folder import scan_image_folder
 from ssl_vit.data.sources.path_lists import read_names
 from ssl_vit.data.sources.video_frames import FolderFrames, VideoFrames
@@ -97,12 +97,14 @@ def read_mask(path: Path, *, binary: bool | None = None) -> Mask:
     Raises:
         UnreadableImageError: The file cannot be read, or has colors instead of IDs.
     """
-    with open_image(path) as image:
+    with open_image(path) as opened:
+        opened.load()
+        is_jpeg, image = opened.format == "JPEG", upright(opened)
         if image.mode not in ("1", "P", "L", "I", "I;16"):
             raise UnreadableImageError(path.name, f"a mask of mode {image.mode}; expected object IDs, palette or gray")
         palette = image.getpalette() if image.mode == "P" else None  # may end after the last color in use
         array = np.array(image).astype(np.int64)
-        is_soft = image.format == "JPEG" or (
+        is_soft = is_jpeg or (
             len(np.unique(array)) > _MAX_OBJECTS and StoredValues(array, VOID, image.mode == "P", False).is_soft
         )
     values = torch.from_numpy((array > VOID // 2) * VOID if is_soft else array)

@@ -47,7 +47,10 @@ class MaskPairs:
         self._images = images
         own = {} if images is None else {images.path(index).resolve(): index for index in range(len(images))}
         shared = {index: own[real] for index, path in enumerate(paths) if (real := path.resolve()) in own}
-        if images is not None and shared:
+        if images is not None and images.root.resolve().is_relative_to(folder.resolve()) and images.root != folder:
+            kept = [index for index in range(len(paths)) if index not in shared]  # the images lie among the masks
+            names, paths = [names[index] for index in kept], [paths[index] for index in kept]
+        elif images is not None and shared:
             masks = _masks_among(names, paths, is_below=folder.resolve() != images.root.resolve())
             self._images = _without(images, {shared[index] for index in masks if index in shared})
             names, paths = [names[index] for index in masks], [paths[index] for index in masks]

@@ -35,9 +35,16 @@ class FolderValues(NamedTuple):
     top: dict[float, float]  # largest value of the soft masks, by the largest that their files can have
 
 
+class FolderLookup(NamedTuple):
+    """What is known of the other masks of a folder, read when it is asked for."""
+
+    all: Callable[[], FolderValues]
+    has_void: Callable[[], bool]  # whether 255 is void in some of the masks, of which a sample is read
+
+
 def read_foreground(
     path: Path,
-    folder: Callable[[], FolderValues],
+    folder: FolderLookup,
     foreground: Collection[int] | None = None,
     void: Collection[int] = (),
 ) -> ForegroundMask:
@@ -55,7 +62,7 @@ def read_foreground(
 
     Args:
         path: The file.
-        folder: Returns what all masks of the folder have in common; only called where it matters.
+        folder: The other masks of the folder; only read where it matters.
         foreground: Values of the foreground; all others but the void ones are background.
         void: Values that are neither.
 
@@ -76,9 +83,7 @@ def read_foreground(
         return result(stored.values > _cut(stored, folder, path), "soft")
     stored = _background_as_zero(stored)
     distinct = [value.item() for value in np.unique(stored.values)]
-    if distinct == [0]:
-        return result(nothing, "binary")
-    if distinct[-1] <= stored.white / 2 and not stored.is_index and folder().has_soft:
+    if distinct[-1] <= stored.white / 2 and not stored.is_index and folder.all().has_soft:
         return result(stored.values > _cut(stored, folder, path), "soft")  # the noise of an empty mask
     if (
         len(distinct) > 2
@@ -87,16 +92,18 @@ def read_foreground(
         and any(MAX_LABEL < value < VOID for value in distinct)
     ):
         raise UserError(_explain_white(path, distinct))
-    if 0 in distinct and len(distinct) == 2:
-        return result(stored.values == distinct[-1], "binary")
-    if 0 not in distinct and 0 not in folder().values:
-        if len(folder().values | set(distinct)) > 2:
+    if distinct == [0, VOID] and not stored.is_index and folder.has_void():
+        return result(nothing, "labels", stored.values == VOID)
+    if 0 in distinct and len(distinct) <= 2:
+        return result(stored.values == distinct[-1] if len(distinct) > 1 else nothing, "binary")
+    if 0 not in distinct and 0 not in folder.all().values:
+        if len(folder.all().values | set(distinct)) > 2:
             raise UserError(_explain_labels(path, stored))
-        return result(stored.values == max(folder().values), "binary")
+        return result(stored.values == max(folder.all().values), "binary")
     return result(stored.values != 0, "labels" if len(distinct) > 2 else "binary", _void(stored, distinct))
 
 
-def _cut(stored: StoredValues, folder: Callable[[], FolderValues], path: Path) -> float:
+def _cut(stored: StoredValues, folder: FolderLookup, path: Path) -> float:
     """Return the value above which a soft mask is foreground.
 
     Raises:
@@ -104,7 +111,7 @@ def _cut(stored: StoredValues, folder: Callable[[], FolderValues], path: Path) -
     """
     top, white = float(stored.values.max()), stored.white
     if top < (1 - NEAR) * white:
-        top = max(top, folder().top.get(white, 0.0))
+        top = max(top, folder.all().top.get(white, 0.0))
     if stored.is_lossy and top < _MIN_CONTRAST * white:
         raise UserError(
             f"{path}: the brightest pixel of all such masks is {top:g} of {white:g}: save them without losses"
@@ -129,6 +136,13 @@ def _explain_white(path: Path, distinct: list[float]) -> str:
         f"255 are; name the values: for a trimap 'mask_values={{foreground:[255],void:{others}}}', for labels "
         f"'mask_values={{foreground:{others},void:[255]}}' or 'mask_values={{foreground:{[*others, VOID]},void:[]}}'"
     )
+
+
+def has_void(stored: StoredValues) -> bool:
+    """Return whether a mask has labels beside a 255 that is void."""
+    distinct = [value.item() for value in np.unique(stored.values)]
+    is_plain = not stored.is_index and not stored.is_lossy and not stored.is_soft
+    return is_plain and 0 in distinct and bool(_void(stored, distinct).any())
 
 
 def _void(stored: StoredValues, distinct: list[float]) -> BoolMask:

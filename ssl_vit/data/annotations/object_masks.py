@@ -15,12 +15,13 @@ from torch import Tensor
 from ssl_vit.config.visualize import MaskValuesConfig
 from ssl_vit.data.annotations.mask_pairs import MaskPairs
 from ssl_vit.data.annotations.mask_pixels import StoredValues, read_values
-from ssl_vit.data.annotations.mask_values import FolderValues, ForegroundMask, read_foreground
-from ssl_vit.data.dataset import UnreadableImageError
+from ssl_vit.data.annotations.mask_values import FolderLookup, FolderValues, ForegroundMask, has_void, read_foreground
+from ssl_vit.data.dataset import UnreadableImageError, evenly_spaced
 from ssl_vit.data.sources.image_folder import ImageFolder
 from ssl_vit.runtime.text import pluralize
 from ssl_vit.runtime.workers import map_threads
 
+_SAMPLE = 32  # masks that are read to see whether 255 is void in a folder
 _RIM = 0.7  # least share of the image's border in the foreground of an inverted mask
 _INVERT = "use mask_values={foreground:[0],void:[]}"
 
@@ -80,7 +81,8 @@ class MaskFolder:
         try:
             path = self.pairs.find(name)
             values = (given.foreground, given.void) if given else (None, ())
-            mask = read_foreground(path, lambda: self._folder_values, *values)
+            folder = FolderLookup(lambda: self._folder_values, lambda: self._has_void)
+            mask = read_foreground(path, folder, *values)
         except FileNotFoundError as error:
             raise MissingMaskError(str(error)) from None
         except UnreadableImageError as error:
@@ -99,15 +101,26 @@ class MaskFolder:
         return [f"{pluralize(count, 'mask')}: {text}" for text, count in self._notes.items()]
 
     @cached_property
-    def _folder_values(self) -> FolderValues:
+    def _has_void(self) -> bool:
+        paths = self.pairs.paths
+        return any(map(has_void, self._read([paths[index] for index in evenly_spaced(len(paths), _SAMPLE).tolist()])))
+
+    @staticmethod
+    def _read(paths: list[Path]) -> list[StoredValues]:
+        """Read all masks that can be read."""
+
         def read(index: int) -> StoredValues | None:
             try:
-                return read_values(self.pairs.paths[index])
+                return read_values(paths[index])
             except UnreadableImageError:
                 return None
 
-        stored = map_threads(read, len(self.pairs.paths), label="reading masks", show=True)
-        files = [file for file in stored if file is not None]
+        stored = map_threads(read, len(paths), label="reading masks", show=True)
+        return [file for file in stored if file is not None]
+
+    @cached_property
+    def _folder_values(self) -> FolderValues:
+        files = self._read(self.pairs.paths)
         soft = [file.is_lossy or file.is_soft for file in files]
         exact = [np.unique(file.values).tolist() for file, is_soft in zip(files, soft, strict=True) if not is_soft]
         top: dict[float, float] = {}

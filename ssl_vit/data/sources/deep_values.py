@@ -3,7 +3,8 @@
 With a `ValueRange` its two values, or two percentiles of all values of the image, become 0 and 255, in gray and color
 images alike; what lies outside is clipped, and pixels without data become black. Without one:
 
-Gray values: the image's own range becomes 0 to 255. Pixels without data do not count and become black. Where the
+Gray values: the image's own range becomes 0 to 255. Pixels without data do not count and become black: those of a tag
+or of a usual value, and of 1 % of the pixels or more with a value farther from all others than these spread. Where the
 darkest and the brightest 0.2 % of the values take up more than half of the range, as hot and dead pixels do, they are
 clipped.
 
@@ -30,6 +31,7 @@ _SAMPLED = 4_000_000  # values from which the range is found
 _STRIP = 256  # rows rescaled at once; whole images in float64 would take several times their memory
 
 _GDAL_NODATA = 42113  # TIFF tag: the value of pixels without data, as text
+_SHARE = 0.01  # least share of the pixels without data, where no tag and no usual value tells them
 # Written for pixels without data where the tag is missing: they count as such if they are an image's smallest value.
 _NODATA = (-9999.0, -99999.0, -32768.0, -32767.0, -2147483648.0, float(np.finfo(np.float32).min), -1e38, -1e20)
 
@@ -104,6 +106,9 @@ def _upper_bits(colors: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint8]:
     """Return the upper eight of the bits in use."""
     flat = colors.reshape(-1)
     sample = flat[:: -(-flat.size // _SAMPLED) or 1]
+    below = sample[sample < sample.max()]
+    if below.size and sample.size - below.size > sample.size // CLIPPED and below.max() < sample.max() / 2:
+        sample = below  # saturated pixels, a frame or a scale bar stay white
     brightest = int(np.partition(sample, sample.size - 1 - sample.size // CLIPPED)[-1 - sample.size // CLIPPED])
     unused = max(0, brightest.bit_length() - 8)
     upper: npt.NDArray[np.uint8] = np.minimum(colors >> unused, 255).astype(np.uint8)
@@ -155,8 +160,8 @@ def own_range(values: Values, declared: float | None) -> tuple[float, float, lis
     """
     nodata = [] if declared is None else [declared]
     least, most = _extremes(values, nodata)
-    if declared is None and least in _NODATA:
-        nodata = [least]
+    if declared is None and (found := _unusual(values, least, most)) is not None:
+        nodata = [found]
         least, most = _extremes(values, nodata)
     flat = values.reshape(-1)
     sample = flat[:: -(-flat.size // _SAMPLED) or 1]
@@ -167,6 +172,22 @@ def own_range(values: Values, declared: float | None) -> tuple[float, float, lis
         if 0 < high - low < (most - least) / 2:
             return low, high, nodata
     return least, most, nodata
+
+
+def _unusual(values: Values, least: float, most: float) -> float | None:
+    """Return the value of pixels without data: one that is written for them, or one far from all others.
+
+    It is the smallest or the largest, that of 1 % of the pixels or more, and farther from the next value than the range
+    of all the others.
+    """
+    if least in _NODATA:
+        return least
+    for value in (least, most):
+        if (values == value).mean() >= _SHARE and least < most:
+            low, high = _extremes(values, [value]) if (values != value).any() else (least, most)
+            if min(abs(value - low), abs(value - high)) > high - low > 0:
+                return value
+    return None
 
 
 def _extremes(values: Values, nodata: list[float]) -> tuple[float, float]:

@@ -26,6 +26,7 @@ from ssl_vit.data.dataset import escape_path
 from ssl_vit.data.sources.file_kinds import EXTENSIONS
 from ssl_vit.data.sources.packed_paths import PackedPaths
 from ssl_vit.runtime.launch import is_rank_zero
+from ssl_vit.runtime.outputs import RUN_MARKER, RUN_MARKER_TEXT
 from ssl_vit.runtime.workers import PROGRESS_DELAY, map_ordered
 
 THREADS = 16  # each waits for a folder of a network disk
@@ -89,7 +90,7 @@ def walk_images(root: Path) -> WalkResult:
     """
     runs: list[bytes] = []
     ignored: Counter[bytes] = Counter()
-    hidden = unreadable = repeated = last_change = 0
+    hidden = unreadable = repeated = own = last_change = 0
     visited: set[tuple[int, int]] = set()
     seen: list[bytes] = []
     state = hashlib.sha256()
@@ -114,6 +115,9 @@ def walk_images(root: Path) -> WalkResult:
                     repeated += 1
                     continue
                 visited.add(identity)
+                if path and folder.ignored[b".txt"] and _is_run(os.path.join(os.fsencode(root), path)):  # noqa: PTH118 - bytes
+                    own += 1
+                    continue
                 runs += folder.sorted_runs()
                 ignored += folder.ignored
                 hidden += folder.hidden
@@ -126,10 +130,19 @@ def walk_images(root: Path) -> WalkResult:
                 bar.update(len(folder.images))
     runs.sort()
     names = PackedPaths.from_iterable(name for run in runs for name in run.split(b"\0"))
-    kinds = Counter({"hidden": hidden, "unreadable folder": unreadable, REPEATED_FOLDER: repeated})
+    kinds = Counter({"hidden": hidden, "unreadable folder": unreadable, REPEATED_FOLDER: repeated, "run": own})
     for suffix, count in ignored.items():
         kinds[escape_path(suffix) or "without extension"] += count
     return WalkResult(names, +kinds, PackedPaths.from_iterable(seen), state.hexdigest(), last_change)
+
+
+def _is_run(folder: bytes) -> bool:
+    """Return whether a folder is a run directory, whose figures are no images of the dataset."""
+    try:
+        with open(os.path.join(folder, RUN_MARKER.encode()), "rb") as file:  # noqa: PTH118, PTH123 - bytes
+            return file.read(len(RUN_MARKER_TEXT)) == RUN_MARKER_TEXT.encode()
+    except OSError:
+        return False
 
 
 def is_hidden(name: bytes) -> bool:

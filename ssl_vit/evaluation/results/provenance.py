@@ -115,6 +115,11 @@ def result_path(task: str, config: LabeledEvalConfig, loaded: LoadedBackbone) ->
     return folder / f"{'-'.join(part[:80] for part in (task, data_name(config.data), *model))}.json"
 
 
+def data_inputs(data: EvalDataConfig) -> dict[str, Path | None]:
+    """Return the folders of images by their keys, which no output may be written into."""
+    return {"data.root": data.root, "data.train": data.train, "data.test": data.test}
+
+
 def data_name(data: EvalDataConfig) -> str:
     """Return the name of the images: the torchvision dataset, or the folder above train/, val/ and test/.
 

@@ -79,6 +79,8 @@ def read_result(path: Path) -> EvalResult:
     Raises:
         InvalidResultError: The file is damaged, is no result, or has the format of another version.
     """
+    if path.exists() and not path.is_file():  # opening a pipe would wait
+        raise InvalidResultError("no regular file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -131,7 +133,7 @@ def _writer(content: dict[str, Any]) -> str:
 def is_result(path: Path, task: str | None = None) -> bool:
     """Return whether a file is a result, of any version, and of this task if one is given."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes()) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return False
     return (

@@ -29,6 +29,9 @@ class TrackedFrame(NamedTuple):
     palette: list[int]  # 256 x RGB
 
 
+_RIM = 0.7  # least share of the border that an object covers which may be the background
+
+
 class TrackingResult(NamedTuple):
     """Scores of one video's objects."""
 
@@ -37,6 +40,7 @@ class TrackingResult(NamedTuple):
     frames: int  # that could be read, the first included
     scored: int  # of these
     values: dict[str, Tensor]  # (2, objects, scored) by tracker: J and F; empty without masks to score by
+    remarks: list[str]  # what a reader of the scores must know of the masks
 
 
 def track_objects(
@@ -55,7 +59,8 @@ def track_objects(
     frame, the first included, and the objects that the first model finds in it.
 
     Raises:
-        UserError: There is no frame, or no usable mask of the first one, or no object in it.
+        UserError: There is no frame, or no usable mask of the first one, or no object in it; or no later mask has one
+            of its objects.
     """
     frames = clip.frames.read(skip)
     first = next(frames, None)
@@ -77,17 +82,37 @@ def track_objects(
     palette = mask.palette or default_palette()
     on_frame(TrackedFrame(0, first.name, first.image, ids[start], palette))
     values: dict[int, list[Tensor]] = {}  # by frame: (2, objects) of each tracker
+    later: set[int] = set()  # IDs in the masks of later frames
     number = 0
     for number, frame in enumerate(frames, start=1):
         classes = [track(frame.image) for track in trackers.values()]
         on_frame(TrackedFrame(number, frame.name, frame.image, ids[classes[0]], palette))
         target = _target(clip, frame.name, classes[0], binary=mask.binary, skip=skip)
         if target is not None:
+            later |= set(object_ids(target))
             values[number] = [_score(one, target, objects) for one in classes]
+    if later and not later & set(objects):
+        raise UserError(
+            f"{clip.name}: the first mask has the objects {_listed(objects)}, and no later mask has one of them, only "
+            f"{_listed(sorted(later - {0}))}: all masks of a video must use the same numbers"
+        )
     values.pop(number, None)  # the last frame's
     stacked = [torch.stack(of_tracker, dim=-1) for of_tracker in zip(*values.values(), strict=True)]
     by_name = dict(zip(trackers, stacked, strict=True)) if stacked else {}
-    return TrackingResult(clip.name, objects, number + 1, len(values), by_name)
+    return TrackingResult(clip.name, objects, number + 1, len(values), by_name, _remarks(clip.name, mask.ids))
+
+
+def _remarks(name: str, ids: Tensor) -> list[str]:
+    """Return what is suspicious about the first mask (H, W) of a video."""
+    rim = torch.cat([ids[0], ids[-1], ids[:, 0], ids[:, -1]])
+    objects = [number for number in object_ids(rim) if number not in (0, VOID)]
+    covered = [number for number in objects if (rim == number).float().mean() > _RIM]
+    text = "covers most of the border of the first mask; is it the background?"
+    return [f"{name}: object {number} {text}" for number in covered]
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join("255 (void)" if number == VOID else str(number) for number in numbers) or "background"
 
 
 def _first_mask(clip: Clip, name: str, image: Tensor) -> Mask:

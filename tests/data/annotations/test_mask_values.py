@@ -247,3 +247,14 @@ def test_mask_folder_remarks_on_labels_and_inverted_masks(tmp_path):
     ]
     inverted = MaskFolder(tmp_path, mask_values=MaskValuesConfig(foreground=[0], void=[]))
     assert np.array_equal(inverted.read("inverted.jpg", SIZE).numpy(), scene(0))
+
+
+def test_mask_folder_takes_255_alone_for_void_where_it_is_void_in_other_masks(tmp_path):
+    labels = np.where(scene(0), 1, 0)
+    labels[:3] = 255
+    gray(labels).save(tmp_path / "0.png")
+    gray(scene(1) * 255).save(tmp_path / "1.png")
+    folder = MaskFolder(tmp_path)
+    assert np.array_equal(folder.read("0.jpg", SIZE).numpy(), scene(0) & (np.arange(SIZE[0]) >= 3)[:, None])
+    with pytest.raises(MissingMaskError, match="no object"):
+        folder.read("1.jpg", SIZE)

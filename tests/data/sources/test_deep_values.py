@@ -171,6 +171,26 @@ def test_decode_leaves_nodata_out_of_the_range(tmp_path, nodata):
     assert (planes(path) == stretched(values, valid)[..., None]).all()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "nodata"), [("u2", 65535), ("f4", -999), ("f4", 9999), ("f4", 3.4e38), ("f4", -3.4e38), ("f4", 1e10)]
+)
+def test_decode_takes_one_value_far_from_all_others_for_nodata(tmp_path, dtype, nodata):
+    values = (RAMP / RAMP.max() * (4095 if dtype == "u2" else 1)).astype(dtype)
+    values[:2] = nodata
+    valid = np.ones(RAMP.shape, bool)
+    valid[:2] = False
+    path = tiff(tmp_path / "a.tif", values, 1)
+    assert (planes(path) == stretched(values, valid)[..., None]).all()
+    assert any("one value far from all others" in note for note in value_notes(scan_image_folder(tmp_path)))
+
+
+def test_decode_keeps_the_bits_of_colors_beside_saturated_pixels(tmp_path):
+    colors = (np.dstack([RAMP, RAMP[::-1], RAMP // 2]) * (4095 / RAMP.max())).astype(np.uint16)
+    expected = colors >> 4
+    colors[:2], expected[:2] = 65535, 255
+    assert (planes(tiff(tmp_path / "a.tif", colors, 2)) == expected).all()
+
+
 def test_decode_reads_signed_bytes_in_order(tmp_path):
     values = (RAMP % 256 - 128).astype(np.int8)
     assert (planes(tiff(tmp_path / "a.tif", values, 1)) == stretched(values)[..., None]).all()

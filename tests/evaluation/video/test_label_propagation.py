@@ -377,3 +377,45 @@ def test_label_propagator_does_not_enlarge_frames_by_default(tiny_model):
     model = load_backbone(str(tiny_model))
     assert LabelPropagator(model, CONFIG._replace(side=None), first, classes).input_size == (64, 64)
     assert LabelPropagator(model, CONFIG._replace(side=128), first, classes).input_size == (128, 192)
+
+
+@pytest.fixture
+def clip_folder(tmp_path):
+    """A function that writes four frames and their masks, and returns their folders."""
+    frames, masks = tmp_path / "frames", tmp_path / "masks"
+    for folder in (frames, masks):
+        folder.mkdir()
+
+    def write(masks_of):
+        for number in range(4):
+            moved = np.zeros((48, 64), np.uint8)
+            moved[10:30, 8 + 4 * number : 30 + 4 * number] = 1
+            Image.fromarray(np.dstack([moved * 180 + 40] * 3)).save(frames / f"{number}.png")
+            Image.fromarray(masks_of(number, moved)).save(masks / f"{number}.png")
+        return [f"frames={frames}", f"masks={masks}", f"out={tmp_path / 'out'}", "side=48", "baselines=false"]
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "masks_of", [lambda number, mask: mask * (255 if number else 1), lambda number, mask: mask * (number + 1)]
+)
+def test_propagate_refuses_masks_whose_numbers_change(clip_folder, tiny_model, capsys, masks_of):
+    assert main(["propagate", f"checkpoint={tiny_model}", *clip_folder(masks_of)]) == 2
+    assert "no later mask has one of them" in capsys.readouterr().err
+
+
+def test_propagate_remarks_on_a_background_that_is_an_object(clip_folder, tiny_model, tmp_path, capsys):
+    assert main(["propagate", f"checkpoint={tiny_model}", *clip_folder(lambda _, mask: mask + 1)]) == 0
+    assert "object 1 covers most of the border of the first mask" in capsys.readouterr().out
+    assert any(
+        "covers most" in text for text in json.loads((tmp_path / "out" / "summary.json").read_text())["warnings"]
+    )
+
+
+def test_read_mask_is_turned_by_its_exif_orientation(tmp_path):
+    ids = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(ids).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(read_mask(tmp_path / "a.png").ids.numpy(), np.rot90(ids, -1))
