@@ -21,7 +21,7 @@ from ssl_vit.runtime.text import pluralize
 from ssl_vit.training.callbacks.health_monitor import HealthMonitor
 from ssl_vit.training.callbacks.image_logger import ImageLogger
 from ssl_vit.training.callbacks.online_eval import OnlineEval
-from ssl_vit.training.config_check import check_config
+from ssl_vit.training.config_check import check_config, check_start
 from ssl_vit.training.console import start_summary
 from ssl_vit.training.loop import fit_run
 from ssl_vit.training.run_dir import RunState, apply_extension, lock_run_dir, open_run_dir
@@ -56,14 +56,24 @@ def train(config: PretrainConfig, run: RunState, method: SSLMethod, start: Start
     method.value_range = config.data.range
     skipped = SkippedImageLog(run.path / "skipped_images.txt")
     warnings = check_config(config.method, plan, method.peak_lr)
+    warnings += check_start(config, plan, method.rates, method.peak_lr, start.facts)
+    journal = JSONLWriter(run.path / "health.jsonl", run.done)
     health = HealthMonitor(
         method.health_checks(),
-        JSONLWriter(run.path / "health.jsonl", run.done),
+        journal,
         config_warnings=warnings,
         first_step=method.warmup_steps,
         every=plan.log_every,
     )
-    online = OnlineEval(config.online, run, views, seed=config.seed, skipped=skipped)
+    online = OnlineEval(
+        config.online,
+        run,
+        views,
+        seed=config.seed,
+        skipped=skipped,
+        journal=journal,
+        from_weights=config.checkpoint is not None,
+    )
     render = training_figures(config, method)
     images = ImageLogger(config.image_logging, run, views, config.backbone, render=render, skipped=skipped)
 

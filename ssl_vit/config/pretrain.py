@@ -109,6 +109,7 @@ class LoggerConfig(StrictConfig):
 
 class OnlineEvalConfig(StrictConfig):
     root: Path | None
+    reference: Path | None
     every_epochs: Count | None
     train_images: Count
     val_images: Count
@@ -282,6 +283,11 @@ class PretrainConfig(TrainingConfig):
             if self.anchor.name != "none" or self.start.trainable != "all":
                 key = "anchor" if self.anchor.name != "none" else "start.trainable"
                 raise ValueError(f"{key} keeps what the start weights know: add checkpoint=SOURCE, or leave it out")
+            if self.online.reference:
+                raise ValueError(
+                    "online.reference measures what the start weights knew and the run forgets: add checkpoint=SOURCE, "
+                    "or leave it out"
+                )
         if self.anchor.name == "l2sp" and self.start.lora_rank:
             raise ValueError("anchor=l2sp is for weights that change; with LoRA they do not: choose another anchor")
         if self.trainer.strategy == "fsdp" and (self.anchor.name != "none" or self.start.lora_rank):

@@ -75,3 +75,8 @@ def default_backbone_lr(num_images: int, batch_size: int) -> float:
     many = _MANY_LR * math.sqrt(batch_size / _LR_BATCH)
     share = math.log(num_images / _FEW) / math.log(_MANY / _FEW)
     return float(_FEW_LR * (many / _FEW_LR) ** min(1.0, max(0.0, share)))
+
+
+def published_backbone_lr(batch_size: int) -> float:
+    """Return the highest learning rate that published continued trainings have, for any number of images."""
+    return max(default_backbone_lr(_FEW, batch_size), default_backbone_lr(_MANY, batch_size))

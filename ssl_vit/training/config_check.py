@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from ssl_vit.config.methods import MethodConfig, TeacherConfig
+from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.config.types import Duration, StrictConfig
+from ssl_vit.methods.backbone_rates import BackboneRates, published_backbone_lr
 from ssl_vit.methods.health import HealthWarning
 from ssl_vit.methods.schedules import TrainingPlan, first_momentum
 from ssl_vit.runtime.text import pluralize
@@ -16,6 +19,16 @@ LR_RANGE = 1e-6, 1e-2  # of AdamW on vision transformers, after scaling; publish
 MAX_TEACHER_TEMPERATURE = 0.07  # DINO's highest; above it training tends to collapse to the uniform assignment
 MIN_HALF_LIVES = 5  # of the teacher's average that a run should last
 SHORT_RUN_MOMENTUM = 0.9, 0.98  # lowest and highest start that is proposed for a short run
+MAX_BACKBONE_LR = 2  # times the highest of published continued trainings; recipes for random weights have 5 times
+MAX_DROP_PATH = 0.1  # on weights that exist; recipes for random ones have up to 0.4
+MAX_WEIGHT_DECAY = 0.1  # as before; published continued trainings keep 0.04
+
+
+class StartFacts(NamedTuple):
+    """What a run from weights took from its source; None where that is unknown, as it is on resume."""
+
+    new_heads: bool | None
+    normalization: tuple[list[float], list[float]] | None  # mean and std
 
 
 def check_config(config: MethodConfig, plan: TrainingPlan, peak_lr: float) -> list[HealthWarning]:
@@ -50,6 +63,74 @@ def _check_method(config: MethodConfig, plan: TrainingPlan, peak_lr: float) -> I
             "large-locals",
             f"local views of {small.size} pixels are larger than the global ones of {large.size}, and cost more",
             f"Set method.views.local_crops.size to about {large.size // 2}.",
+        )
+
+
+def check_start(
+    config: PretrainConfig, plan: TrainingPlan, rates: BackboneRates | None, peak_lr: float, facts: StartFacts
+) -> list[HealthWarning]:
+    """Return warnings about the config of a run from weights whose features it may destroy; none of another run."""
+    if rates is None:
+        return []
+    return [*_check_heads(config, plan, rates, facts), *_check_backbone(config, plan, rates, peak_lr, facts)]
+
+
+def _check_heads(
+    config: PretrainConfig, plan: TrainingPlan, rates: BackboneRates, facts: StartFacts
+) -> Iterator[HealthWarning]:
+    if not facts.new_heads:
+        return
+    if not rates.frozen_steps:
+        yield HealthWarning(
+            "random-heads",
+            "the heads are new, and the backbone learns from them from the first step",
+            "Set start.freeze_backbone=15%, so that the heads learn first.",
+        )
+    last_layer = getattr(config.method, "freeze_last_layer", None)
+    frozen = last_layer.steps(plan.steps_per_epoch, plan.total_steps) if last_layer else 0
+    if frozen > rates.frozen_steps:
+        yield HealthWarning(
+            "frozen-last-layer",
+            f"method.freeze_last_layer={last_layer} keeps new prototypes at random values for {frozen:,} steps, and "
+            f"the backbone learns from them from step {rates.frozen_steps:,} on",
+            "Set method.freeze_last_layer=0steps, or a longer start.freeze_backbone.",
+        )
+
+
+def _check_backbone(
+    config: PretrainConfig, plan: TrainingPlan, rates: BackboneRates, peak_lr: float, facts: StartFacts
+) -> Iterator[HealthWarning]:
+    lr = max(rates.scales.values()) * peak_lr
+    most = MAX_BACKBONE_LR * published_backbone_lr(plan.batch_size)
+    few_change = config.start.trainable == "norms" or config.start.lora_rank  # which take higher rates
+    if lr > most and config.start.backbone_lr != "auto" and not few_change:
+        yield HealthWarning(
+            "high-backbone-lr",
+            f"the backbone's learning rate of {lr:.3g} is for training from scratch; on weights that exist, published "
+            f"trainings with a batch of {plan.batch_size:,} have up to {most / MAX_BACKBONE_LR:.3g}",
+            "Set start.backbone_lr=auto.",
+        )
+    first, last = config.method.optimizer.weight_decay
+    if max(first, last) > MAX_WEIGHT_DECAY:
+        yield HealthWarning(
+            "high-weight-decay",
+            f"a weight decay of {first:g} to {last:g} pulls apart what the weights know",
+            "Set 'method.optimizer.weight_decay=[0.04,0.04]'.",
+        )
+    if config.backbone.drop_path > MAX_DROP_PATH:
+        yield HealthWarning(
+            "high-drop-path",
+            f"backbone.drop_path={config.backbone.drop_path:g} is for training from scratch",
+            f"Set backbone.drop_path={MAX_DROP_PATH:g}, or 0.",
+        )
+    views = config.method.views
+    source = facts.normalization
+    if source and len(source[0]) == len(views.mean) and source != (views.mean, views.std):
+        yield HealthWarning(
+            "other-normalization",
+            f"images are normalized by mean {views.mean} and std {views.std}; those that the weights know, by mean "
+            f"{source[0]} and std {source[1]}",
+            "Leave out method.views.mean and .std, which are then those of the weights.",
         )
 
 

@@ -8,6 +8,7 @@ from ssl_vit.methods.continuation import MethodState, load_start_weights, prepar
 from ssl_vit.models.checkpoint import START_WEIGHTS, LoadedBackbone, load_backbone, load_method_state
 from ssl_vit.models.export import export_backbone
 from ssl_vit.runtime.launch import is_rank_zero
+from ssl_vit.training.config_check import StartFacts
 from ssl_vit.training.run_dir import RunState
 
 
@@ -18,6 +19,7 @@ class Start:
         self.config = config
         self.run = run
         self.notes: list[str] = []
+        self.facts = StartFacts(None, None)
         self.source = "random weights" if config.checkpoint is None else config.checkpoint
 
     def prepare(self, method: SSLMethod) -> None:
@@ -41,6 +43,7 @@ class Start:
         heads = MethodState(content["method"], weights, content["state_dict"]) if content else None
         with_heads = load_start_weights(method, loaded.backbone, heads)
         self.source = loaded.source
+        self.facts = StartFacts(not with_heads, (loaded.mean, loaded.std))
         self.notes = _differences(loaded, method)
         self.notes.append(
             "heads, prototypes and center are those of the checkpoint" if with_heads else "the heads are new"

@@ -34,7 +34,7 @@ REQUIRED = {
     "shard": ["data.root=images"],
 }
 
-TIMES = ("speed/", "online/seconds")  # columns of metrics.csv that differ from run to run
+TIMES = ("speed/", "online/seconds", "reference/seconds")  # columns of metrics.csv that differ from run to run
 
 
 def load(command, *overrides):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ssl_vit.evaluation.results.eval_result import Change, EvalResult, Metric, ModelScores, Predictions
 from ssl_vit.evaluation.results.result_reader import read_predictions
@@ -235,8 +236,12 @@ def changes_since_start(scores: Sequence[ModelScores], *, start: str) -> list[Ch
     changes = []
     for suffix, now in scores[0].predictions.items():
         if before := predictions.get(suffix):
-            found = paired_difference(before.rank == 0, now.rank == 0)
-            first, last = ((each.rank == 0).float().mean().item() for each in (before, now))
-            interval = {"low": found.low, "high": found.high, "p": found.p}
-            changes.append(Change(metric=f"top-1{suffix}", before=first, after=last, **interval))
+            changes.append(paired_change(f"top-1{suffix}", before.rank == 0, now.rank == 0))
     return changes
+
+
+def paired_change(metric: str, before: Tensor, after: Tensor) -> Change:
+    """Return the change of an accuracy by which of the same images are classified correctly, (n,) bool each."""
+    found = paired_difference(before, after)
+    first, last = (each.float().mean().item() for each in (before, after))
+    return Change(metric=metric, before=first, after=last, low=found.low, high=found.high, p=found.p)

@@ -81,6 +81,10 @@ class RunCheckpoint(L.Callback):
             )
         self.started = self.saved = time.monotonic()
         self.step = self.saved_step = trainer.global_step
+        (best,) = any_rank(self.is_best())
+        if best:  # the weights that the run starts from, until others are better
+            (self.folder / BEST).unlink(missing_ok=True)  # of a run killed before: it would become previous.ckpt
+            self._write(trainer, BEST)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
         if trainer.global_step == self.step or trainer.should_stop:  # still accumulating, or not worth saving
@@ -112,7 +116,14 @@ class RunCheckpoint(L.Callback):
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.save()  # the rows of metrics first: they belong to this checkpoint
-        trainer.save_checkpoint(self.folder / LAST)
+        self._write(trainer, LAST)
+        if trainer.is_global_zero:
+            for name in more_names:
+                link_checkpoint(self.folder / LAST, name)
+        self.saved, self.saved_step = time.monotonic(), trainer.global_step
+
+    def _write(self, trainer: L.Trainer, name: str) -> None:
+        trainer.save_checkpoint(self.folder / name)
         (failed,) = any_rank(self.io.failure is not None)
         if failed:
             reason = self.io.failure.strerror if self.io.failure else "the first process could not write it"
@@ -120,7 +131,3 @@ class RunCheckpoint(L.Callback):
                 f"the checkpoint of step {trainer.global_step:,} cannot be written to {self.folder}: {reason}. "
                 f"{self.resume_hint}"
             )
-        if trainer.is_global_zero:
-            for name in more_names:
-                link_checkpoint(self.folder / LAST, name)
-        self.saved, self.saved_step = time.monotonic(), trainer.global_step

@@ -30,13 +30,17 @@ class ValidationCallback(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: FineTune, *_: object) -> None:  # type: ignore[override]
         if not self.every_epochs or not trainer.is_global_zero:
             return
-        due = trainer.is_last_batch and (trainer.current_epoch + 1) % self.every_epochs == 0
-        if due or trainer.global_step == trainer.max_steps:
+        if evaluation_due(trainer, self.every_epochs) or trainer.global_step == trainer.max_steps:
             logits, labels, _index = predict(module.student, self.dataset, self.transform, skipped=self.skipped)
             correct = (logits.argmax(dim=1) == labels).float().mean()
             row = {"val/top1": float(correct), "val/loss": float(F.cross_entropy(logits, labels))}
             for logger in trainer.loggers:
                 logger.log_metrics({**row, "epoch": trainer.current_epoch}, step=trainer.global_step - 1)
+
+
+def evaluation_due(trainer: L.Trainer, every_epochs: int | None) -> bool:
+    """Return whether a step ends the last of so many epochs; None: never."""
+    return bool(every_epochs and trainer.is_last_batch and (trainer.current_epoch + 1) % every_epochs == 0)
 
 
 def predict(

@@ -54,7 +54,7 @@ _EARLIER_KNN = "knn/top1"  # a column of earlier versions
 def load_curves(path: Path, prototypes: int | None) -> tuple[list[Curve], str]:
     """Load the curves of a metrics.csv and how they were made; none if there is no such file or no number in it.
 
-    Online accuracies come first, each with the value of random weights. Constant schedules are omitted.
+    Online accuracies come first, each with the value before the first step. Constant schedules are omitted.
 
     Args:
         path: The file. Truncated and unnumbered rows are skipped; of a duplicate step the later
@@ -118,14 +118,15 @@ def _own_group(column: str) -> _Group:
 
 
 def _is_online_accuracy(column: str) -> bool:
-    return column == _EARLIER_KNN or (column.startswith("online/") and column != "online/seconds")
+    return column == _EARLIER_KNN or (column.startswith(("online/", "reference/")) and not column.endswith("/seconds"))
 
 
 def _online_curve(column: str, line: Line) -> Curve:
-    """Return an accuracy curve with the value before the first step, that of random weights, as its baseline."""
-    name = column.partition("/")[2]
+    """Return an accuracy curve with the value before the first step as its baseline."""
+    images, _, name = column.partition("/")
     kind, _, k = name.partition("@")
-    title = "Online accuracy, " + {"knn": f"kNN, k = {k}", "linear": "linear head"}.get(kind, "kNN")
+    of = "Accuracy on the reference images" if images == "reference" else "Online accuracy"
+    title = f"{of}, " + {"knn": f"kNN, k = {k}", "linear": "linear head"}.get(kind, "kNN")
     return Curve(title, "share right", {name: downsample_curve(line)}, line[0][1] if line[0][0] == 0 else None)
 
 
@@ -135,9 +136,9 @@ def _protocol(columns: dict[str, Line], excluded: dict[str, int]) -> str:
     if rows > POINTS:
         texts.append(f"Of longer lines each point is the mean of {-(-rows // POINTS)} rows.")
     texts.append(
-        "A dashed level is what random weights reach, for accuracies; ln K, the largest entropy that K prototypes "
-        "allow, for the teacher's assignment; chance, for rotations. Information is what the assignment tells about an "
-        "image: the entropy of its mean over images, less its mean entropy."
+        "A dashed level is what the weights before the first step reach, for accuracies; ln K, the largest entropy "
+        "that K prototypes allow, for the teacher's assignment; chance, for rotations. Information is what the "
+        "assignment tells about an image: the entropy of its mean over images, less its mean entropy."
     )
     if "train/reconstruction" in columns:
         texts.append("The parts of the loss are shown before they are weighted.")

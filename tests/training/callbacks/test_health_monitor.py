@@ -4,17 +4,21 @@ import json
 import math
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from ssl_vit.commands.load_config import load_config
 from ssl_vit.commands.pretrain import pretrain
+from ssl_vit.config.pretrain import PretrainConfig
 from ssl_vit.methods.health import check_assignments, check_feature_std, check_teacher_distance
 from ssl_vit.methods.schedules import make_plan
 from ssl_vit.models.ema import relative_parameter_distance
 from ssl_vit.models.feature_statistics import alignment, effective_rank, feature_std, uniformity
 from ssl_vit.training.callbacks.health_monitor import check_metrics
-from ssl_vit.training.config_check import check_config
+from ssl_vit.training.config_check import check_config, check_start
+from ssl_vit.training.start import Start
 from ssl_vit.training.trainer import build_method
 from tests.helpers.cli import rows, state
 
@@ -89,6 +93,54 @@ def test_check_config_proposes_a_momentum_that_fits_the_run(pretrain_config, ste
     assert remedy in warning.remedy
     shorter = pretrain_config(f"trainer.max_steps={steps}", *given, "method.teacher.momentum=[0.96,0.995]")
     assert bool(check_config(shorter.method, make_plan(shorter, 160), peak_lr=1e-3)) == (steps == 20)
+
+
+def start_names(tiny_model, pretrain_words, *more):
+    """Names of the warnings about a run from weights, and the config."""
+    words = [word for word in pretrain_words(*SOUND) if not word.startswith("backbone")]
+    if "method=sit" in more:
+        words = [word for word in words if not word.startswith("method.")]
+    config = load_config("pretrain", [*words, f"checkpoint={tiny_model}", *more], PretrainConfig)
+    plan = make_plan(config, 1600)
+    start = Start(config, SimpleNamespace(checkpoint=None, train=range(1600), path=config.run.path))
+    start.run.path.mkdir(parents=True)
+    method = build_method(config, plan, start.prepare)
+    found = check_start(config, plan, method.rates, method.peak_lr, start.facts)
+    return [warning.name for warning in check_config(config.method, plan, method.peak_lr) + found]
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ((), []),
+        (("method=sit",), []),
+        (("start.freeze_backbone=0%",), ["random-heads"]),
+        (("start.backbone_lr=3e-5",), ["high-backbone-lr"]),
+        (("start.backbone_lr=1e-4", "start.trainable=lora_2"), []),
+        (("start.backbone_lr=null",), ["high-backbone-lr"]),
+        (
+            ("start=scratch", "method.teacher.half_life=2%"),
+            ["random-heads", "frozen-last-layer", "high-backbone-lr", "high-weight-decay"],
+        ),
+        (("method.freeze_last_layer=20%",), ["frozen-last-layer"]),
+        (("method.freeze_last_layer=10%",), []),
+        (("method.optimizer.weight_decay=[0.04,0.4]",), ["high-weight-decay"]),
+        (("backbone.drop_path=0.3",), ["high-drop-path"]),
+        (("method.views.mean=[0.4,0.4,0.4]",), ["other-normalization"]),
+        (("method.teacher.half_life=null", "method.teacher.momentum=[0.9999,1.0]"), ["slow-teacher"]),
+    ],
+)
+def test_check_start_names_what_destroys_features(tiny_model, pretrain_words, more, expected):
+    assert start_names(tiny_model, pretrain_words, *more) == expected
+
+
+def test_check_start_warnings_are_printed_and_logged(tiny_model, pretrain_words, capsys):
+    words = [word for word in pretrain_words() if not word.startswith("backbone")]
+    more = (f"checkpoint={tiny_model}", "start.freeze_backbone=0%", "backbone.drop_path=0.2")
+    run = pretrain(load_config("pretrain", [*words, *more], PretrainConfig))
+    told = [json.loads(line)["name"] for line in (run / "health.jsonl").open()]
+    assert told == ["slow-teacher", "random-heads", "high-drop-path"]
+    assert "Health: [random-heads] the heads are new" in capsys.readouterr().out
 
 
 # --- as it happens ---------------------------------------------------------------------------------------------

@@ -25,9 +25,10 @@ from ssl_vit.models.checkpoint import load_backbone
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.training.callbacks import online_eval as online
 from ssl_vit.training.callbacks import run_checkpoint
-from ssl_vit.training.callbacks.online_eval import L2, EvalPoint, OnlineEval, select_online_data
+from ssl_vit.training.callbacks.online_eval import OnlineEval
 from ssl_vit.training.callbacks.run_checkpoint import RunCheckpoint
 from ssl_vit.training.checkpointing import read_global_step
+from ssl_vit.training.online_accuracy import L2, EvalPoint, select_online_data
 from ssl_vit.training.trainer import build_method
 from tests.conftest import SHRUNK, SHRUNK_DINO
 from tests.helpers.cli import assert_same_run, checkpoint, rows, state
@@ -79,7 +80,7 @@ def test_class_balanced_order_samples_classes_at_random():
 def labeled(sizes):
     """Images of classes of these sizes."""
     labels = torch.cat([torch.full((size,), label) for label, size in sizes.items()])
-    return SimpleNamespace(labels=labels, classes=[])
+    return SimpleNamespace(labels=labels, classes=[], value_range=None, with_range=lambda _: None)
 
 
 def chosen(sizes, **settings):
@@ -277,7 +278,7 @@ def script():
     original = OnlineEval._update
 
     def judge(self, found):
-        scripted = {self.names[0]: SCRIPT[found.step]} if len(self.run.dataset) == 48 else {}
+        scripted = {self.main.metrics[0]: SCRIPT[found.step]} if len(self.run.dataset) == 48 else {}
         original(self, EvalPoint(found.step, found.values | scripted))
 
     with pytest.MonkeyPatch.context() as patch:
