@@ -65,15 +65,7 @@ def train(config: PretrainConfig, run: RunState, method: SSLMethod, start: Start
         first_step=method.warmup_steps,
         every=plan.log_every,
     )
-    online = OnlineEval(
-        config.online,
-        run,
-        views,
-        seed=config.seed,
-        skipped=skipped,
-        journal=journal,
-        from_weights=config.checkpoint is not None,
-    )
+    online = _online_eval(config, run, skipped, journal)
     render = training_figures(config, method)
     images = ImageLogger(config.image_logging, run, views, config.backbone, render=render, skipped=skipped)
 
@@ -112,6 +104,13 @@ def train(config: PretrainConfig, run: RunState, method: SSLMethod, start: Start
         export_run(config, step=result.step)
         print(result.summary([*health.summary(), *online.summary(), *images.summary()]))
         result.requeue_job()
+
+
+def _online_eval(config: PretrainConfig, run: RunState, skipped: SkippedImageLog, journal: JSONLWriter) -> OnlineEval:
+    from_weights, views = config.checkpoint is not None, config.method.views
+    return OnlineEval(
+        config.online, run, views, seed=config.seed, skipped=skipped, journal=journal, from_weights=from_weights
+    )
 
 
 def export_run(config: PretrainConfig, *, step: int) -> None:
