@@ -21,6 +21,7 @@ from ssl_vit.runtime.text import pluralize
 from ssl_vit.training.callbacks.health_monitor import HealthMonitor
 from ssl_vit.training.callbacks.image_logger import ImageLogger
 from ssl_vit.training.callbacks.online_eval import OnlineEval
+from ssl_vit.training.callbacks.unlabeled_eval import UnlabeledEval
 from ssl_vit.training.config_check import check_config, check_start
 from ssl_vit.training.console import start_summary
 from ssl_vit.training.loop import fit_run
@@ -65,7 +66,7 @@ def train(config: PretrainConfig, run: RunState, method: SSLMethod, start: Start
         first_step=method.warmup_steps,
         every=plan.log_every,
     )
-    online = _online_eval(config, run, skipped, journal)
+    online, unlabeled = _evaluations(config, run, skipped, journal)
     render = training_figures(config, method)
     images = ImageLogger(config.image_logging, run, views, config.backbone, render=render, skipped=skipped)
 
@@ -87,6 +88,7 @@ def train(config: PretrainConfig, run: RunState, method: SSLMethod, start: Start
             describe_computation(config.trainer),
             *value_notes(run.dataset),
             *online.plan(),
+            *unlabeled.plan(),
             *(f"Health: {warning}" for warning in warnings),
         ],
     )
@@ -95,22 +97,27 @@ def train(config: PretrainConfig, run: RunState, method: SSLMethod, start: Start
         run,
         method,
         loader,
-        [health, online, images],
+        [health, online, unlabeled, images],
         skipped=skipped,
         summary=summary,
         is_best=lambda: online.improved,
     )
     if result.is_global_zero:
         export_run(config, step=result.step)
-        print(result.summary([*health.summary(), *online.summary(), *images.summary()]))
+        print(result.summary([*health.summary(), *online.summary(), *unlabeled.summary(), *images.summary()]))
         result.requeue_job()
 
 
-def _online_eval(config: PretrainConfig, run: RunState, skipped: SkippedImageLog, journal: JSONLWriter) -> OnlineEval:
+def _evaluations(
+    config: PretrainConfig, run: RunState, skipped: SkippedImageLog, journal: JSONLWriter
+) -> tuple[OnlineEval, UnlabeledEval]:
+    """Return the evaluation with labels, and for a run from weights the one without where there are none."""
     from_weights, views = config.checkpoint is not None, config.method.views
-    return OnlineEval(
+    online = OnlineEval(
         config.online, run, views, seed=config.seed, skipped=skipped, journal=journal, from_weights=from_weights
     )
+    every = config.online.every_epochs if from_weights and not online.main.data else None
+    return online, UnlabeledEval(run, views, every_epochs=every, skipped=skipped)
 
 
 def export_run(config: PretrainConfig, *, step: int) -> None:

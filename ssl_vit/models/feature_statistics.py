@@ -55,3 +55,12 @@ def uniformity(features: Tensor) -> Tensor:
     unit = F.normalize(upcast(features), dim=-1)
     squared = torch.pdist(unit).square()  # (B·(B-1)/2,)
     return torch.expm1(-2 * squared).mean().log1p()  # precise where all features are nearly equal
+
+
+@torch.no_grad()
+def neighbor_stability(before: Tensor, after: Tensor) -> Tensor:
+    """Compute the mean over images of |A ∩ B| / k, where A and B (N, k) are the image's k nearest others in two models.
+
+    1 if all are kept; k / (N - 1) by chance. The mutual kNN metric of Huh et al. 2024 (arXiv 2405.07987, appendix A).
+    """
+    return (before[:, :, None] == after[:, None, :]).any(dim=2).float().mean()

@@ -34,7 +34,8 @@ REQUIRED = {
     "shard": ["data.root=images"],
 }
 
-TIMES = ("speed/", "online/seconds", "reference/seconds")  # columns of metrics.csv that differ from run to run
+# Columns of metrics.csv that differ from run to run.
+TIMES = ("speed/", "online/seconds", "reference/seconds", "unlabeled/seconds")
 
 
 def load(command, *overrides):

@@ -17,10 +17,10 @@ from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.results.statistics import wilson
 from ssl_vit.methods.health import HealthWarning
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.checkpoint import START_WEIGHTS, load_backbone
+from ssl_vit.models.checkpoint import START_WEIGHTS
 from ssl_vit.runtime.atomic_io import JSONLWriter
 from ssl_vit.runtime.errors import UserError
-from ssl_vit.training.callbacks.validation import evaluation_due, extract_in_training
+from ssl_vit.training.callbacks.validation import evaluation_due, extract_in_training, load_start_weights_of
 from ssl_vit.training.checkpointing import BEST, link_checkpoint, read_global_step
 from ssl_vit.training.online_accuracy import EvalPoint, LabeledSet, are_splits, select_online_data
 from ssl_vit.training.run_dir import RunState
@@ -159,9 +159,7 @@ class OnlineEval(L.Callback):
     def _measure_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Measure the start weights on images that were not measured before the first step, as these are new."""
         missing = [each for each in self.sets if each.data and not (each.initial and each.initial.right)]
-        path = self.run.path / START_WEIGHTS
-        if missing and path.is_file():
-            start = load_backbone(path).backbone.to(module.device)
+        if missing and (start := load_start_weights_of(self.run, module.device)):
             for labeled in missing:
                 labeled.initial = self._measure(labeled, start, 0)
 

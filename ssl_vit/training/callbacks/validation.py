@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import lightning as L
 import torch
 import torch.nn.functional as F
@@ -12,8 +14,12 @@ from ssl_vit.data.transforms.eval_transform import EvalTransform
 from ssl_vit.evaluation.features.extractor import BackboneExtractor, Features, extract
 from ssl_vit.methods.finetune import Classifier, FineTune
 from ssl_vit.models.backbone import Backbone
-from ssl_vit.models.checkpoint import LoadedBackbone
-from ssl_vit.runtime.device import upcast
+from ssl_vit.models.checkpoint import START_WEIGHTS, LoadedBackbone, load_backbone
+from ssl_vit.runtime.device import prefer_fused_attention, upcast
+from ssl_vit.runtime.errors import UserError
+from ssl_vit.training.run_dir import RunState
+
+log = logging.getLogger(__name__)
 
 
 class ValidationCallback(L.Callback):
@@ -51,6 +57,17 @@ def predict(
     with torch.no_grad():
         logits = model.head(features.cls[:, -1].float().to(model.backbone.device))
     return upcast(logits).cpu(), features.labels, features.index
+
+
+def load_start_weights_of(run: RunState, device: torch.device) -> Backbone | None:
+    """Return the weights that a run started from, or None with a warning if the run's file is missing or damaged."""
+    try:
+        backbone = load_backbone(run.path / START_WEIGHTS, require_cls=False).backbone.to(device)
+    except UserError as error:
+        log.warning(f"nothing is compared with the start weights: {error}")
+        return None
+    backbone.set_fused_attention(prefer_fused_attention(device))
+    return backbone
 
 
 def extract_in_training(
