@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from ssl_vit.cli import main
-from ssl_vit.commands.load_config import conf_dir
 from ssl_vit.config.methods import METHOD_CONFIGS
 from ssl_vit.methods import METHODS
+from ssl_vit.runtime.shipped_files import conf_dir
 from tests.conftest import SHRUNK
 from tests.helpers.cli import state
 from tests.helpers.toy_method import Toy, ToyConfig

@@ -56,6 +56,8 @@ def test_wheel_contains_the_package_and_its_yaml_and_nothing_else(wheel):
     expected = {f"ssl_vit/{path.relative_to(CHECKOUT / 'ssl_vit')}" for path in (CHECKOUT / "ssl_vit").rglob("*.py")}
     for folder in ("conf", "recipes"):
         expected |= {f"ssl_vit/{path.relative_to(CHECKOUT)}" for path in (CHECKOUT / folder).rglob("*.yaml")}
+    weights = (CHECKOUT / "recipes" / "weights").glob("*.*")
+    expected |= {f"ssl_vit/{path.relative_to(CHECKOUT)}" for path in weights}
     assets = {path for suffix in ("html", "css", "js") for path in (CHECKOUT / "ssl_vit").rglob(f"*.{suffix}")}
     expected |= {path.relative_to(CHECKOUT).as_posix() for path in assets}
     assert names == expected | {"ssl_vit/py.typed"}
@@ -70,7 +72,8 @@ def test_wheel_declares_license_and_command(wheel):
 
 
 def test_wheel_is_imported_and_not_the_checkout(run, installed):
-    code = "import ssl_vit; from ssl_vit.commands.help import *; print(ssl_vit.__file__, conf_dir(), recipes_dir())"
+    shown = "print(ssl_vit.__file__, conf_dir(), recipes_dir())"
+    code = f"import ssl_vit; from ssl_vit.runtime.shipped_files import *; {shown}"
     result = run("-c", code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == [str(installed / "ssl_vit" / name) for name in ("__init__.py", "conf", "recipes")]

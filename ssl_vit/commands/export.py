@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+
 from ssl_vit.config.pretrain import ExportConfig
 from ssl_vit.models.checkpoint import load_backbone
 from ssl_vit.models.export import export_backbone, is_export
@@ -32,6 +34,7 @@ def main(config: ExportConfig) -> None:
         std=loaded.std,
         source=loaded.source,
         value_range=loaded.value_range,
+        dtype=getattr(torch, config.dtype),
     )
     record_outputs(outputs, "export")
     sidecar = config.out.with_suffix(".json")

@@ -5,19 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-_ROOT = Path(__file__).parents[1]
+from ssl_vit.runtime.shipped_files import conf_dir, recipes_dir
+
 _PACKAGE = re.compile(r"\A# @package (\w+)\n")
 _GROUP = re.compile(r"  - (?:override /)?(\w+)(?:: (\w+))?$")
-
-
-def conf_dir() -> Path:
-    """Return the folder of the configuration files: inside an installed wheel, or beside the package in a checkout."""
-    return _ROOT / "conf" if (_ROOT / "conf").is_dir() else _ROOT.parent / "conf"
-
-
-def recipes_dir() -> Path:
-    """Return the folder of the recipes."""
-    return conf_dir().with_name("recipes")
 
 
 def help_text(command: str, summary: str, example: str, overrides: list[str]) -> str:

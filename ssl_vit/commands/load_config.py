@@ -24,11 +24,11 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from ssl_vit.commands.help import conf_dir, recipes_dir
 from ssl_vit.config.methods import METHOD_CONFIGS, MethodConfig
 from ssl_vit.config.types import POSITIONAL, StrictConfig
 from ssl_vit.runtime.errors import AllRanksError, UserError
 from ssl_vit.runtime.launch import launched_processes
+from ssl_vit.runtime.shipped_files import conf_dir, recipes_dir
 from ssl_vit.runtime.yaml_file import read_yaml
 
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)

@@ -321,6 +321,7 @@ class BenchConfig(TrainingConfig):
 
 class ExportConfig(ModelConfig):
     num_heads: Count | None
+    dtype: Literal["float32", "float16"]
     overwrite: bool
     out: Path
 

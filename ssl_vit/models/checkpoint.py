@@ -24,6 +24,7 @@ from ssl_vit.models.official_checkpoints import (
 from ssl_vit.models.strict_state import build_strictly
 from ssl_vit.runtime.atomic_io import replaced_run_hint
 from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.shipped_files import weights_dir
 
 CHECKPOINT_KEY = "ssl_vit"  # entry in a Lightning checkpoint with method, backbone and normalization
 LAST = "last.ckpt"  # everything that is needed to resume a run
@@ -62,8 +63,9 @@ def load_backbone(
     """Load a backbone.
 
     Args:
-        checkpoint: A run directory, a `.ckpt`, an exported `.safetensors`, an official file, `timm:<model>`, or
-            `random:<any of these, or a timm name>` for the same architecture with random weights.
+        checkpoint: A run directory, a `.ckpt`, an exported `.safetensors`, an official file, `timm:<model>`,
+            `recipe:<name>` for weights that travel with the package, or `random:<any of these, or a timm name>` for the
+            same architecture with random weights.
         weights: Teacher or student, if the file contains both.
         require_cls: Refuse models without a pooled class token.
         num_heads: Number of attention heads, for files that do not tell it.
@@ -87,6 +89,8 @@ def _load(checkpoint: str, weights: Weights, num_heads: int | None) -> LoadedBac
     kind, _, name = checkpoint.partition(":")
     if kind == "timm":
         return _from_timm(name, checkpoint, pretrained=True)
+    if kind == "recipe":
+        return _from_recipe(name)
     if kind == "random":
         like = (
             _from_timm(name, checkpoint, pretrained=False) if timm.is_model(name) else _load(name, "teacher", num_heads)
@@ -183,6 +187,15 @@ def _from_hub(path: Path, weights: Weights, num_heads: int | None) -> LoadedBack
     return LoadedBackbone(backbone, description.mean, description.std, source, file_sha256(path), None)
 
 
+def _from_recipe(name: str) -> LoadedBackbone:
+    """Load the weights that a recipe has trained and that travel with the package."""
+    path = weights_dir() / f"{name}.safetensors"
+    if not path.is_file():
+        there = ", ".join(sorted(f"recipe:{file.stem}" for file in weights_dir().glob("*.safetensors")))
+        raise UserError(f"checkpoint=recipe:{name}: there are no such weights; there are {there}")
+    return _from_file(path, "teacher", None)._replace(source=f"recipe:{name}")
+
+
 def _from_timm(name: str, origin: str, *, pretrained: bool) -> LoadedBackbone:
     if not timm.is_model(name):
         raise UserError(f"checkpoint={origin}: timm has no model {name}; `timm.list_models()` lists them")
@@ -216,7 +229,7 @@ def load_method_state(checkpoint: str) -> dict[str, Any]:
     Raises:
         UserError: There is no such file, or it is damaged.
     """
-    if checkpoint.partition(":")[0] in ("timm", "random"):
+    if checkpoint.partition(":")[0] in ("timm", "random", "recipe"):
         return {}
     path = _file_of(Path(checkpoint))
     if path.suffix == ".safetensors":

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from pydantic import model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -44,10 +45,11 @@ def export_backbone(
     std: list[float],
     source: str,
     value_range: ValueRange = AUTO_RANGE,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write the weights under timm's names, and beside them a JSON file that explains how to load them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {name: value.detach().cpu().contiguous() for name, value in backbone.vit.state_dict().items()}
+    state = {name: value.detach().cpu().to(dtype).contiguous() for name, value in backbone.vit.state_dict().items()}
     config = backbone.config
     description = {
         "normalization": {"mean": mean, "std": std},

@@ -1,15 +1,19 @@
 """The shipped configuration: every file in conf/ and recipes/ validates, and defaults stand nowhere else."""
 
+import json
 import re
 import shlex
 
 import pytest
+import torch
 import yaml
 
 from ssl_vit.cli import COMMANDS
-from ssl_vit.commands.help import conf_dir, recipes_dir
 from ssl_vit.commands.load_config import load_config, to_yaml
 from ssl_vit.config import evaluate, methods, pretrain, types, visualize
+from ssl_vit.models.checkpoint import load_backbone
+from ssl_vit.runtime.errors import UserError
+from ssl_vit.runtime.shipped_files import conf_dir, recipes_dir
 from tests.helpers.cli import load
 
 OPTIONS = sorted(f"{file.parent.name}={file.stem}" for file in conf_dir().glob("*/*.yaml"))
@@ -66,6 +70,27 @@ def test_recipe_validates_and_names_its_command_and_result(recipe):
     assert program == "ssl-vit"
     load_config(command, overrides, COMMANDS[command].config_class())
     load("finetune" if command == "finetune" else "pretrain", f"recipe={recipe.stem}")
+
+
+WEIGHTS = sorted(recipes_dir().glob("weights/*.safetensors"))
+
+
+@pytest.mark.parametrize("file", WEIGHTS, ids=lambda file: file.stem)
+def test_weights_of_a_recipe_load_by_its_name_and_say_what_they_are(file):
+    assert file.stat().st_size <= 4e6
+    assert (recipes_dir() / f"{file.stem}.yaml").is_file()
+    described = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+    assert described["recipe"] == file.stem
+    assert described["command"].startswith(f"ssl-vit pretrain recipe={file.stem} ")
+    assert described["results"]
+    loaded = load_backbone(f"recipe:{file.stem}")
+    assert loaded.source == f"recipe:{file.stem}"
+    assert all(parameter.dtype == torch.float32 for parameter in loaded.backbone.parameters())
+
+
+def test_load_backbone_lists_the_recipes_with_weights():
+    with pytest.raises(UserError, match=f"no such weights; there are .*recipe:{WEIGHTS[0].stem}"):
+        load_backbone("recipe:none")
 
 
 # --- what a run writes down ---
