@@ -29,7 +29,7 @@ from ssl_vit.evaluation.segmentation.mask_methods import build_predictors, check
 from ssl_vit.evaluation.segmentation.mask_scores import PredictedMasks
 from ssl_vit.evaluation.segmentation.segmentation_evaluator import MethodResult, SegmentationEvaluator
 from ssl_vit.evaluation.segmentation.segmentation_result import score_table, write_image_scores, write_result
-from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone, random_init_like
+from ssl_vit.models.checkpoint import LoadedBackbone, load_backbone, load_start_of_run, random_init_like
 from ssl_vit.runtime.device import best_device
 from ssl_vit.runtime.errors import UserError
 from ssl_vit.runtime.outputs import check_outputs, record_outputs
@@ -147,11 +147,13 @@ def _load_images(config: AttentionConfig) -> tuple[ImageFolder, MaskFolder | VOC
 
 
 def _load_models(config: AttentionConfig, *, scored: bool) -> list[LoadedBackbone]:
-    """Load the model and, where there are scores to compare, its random-init model."""
+    """Load the model and, where there are scores to compare, its random-init model and its run's start weights."""
     models = [load_backbone(config.checkpoint, config.weights, require_cls=False, positions=config.positions)]
     check_methods(models[0], config.methods)
     if scored and config.baselines:
         models.append(random_init_like(models[0], config.seed))
+        if start := load_start_of_run(models[0], positions=config.positions):
+            models.append(start)
     for model in models:
         model.backbone.to(best_device())
     return models

@@ -106,7 +106,7 @@ def _load(checkpoint: str, weights: Weights, num_heads: int | None) -> LoadedBac
         raise UserError(f"checkpoint={path}: the file contains no valid backbone ({reason})") from None
 
 
-def load_start_of_run(loaded: LoadedBackbone) -> LoadedBackbone | None:
+def load_start_of_run(loaded: LoadedBackbone, *, positions: Positions = "timm") -> LoadedBackbone | None:
     """Return the weights that the run of a backbone started from; None if these were random, or it is of no run.
 
     Raises:
@@ -114,7 +114,7 @@ def load_start_of_run(loaded: LoadedBackbone) -> LoadedBackbone | None:
     """
     if loaded.run is None or not (loaded.run / START_WEIGHTS).is_file():
         return None
-    return load_backbone(loaded.run / START_WEIGHTS, require_cls=False)
+    return load_backbone(loaded.run / START_WEIGHTS, require_cls=False, positions=positions)
 
 
 def random_init_like(loaded: LoadedBackbone, seed: int) -> LoadedBackbone:

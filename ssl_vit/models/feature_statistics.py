@@ -61,6 +61,6 @@ def uniformity(features: Tensor) -> Tensor:
 def neighbor_stability(before: Tensor, after: Tensor) -> Tensor:
     """Compute the mean over images of |A ∩ B| / k, where A and B (N, k) are the image's k nearest others in two models.
 
-    1 if all are kept; k / (N - 1) by chance. The mutual kNN metric of Huh et al. 2024 (arXiv 2405.07987, appendix A).
+    1 if all are kept; k / (N - 1) by chance. The mutual kNN metric of Huh et al. 2024 (arXiv 2405.07987).
     """
     return (before[:, :, None] == after[:, None, :]).any(dim=2).float().mean()

@@ -3,7 +3,9 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from ssl_vit.cli import main
@@ -276,7 +278,7 @@ def test_resume_refuses_another_checkpoint(tiny_model, run, config, stop_at):
 # --- evaluated ---------------------------------------------------------------------------------------------------
 
 
-def test_knn_and_linear_show_the_start_weights_and_the_paired_difference(tiny_model, config, sample, capsys):
+def test_evaluations_show_the_start_weights_and_the_paired_difference(tiny_model, config, sample, capsys):
     path = pretrain(config(tiny_model, "start.freeze_backbone=0%", "start.backbone_lr=1e-2", "trainer.max_steps=12"))
     for task in ("knn", "linear"):
         out = path / f"{task}.json"
@@ -293,6 +295,19 @@ def test_knn_and_linear_show_the_start_weights_and_the_paired_difference(tiny_mo
             assert change["low"] <= after - before <= change["high"]
         assert len(result["changes"]) >= 1
         assert "since the start weights: from" in capsys.readouterr().out
+    images = (f"images={sample / 'test'}", f"masks={sample / 'test_masks'}", "limit=12", f"out={path / 'attention'}")
+    assert main(["attention", f"checkpoint={path}", *images]) == 0
+    assert "IoU of mass/mean since the start weights: from" in capsys.readouterr().out
+    result = json.loads((path / "attention" / "summary.json").read_text())
+    with np.load(path / "attention" / "ious.npz") as ious:
+        for change in result["changes"]:
+            metric = change["metric"].removeprefix("IoU of ")
+            before, after = (ious[f"{name}/{metric}"] for name in ("start weights", "model"))
+            assert (change["before"], change["after"]) == pytest.approx((before.mean(), after.mean()))
+            expected = scipy.stats.ttest_rel(after, before)
+            assert change["p"] == pytest.approx(expected.pvalue, rel=1e-4)
+            low, high = expected.confidence_interval()
+            assert (change["low"], change["high"]) == pytest.approx((low, high), rel=1e-4)
     plain = path / "plain.json"
     assert main(["knn", f"checkpoint={tiny_model}", f"data.root={sample}", f"out={plain}"]) == 0
     assert not json.loads(plain.read_text())["changes"]

@@ -141,7 +141,7 @@ class Change(_Part):
     after: float
     low: float  # of the 95 % interval of the paired difference
     high: float
-    p: float  # of McNemar's exact test
+    p: float  # of McNemar's exact test; of a mean of values per image, of the paired t-test
 
     def __str__(self) -> str:
         difference, half = 100 * (self.after - self.before), 50 * (self.high - self.low)

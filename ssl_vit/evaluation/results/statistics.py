@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import bdtr, stdtrit
+from scipy.special import bdtr, stdtr, stdtrit
 from torch import Tensor
 
 RESAMPLES = 10_000
@@ -79,6 +79,15 @@ def paired_bootstrap(gained: int, lost: int, n: int, *, seed: int) -> tuple[floa
 def mcnemar(gained: int, lost: int) -> float:
     """Compute the exact two-sided p of McNemar's test (1947): twice the binomial tail of the smaller count."""
     return min(1.0, 2 * float(bdtr(min(gained, lost), gained + lost, 0.5)))
+
+
+def paired_mean_interval(first: Tensor, second: Tensor) -> tuple[float, float, float]:
+    """Compute the 95 % interval of the mean of second - first, (n,) each, n > 1, and its p, by the paired t-test."""
+    difference = (second - first).double()
+    middle, error = difference.mean().item(), difference.std().item() / len(difference) ** 0.5
+    half = float(stdtrit(len(difference) - 1, 0.975)) * error
+    p = 2 * float(stdtr(len(difference) - 1, -abs(middle) / error)) if error else float(middle == 0)
+    return middle - half, middle + half, p
 
 
 def holm(ps: Sequence[float]) -> list[float]:

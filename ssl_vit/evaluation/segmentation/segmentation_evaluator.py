@@ -31,7 +31,7 @@ from ssl_vit.evaluation.segmentation.mask_scores import (
     stack_mask_scores,
 )
 
-MODEL, RANDOM = "model", "random init"
+MODEL, RANDOM, START = "model", "random init", "start weights"
 PRIOR, WHOLE, CEILING = BASELINES = ("center prior", "all foreground", "patch ceiling")
 CORLOC = "CorLoc"
 INSTANCE_IOU = "object IoU"  # of a baseline: with each object
@@ -66,7 +66,7 @@ _STORED: list[Any] = [_Scored, AttentionScores, MaskScores, Annotation]
 
 
 class SegmentationEvaluator:
-    """Streaming evaluation of one or two models on the same images.
+    """Streaming evaluation of up to three models on the same images.
 
     The scores of each image (some 80 kB) are stored in files until the end: in memory they would lie between the large
     maps of the images that come and go, and fragment the heap by several MB for each image.
@@ -113,14 +113,14 @@ class SegmentationEvaluator:
         self._boxes_only = not annotation.has_masks
 
     def compute(self) -> list[MethodResult]:
-        """Return the scores of the model, of its random-init model if there is one, and of the baselines.
+        """Return the scores of the model, of random init and the start weights if there are any, and of the baselines.
 
         The fixed head and the center prior need two images and are excluded with one.
         """
         with torch.serialization.safe_globals(_STORED):
             files = [self._folder / f"{number}.pt" for number in range(len(self.indices))]
             images: list[_Scored] = [torch.load(file, weights_only=True) for file in files]
-        names = (MODEL, RANDOM)[: len(images[0].methods)]
+        names = (MODEL, RANDOM, START)[: len(images[0].methods)]
         results = [self._model_result(images, number, name) for number, name in enumerate(names)]
         if len(images) > 1:
             resized = [image.resized for image in images]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from ssl_vit.config.visualize import AttentionConfig
 from ssl_vit.evaluation.results import provenance
-from ssl_vit.evaluation.results.eval_result import DataInfo, EvalResult, Metric, ModelInfo, ModelScores
-from ssl_vit.evaluation.results.statistics import normal_half_width, wilson
+from ssl_vit.evaluation.results.eval_result import Change, DataInfo, EvalResult, Metric, ModelInfo, ModelScores
+from ssl_vit.evaluation.results.statistics import normal_half_width, paired_mean_interval, wilson
 from ssl_vit.evaluation.segmentation.segmentation_evaluator import (
     BASELINES,
     CEILING,
@@ -20,6 +21,7 @@ from ssl_vit.evaluation.segmentation.segmentation_evaluator import (
     MEASURES,
     MODEL,
     RANDOM,
+    START,
     MethodResult,
 )
 from ssl_vit.models.checkpoint import LoadedBackbone
@@ -102,6 +104,7 @@ def write_result(
         seeds={"pretrain": provenance.pretraining_seed(model.run), "evaluation": config.seed},
         score=scores[0],
         baselines=scores[1:],
+        changes=changes_since_start(results),
         cost=provenance.runtime_cost(started, device),
         environment={**provenance.environment(device), "forward": "float32"},
         warnings=[f"{data[key]} images {reason}" for key, reason in reasons.items() if data[key]] + notes,
@@ -148,12 +151,25 @@ def write_image_scores(path: Path, results: list[MethodResult], names: list[str]
             np.savez_compressed(file, images=np.array(names), **values)
 
 
+def changes_since_start(results: list[MethodResult]) -> list[Change]:
+    """Return how the IoU of the masks changed since the start weights, on the same images; needs two of them."""
+    start = next((result for result in results if result.name == START), None)
+    changes = []
+    for name in MAIN_METRICS if start else ():
+        before, after = (result.ious.get(name) for result in (start, results[0]) if result)
+        if before is not None and after is not None and len(after) > 1:
+            low, high, p = paired_mean_interval(before, after)
+            means = {"before": before.mean().item(), "after": after.mean().item()}
+            changes.append(Change(metric=f"IoU of {name}", **means, low=low, high=high, p=p))
+    return changes
+
+
 def score_table(results: list[MethodResult], *, mass: float) -> str:
-    """Return the model's means (CorLoc alone where there are only boxes), the IoU of random init, and the baselines."""
+    """Return the model's means (of boxes CorLoc alone), other models' IoU, the baselines, and the changes."""
     model, count = results[0], len(next(iter(results[0].values.values())))
     if not model.ious:
         return format_table(_corloc_rows(results), [f"{CORLOC} of {count} images", "± 95 %"])
-    random = next((result for result in results if result.name == RANDOM), None)
+    others = [result for result in results if result.name in (RANDOM, START)]
     rows: list[Row] = []
     for rule, title in {**RULES, "": "other methods"}.items():
         names = [name for name in model.ious if name.rpartition("/")[0] == rule]
@@ -162,22 +178,23 @@ def score_table(results: list[MethodResult], *, mass: float) -> str:
         for name in names:
             head = name.rpartition("/")[2]
             label = "each object's best head" if name == "object/oracle head" else HEADS.get(head, head)
-            rows.append(_row(label, name, model, random))
+            rows.append(_row(label, name, model, others))
         if names and rule == "object":
-            others = {result.name: result.others for result in results if INSTANCE_IOU in result.others}
-            rows += [[f"  {BASELINE_TITLES[name]}", _cell(values[INSTANCE_IOU])] for name, values in others.items()]
+            objects = {result.name: result.others for result in results if INSTANCE_IOU in result.others}
+            rows += [[f"  {BASELINE_TITLES[name]}", _cell(values[INSTANCE_IOU])] for name, values in objects.items()]
     rows.append(["without a model"])
     rows += [_row(BASELINE_TITLES[result.name], "", result) for result in results if result.name in BASELINES]
-    table = format_table(rows, [f"IoU of {count} images", "± 95 %", *MEASURES, *([RANDOM] if random else [])])
+    table = format_table(rows, [f"IoU of {count} images", "± 95 %", *MEASURES, *(result.name for result in others)])
     note = "\none image: no intervals, no fixed head and no center prior, which need other images"
-    return table + (note if count == 1 else "")
+    changes = "".join(f"\n{change}" for change in changes_since_start(results))
+    return table + changes + (note if count == 1 else "")
 
 
-def _row(title: str, name: str, result: MethodResult, random: MethodResult | None = None) -> Row:
-    """Return the IoU and the other measures of a rule or method (of a baseline: no name), and the random IoU."""
+def _row(title: str, name: str, result: MethodResult, others: Sequence[MethodResult] = ()) -> Row:
+    """Return the IoU and the other measures of a rule or method (of a baseline: no name), and other models' IoU."""
     keys = [f"{name} {measure}".strip() for measure in MEASURES]
     measures = [_mean(result.others[key]) if key in result.others else "" for key in keys]
-    return [f"  {title}", _cell(result.ious[name or "IoU"]), *measures, _mean(random.ious[name]) if random else ""]
+    return [f"  {title}", _cell(result.ious[name or "IoU"]), *measures, *(_mean(other.ious[name]) for other in others)]
 
 
 def _corloc_rows(results: list[MethodResult]) -> list[Row]:

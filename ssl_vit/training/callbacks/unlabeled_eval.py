@@ -28,7 +28,7 @@ from ssl_vit.training.run_dir import RunState
 log = logging.getLogger(__name__)
 
 IMAGES = 1000
-NEIGHBORS = 10  # as in the mutual kNN metric of arXiv 2405.07987
+NEIGHBORS = 10
 METRICS = ("effective_rank", "alignment", "uniformity", "neighbor_stability")
 
 
