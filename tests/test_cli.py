@@ -235,4 +235,4 @@ def test_main_names_a_lack_of_memory_in_one_line(monkeypatch, capsys):
 def test_compare_of_a_pipe_does_not_wait(tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe")
     assert ssl_vit(["compare", str(tmp_path / "pipe")]) == 2
-    assert "no regular file" in capsys.readouterr().err
+    assert "not a result" in capsys.readouterr().err

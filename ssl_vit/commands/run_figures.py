@@ -57,8 +57,6 @@ def _attention_grid(module: L.LightningModule, images: list[LoggedImage], *, tra
     rows = []
     for name, image, _ in images:
         maps = cls_attention(backbone, transform.normalize(image[None].to(backbone.device)))[0, 0].cpu()
-        if not maps.isfinite().all():
-            raise UserError("the attention is not finite")
         rows.append((name, make_overlay_inputs(image, maps, ATTENTION_MASS, None)))
     return overlay_grid(rows)
 

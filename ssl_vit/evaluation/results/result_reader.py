@@ -79,10 +79,9 @@ def read_result(path: Path) -> EvalResult:
     Raises:
         InvalidResultError: The file is damaged, is no result, or has the format of another version.
     """
-    if path.exists() and not path.is_file():  # opening a pipe would wait
-        raise InvalidResultError("no regular file")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        # Reading a pipe would wait for its other end.
+        content = None if path.is_fifo() else json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InvalidResultError("no such file or folder") from None
     except OSError as error:

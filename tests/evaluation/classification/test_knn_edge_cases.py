@@ -283,8 +283,9 @@ def test_extract_does_not_depend_on_the_batch_size(tiny_model, cifar, tmp_path):
 
 
 def test_knn_extracts_train_and_test_images_equally(tiny_model, cifar, tmp_path):
-    """With the same folder as both sets each image is its own nearest, which augmentation would prevent."""
-    overrides = ["k=[1]", f"data.test={cifar / 'test'}", "data.root=null", f"data.train={cifar / 'test'}"]
+    """With a copy as the other set each image is its own nearest, which augmentation would prevent."""
+    shutil.copytree(cifar / "test", tmp_path / "copy")
+    overrides = ["k=[1]", f"data.test={cifar / 'test'}", "data.root=null", f"data.train={tmp_path / 'copy'}"]
     result = run_knn(tiny_model, "unused", tmp_path / "result.json", *overrides)
     assert accuracies(result)["top-1, k=1"] == 1
     assert result["data"]["near_duplicates"] == result["data"]["n_test"] == 200

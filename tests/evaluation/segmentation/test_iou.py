@@ -123,7 +123,7 @@ def test_mask_folder_reads_every_image_mode(tmp_path):
     target = np.zeros((6, 9), dtype=np.uint8)
     target[1:4, 2:7] = 1
     palette = Image.fromarray(target, "P")
-    palette.putpalette([200, 0, 0, 0, 0, 0])  # index 1 is black: the index counts, not its color
+    palette.putpalette([0, 0, 200, 200, 0, 0])  # without black the index counts, not its color
     (tmp_path / "deep").mkdir()
     palette.save(tmp_path / "deep" / "palette.png")
     Image.fromarray(target).save(tmp_path / "dark.png")

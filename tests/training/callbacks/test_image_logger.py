@@ -227,7 +227,7 @@ def test_image_logger_draws_nothing_of_a_diverged_model(pretrain_config, sample,
         parameter.data.fill_(float("nan"))
     shown = callback(config, sample / "train")
     shown.on_train_start(SimpleNamespace(global_step=0, is_global_zero=True, loggers=[]), model)
-    assert "the attention is not finite" in caplog.text
+    assert "features are not finite" in caplog.text
     assert ("the reconstructions are not finite" in caplog.text) == (method == "sit")
     assert not list(tmp_path.rglob("*.jpg"))
 

@@ -439,11 +439,11 @@ def test_report_checks_before_the_work_that_the_page_can_be_written(copied, monk
     monkeypatch.setattr(report, "collect_report", None)  # it would fail
     (tmp_path / "data.json").write_text("{}")
     assert main(["report", f"run={copied}", *QUICK, f"out={tmp_path / 'data.html'}"]) == 2
-    assert "data.json already exists and may belong to something else" in capsys.readouterr().err
+    assert "data.json exists and is not of ssl-vit" in capsys.readouterr().err
     assert (tmp_path / "data.json").read_text() == "{}"
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     assert main(["report", f"run={copied}", *QUICK, f"out={tmp_path / 'new' / 'page.html'}"]) == 2
-    assert f"{tmp_path} cannot be written to: name another place" in capsys.readouterr().err
+    assert f"{tmp_path} cannot be written to: choose another out=FILE.html" in capsys.readouterr().err
 
 
 def test_report_config_has_every_type_of_yaml(tiny_model, tmp_path):
