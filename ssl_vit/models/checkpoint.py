@@ -18,6 +18,7 @@ from ssl_vit.models.lora import merge_lora
 from ssl_vit.models.official_checkpoints import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    LICENSES,
     convert_official_checkpoint,
     torch_load_weights_only,
 )
@@ -258,10 +259,11 @@ def _from_lightning_checkpoint(content: dict[str, Any], path: Path, weights: Wei
 
 
 def _from_official(content: dict[str, Any], path: Path, weights: Weights, num_heads: int | None) -> LoadedBackbone:
-    config, state, which = convert_official_checkpoint(content, weights, path, num_heads)
+    family, config, state, which = convert_official_checkpoint(content, weights, path, num_heads)
     backbone = build_strictly(config, state, f"checkpoint={path}")
-    assumed = "as in DINO and SiT" if num_heads is None else "given; normalization as in DINO, assumed"
+    assumed = f"as in {family}" if num_heads is None else "given; normalization as in DINO, assumed"
     source = f"{path} ({which}; {config.num_heads} attention heads, {assumed}; the file does not tell)"
+    source += f"; {LICENSES[family]}" if family in LICENSES else ""
     loaded = LoadedBackbone(backbone, IMAGENET_MEAN, IMAGENET_STD, source, file_sha256(path), None)
     named = which if which in ("teacher", "student") else None
     return loaded._replace(weights=named, epoch=_count(content, "epoch"))

@@ -1,4 +1,4 @@
-"""Conversion of official DINO and SiT v1 checkpoints to timm's parameter names."""
+"""Conversion of official DINO, iBOT, DINOv2, MAE and SiT v1 checkpoints to timm's parameter names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,9 @@ from ssl_vit.runtime.errors import UserError
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
-HEAD_WIDTH = 64  # of the attention heads of DINO and SiT
+HEAD_WIDTH = 64  # of the attention heads of DINO, iBOT, DINOv2, SiT, and MAE's ViT-B and ViT-L
+LICENSES = {"MAE": "weights for non-commercial use (CC-BY-NC 4.0)"}
+HEADS = {("MAE", 1280): 16}  # where they are wider, by family and width
 
 # In full checkpoints of DINO: the arguments, and the learning rate and weight decay as NumPy scalars, whose module has
 # another name since NumPy 2. None of these runs code when it is read.
@@ -30,8 +32,14 @@ OFFICIAL_CLASSES: list[Any] = [
     *((np.float64(0).__reduce__()[0], f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")),
 ]
 
-# Besides the backbone a file may contain DINO's head, a classifier, or SiT's heads and loss weights.
+# Besides the backbone a file may contain heads of DINO, iBOT and DINOv2, a classifier, a mask token, MAE's decoder, or
+# SiT's heads and loss weights.
 _NOT_BACKBONE = (
+    "dino_head.",
+    "ibot_head.",
+    "masked_embed",
+    "mask_token",
+    "decoder_",
     "head.",
     "projection_head.",
     "rot_head.",
@@ -45,14 +53,24 @@ _NOT_BACKBONE = (
 )
 
 
+class OfficialFile(NamedTuple):
+    """A backbone as another project's training wrote it."""
+
+    family: str  # DINO, iBOT, DINOv2, MAE or SiT
+    config: BackboneConfig  # inferred from shapes
+    state: dict[str, Tensor]  # under timm's names
+    which: str  # teacher, student, or the key of a file that holds one model
+
+
 def convert_official_checkpoint(
     content: dict[str, Any], weights: str, path: Path, num_heads: int | None
-) -> tuple[BackboneConfig, dict[str, Tensor], str]:
-    """Return the architecture, inferred from shapes; the weights under timm's names; and which model they are.
+) -> OfficialFile:
+    """Convert the content of an official file.
 
-    DINO: a full checkpoint (`teacher`, `student`) or a flat backbone. SiT v1: `model`, or flat. Prefixes `module.` and
-    `backbone.` are removed. Shapes do not tell the number of attention heads: without `num_heads` it is that of DINO
-    and SiT (heads of width 64), for files that are known to be theirs.
+    DINO, iBOT and DINOv2: a full checkpoint (`teacher`, `student`) or a flat backbone; blocks of DINOv2 may be in
+    chunks. MAE: with its decoder, which is left out, or the encoder alone. SiT v1: `model`, or flat. Prefixes `module.`
+    and `backbone.` are removed. Shapes do not tell the number of attention heads: without `num_heads` it is that of the
+    family, for files that are known to be of one.
 
     Raises:
         UserError: The keys are not those of a ViT, or it is not known how many heads it has.
@@ -65,18 +83,20 @@ def convert_official_checkpoint(
         for key, value in state.items()
         if isinstance(value, Tensor)
     }
+    family = _family(content, state, path)
     state = {key: value for key, value in state.items() if not key.startswith(_NOT_BACKBONE)}
-    is_sit = "contrastive_token" in state
-    if is_sit:
+    if family == "SiT":
         state = _sit_to_timm(state)
+    if family == "DINOv2":
+        state = _dinov2_to_timm(state)
     foreign = _name_foreign_file(content, state)
     if foreign or not {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= state.keys():
         found = foreign or _list_keys(content, state)
-        raise UserError(f"{origin}: not a checkpoint of ssl-vit, nor a DINO or SiT file; {found}")
+        raise UserError(f"{origin}: not a checkpoint of ssl-vit, nor a DINO, iBOT, DINOv2, MAE or SiT file; {found}")
     width = state["patch_embed.proj.weight"].shape[0]
     if num_heads is None:
-        num_heads = max(1, width // HEAD_WIDTH)
-        if width % HEAD_WIDTH or not (is_sit or _is_dino(content, path)):
+        num_heads = HEADS.get((family, width), max(1, width // HEAD_WIDTH))
+        if width % HEAD_WIDTH or not family:
             raise UserError(
                 f"{origin}: the file does not tell how many attention heads the model has (in DINO, DeiT and MAE "
                 f"{num_heads} for width {width}; in MoCo v3's ViT-S 12). Export it once with the number, and use the "
@@ -84,7 +104,7 @@ def convert_official_checkpoint(
             )
     elif width % num_heads:
         raise UserError(f"{origin}: num_heads={num_heads} does not divide the width {width}")
-    return _architecture(state, num_heads, origin), state, nested or "backbone"
+    return OfficialFile(family or "DINO", _architecture(state, num_heads, origin), state, nested or "backbone")
 
 
 def _list_keys(content: dict[str, Any], state: dict[str, Tensor]) -> str:
@@ -96,24 +116,36 @@ def _list_keys(content: dict[str, Any], state: dict[str, Tensor]) -> str:
     return keys if inner is None else f"{keys}; if {inner} contains the weights, save it alone"
 
 
-def _is_dino(content: dict[str, Any], path: Path) -> bool:
-    """Return whether a file is a full checkpoint of DINO's training, or has the name of a published file."""
-    return {"teacher", "student", "args"} <= content.keys() or re.match(r"dino(?!v\d)", path.name) is not None
+def _family(content: dict[str, Any], state: dict[str, Tensor], path: Path) -> str:
+    """Return whose file it is by keys that others have not, or, for DINO, by its name; empty if that is not known."""
+    if "contrastive_token" in state:
+        return "SiT"
+    if any(key.endswith("ls1.gamma") for key in state) and {"mask_token", "register_tokens"} & state.keys():
+        return "DINOv2"
+    if "masked_embed" in state:
+        return "iBOT"
+    if any(key.startswith("decoder_") for key in state) or re.match(r"mae_", path.name):
+        return "MAE"
+    return "DINO" if {"teacher", "student", "args"} <= content.keys() or re.match(r"dino(?!v\d)", path.name) else ""
+
+
+def _dinov2_to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename blocks in chunks and gated MLPs; with registers, add the position of [CLS] to its token, as timm does."""
+    names = {key: re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", key) for key in state}
+    state = {names[key].replace("mlp.w12.", "mlp.fc1.").replace("mlp.w3.", "mlp.fc2."): state[key] for key in state}
+    if "register_tokens" in state:
+        position = state["pos_embed"]  # (1, 1 + N, D)
+        state["reg_token"] = state.pop("register_tokens")  # (1, R, D)
+        state["cls_token"] = state["cls_token"] + position[:, :1]
+        state["pos_embed"] = position[:, 1:]
+    return state
 
 
 def _name_foreign_file(content: dict[str, Any], state: dict[str, Tensor]) -> str:
     """Return what a file of another tool is and what to do with it; empty if it is not known."""
     keys = state.keys()
-    if any(key.startswith("decoder_") for key in keys):
-        return "it is a full MAE checkpoint: save its encoder without mask_token and decoder, or use timm:<model>.mae"
     if "storage_tokens" in keys or any("rope_embed" in key for key in keys):
         return "it is a DINOv3 file, with rotary position embeddings, which are not supported yet"
-    if any(key.endswith("ls1.gamma") for key in keys) and "mask_token" in keys:
-        width, _, patch, _ = state["patch_embed.proj.weight"].shape
-        size = {384: "small", 768: "base", 1024: "large", 1536: "giant"}.get(width, "small")
-        return f"it is a DINOv2 file of width {width}: use timm's copy, timm:vit_{size}_patch{patch}_dinov2.lvd142m"
-    if any(re.match(r"blocks\.\d+\.\d+\.", key) for key in keys):
-        return "it is a checkpoint of DINOv2's training, whose blocks are in chunks, which is not supported"
     if any(key.startswith(("embeddings.", "vit.embeddings.", "encoder.layer.")) for key in keys):
         return "it has the names of the transformers library: use timm's copy of the model, timm:<model>"
     if any(key.startswith(("base_encoder.", "momentum_encoder.")) for key in keys):
@@ -140,13 +172,15 @@ def _sit_to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _architecture(state: dict[str, Tensor], num_heads: int, origin: str) -> BackboneConfig:
     width, channels, patch, _ = state["patch_embed.proj.weight"].shape
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0
-    count = state["pos_embed"].shape[1] - 1 - registers
+    scaled = any(key.endswith("ls1.gamma") for key in state)  # by LayerScale
+    prefix = 0 if scaled and registers else 1 + registers  # positions of tokens before the patches
+    count = state["pos_embed"].shape[1] - prefix
     side = math.isqrt(count)
     if side * side != count:
         raise UserError(f"{origin}: {count} position embeddings of patches are no square grid, which is not supported")
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     return BackboneConfig(
-        name="vit_tiny_patch16_224",
+        name=_timm_name(state, scaled=scaled, registers=registers),
         img_size=side * patch,
         patch_size=patch,
         in_chans=channels,
@@ -157,6 +191,15 @@ def _architecture(state: dict[str, Tensor], num_heads: int, origin: str) -> Back
         num_heads=num_heads,
         init="timm",
     )
+
+
+def _timm_name(state: dict[str, Tensor], *, scaled: bool, registers: int) -> str:
+    """Return a model of timm with the same parts; its sizes are given beside it."""
+    if not scaled:
+        return "vit_tiny_patch16_224"
+    hidden, width = state["blocks.0.mlp.fc1.weight"].shape  # gated MLPs have twice the hidden width in one
+    size = "giant" if hidden > 4 * width else "small"
+    return f"vit_{size}_patch14{'_reg4' if registers else ''}_dinov2"
 
 
 def torch_load_weights_only(path: Path) -> dict[str, Any]:

@@ -197,13 +197,10 @@ def test_export_command_replaces_only_its_own_files_unless_told(plain, tmp_path,
 
 
 FOREIGN = {
-    "mask_token blocks.0.ls1.gamma patch_embed.proj.weight": "DINOv2 file of width 384: use timm.s copy",
     "storage_tokens patch_embed.proj.weight": "DINOv3 file",
     "rope_embed.periods cls_token": "DINOv3 file",
-    "decoder_embed.weight mask_token": "full MAE checkpoint",
     "embeddings.cls_token encoder.layer.0.x": "transformers library",
     "module.base_encoder.cls_token": "MoCo v3",
-    "blocks.0.3.norm1.weight cls_token": "DINOv2's training",
     "_orig_mod.cls_token": "compiled model",
 }
 
