@@ -22,6 +22,7 @@ from ssl_vit.config.visualize import InspectConfig
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog, UnreadableImageError
 from ssl_vit.data.dataset_factory import build_dataset
 from ssl_vit.data.sources.image_folder import load_images_at
+from ssl_vit.data.value_notes import value_notes
 from ssl_vit.evaluation.results import provenance
 from ssl_vit.evaluation.results.provenance import model_name
 from ssl_vit.evaluation.segmentation.segmentation_evaluator import MODEL, RANDOM
@@ -59,16 +60,18 @@ class InspectSummary(NamedTuple):
     result: AnalysisResult
     num_images: int
     skipped: SkippedImageLog
+    notes: list[str]  # how the images were decoded, where it is not plain
     seconds: float
 
 
 def main(config: InspectConfig) -> None:
     """Run the command and print a summary."""
-    out, result, num_images, skipped, seconds = inspect(config)
+    out, result, num_images, skipped, notes, seconds = inspect(config)
     print(f"{len(result.figures)} figures of {num_images:,} images in {seconds:.0f} s: {out / INSPECT_JSON}")
     for reason in dict.fromkeys(result.skipped.values()):
         names = ", ".join(name for name, given in result.skipped.items() if given == reason)
         print(f"not drawn: {names}: {reason}")
+    print("".join(f"{note}\n" for note in notes), end="")
     if skipped.count():
         print(f"{pluralize(skipped.count(), 'image')} could not be read, see {skipped.path}")
 
@@ -100,11 +103,12 @@ def inspect(config: InspectConfig) -> InspectSummary:
     if run:
         _draw_training(Path(config.checkpoint), run, result)
     data = None if dataset is None else {"text": dataset.describe(), "fingerprint": dataset.fingerprint(sizes=True)}
+    notes = [] if dataset is None else value_notes(dataset)
     device = best_device()
     metadata = {
         "model": provenance.model_metadata(models[MODEL], config.checkpoint, config.weights),
         "compare_to": config.compare_to,
-        "images": {"count": count, "skipped": skipped.count(), "dataset": data},
+        "images": {"count": count, "skipped": skipped.count(), "dataset": data, "notes": notes},
         "seed": config.seed,
         "config": config.model_dump(mode="json"),
         "cost": provenance.runtime_cost(start, device),
@@ -113,7 +117,7 @@ def inspect(config: InspectConfig) -> InspectSummary:
     }
     record_outputs([out], "inspect")
     result.write(out, metadata)
-    return InspectSummary(out, result, count, skipped, time.perf_counter() - start)
+    return InspectSummary(out, result, count, skipped, notes, time.perf_counter() - start)
 
 
 def _find_images(config: InspectConfig, run: Path | None) -> ImageDataset | None:

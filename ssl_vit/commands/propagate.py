@@ -16,7 +16,8 @@ from PIL import Image
 from ssl_vit.config.visualize import PropagateConfig
 from ssl_vit.data.annotations.davis import FPS, Clip, MaskSequence, davis_clips, write_mask
 from ssl_vit.data.dataset import SkippedImageLog, UnreadableImageError
-from ssl_vit.data.sources.video_frames import open_frames
+from ssl_vit.data.sources.video_frames import FolderFrames, open_frames
+from ssl_vit.data.value_notes import value_notes
 from ssl_vit.evaluation.results.result_reader import is_result
 from ssl_vit.evaluation.video.label_propagation import PropagationConfig
 from ssl_vit.evaluation.video.object_tracking import TrackedFrame, TrackingResult, track_objects
@@ -43,6 +44,7 @@ def main(config: PropagateConfig) -> None:
     check_outputs(outputs, "propagate", inputs=inputs, is_own=is_result(config.out / "summary.json", "propagate"))
     models = _load_models(config, baselines=config.baselines and any(clip.masks.has_multiple for clip in clips))
     record_outputs(outputs, "propagate")
+    notes = [note for clip in clips for note in _set_range(clip, models[MODEL])]
     skipped = SkippedImageLog(config.out / "skipped_images.txt")
     skipped.path.unlink(missing_ok=True)
     start = time.perf_counter()
@@ -50,7 +52,8 @@ def main(config: PropagateConfig) -> None:
     seconds = time.perf_counter() - start
     scores = tracking_scores(videos)
     count = skipped.count()
-    warnings = [remark for video in videos for remark in video.remarks]
+    warnings = list(dict.fromkeys(notes))
+    warnings += [remark for video in videos for remark in video.remarks]
     warnings += [f"{count} frames, masks or videos could not be used: see {skipped.path}"] if count else []
     write_result(config, models[MODEL], videos, scores, warnings=warnings, started=start)
     shown = dict(list(tiles.items())[:FIGURE_VIDEOS])
@@ -60,6 +63,13 @@ def main(config: PropagateConfig) -> None:
     frames = sum(video.frames for video in videos)
     print(f"{frames} frames of {len(videos)} videos in {seconds:.0f} s ({seconds / frames:.2f} s a frame)")
     print("\n".join([*warnings, f"{config.out} contains masks/, summary.json and overview.jpg"]))
+
+
+def _set_range(clip: Clip, model: LoadedBackbone) -> list[str]:
+    """Let frames that are image files be read as the images of the model's training; return what is to be known."""
+    if not isinstance(clip.frames, FolderFrames):
+        return []
+    return value_notes(clip.frames.dataset.with_range(model.value_range))
 
 
 def _track_all(

@@ -112,7 +112,7 @@ def test_inspect_draws_the_weights_without_images(tiny_model, tmp_path, capsys):
     content, arrays = read(tmp_path / "out")
     assert names(content) == WEIGHT_FIGURES
     assert content["skipped"].keys() == {*IMAGE_FIGURES, "comparison"}
-    assert content["images"] == {"count": 0, "skipped": 0, "dataset": None}
+    assert content["images"] == {"count": 0, "skipped": 0, "dataset": None, "notes": []}
     assert arrays["model/positions"].shape == (4, 4, 4, 4)
     assert "images=FOLDER" in capsys.readouterr().out
 

@@ -149,6 +149,8 @@ def _given(values: Values, declared: float | None, given: ValueRange) -> tuple[f
     sample = flat[:: -(-flat.size // _SAMPLED) or 1]
     sample = sample[np.isfinite(sample) & ~np.isin(sample, nodata)]
     low, high = np.percentile(sample, [given.low, given.high])
+    if low == high:  # nearly all values are one
+        low, high = _extremes(values, nodata)
     return float(low), float(high), nodata
 
 

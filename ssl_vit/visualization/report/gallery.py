@@ -14,6 +14,7 @@ from ssl_vit.data.annotations.object_masks import Annotation, MaskFolder, Missin
 from ssl_vit.data.dataset import ImageDataset, SkippedImageLog, evenly_spaced
 from ssl_vit.data.dataset_factory import build_feature_splits
 from ssl_vit.data.sources.image_folder import ImageFolder, load_images_at
+from ssl_vit.data.value_notes import value_notes
 from ssl_vit.evaluation.segmentation.image_outputs import ImageOutputs, run_backbone
 from ssl_vit.evaluation.segmentation.iou import center_prior, downsample_mask
 from ssl_vit.evaluation.segmentation.mask_methods import METHODS, NEED_CLS, build_segmenters
@@ -81,7 +82,7 @@ def make_gallery(run: RunContent, config: ReportConfig) -> Gallery:
         f"nearest multiple of the patch{reduced}. A map is the [CLS] row of the last block's softmax over all tokens "
         "in float32, patches only, scaled to sum 1; a mask is the fewest patches that hold the chosen share of it; "
         f"IoU is counted in pixels of the image at its own size.{excluded}"
-        + "".join(f" {note}." for note in (ground_truth.notes() if ground_truth is not None else []))
+        + "".join(f" {note}." for note in [*(ground_truth.notes() if ground_truth else []), *value_notes(dataset)])
     )
     missing = ""
     if chosen.masks is None:

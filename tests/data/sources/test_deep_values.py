@@ -101,6 +101,12 @@ def test_decode_with_a_range_makes_nodata_black(tmp_path, nodata, photometric, g
     assert len(np.unique(image[:, 8:])) > 200
 
 
+def test_decode_maps_percentiles_of_nearly_one_value_by_its_extremes(tmp_path):
+    values = np.full(RAMP.shape, 7, np.uint16)
+    values[0, :4] = 900
+    assert (planes(tiff(tmp_path / "a.tif", values, 1), "[1%,99%]") == mapped(values, 7, 900)[..., None]).all()
+
+
 @pytest.mark.parametrize("value", ["auto", [0, 4095], "[0, 4095]", "[1%,99%]", ["1%", "99%"], [-1.5, 2]])
 def test_value_range_reads_back_what_it_prints(value):
     parsed = ValueRange.parse(value)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from ssl_vit.cli import main
+from ssl_vit.config.types import ValueRange
 from ssl_vit.data.annotations.davis import default_palette, read_mask, write_mask
 from ssl_vit.data.dataset import UnreadableImageError
 from ssl_vit.evaluation.video.davis_metrics import (
@@ -27,7 +28,10 @@ from ssl_vit.evaluation.video.label_propagation import (
     propagate,
     to_classes,
 )
+from ssl_vit.models.backbone import Backbone
 from ssl_vit.models.checkpoint import load_backbone
+from ssl_vit.models.export import export_backbone
+from tests.models.test_backbone import tiny
 from tests.reference import propagation as slow
 
 CONFIG = PropagationConfig(side=480, context=7, radius=2, top_k=5, temperature=0.1)
@@ -419,3 +423,18 @@ def test_read_mask_is_turned_by_its_exif_orientation(tmp_path):
     exif[274] = 6
     Image.fromarray(ids).save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(read_mask(tmp_path / "a.png").ids.numpy(), np.rot90(ids, -1))
+
+
+def test_propagate_reads_frames_as_the_images_of_the_training(clip_folder, tmp_path, capsys):
+    """Stretched one by one, frames of 12 bits would change in brightness with their content."""
+    words = clip_folder(lambda _, mask: mask)
+    for number in range(4):
+        path = tmp_path / "frames" / f"{number}.png"
+        values = np.asarray(Image.open(path).convert("L")).astype(np.uint16)
+        Image.fromarray(values * (3 if number else 1)).save(path)
+    config = tiny(num_heads=4)
+    model = tmp_path / "m.safetensors"
+    given = {"mean": [0.5] * 3, "std": [0.5] * 3, "source": "a test", "value_range": ValueRange.parse([0, 4095])}
+    export_backbone(Backbone(config).eval(), model, **given)
+    assert main(["propagate", f"checkpoint={model}", *words]) == 0
+    assert "data.range=[0, 4095]" in capsys.readouterr().out
